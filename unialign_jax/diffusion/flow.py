@@ -1,0 +1,94 @@
+"""The continuous process of the image branch: straight lines between a clean latent and Gaussian noise.
+
+    x_sigma = (1 - sigma) * clean + sigma * noise        sigma in [0, 1], 0 is clean, 1 is noise
+    velocity = d x_sigma / d sigma = noise - clean
+
+Every sign and every direction of time is decided here and nowhere else.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+TRAINING_LEVELS = 1000  # grid of the reference's scheduler; it also fixes the "diffusers" sampling schedule
+
+
+def shift_sigma(sigma, shift):
+    """Moves noise levels towards 1 for shift > 1: shift * sigma / (1 + (shift - 1) * sigma).
+
+    SD3 (Esser et al. 2024, eq. 23), where shift is the square root of the ratio of pixel counts. 0 and 1 stay.
+    """
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def sample_sigma(key, batch, *, mean=0.0, std=1.0, shift=1.0, levels=None):
+    """Noise levels for training, logit-normal: sigma = sigmoid(mean + std * z), then shifted.
+
+    A mean above 0 gives noisier samples, as in SD3. `levels=1000` rounds sigma up to the grid
+    {1/1000, ..., 1} before shifting, which at mean 0 is the reference's distribution (it draws u and
+    takes the timestep 1000 - floor(1000 u)); None leaves sigma continuous.
+
+    Args:
+      key: a typed PRNG key.
+      batch: number of samples, B.
+    Returns:
+      float32 [B] in (0, 1].
+    """
+    sigma = jax.nn.sigmoid(mean + std * jax.random.normal(key, (batch,), jnp.float32))
+    if levels is not None:
+        sigma = jnp.maximum(jnp.ceil(sigma * levels), 1) / levels
+    return shift_sigma(sigma, shift)
+
+
+def interpolate(clean, noise, sigma):
+    """The noisy latent at sigma: (1 - sigma) * clean + sigma * noise; sigma is [B] or a scalar."""
+    sigma = _like(sigma, clean)
+    return (1 - sigma) * clean + sigma * noise
+
+
+def velocity(clean, noise):
+    """What the network learns to predict: noise - clean, the same at every sigma."""
+    return noise - clean
+
+
+def predict_clean(noisy, velocity, sigma):
+    """The clean latent that a velocity implies: noisy - sigma * velocity; sigma is [B] or a scalar."""
+    return noisy - _like(sigma, noisy) * velocity
+
+
+def euler_step(noisy, velocity, sigma, next_sigma):
+    """One Euler step from sigma to next_sigma (the smaller one when denoising); each [B] or a scalar."""
+    return noisy + _like(next_sigma - sigma, noisy) * velocity
+
+
+def sampling_sigmas(num_steps, *, shift=3.0, schedule="diffusers"):
+    """The noise levels that a sampler of num_steps visits, from 1 down to exactly 0.
+
+    "diffusers" reproduces FlowMatchEulerDiscreteScheduler, whose shift acts twice on the small end: the
+    smallest training sigma is shifted when the scheduler is built, and the line from 1 down to it is shifted
+    again. The last level before 0 is 0.0089286 for shift 3, whatever num_steps (huggingface/diffusers#13243).
+    The released checkpoints are sampled so. "shifted_linear" is the line from 1 to 0 shifted once.
+
+    Returns:
+      np.float32 [num_steps + 1], strictly decreasing. Computed in float64 on the host.
+    Raises:
+      ValueError: num_steps below 1, shift not positive, or an unknown schedule.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps is {num_steps}; a sampler needs at least 1 step")
+    if shift <= 0:
+        raise ValueError(f"shift is {shift}; it must be positive (1 shifts nothing, SD3 uses 3)")
+    if schedule == "diffusers":
+        smallest = shift_sigma(1 / TRAINING_LEVELS, shift)
+        sigmas = np.append(shift_sigma(np.linspace(1.0, smallest, num_steps), shift), 0.0)
+    elif schedule == "shifted_linear":
+        sigmas = shift_sigma(np.linspace(1.0, 0.0, num_steps + 1), shift)
+    else:
+        raise ValueError(f"schedule is {schedule!r}; expected 'diffusers' or 'shifted_linear'")
+    return sigmas.astype(np.float32)
+
+
+def _like(sigma, array):
+    """sigma [B] with trailing axes of size 1, so that it multiplies array [B, ...]; scalars pass through."""
+    sigma = jnp.asarray(sigma)
+    return sigma if sigma.ndim == 0 else sigma.reshape(sigma.shape + (1,) * (array.ndim - sigma.ndim))
