@@ -16,7 +16,7 @@ TRAINING_LEVELS = 1000  # grid of the reference's scheduler; it also fixes the "
 def shift_sigma(sigma, shift):
     """Moves noise levels towards 1 for shift > 1: shift * sigma / (1 + (shift - 1) * sigma).
 
-    SD3 (Esser et al. 2024, eq. 23), where shift is the square root of the ratio of pixel counts. 0 and 1 stay.
+    SD3 (Esser et al. 2024, eq. 23), where shift is the root of the ratio of pixel counts. Keeps 0 and 1.
     """
     return shift * sigma / (1 + (shift - 1) * sigma)
 
