@@ -1,0 +1,370 @@
+"""The SD3 MM-DiT as UniAlignment extends it: image and text stream, both alive to the end.
+
+Facts: Stable Diffusion 3 (arXiv 2403.03206), DualDiffusion (arXiv 2501.00289) and UniAlignment (arXiv 2509.23760).
+Against SD3: T5 tokens only (no CLIP, no pooled vector, so the modulation depends on time alone), a full context half in
+the last block, a text head, condition images appended to the image sequence, and a tap after block `tap_depth`.
+
+Shape letters: B batch, H W latent height and width, C latent channels, K conditions, N image tokens, L text tokens,
+D width, V vocabulary.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unialign_jax.models.attention import attention
+
+XAVIER = nn.initializers.xavier_uniform()
+REMAT_POLICIES = {
+    "block": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MMDiTConfig:
+    """Architecture of the MM-DiT; the defaults are UniAlignment's 2 B model.
+
+    `remat` is "none", "dots" (keep the matmul outputs) or "block" (keep only what enters a block).
+    `max_patches` is the side of SD3's positional grid and `base_patches` the side at which neighbours are one unit apart.
+    """
+
+    depth: int = 24
+    num_heads: int = 24
+    head_width: int = 64
+    mlp_ratio: int = 4
+    latent_channels: int = 16
+    patch_size: int = 2
+    text_width: int = 4096
+    vocab_size: int = 32100
+    tap_depth: int = 8
+    max_patches: int = 192
+    base_patches: int = 64
+    attention: str = "xla"
+    remat: str = "block"
+    dtype: str = "bfloat16"
+
+    @property
+    def width(self) -> int:
+        return self.num_heads * self.head_width
+
+
+class MMDiTOutput(NamedTuple):
+    """What the network gives; features and taps belong to the target's tokens, never to the conditions'."""
+
+    velocity: jax.Array  # [B, H, W, C] float32, the predicted noise - clean
+    text_logits: jax.Array  # [B, L, V] float32
+    image_features: jax.Array  # [B, N, D] after the final modulated norm
+    text_features: jax.Array  # [B, L, D] after the final norm
+    image_tap: jax.Array  # [B, N, D] after block tap_depth
+    text_tap: jax.Array  # [B, L, D] after block tap_depth
+
+
+class Modulation(NamedTuple):
+    """One stream's adaLN vectors in a block, each [B, 1, D]; the order is SD3's."""
+
+    shift_attention: jax.Array
+    scale_attention: jax.Array
+    gate_attention: jax.Array
+    shift_mlp: jax.Array
+    scale_mlp: jax.Array
+    gate_mlp: jax.Array
+
+
+def layer_norm(x):
+    """Normalises the last axis in float32 (eps 1e-6, no learned scale), as SD3 does everywhere."""
+    x = x.astype(jnp.float32)
+    mean = jnp.mean(x, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(x - mean), axis=-1, keepdims=True)
+    return (x - mean) * jax.lax.rsqrt(variance + 1e-6)
+
+
+def modulated_norm(x, shift, scale, dtype):
+    return (layer_norm(x) * (1 + scale.astype(jnp.float32)) + shift.astype(jnp.float32)).astype(dtype)
+
+
+def time_features(sigma, features=256):
+    """Sinusoids of the SD3 timestep 1000 * sigma: [B] -> [B, features] float32, cosines first."""
+    half = features // 2
+    frequencies = jnp.exp(-np.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = 1000.0 * sigma.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+@functools.cache
+def position_table(rows, columns, width, max_patches, base_patches):
+    """SD3's fixed 2-D sinusoids, [rows * columns, width] float32: the crop from the middle of the max_patches grid.
+
+    The first half of the width encodes the column, the second the row, each as sines then cosines.
+    """
+    step = max_patches / base_patches
+    omega = 1.0 / 10000 ** (np.arange(width // 4, dtype=np.float64) / (width // 4))
+
+    def encode(count):
+        start = (max_patches - count) // 2
+        angles = np.outer((start + np.arange(count)) / step, omega)
+        return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)
+
+    column = np.broadcast_to(encode(columns)[None], (rows, columns, width // 2))
+    row = np.broadcast_to(encode(rows)[:, None], (rows, columns, width // 2))
+    return np.concatenate([column, row], axis=-1).reshape(rows * columns, width).astype(np.float32)
+
+
+def patchify(latents, patch):
+    """[..., H, W, C] -> [..., N, patch * patch * C], row by row, each patch flattened as (row, column, channel)."""
+    *lead, height, width, channels = latents.shape
+    x = latents.reshape(*lead, height // patch, patch, width // patch, patch, channels)
+    x = jnp.swapaxes(x, -4, -3)
+    return x.reshape(*lead, (height // patch) * (width // patch), patch * patch * channels)
+
+
+def unpatchify(tokens, height, width, patch):
+    """The inverse of `patchify`: [B, N, patch * patch * C] -> [B, H, W, C]."""
+    batch = tokens.shape[0]
+    x = tokens.reshape(batch, height // patch, width // patch, patch, patch, -1)
+    return jnp.swapaxes(x, 2, 3).reshape(batch, height, width, -1)
+
+
+def keep_batch_sharded(x):
+    """Under a mesh, holds the batch axis split over (data, fsdp): XLA must move parameters, not activations."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, jax.P(("data", "fsdp")))
+
+
+def dense(features, config, axis=-1, init=XAVIER, name=None):
+    return nn.DenseGeneral(features, axis=axis, dtype=config.dtype, kernel_init=init, name=name)
+
+
+class StreamHalf(nn.Module):
+    """One stream's half of a joint block: its modulation, its q k v and output projections, its MLP."""
+
+    config: MMDiTConfig
+
+    def setup(self):
+        c = self.config
+        self.modulation = dense((6, c.width), c, init=nn.initializers.zeros)
+        self.qkv = dense((3, c.num_heads, c.head_width), c)
+        self.out = dense(c.width, c, axis=(-2, -1))
+        self.mlp_in = dense(c.mlp_ratio * c.width, c)
+        self.mlp_out = dense(c.width, c)
+
+    def modulate(self, time_embedding):
+        modulation = self.modulation(nn.silu(time_embedding))
+        return Modulation(*(modulation[:, i, None] for i in range(6)))
+
+    def project(self, x, m):
+        """Normed and modulated x -> queries, keys and values, each [B, tokens, heads, head width]."""
+        qkv = self.qkv(modulated_norm(x, m.shift_attention, m.scale_attention, self.config.dtype))
+        return qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+
+    def update(self, x, attended, m):
+        """The two residual steps of the stream: attention, then MLP."""
+        x = x + m.gate_attention * self.out(attended)
+        hidden = self.mlp_in(modulated_norm(x, m.shift_mlp, m.scale_mlp, self.config.dtype))
+        return x + m.gate_mlp * self.mlp_out(nn.gelu(hidden, approximate=True))
+
+
+class JointBlock(nn.Module):
+    """A joint block: each stream has its own weights, attention runs over the tokens of both."""
+
+    config: MMDiTConfig
+
+    def setup(self):
+        self.image = StreamHalf(self.config)
+        self.text = StreamHalf(self.config)
+
+    def __call__(self, image, text, time_embedding):
+        image_modulation = self.image.modulate(time_embedding)
+        text_modulation = self.text.modulate(time_embedding)
+        image_qkv = self.image.project(image, image_modulation)
+        text_qkv = self.text.project(text, text_modulation)
+        query, key, value = (jnp.concatenate(pair, axis=1) for pair in zip(image_qkv, text_qkv, strict=True))
+        attended = attention(query, key, value, implementation=self.config.attention)
+        tokens = image.shape[1]
+        image = self.image.update(image, attended[:, :tokens], image_modulation)
+        text = self.text.update(text, attended[:, tokens:], text_modulation)
+        return keep_batch_sharded(image), keep_batch_sharded(text)
+
+
+class Layer(nn.Module):
+    """What the scan repeats: one block, and the tap that remembers what left block `tap_depth`."""
+
+    config: MMDiTConfig
+
+    @nn.compact
+    def __call__(self, carry, index, time_embedding):
+        image, text, image_tap, text_tap = carry
+        block = JointBlock
+        if self.config.remat != "none":
+            block = nn.remat(JointBlock, prevent_cse=False, policy=REMAT_POLICIES[self.config.remat])
+        image, text = block(self.config, name="joint")(image, text, time_embedding)
+        # Outside the remat: choosing needs no residual, so that the tap costs no memory per block.
+        reached = index == self.config.tap_depth - 1
+        image_tap = jnp.where(reached, image[:, : image_tap.shape[1]], image_tap)
+        text_tap = jnp.where(reached, text, text_tap)
+        return (image, text, image_tap, text_tap), None
+
+
+class TimeEmbedder(nn.Module):
+    """sigma [B] -> [B, D]: sinusoids, then a two-layer MLP; all float32."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, sigma):
+        init = nn.initializers.normal(0.02)
+        hidden = nn.silu(nn.Dense(self.width, kernel_init=init, name="hidden")(time_features(sigma)))
+        return nn.Dense(self.width, kernel_init=init, name="out")(hidden)
+
+
+class MMDiT(nn.Module):
+    """The one network of both passes; see `MMDiTOutput` for what it returns.
+
+    Args of `apply`:
+      latents: [B, H, W, C] normalised latents, noisy in the image pass, clean in the text pass. H and W are multiples of
+        the patch size and at most max_patches patches.
+      text_embeddings: [B, L, text_width] T5 embeddings.
+      sigma: [B] noise level in [0, 1], 0 is clean; the text pass runs at 0.
+      conditions: [B, K, h, w, C] clean latents of K condition images, or None. Their tokens follow the target's in the
+        image sequence, with the same patch embedding, positions and modulation.
+
+    Raises ValueError when a size does not fit.
+    """
+
+    config: MMDiTConfig
+
+    @nn.compact
+    def __call__(self, latents, text_embeddings, sigma, conditions=None):
+        c = self.config
+        check_inputs(c, latents, text_embeddings, sigma, conditions)
+        height, width = latents.shape[1:3]
+
+        patch_embed = dense(c.width, c, name="patch_embed")
+
+        def embed_image(x):
+            rows, columns = x.shape[-3] // c.patch_size, x.shape[-2] // c.patch_size
+            positions = position_table(rows, columns, c.width, c.max_patches, c.base_patches)
+            return patch_embed(patchify(x, c.patch_size)) + jnp.asarray(positions, c.dtype)
+
+        image = embed_image(latents)
+        target_tokens = image.shape[1]
+        if conditions is not None:
+            condition_tokens = embed_image(conditions)
+            condition_tokens = condition_tokens.reshape(latents.shape[0], -1, c.width)
+            image = jnp.concatenate([image, condition_tokens], axis=1)
+        text = dense(c.width, c, name="text_embed")(text_embeddings)
+        time_embedding = TimeEmbedder(c.width, name="time_embed")(sigma)
+        image, text = keep_batch_sharded(image), keep_batch_sharded(text)
+
+        layers = nn.scan(
+            Layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
+            length=c.depth,
+        )(c, name="blocks")
+        carry = (image, text, jnp.zeros_like(image[:, :target_tokens]), jnp.zeros_like(text))
+        (image, text, image_tap, text_tap), _ = layers(carry, jnp.arange(c.depth), time_embedding)
+
+        head_modulation = nn.DenseGeneral(
+            (2, c.width), kernel_init=nn.initializers.zeros, name="image_head_modulation"
+        )(nn.silu(time_embedding))
+        shift, scale = head_modulation[:, 0, None], head_modulation[:, 1, None]
+        image_features = modulated_norm(image[:, :target_tokens], shift, scale, c.dtype)
+        text_features = layer_norm(text).astype(c.dtype)
+
+        to_float32 = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+        patch_features = c.patch_size * c.patch_size * c.latent_channels
+        velocity = nn.Dense(
+            patch_features,
+            dtype=c.dtype,
+            dot_general=to_float32,
+            kernel_init=nn.initializers.zeros,
+            name="image_head",
+        )(image_features)
+        text_logits = nn.Dense(
+            c.vocab_size,
+            dtype=c.dtype,
+            dot_general=to_float32,
+            kernel_init=nn.initializers.normal(0.02),
+            name="text_head",
+        )(text_features)
+        return MMDiTOutput(
+            velocity=unpatchify(velocity, height, width, c.patch_size),
+            text_logits=text_logits,
+            image_features=image_features,
+            text_features=text_features,
+            image_tap=image_tap,
+            text_tap=text_tap,
+        )
+
+
+def check_inputs(config, latents, text_embeddings, sigma, conditions):
+    """Raises ValueError, with the numbers, when the inputs of the MM-DiT do not fit it or each other."""
+    c = config
+    if not 1 <= c.tap_depth <= c.depth:
+        raise ValueError(f"tap_depth is {c.tap_depth}, but the network has {c.depth} blocks: choose 1 to {c.depth}")
+    if c.remat != "none" and c.remat not in REMAT_POLICIES:
+        raise ValueError(f"remat is {c.remat!r}, expected one of none, {', '.join(REMAT_POLICIES)}")
+    if latents.ndim != 4:
+        raise ValueError(f"latents have shape {latents.shape}, expected [batch, height, width, channels]")
+    batch = latents.shape[0]
+    if conditions is not None and (conditions.ndim != 5 or conditions.shape[0] != batch):
+        raise ValueError(
+            f"conditions have shape {conditions.shape}, expected [{batch}, count, height, width, {c.latent_channels}]"
+        )
+    images = {"latents": latents} if conditions is None else {"latents": latents, "conditions": conditions}
+    for name, array in images.items():
+        height, width, channels = array.shape[-3:]
+        if channels != c.latent_channels:
+            raise ValueError(f"{name} have {channels} channels, the network expects {c.latent_channels}")
+        for side, size in (("high", height), ("wide", width)):
+            if size % c.patch_size or not 0 < size <= c.max_patches * c.patch_size:
+                raise ValueError(
+                    f"{name} are {size} {side}, expected a multiple of {c.patch_size} "
+                    f"from {c.patch_size} to {c.max_patches * c.patch_size}"
+                )
+    if text_embeddings.ndim != 3 or text_embeddings.shape[0] != batch or text_embeddings.shape[2] != c.text_width:
+        raise ValueError(
+            f"text_embeddings have shape {text_embeddings.shape}, expected [{batch}, tokens, {c.text_width}]"
+        )
+    if sigma.shape != (batch,):
+        raise ValueError(f"sigma has shape {sigma.shape}, expected [{batch}], one per sample")
+
+
+@dataclasses.dataclass(frozen=True)
+class AlignmentHeadsConfig:
+    """Sizes of the two projections towards the teacher; `final_silu` is for parity with the released checkpoint."""
+
+    hidden_width: int = 2048
+    teacher_width: int = 3584
+    final_silu: bool = False
+    pool: bool = True
+
+
+class AlignmentHeads(nn.Module):
+    """Projects the taps onto the teacher's feature space; used in training only (paper, equation 4).
+
+    (image_tap [B, N, D], text_tap [B, L, D]) -> (image [B, teacher_width], text [B, teacher_width]), float32. Tokens are
+    averaged first, as in the released code; with `pool=False` each token is projected: [B, N or L, teacher_width].
+    """
+
+    config: AlignmentHeadsConfig
+
+    @nn.compact
+    def __call__(self, image_tap, text_tap):
+        def project(tap, name):
+            x = tap.astype(jnp.float32)
+            if self.config.pool:
+                x = jnp.mean(x, axis=1)
+            x = nn.silu(nn.Dense(self.config.hidden_width, name=f"{name}_hidden")(x))
+            x = nn.Dense(self.config.teacher_width, name=f"{name}_out")(x)
+            return nn.silu(x) if self.config.final_silu else x
+
+        return project(image_tap, "image"), project(text_tap, "text")

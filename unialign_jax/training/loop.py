@@ -1,0 +1,363 @@
+"""A training run, from a configuration to a folder of checkpoints, metrics and samples.
+
+`Trainer` prepares everything that a step needs (mesh, data, weights, one compiled program per stream); `train` runs the
+steps, and writes down what they did.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import signal
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from unialign_jax import sharding
+from unialign_jax.data.mixture import Mixture
+from unialign_jax.data.streams import Stream, StreamConfig
+from unialign_jax.data.tokenizer import load_tokenizer
+from unialign_jax.training import flops
+from unialign_jax.training.checkpoints import Checkpoints, load_params
+from unialign_jax.training.config import active_streams, build_configs, config_problems
+from unialign_jax.training.metrics import MetricsWriter, Throughput, to_means
+from unialign_jax.training.optimizer import make_optimizer
+from unialign_jax.training.samples import Sampler
+from unialign_jax.training.state import (
+    Networks,
+    TrainState,
+    abstract_frozen,
+    abstract_state,
+    create_sharded,
+    init_frozen,
+    init_params,
+    init_state,
+)
+from unialign_jax.training.step import has_image_pass, make_train_step
+
+log = logging.getLogger(__name__)
+
+
+class Trainer:
+    """Everything a run needs before its first step. Raises ValueError with all problems of the configuration."""
+
+    def __init__(self, config: ConfigDict, devices=None):
+        self.config = config
+        self.mesh = sharding.make_mesh(**config.mesh, devices=devices)
+        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        problems = config_problems(config, shards, jax.process_count())
+        if problems:
+            raise ValueError("the configuration cannot run:\n  " + "\n  ".join(problems))
+
+        self.tokenizer = load_tokenizer(config.tokenizer or None)
+        self.streams = open_streams(config, self.tokenizer)
+        self.mixture = Mixture(
+            self.streams,
+            seed=config.seed,
+            global_batch=config.batch_size,
+            host_index=jax.process_index(),
+            host_count=jax.process_count(),
+        )
+        self.networks = Networks.create(*build_configs(config, self.mesh.devices.flat[0].platform))
+        self.tx, self.schedule = make_optimizer(**config.optimizer)
+        self.abstract_state = abstract_state(self.networks, self.tx, config.ema_decay, self.mesh)
+        self.abstract_frozen = abstract_frozen(self.networks, self.mesh)
+        self.sample_flops = {name: self._sample_flops(stream) for name, stream in self.streams.items()}
+
+    def _sample_flops(self, stream):
+        return flops.training_sample_flops(
+            self.networks.transformer.config,
+            self.networks.text_encoder.config,
+            self.networks.autoencoder.config,
+            self.networks.heads.config,
+            image_size=self.config.image_size,
+            text_length=self.config.text_length,
+            num_conditions=stream.config.num_conditions,
+            image_pass=has_image_pass(stream.config.kind),
+        )
+
+    def init_state(self) -> TrainState:
+        """A fresh state on the mesh: random weights, or those of `config.init_from`."""
+        config = self.config
+        key = jax.random.key(config.seed)
+        with jax.set_mesh(self.mesh):
+            state = create_sharded(lambda k: init_state(self.networks, self.tx, config.ema_decay, k), self.mesh, key)
+            if config.init_from:
+                params = load_params(config.init_from, self.abstract_state.params, config.init_weights)
+                ema = jax.tree.map(lambda x: x.copy(), params["transformer"]) if config.ema_decay else {}
+                state = state._replace(params=params, ema=ema)
+        return state
+
+    def init_frozen(self):
+        """The frozen encoders on the mesh."""
+        with jax.set_mesh(self.mesh):
+            return create_sharded(lambda: init_frozen(self.networks), self.mesh)
+
+    def step_function(self, name: str):
+        stream = self.streams[name]
+        return make_train_step(
+            self.config,
+            self.networks,
+            self.tx,
+            self.schedule,
+            stream.config.kind,
+            self.tokenizer.mask_id,
+            self.tokenizer.eos_id,
+        )
+
+    def compile_step(self, name: str):
+        """The stream's train step as one executable: it cannot compile again, and refuses another shape."""
+        local = self.streams[name].example(0)
+        batch = {
+            key: jax.ShapeDtypeStruct(
+                (self.config.batch_size, *value.shape), value.dtype, sharding=sharding.batch_sharding(self.mesh)
+            )
+            for key, value in local.items()
+            if key != "replaced"
+        }
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+        with jax.set_mesh(self.mesh):
+            jitted = jax.jit(
+                self.step_function(name),
+                donate_argnums=0,
+                out_shardings=(shardings, sharding.replicated(self.mesh)),
+            )
+            return jitted.lower(self.abstract_state, self.abstract_frozen, batch).compile()
+
+    def put_batch(self, batch: dict[str, np.ndarray]):
+        """This host's slice of a batch -> the global arrays."""
+        place = sharding.batch_sharding(self.mesh)
+        return {key: jax.make_array_from_process_local_data(place, value) for key, value in batch.items()}
+
+
+def open_streams(config, tokenizer) -> dict[str, Stream]:
+    """The data of every active stream; raises ValueError listing all that cannot be used."""
+    streams, problems = {}, []
+    intrinsic = config.loss_weights.intrinsic_modal > 0
+    for name, settings in active_streams(config).items():
+        try:
+            stream = Stream(
+                StreamConfig(
+                    name=name,
+                    kind=settings.kind,
+                    path=settings.path,
+                    weight=settings.weight,
+                    num_conditions=settings.num_conditions,
+                    image_size=config.image_size,
+                    text_length=config.text_length,
+                    teacher=intrinsic,
+                ),
+                tokenizer,
+            )
+        except (ValueError, OSError) as error:
+            problems.append(f"stream {name}: {error}")
+            continue
+        if intrinsic and stream.teacher_width != config.heads.teacher_width:
+            found = f"features of width {stream.teacher_width}" if stream.teacher_width else "no teacher features"
+            problems.append(
+                f"stream {name}: {settings.path} has {found}, the alignment heads expect {config.heads.teacher_width}; "
+                "train without the intrinsic-modal term by --config.loss_weights.intrinsic_modal=0"
+            )
+        streams[name] = stream
+    if tokenizer.vocab_size > config.model.vocab_size:
+        problems.append(
+            f"model.vocab_size is {config.model.vocab_size}, but the tokenizer has {tokenizer.vocab_size} ids"
+        )
+    if problems:
+        raise ValueError("the data cannot be used:\n  " + "\n  ".join(problems))
+    return streams
+
+
+class StopRequest:
+    """Turns SIGTERM and SIGINT into a wish to stop after the step under way; a second signal acts at once."""
+
+    def __init__(self):
+        self.signal = None
+
+    def __enter__(self):
+        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _note(self, number, _frame):
+        self.signal = number
+        signal.signal(number, self._previous[number])
+
+    def __exit__(self, *_):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def agreed(self, step: int) -> bool:
+        """Whether to stop after `step`; on several hosts all of them give the same answer."""
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self.signal is not None
+
+
+def write_config(config: ConfigDict, workdir: Path):
+    """Keeps the run's configuration in `config.json`; on a resumed run says what has changed since."""
+    path = workdir / "config.json"
+    current = json.loads(config.to_json_best_effort())
+    if path.exists():
+        for line in _changes(json.loads(path.read_text()), current):
+            log.warning("configuration changed since the run began: %s", line)
+    if jax.process_index() == 0:
+        scratch = path.with_suffix(".tmp")
+        scratch.write_text(json.dumps(current, indent=2) + "\n")
+        os.replace(scratch, path)
+
+
+def _changes(before, after, prefix=""):
+    for key in sorted(before.keys() | after.keys()):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _changes(old, new, f"{prefix}{key}.")
+        elif old != new:
+            yield f"{prefix}{key} from {old!r} to {new!r}"
+
+
+def train(config: ConfigDict, workdir, progress=True) -> TrainState:
+    """Trains to `config.num_steps` in `workdir`, from its newest whole checkpoint if it has one.
+
+    Raises ValueError for a configuration or data that cannot run, FloatingPointError for a loss that is not finite,
+    SystemExit (128 + signal) after a SIGTERM or SIGINT, once the state is saved.
+    """
+    workdir = Path(workdir)
+    if config.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
+    trainer = Trainer(config)
+    checkpoints = Checkpoints(
+        workdir, keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every
+    )
+    with contextlib.closing(checkpoints), StopRequest() as stop:
+        state = checkpoints.restore_latest(trainer.abstract_state)
+        if state is None:
+            state = trainer.init_state()
+            log.info("starting %s from %s", workdir, config.init_from or "random weights")
+        else:
+            log.info("resuming %s at step %d", workdir, int(state.step))
+        write_config(config, workdir)
+        frozen = trainer.init_frozen()
+        sampler = Sampler(config, trainer.networks, trainer.mesh, trainer.streams, trainer.tokenizer, workdir)
+        state = run_steps(trainer, state, frozen, checkpoints, sampler, workdir, stop, progress)
+    if stop.signal is not None and int(state.step) < config.num_steps:
+        log.info("stopped by %s at step %d, saved", signal.Signals(stop.signal).name, int(state.step))
+        raise SystemExit(128 + stop.signal)
+    return state
+
+
+def run_steps(trainer, state, frozen, checkpoints, sampler, workdir, stop, progress) -> TrainState:
+    """The loop. The numbers of a step are fetched while the next one runs, so that the device never waits for the host."""
+    config = trainer.config
+    step = int(state.step)
+    if step >= config.num_steps:
+        log.info("%s is already at step %d of %d", workdir, step, config.num_steps)
+        return state
+    programs = {}
+    for name in trainer.streams:
+        began = time.perf_counter()
+        programs[name] = trainer.compile_step(name)
+        log.info("compiled the step of %s in %.1f s", name, time.perf_counter() - began)
+
+    writer = MetricsWriter(workdir, step)
+    recorder = Recorder(trainer, writer, progress, step)
+    batches = trainer.mixture.batches(step, num_threads=config.data.num_threads, prefetch=config.data.prefetch)
+    bad = BadRecords(config.data.max_bad_fraction)
+    with contextlib.closing(recorder):
+        while step < config.num_steps and not stop.agreed(step):
+            began = time.perf_counter()
+            _, name, batch = next(batches)
+            recorder.throughput.add_wait(time.perf_counter() - began)
+            bad.count(batch.pop("replaced"))
+            state, metrics = programs[name](state, frozen, trainer.put_batch(batch))
+            recorder.add(step, name, metrics)
+            step += 1
+            save = step % config.checkpoint.every == 0
+            sample = config.samples.every and step % config.samples.every == 0 and step < config.num_steps
+            if save or sample:
+                recorder.flush()  # a state whose loss is not finite must not be saved
+            if save:
+                checkpoints.save(state, step)
+            if sample:
+                sampler.write(step, state.ema or state.params["transformer"], frozen)
+                recorder.throughput.report()
+        recorder.flush()
+    checkpoints.save(state, step)
+    if step == config.num_steps and config.samples.count:
+        for path in sampler.write(step, state.ema or state.params["transformer"], frozen):
+            log.info("wrote %s", path)
+    return state
+
+
+class Recorder:
+    """Takes each step's metrics and looks at them one step late: finite or not, progress bar, files."""
+
+    def __init__(self, trainer: Trainer, writer: MetricsWriter, progress: bool, start: int):
+        self._trainer, self._writer = trainer, writer
+        self._pending = None
+        self._losses = {}
+        device = trainer.mesh.devices.flat[0]
+        self.throughput = Throughput(flops.peak_flops(device.device_kind))
+        self._bar = tqdm(
+            total=trainer.config.num_steps,
+            initial=start,
+            unit="step",
+            disable=not progress or jax.process_index() != 0,
+            dynamic_ncols=True,
+        )
+
+    def add(self, step: int, stream: str, metrics):
+        """Notes the metrics of the step just started, and deals with those of the one before."""
+        self.flush()
+        self._pending = (step, stream, metrics)
+
+    def flush(self):
+        """Waits for the pending step. Raises FloatingPointError when its loss or gradient is not finite."""
+        if self._pending is None:
+            return
+        step, stream, metrics = self._pending
+        self._pending = None
+        values = to_means(jax.device_get(metrics))
+        config = self._trainer.config
+        self.throughput.add_step(config.batch_size, config.batch_size * self._trainer.sample_flops[stream])
+        for name in ("loss", "gradient_norm"):
+            if not math.isfinite(values[name]):
+                raise FloatingPointError(
+                    f"{name} is {values[name]} at step {step + 1} in stream {stream}; losses: "
+                    + ", ".join(f"{key} {values[key]:.4g}" for key in config.loss_weights if key in values)
+                    + ". The last checkpoint is from before; lower optimizer.learning_rate or look at that batch"
+                )
+        self._losses[stream] = values["loss"]
+        self._bar.update()
+        self._bar.set_postfix({name: f"{loss:.3f}" for name, loss in self._losses.items()}, refresh=False)
+        _, index = self._trainer.mixture.schedule(step)
+        if index % config.log_every == 0 or step + 1 == config.num_steps:
+            self._writer.write(step + 1, stream, values | self.throughput.report())
+
+    def close(self):
+        self._bar.close()
+        self._writer.close()
+
+
+class BadRecords:
+    """Counts the examples that stand in for undecodable records; raises ValueError when they become too many."""
+
+    def __init__(self, max_fraction: float, patience: int = 1000):
+        self._max_fraction, self._patience = max_fraction, patience
+        self._bad = self._seen = 0
+
+    def count(self, replaced: np.ndarray):
+        self._bad += int(replaced.sum())
+        self._seen += replaced.size
+        # A few early ones say nothing about the share; from `patience` samples on they do.
+        if self._bad > self._max_fraction * max(self._seen, self._patience):
+            raise ValueError(
+                f"{self._bad} of {self._seen} records could not be decoded, more than data.max_bad_fraction "
+                f"{self._max_fraction} allows; the log names them. Mend the data, or raise data.max_bad_fraction"
+            )

@@ -1,0 +1,109 @@
+"""What a run measures and where it goes: metrics.jsonl (one JSON object a line) and TensorBoard events."""
+
+import json
+import math
+import os
+import resource
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from tensorboardX import SummaryWriter
+
+
+class MetricsWriter:
+    """Appends rows to `workdir/metrics.jsonl` and to TensorBoard; on hosts other than the first it does nothing.
+
+    On opening, rows after `start_step` are dropped: the steps they tell of are about to be done again, with the same
+    numbers, so that the file of an interrupted run reads like that of an uninterrupted one.
+    """
+
+    def __init__(self, workdir, start_step: int):
+        self._active = jax.process_index() == 0
+        if not self._active:
+            return
+        path = Path(workdir) / "metrics.jsonl"
+        keep_rows_until(path, start_step)
+        self._file = open(path, "a", buffering=1)
+        self._board = SummaryWriter(str(workdir), purge_step=start_step + 1, flush_secs=30)
+
+    def write(self, step: int, stream: str, values: dict[str, float]):
+        if not self._active:
+            return
+        self._file.write(json.dumps({"step": step, "stream": stream} | values) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(f"{stream}/{name}", value, step)
+
+    def close(self):
+        if self._active:
+            self._file.close()
+            self._board.close()
+
+
+def keep_rows_until(path: Path, step: int):
+    """Rewrites a metrics file without the rows after `step` and without a torn last line; a missing file is fine."""
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text().splitlines() if _row_step(line) <= step]
+    scratch = path.with_suffix(".jsonl.tmp")
+    scratch.write_text("".join(line + "\n" for line in kept))
+    os.replace(scratch, path)
+
+
+def _row_step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def read_metrics(workdir) -> list[dict]:
+    """The rows of a run's metrics.jsonl, oldest first."""
+    return [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def to_means(metrics: dict[str, np.ndarray]) -> dict[str, float]:
+    """The step's sums and counts -> means, without those that nothing fell into."""
+    return {name: float(total / count) for name, (total, count) in metrics.items() if count > 0}
+
+
+class Throughput:
+    """Steps, samples and FLOPs since the last report, and the share of the time that went into waiting for data."""
+
+    def __init__(self, peak_flops_per_device: float | None):
+        self._peak = peak_flops_per_device
+        self._reset()
+
+    def _reset(self):
+        self._start, self._waited, self._steps, self._samples, self._flops = time.perf_counter(), 0.0, 0, 0, 0.0
+
+    def add_wait(self, seconds: float):
+        self._waited += seconds
+
+    def add_step(self, samples: int, flops: float):
+        self._steps, self._samples, self._flops = self._steps + 1, self._samples + samples, self._flops + flops
+
+    def report(self) -> dict[str, float]:
+        """What happened since the last call; empty when no step did."""
+        seconds = time.perf_counter() - self._start
+        if not self._steps:
+            return {}
+        per_device = self._flops / seconds / jax.device_count()
+        values = {
+            "images_per_second": self._samples / seconds,
+            "seconds_per_step": seconds / self._steps,
+            "tflops_per_second_per_device": per_device / 1e12,
+            "data_wait_share": self._waited / seconds,
+        } | memory_use()
+        if self._peak:
+            values["mfu"] = per_device / self._peak
+        self._reset()
+        return values
+
+
+def memory_use() -> dict[str, float]:
+    """Peak memory in GB (1e9 bytes): of the first local device where the backend tells, and of this process."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    device = {"device_peak_gb": stats["peak_bytes_in_use"] / 1e9} if "peak_bytes_in_use" in stats else {}
+    return device | {"host_peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}

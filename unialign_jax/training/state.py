@@ -1,0 +1,100 @@
+"""What a run is made of: the networks, the frozen encoders' weights, and the state that a step turns into the next."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from unialign_jax import sharding
+from unialign_jax.models.autoencoder import AutoencoderConfig, make_autoencoder
+from unialign_jax.models.mmdit import AlignmentHeads, AlignmentHeadsConfig, MMDiT, MMDiTConfig
+from unialign_jax.models.text_encoder import TextEncoder, TextEncoderConfig
+
+# The frozen encoders of a run without converted weights are drawn from this seed, whatever the run's own: the stages of
+# one training must agree on them.
+FROZEN_SEED = 20250928
+
+
+class Networks(NamedTuple):
+    """The modules of a run; `transformer` and `heads` are trained, the encoders are frozen."""
+
+    transformer: MMDiT
+    heads: AlignmentHeads
+    text_encoder: TextEncoder
+    autoencoder: Any
+
+    @classmethod
+    def create(
+        cls,
+        model: MMDiTConfig,
+        heads: AlignmentHeadsConfig,
+        text_encoder: TextEncoderConfig,
+        autoencoder: AutoencoderConfig,
+    ) -> "Networks":
+        return cls(MMDiT(model), AlignmentHeads(heads), TextEncoder(text_encoder), make_autoencoder(autoencoder))
+
+
+class TrainState(NamedTuple):
+    """All that an optimizer step changes, and so all that a checkpoint holds.
+
+    `params` and `ema` are float32 trees; `params` has the branches "transformer" and "heads", `ema` averages the
+    transformer alone (the heads are not used after training) and is empty when switched off.
+    """
+
+    step: jax.Array  # int32 scalar: optimizer steps done, which is also the position in the data
+    params: dict
+    ema: dict
+    opt_state: Any
+
+
+def init_params(networks: Networks, key) -> dict:
+    """Random trained parameters: {"transformer": ..., "heads": ...}, float32."""
+    c = networks.transformer.config
+    latents = jnp.zeros((1, c.patch_size, c.patch_size, c.latent_channels))
+    text = jnp.zeros((1, 1, c.text_width))
+    tap = jnp.zeros((1, 1, c.width))
+    transformer_key, heads_key = jax.random.split(key)
+    return {
+        "transformer": networks.transformer.init(transformer_key, latents, text, jnp.zeros((1,)))["params"],
+        "heads": networks.heads.init(heads_key, tap, tap)["params"],
+    }
+
+
+def init_frozen(networks: Networks) -> dict:
+    """Random frozen encoders: {"text_encoder": ..., "autoencoder": ...}, each in its compute dtype."""
+    text_key, image_key = jax.random.split(jax.random.key(FROZEN_SEED))
+    text = networks.text_encoder.init(text_key, jnp.zeros((1, 1), jnp.int32))
+    side = networks.autoencoder.config.downsample_factor
+    image = networks.autoencoder.init(image_key, jnp.zeros((1, side, side, 3)))
+    return {
+        "text_encoder": _cast(text.get("params", {}), networks.text_encoder.config.dtype),
+        "autoencoder": _cast(image.get("params", {}), networks.autoencoder.config.dtype),
+    }
+
+
+def _cast(tree, dtype):
+    return jax.tree.map(lambda x: x.astype(dtype), tree)
+
+
+def init_state(networks: Networks, tx, ema_decay, key) -> TrainState:
+    params = init_params(networks, key)
+    # A copy, since the step donates the state and one buffer cannot be given away twice.
+    ema = jax.tree.map(jnp.copy, params["transformer"]) if ema_decay else {}
+    return TrainState(jnp.zeros((), jnp.int32), params, ema, tx.init(params))
+
+
+def create_sharded(init, mesh, *args):
+    """Runs `init(*args)` so that every leaf is made where the sharding table puts it, never whole on one device."""
+    shardings = sharding.tree_shardings(jax.eval_shape(init, *args), mesh)
+    return jax.jit(init, out_shardings=shardings)(*args)
+
+
+def abstract_state(networks: Networks, tx, ema_decay, mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state, with nothing allocated."""
+    shapes = jax.eval_shape(lambda: init_state(networks, tx, ema_decay, jax.random.key(0)))
+    return sharding.with_shardings(shapes, sharding.tree_shardings(shapes, mesh))
+
+
+def abstract_frozen(networks: Networks, mesh) -> dict:
+    shapes = jax.eval_shape(lambda: init_frozen(networks))
+    return sharding.with_shardings(shapes, sharding.tree_shardings(shapes, mesh))

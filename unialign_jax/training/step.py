@@ -1,0 +1,191 @@
+"""One optimizer step of one stream: encode, two passes of the one network, four losses, one update.
+
+The step is a pure function (state, frozen, batch) -> (state, metrics). Its randomness is a function of the seed, the step
+number, the micro-batch and a name, so that it is the same on any number of devices and hosts.
+"""
+
+import zlib
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from unialign_jax.diffusion import flow, masking
+from unialign_jax.losses.cross_modal import cross_modal_loss
+from unialign_jax.losses.flow_matching import flow_matching_loss
+from unialign_jax.losses.intrinsic_modal import intrinsic_modal_loss
+from unialign_jax.losses.masked_text import masked_text_loss
+from unialign_jax.models.autoencoder import Moments, sample_latents
+from unialign_jax.training.optimizer import ema_update
+from unialign_jax.training.state import Networks, TrainState
+
+BUCKETS = 4  # the flow loss is reported by quarter of sigma, the text loss by quarter of the mask fraction
+
+
+def named_key(key, name: str):
+    """A key of its own for every use in a step: adding a use changes no other use's numbers."""
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+def has_image_pass(kind: str) -> bool:
+    """Question answering trains the text pass alone, as DualDiffusion does: its records have no prompt for the picture."""
+    return kind != "vqa"
+
+
+def encode_images(networks: Networks, frozen, batch, key):
+    """uint8 images and conditions -> normalised latents [B, h, w, C] and [B, K, h, w, C] or None; one draw each."""
+    images = batch["image"][:, None]
+    if "conditions" in batch:
+        images = jnp.concatenate([images, batch["conditions"]], axis=1)
+    batch_size, count = images.shape[:2]
+    pixels = images.reshape(batch_size * count, *images.shape[2:]).astype(jnp.float32) / 127.5 - 1
+    moments = networks.autoencoder.apply({"params": frozen["autoencoder"]}, pixels, method="encode")
+    latents = sample_latents(Moments(*moments), key, networks.autoencoder.config)
+    latents = latents.reshape(batch_size, count, *latents.shape[1:])
+    return latents[:, 0], latents[:, 1:] if count > 1 else None
+
+
+def encode_texts(networks: Networks, frozen, *ids):
+    """T5 over several [B, L] id arrays in one call; the rows are interleaved so that a split batch stays split."""
+    stacked = jnp.stack(ids, axis=1)
+    batch_size, count, length = stacked.shape
+    embeddings = networks.text_encoder.apply(
+        {"params": frozen["text_encoder"]}, stacked.reshape(batch_size * count, length)
+    )
+    embeddings = jax.lax.stop_gradient(embeddings).reshape(batch_size, count, length, -1)
+    return tuple(embeddings[:, i] for i in range(count))
+
+
+def sum_and_count(values, where=None):
+    """[2] float32: what a mean needs, in a form that adds up over micro-batches."""
+    where = jnp.ones(values.shape, bool) if where is None else where
+    return jnp.stack([jnp.sum(jnp.where(where, values, 0.0)), jnp.sum(where)]).astype(jnp.float32)
+
+
+def bucketed(name, values, positions):
+    """The metrics of `values` [B] in each quarter of `positions` [B] in [0, 1]."""
+    bucket = jnp.clip((positions * BUCKETS).astype(jnp.int32), 0, BUCKETS - 1)
+    edges = [f"{i / BUCKETS:.2f}-{(i + 1) / BUCKETS:.2f}" for i in range(BUCKETS)]
+    return {f"{name}/{edge}": sum_and_count(values, bucket == i) for i, edge in enumerate(edges)}
+
+
+def compute_losses(config, networks: Networks, kind: str, mask_id: int, eos_id: int, params, frozen, batch, key):
+    """Both passes of one micro-batch -> (total loss, metrics as sums and counts).
+
+    Image pass: noisy target and clean conditions, clean prompt, sigma. Text pass: clean target, masked text, sigma 0.
+    """
+    transformer = networks.transformer
+    batch_size = batch["image"].shape[0]
+    latents, conditions = encode_images(networks, frozen, batch, named_key(key, "latents"))
+
+    mask_fraction = masking.sample_mask_fractions(
+        named_key(key, "mask fraction"), batch_size, min_fraction=config.min_mask_fraction
+    )
+    maskable = batch["text_is_target"]
+    masked_ids, is_masked = masking.mask_tokens(
+        named_key(key, "mask"), batch["text_ids"], mask_fraction, maskable, mask_id
+    )
+
+    losses, metrics = {}, {}
+    if has_image_pass(kind):
+        # T5 of an empty prompt is T5 of nothing but end-of-text: dropping ids is dropping the embedding.
+        dropped = jax.random.bernoulli(named_key(key, "prompt dropout"), config.prompt_dropout, (batch_size, 1))
+        prompt_ids = jnp.where(dropped, eos_id, batch["prompt_ids"])
+        prompt, masked_text = encode_texts(networks, frozen, prompt_ids, masked_ids)
+        sigma = flow.sample_sigma(
+            named_key(key, "sigma"),
+            batch_size,
+            mean=config.sigma.mean,
+            std=config.sigma.std,
+            shift=config.sigma.shift,
+            levels=config.sigma.levels or None,
+        )
+        noise = jax.random.normal(named_key(key, "noise"), latents.shape)
+        noisy = flow.interpolate(latents, noise, sigma)
+        image_pass = transformer.apply({"params": params["transformer"]}, noisy, prompt, sigma, conditions)
+        losses["flow_matching"] = flow_matching_loss(
+            image_pass.velocity, flow.velocity(latents, noise), sigma, form=config.flow_matching_form
+        )
+        metrics |= bucketed("flow_matching_by_sigma", losses["flow_matching"], sigma)
+    else:
+        (masked_text,) = encode_texts(networks, frozen, masked_ids)
+
+    text_pass = transformer.apply({"params": params["transformer"]}, latents, masked_text, jnp.zeros((batch_size,)))
+    losses["masked_text"] = masked_text_loss(
+        text_pass.text_logits,
+        batch["text_ids"],
+        is_masked,
+        maskable,
+        mask_fraction,
+        mask_id=mask_id,
+        normalization=config.masked_text_normalization,
+    )
+    metrics |= bucketed("masked_text_by_mask_fraction", losses["masked_text"], mask_fraction)
+
+    if has_image_pass(kind) and config.loss_weights.cross_modal:
+        losses["cross_modal"] = cross_modal_loss(
+            image_pass.image_features,
+            text_pass.text_features,
+            temperature=config.cross_modal.temperature,
+            direction=config.cross_modal.direction,
+        )
+    if config.loss_weights.intrinsic_modal:
+        image_tap = image_pass.image_tap if has_image_pass(kind) else text_pass.image_tap
+        to_image, to_text = networks.heads.apply({"params": params["heads"]}, image_tap, text_pass.text_tap)
+        losses["intrinsic_modal"] = intrinsic_modal_loss(to_text, batch["teacher_text"])
+        if has_image_pass(kind):
+            losses["intrinsic_modal"] += intrinsic_modal_loss(to_image, batch["teacher_image"])
+
+    total = sum(config.loss_weights[name] * jnp.mean(values) for name, values in losses.items())
+    metrics |= {name: sum_and_count(values) for name, values in losses.items()}
+    metrics["loss"] = jnp.stack([total, 1.0])
+    return total, metrics
+
+
+def make_train_step(config, networks: Networks, tx, schedule, kind: str, mask_id: int, eos_id: int):
+    """The step of one stream: (TrainState, frozen, batch) -> (TrainState, metrics).
+
+    Metrics are arrays [2] of sum and count (the mean is their quotient). Gradients are averaged over
+    `config.accumulation` micro-batches, each of which takes every accumulation-th row, so that no row changes device.
+    """
+
+    def loss_and_gradients(params, frozen, batch, key):
+        loss = lambda p: compute_losses(config, networks, kind, mask_id, eos_id, p, frozen, batch, key)  # noqa: E731
+        (_, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+        return metrics, gradients
+
+    def accumulate(params, frozen, batch, key):
+        count = config.accumulation
+        if count == 1:
+            return loss_and_gradients(params, frozen, batch, jax.random.fold_in(key, 0))
+        split = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1), batch)
+
+        def body(carry, inputs):
+            index, micro_batch = inputs
+            result = loss_and_gradients(params, frozen, micro_batch, jax.random.fold_in(key, index))
+            return jax.tree.map(jnp.add, carry, result), None
+
+        first = jax.tree.map(lambda x: x[0], split)
+        shapes = jax.eval_shape(loss_and_gradients, params, frozen, first, key)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        (metrics, gradients), _ = jax.lax.scan(body, zeros, (jnp.arange(count), split))
+        return metrics, jax.tree.map(lambda g: g / count, gradients)
+
+    def train_step(state: TrainState, frozen, batch):
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        metrics, gradients = accumulate(state.params, frozen, batch, key)
+        updates, opt_state = tx.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if config.ema_decay:
+            ema = ema_update(ema, params["transformer"], config.ema_decay, state.step)
+        single = {
+            "gradient_norm": optax.global_norm(gradients),
+            "update_norm": optax.global_norm(updates),
+            "parameter_norm": optax.global_norm(params),
+            "learning_rate": schedule(state.step),
+        }
+        metrics |= {name: jnp.stack([jnp.asarray(value, jnp.float32), 1.0]) for name, value in single.items()}
+        return TrainState(state.step + 1, params, ema, opt_state), metrics
+
+    return train_step
