@@ -1,0 +1,181 @@
+"""Full (unmasked) multi-head attention behind one function, with one implementation per kind of machine.
+
+Shape letters: B batch, N tokens, H heads, d head width.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+
+IMPLEMENTATIONS = ("xla", "cudnn", "splash")
+SPLASH_LANES = 128  # the TPU kernel's block sizes are multiples of this
+SPLASH_MAX_BLOCK = 640  # 1,280 tokens (512 px, 256 text tokens) are two such blocks
+
+
+def resolve_implementation(name, platform, dtype="bfloat16"):
+    """The implementation that `name` means on `platform` ("cpu", "gpu", "cuda", "rocm", "tpu").
+
+    "auto" becomes splash on TPU, cudnn on an NVIDIA GPU (xla for float32 models: cuDNN's kernel has no
+    float32) and xla elsewhere; other names are returned as they are. Raises ValueError for an unknown name.
+    """
+    if name in IMPLEMENTATIONS:
+        return name
+    if name != "auto":
+        raise ValueError(f"unknown attention {name!r}, expected one of auto, {', '.join(IMPLEMENTATIONS)}")
+    if platform == "tpu":
+        return "splash"
+    if platform in ("gpu", "cuda") and jnp.dtype(dtype).itemsize == 2:
+        return "cudnn"
+    return "xla"
+
+
+def attention(query, key, value, *, implementation="xla", bias=None, scale=None, interpret=False):
+    """softmax(scale * query key^T + bias) value, every token reading every token.
+
+    Args:
+      query, key, value: [B, N, H, d], all of one shape and dtype.
+      implementation: "xla" (any machine; float32 softmax, no [N, N] array kept for the backward pass),
+        "cudnn" (NVIDIA GPU, 16-bit inputs) or "splash" (TPU, Pallas); `resolve_implementation` knows "auto".
+      bias: [H, N, N] added to the scaled scores of every sample, or None; only with "xla".
+      scale: factor of the scores; None means 1 / sqrt(d).
+      interpret: run the splash kernel in Pallas' interpreter, which is how it is tested without a TPU.
+
+    Returns [B, N, H, d] in the dtype of the inputs. Under `jax.set_mesh(mesh)` the work is split by hand: the
+    batch over the axes data and fsdp, the heads over tensor (an axis that does not divide is left out).
+
+    Raises ValueError for an unknown implementation, a bias that it cannot take, and sizes that do not fit.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"unknown attention implementation {implementation!r}, expected one of "
+            f"{', '.join(IMPLEMENTATIONS)} (resolve_implementation turns 'auto' into one of them)"
+        )
+    if query.ndim != 4 or key.shape != query.shape or value.shape != query.shape:
+        raise ValueError(
+            "query, key and value must share one shape [batch, tokens, heads, width], "
+            f"found {query.shape}, {key.shape}, {value.shape}"
+        )
+    _, tokens, heads, width = query.shape
+    if bias is not None and implementation != "xla":
+        raise ValueError(f"attention {implementation!r} takes no bias, use implementation='xla'")
+    if bias is not None and bias.shape != (heads, tokens, tokens):
+        raise ValueError(f"bias has shape {bias.shape}, expected {(heads, tokens, tokens)}")
+    if scale is None:
+        scale = width**-0.5
+
+    if implementation == "cudnn":
+        if query.dtype.itemsize != 2:
+            raise ValueError(f"attention 'cudnn' needs bfloat16 inputs, found {query.dtype}: use 'xla'")
+        # cuDNN's call carries its own partitioning rule, so a mesh needs nothing from us.
+        return jax.nn.dot_product_attention(query, key, value, scale=scale, implementation="cudnn")
+    if implementation == "splash":
+        local = functools.partial(splash_attention, scale=scale, interpret=interpret)
+    else:
+        local = functools.partial(xla_attention, scale=scale)
+    return split_over_mesh(local, query, key, value, bias)
+
+
+def split_over_mesh(local, query, key, value, bias):
+    """Calls `local(query, key, value, bias)` on each device's own samples and heads; directly without a mesh.
+
+    A Pallas kernel and a loop over samples are both opaque to XLA's partitioner: it would gather everything.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = {name: mesh.shape[name] for name in mesh.auto_axes if mesh.shape[name] > 1}
+    batch_axes = axes_that_divide(("data", "fsdp"), sizes, query.shape[0])
+    head_axes = axes_that_divide(("tensor",), sizes, query.shape[2])
+    if not batch_axes and not head_axes:
+        return local(query, key, value, bias)
+    tokens_spec = jax.P(batch_axes or None, None, head_axes or None, None)
+    bias_spec = None if bias is None else jax.P(head_axes or None, None, None)
+    return jax.shard_map(
+        local,
+        in_specs=(tokens_spec, tokens_spec, tokens_spec, bias_spec),
+        out_specs=tokens_spec,
+        check_vma=False,  # a pallas_call does not say over which axes its result varies
+    )(query, key, value, bias)
+
+
+def axes_that_divide(names, sizes, length):
+    """The mesh axes among `names` over which `length` splits evenly, taken in order."""
+    chosen, parts = [], 1
+    for name in names:
+        if name in sizes and length % (parts * sizes[name]) == 0:
+            chosen.append(name)
+            parts *= sizes[name]
+    return tuple(chosen)
+
+
+def xla_attention(query, key, value, bias, *, scale):
+    """Attention in plain XLA operations, recomputed in the backward pass: [B, N, H, d] -> [B, N, H, d]."""
+
+    def heads(query, key, value, bias):
+        """[..., N, d] -> [..., N, d]; the softmax is float32 whatever the inputs are."""
+        scores = jnp.einsum("...nd,...md->...nm", query, key, preferred_element_type=jnp.float32) * scale
+        if bias is not None:
+            scores = scores + bias.astype(jnp.float32)
+        weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+        return jnp.einsum("...nm,...md->...nd", weights, value)
+
+    def heads_in_turn(query, key, value, bias):
+        # One head of one sample at a time keeps its [N, N] scores in the CPU's cache: at 320 tokens three to
+        # four times as fast as all at once. float32, because CPUs emulate bfloat16 matmuls.
+        def head(operands):
+            *query_key_value, bias = operands
+            wide = (x.astype(jnp.float32) for x in query_key_value)
+            return jax.checkpoint(heads, prevent_cse=False)(*wide, bias).astype(query.dtype)
+
+        return jax.lax.map(lambda sample: jax.lax.map(head, (*sample, bias)), (query, key, value))
+
+    @jax.checkpoint
+    def attend(query, key, value, bias):
+        heads_first = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
+        attended = jax.lax.platform_dependent(*heads_first, bias, cpu=heads_in_turn, default=heads)
+        return jnp.swapaxes(attended, 1, 2)
+
+    return attend(query, key, value, bias)
+
+
+def splash_attention(query, key, value, bias, *, scale, interpret):
+    """Attention by JAX's Pallas kernel for TPU: [B, N, H, d] -> [B, N, H, d]; `bias` is always None.
+
+    The sequence is padded to a multiple of 128. Padding has a segment id of its own: tokens never read it.
+    """
+    del bias
+    _, tokens, heads, _ = query.shape
+    padded = -(-tokens // SPLASH_LANES) * SPLASH_LANES
+    block = splash_block(padded)
+    kernel = splash.make_splash_mha(
+        splash_mask.MultiHeadMask([splash_mask.FullMask((padded, padded))] * heads),
+        block_sizes=splash.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+    segment = jnp.asarray(np.arange(padded) >= tokens, jnp.int32)
+    segments = splash.SegmentIds(q=segment, kv=segment)
+
+    def prepare(x):
+        return jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, padded - tokens), (0, 0)))
+
+    # The kernel does not scale the scores itself.
+    attended = jax.vmap(kernel, in_axes=(0, 0, 0, None))(
+        prepare(query * jnp.asarray(scale, query.dtype)), prepare(key), prepare(value), segments
+    )
+    return jnp.swapaxes(attended[:, :, :tokens], 1, 2)
+
+
+def splash_block(padded):
+    """The largest block that divides the padded length, in multiples of 128 up to SPLASH_MAX_BLOCK."""
+    return max(b for b in range(SPLASH_LANES, SPLASH_MAX_BLOCK + 1, SPLASH_LANES) if padded % b == 0)
