@@ -1,0 +1,158 @@
+"""What a training sample asks for in floating-point operations, counted on paper, against a device's peak.
+
+These are the model's FLOPs: matmuls, convolutions and attention, a multiply-add counted as 2, nothing for
+norms and activations, nothing for recomputation: the numerator of MFU, the same on every machine. (XLA's own
+cost analysis counts the body of a scan once, and recomputation as work, so it cannot serve.)
+
+All functions return the FLOPs of ONE sample as a float. Configs are read by attribute; they are those of
+models.mmdit, models.text_encoder and models.autoencoder.
+"""
+
+TIME_FEATURES = 256  # sinusoids that the MM-DiT's time embedding reads
+
+# bf16 peak of one device with dense matmuls, in FLOP/s; the first name found in the device kind decides.
+PEAK_FLOPS = (
+    ("TPU v6", 918e12),
+    ("TPU v5 lite", 197e12),
+    ("TPU v5e", 197e12),
+    ("TPU v5", 459e12),
+    ("TPU v4", 275e12),
+    ("H100 PCIe", 756e12),
+    ("H100", 989e12),
+    ("H200", 989e12),
+    ("A100", 312e12),
+)
+
+
+def peak_flops(device_kind):
+    """The bf16 peak in FLOP/s of a `jax.Device.device_kind`; None when unknown, as for a CPU."""
+    return next((peak for name, peak in PEAK_FLOPS if name in device_kind), None)
+
+
+def linear(tokens, width_in, width_out):
+    return 2.0 * tokens * width_in * width_out
+
+
+def attention(tokens, width):
+    """Scores and weighted sum of full attention; width is that of all heads together."""
+    return 2 * linear(tokens, width, tokens)
+
+
+def mmdit_forward(config, *, latent_size, text_length, num_conditions=0, velocity_head=True, text_head=False):
+    """One forward pass of the MM-DiT. The image pass uses the velocity head, the text pass the text head.
+
+    Args:
+      latent_size: (height, width) of the latents, before patching.
+      num_conditions: K condition images of the same size, whose tokens join the image sequence.
+    """
+    width, mlp_width = config.width, config.mlp_ratio * config.width
+    patch_width = config.patch_size**2 * config.latent_channels
+    target_tokens = latent_size[0] * latent_size[1] / config.patch_size**2
+    image_tokens = (1 + num_conditions) * target_tokens
+    tokens = image_tokens + text_length
+
+    per_token = 4 * linear(1, width, width) + 2 * linear(1, width, mlp_width)  # q, k, v, out; MLP in and out
+    modulation = 2 * linear(1, width, 6 * width)  # once a sample, in each of the two streams
+    blocks = config.depth * (tokens * per_token + attention(tokens, width) + modulation)
+
+    embeddings = (
+        linear(image_tokens, patch_width, width)
+        + linear(text_length, config.text_width, width)
+        + linear(1, TIME_FEATURES, width)
+        + linear(1, width, width)
+    )
+    heads = 0.0
+    if velocity_head:
+        heads += linear(target_tokens, width, patch_width) + linear(1, width, 2 * width)
+    if text_head:
+        heads += linear(text_length, width, config.vocab_size)
+    return blocks + embeddings + heads
+
+
+def text_encoder_forward(config, *, text_length):
+    """One pass of the T5 encoder: attention of its own width, and the gated MLP's three matrices."""
+    attention_width = config.num_heads * config.head_width
+    per_token = 4 * linear(1, config.width, attention_width) + 3 * linear(1, config.width, config.mlp_width)
+    return config.depth * (text_length * per_token + attention(text_length, attention_width))
+
+
+def autoencoder_encode(config, *, image_size):
+    """Encoding one square image with SD3's KL autoencoder; nothing for the space-to-depth stand-in."""
+    if config.kind == "space_to_depth":
+        return 0.0
+
+    def conv(side, width_in, width_out, kernel=3):
+        return linear(side**2, kernel**2 * width_in, width_out)
+
+    def resnet(side, width_in, width_out):
+        shortcut = conv(side, width_in, width_out, kernel=1) if width_in != width_out else 0.0
+        return conv(side, width_in, width_out) + conv(side, width_out, width_out) + shortcut
+
+    side, width = image_size, config.block_widths[0]
+    total = conv(side, 3, width)
+    for level, width_out in enumerate(config.block_widths):
+        if level > 0:
+            side //= 2
+            total += conv(side, width, width)  # strided
+        total += resnet(side, width, width_out) + (config.resnets_per_level - 1) * resnet(
+            side, width_out, width_out
+        )
+        width = width_out
+    total += 2 * resnet(side, width, width) + 4 * linear(side**2, width, width) + attention(side**2, width)
+    return total + conv(side, width, 2 * config.latent_channels)
+
+
+def alignment_heads_forward(config, *, width, image_tokens=1, text_tokens=1):
+    """Both projections onto the teacher's features; tokens are 1 when the heads pool first, as by default."""
+    per_token = linear(1, width, config.hidden_width) + linear(1, config.hidden_width, config.teacher_width)
+    return (image_tokens + text_tokens) * per_token
+
+
+def training_sample_flops(
+    mmdit,
+    text_encoder,
+    autoencoder,
+    heads=None,
+    *,
+    image_size,
+    text_length,
+    num_conditions=0,
+    image_pass=True,
+    text_pass=True,
+):
+    """One training sample of a stream.
+
+    Backward counts twice forward in what is trained (the MM-DiT and the alignment heads) and nothing in the
+    frozen encoders: 3 x (image pass + text pass + heads) + T5 over the prompt and over the masked text + VAE of
+    the target, once for both passes, and of each condition.
+
+    Args:
+      heads: AlignmentHeadsConfig, or None when the intrinsic loss is off.
+      image_size: pixels of a side of the (square) images.
+      num_conditions: condition images of the stream's image pass.
+      image_pass, text_pass: which of the two the stream runs (vqa runs the text pass only).
+    """
+    side = image_size // autoencoder.downsample_factor
+    forward = encoders = 0.0
+    if image_pass:
+        forward += mmdit_forward(
+            mmdit, latent_size=(side, side), text_length=text_length, num_conditions=num_conditions
+        )
+        encoders += text_encoder_forward(text_encoder, text_length=text_length)
+        encoders += num_conditions * autoencoder_encode(autoencoder, image_size=image_size)
+    if text_pass:
+        forward += mmdit_forward(
+            mmdit, latent_size=(side, side), text_length=text_length, velocity_head=False, text_head=True
+        )
+        encoders += text_encoder_forward(text_encoder, text_length=text_length)
+    if image_pass or text_pass:
+        encoders += autoencoder_encode(autoencoder, image_size=image_size)
+    if heads is not None:
+        pooled = getattr(heads, "pool", True)
+        forward += alignment_heads_forward(
+            heads,
+            width=mmdit.width,
+            image_tokens=1 if pooled else side**2 / mmdit.patch_size**2,
+            text_tokens=1 if pooled else text_length,
+        )
+    return 3 * forward + encoders
