@@ -1,0 +1,105 @@
+"""Text to token ids and back, T5 style; the `shapes` tokenizer and any T5 tokenizer folder through one class."""
+
+import importlib.resources
+import os
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+
+NUM_SENTINELS = 100
+_SHAPES_FILE = "shapes_tokenizer.json"
+
+
+class Tokenizer:
+    """Token ids in T5's layout: pad 0, eos 1, unk 2, the 100 sentinels last, `<extra_id_0>` the very last.
+
+    Texts are padded with EOS, and `<extra_id_0>` is the mask token of the text diffusion process.
+
+    Attributes:
+      eos_id, pad_id, unk_id, mask_id: special ids.
+      vocab_size: number of ids, all of them predictable (32100 for T5; the embedding table may have more rows).
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, name: str = "tokenizer"):
+        """Args: `backend`, whose own truncation and padding are switched off; `name` for messages."""
+        self._backend = backend
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self.vocab_size = backend.get_vocab_size()
+        special = {token: backend.token_to_id(token) for token in ("</s>", "<pad>", "<unk>", "<extra_id_0>")}
+        missing = [token for token, token_id in special.items() if token_id is None]
+        if missing:
+            raise ValueError(f"{name} has no {', '.join(missing)}: expected a T5 tokenizer")
+        self.eos_id, self.pad_id, self.unk_id, self.mask_id = special.values()
+        if self.mask_id != self.vocab_size - 1:
+            raise ValueError(
+                f"{name} has <extra_id_0> at id {self.mask_id} of {self.vocab_size}: expected T5's layout, where it is last"
+            )
+        sentinels = {backend.token_to_id(f"<extra_id_{i}>") for i in range(NUM_SENTINELS)} - {None}
+        self._hidden_ids = sentinels | {self.pad_id, self.eos_id}
+
+    def token_ids(self, text: str) -> list[int]:
+        """The ids of `text` alone: no EOS, no padding, any length."""
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode(self, text: str, length: int, add_eos: bool = True) -> np.ndarray:
+        """`text` as int32 [length]: cut to `length` (with `add_eos` to length - 1, then EOS), padded with EOS."""
+        if length < 1:
+            raise ValueError(f"length is {length}: expected at least 1")
+        ids = self.token_ids(text)[: length - 1 if add_eos else length]
+        padded = np.full(length, self.eos_id, dtype=np.int32)
+        padded[: len(ids)] = ids
+        return padded
+
+    def decode(self, ids) -> str:
+        """The text up to the first EOS, without pads and sentinels. `ids`: any integer sequence or [L] array."""
+        kept = []
+        for token_id in np.asarray(ids).tolist():
+            if token_id == self.eos_id:
+                break
+            if token_id not in self._hidden_ids and 0 <= token_id < self.vocab_size:
+                kept.append(token_id)
+        return self._backend.decode(kept, skip_special_tokens=False)
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Writes `tokenizer.json` into a folder that `load_tokenizer` (and transformers) can read."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self._backend.save(str(directory / "tokenizer.json"))
+
+
+def load_tokenizer(path: str | os.PathLike | None = None) -> Tokenizer:
+    """The packaged `shapes` tokenizer (None), or the one in a T5 tokenizer folder.
+
+    A folder with `tokenizer.json` is read by `tokenizers` alone; one with only `spiece.model` through transformers.
+
+    Raises:
+      FileNotFoundError: the folder is missing or holds neither file.
+      ValueError: a file cannot be read, or it is not a T5 tokenizer.
+    """
+    if path is None:
+        packaged = importlib.resources.files("unialign_jax.data").joinpath(_SHAPES_FILE)
+        return Tokenizer(tokenizers.Tokenizer.from_str(packaged.read_text(encoding="utf-8")), _SHAPES_FILE)
+    folder = Path(path)
+    file = folder / "tokenizer.json"
+    if file.is_file():
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise ValueError(f"{file} cannot be read as a tokenizer: {error}") from None
+        return Tokenizer(backend, str(file))
+    if (folder / "spiece.model").is_file():
+        try:
+            import transformers
+        except ImportError:
+            raise ValueError(
+                f"{folder} holds only spiece.model: `pip install transformers sentencepiece` to read it, "
+                "or put a tokenizer.json beside it"
+            ) from None
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        except Exception as error:
+            raise ValueError(f"{folder}/spiece.model cannot be read by transformers: {error}") from error
+        return Tokenizer(tokenizer.backend_tokenizer, str(folder))
+    raise FileNotFoundError(f"{folder} holds no tokenizer: expected tokenizer.json (or spiece.model) of a T5 tokenizer")
