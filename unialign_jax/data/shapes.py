@@ -44,6 +44,7 @@ MAX_REFERENCES = 3
 
 _NUMBERS = ("zero", "one", "two", "three")
 _ORDINALS = ("first", "second", "third")
+_TOPICS = ("count", "count of", "color", "shape", "size", "background", "exists", "relation", "position")
 
 
 class Example(NamedTuple):
@@ -214,7 +215,7 @@ def personalization_example(rng: np.random.Generator, image_size: int) -> Exampl
 def vqa_example(rng: np.random.Generator, image_size: int) -> Example:
     """A scene, a question and its answer. The answers of each kind of question are balanced by construction: the
     answer is drawn first wherever it does not follow from the scene."""
-    topic = _choose(rng, ("count", "count of", "color", "shape", "size", "background", "exists", "relation", "position"))
+    topic = _choose(rng, _TOPICS)
     if topic == "count of":
         return _count_example(rng, image_size)
     scene = sample_scene(rng, num_things=int(rng.integers(2, 4)) if topic == "relation" else None)

@@ -34,7 +34,8 @@ class Tokenizer:
         self.eos_id, self.pad_id, self.unk_id, self.mask_id = special.values()
         if self.mask_id != self.vocab_size - 1:
             raise ValueError(
-                f"{name} has <extra_id_0> at id {self.mask_id} of {self.vocab_size}: expected T5's layout, where it is last"
+                f"{name} has <extra_id_0> at id {self.mask_id} of {self.vocab_size}: "
+                "expected T5's layout, where it is the last"
             )
         sentinels = {backend.token_to_id(f"<extra_id_{i}>") for i in range(NUM_SENTINELS)} - {None}
         self._hidden_ids = sentinels | {self.pad_id, self.eos_id}

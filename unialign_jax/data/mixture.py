@@ -1,0 +1,136 @@
+"""The mixture: one homogeneous batch after another from several streams, by a schedule that is a pure function."""
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+
+import numpy as np
+
+from unialign_jax.data.streams import Stream
+
+_MAX_WEIGHT_DENOMINATOR = 10**6
+
+
+class Mixture:
+    """Batch number n, on any number of hosts.
+
+    Which stream gives batch n depends on (weights, n) alone; which of its records make it up, on (seed, stream's name,
+    n). Nothing else is state: the position in the data is the step number. Each stream is shuffled anew every epoch,
+    an epoch holds every record once, and batches run on over its end (so a data set may be smaller than a batch).
+    Host h of H reads slice h of every global batch; the slices in host order are the batch of one host.
+    """
+
+    def __init__(
+        self,
+        streams: Sequence[Stream],
+        *,
+        seed: int,
+        global_batch: int,
+        host_index: int = 0,
+        host_count: int = 1,
+    ):
+        """Args: `streams` with their weights in their configs, those of weight 0 are dropped; `global_batch` is
+        examples per batch over all hosts.
+
+        Raises:
+          ValueError: no stream of positive weight, a name twice, or a batch that the hosts cannot share equally.
+        """
+        import grain  # takes a second to import
+
+        self.streams = {stream.config.name: stream for stream in streams if stream.config.weight > 0}
+        names = [stream.config.name for stream in streams]
+        if not self.streams:
+            raise ValueError(f"no stream to train on: {len(names)} streams given, none with a weight above 0")
+        if len(set(names)) != len(names):
+            raise ValueError(f"stream names must differ, found {', '.join(names)}")
+        if global_batch < 1 or host_count < 1 or global_batch % host_count:
+            raise ValueError(f"a global batch of {global_batch} cannot be shared equally by {host_count} hosts")
+        if not 0 <= host_index < host_count:
+            raise ValueError(f"host_index is {host_index}, expected 0 to {host_count - 1}")
+        self.seed = seed
+        self.global_batch = global_batch
+        self._names = tuple(self.streams)
+        self._shares = integer_weights([stream.config.weight for stream in self.streams.values()])
+        # Batches of one host's size: number k * H + h of them is host h's slice of global batch k.
+        self._batches = {
+            name: grain.MapDataset.source(stream)
+            .seed(_stream_seed(seed, name))
+            .shuffle()
+            .repeat()
+            .batch(global_batch // host_count)[host_index::host_count]
+            for name, stream in self.streams.items()
+        }
+
+    def schedule(self, n: int) -> tuple[str, int]:
+        """(stream's name, k): batch n is the k-th batch of that stream. A few integer operations at any n."""
+        index, k = interleave(n, self._shares)
+        return self._names[index], k
+
+    def batch(self, n: int) -> tuple[str, dict[str, np.ndarray]]:
+        """(stream's name, this host's slice of batch n): every array has a leading axis of global_batch / hosts."""
+        name, k = self.schedule(n)
+        return name, self._batches[name][k]
+
+    def batches(
+        self, start: int = 0, *, num_threads: int = 4, prefetch: int = 4
+    ) -> Iterator[tuple[int, str, dict[str, np.ndarray]]]:
+        """Yields (n, stream's name, this host's slice of batch n) for n = start, start + 1, ... without end.
+
+        Args:
+          start: the first n; starting at ten million costs as little as starting at 0.
+          num_threads: batches made at the same time; 0 makes each when it is asked for.
+          prefetch: batches kept ready at most, and so the memory this takes.
+        """
+        import grain
+
+        if start < 0:
+            raise ValueError(f"start is {start}, expected at least 0")
+        numbers = grain.MapDataset.range(start, start + 2**40)
+        options = grain.ReadOptions(
+            num_threads=min(num_threads, prefetch), prefetch_buffer_size=prefetch if num_threads else 0
+        )
+        iterator = iter(numbers.map(lambda n: (int(n), *self.batch(int(n)))).to_iter_dataset(options))
+        try:
+            yield from iterator
+        finally:
+            iterator.close()  # stops the reading threads
+
+
+def interleave(n: int, shares: Sequence[int]) -> tuple[int, int]:
+    """(i, k): number n of the interleaved sequence is number k of component i, components taken by their shares.
+
+    The first component takes its share evenly, ceil(n * share / total) of the first n; the numbers it leaves go to
+    the others in the same way. So every component is within a few of its share at any n, and over sum(shares)
+    numbers takes exactly its share. (grain's MapDataset.mix interleaves alike.)
+    """
+    if n < 0:
+        raise ValueError(f"batch number is {n}, expected at least 0")
+    total = sum(shares)
+    for index, share in enumerate(shares):
+        left_before = n * (total - share) // total
+        left_after = (n + 1) * (total - share) // total
+        if left_after == left_before:  # this component takes number n
+            return index, n - left_before
+        n, total = left_before, total - share
+    raise ValueError(f"shares must be positive integers, found {tuple(shares)}")
+
+
+def integer_weights(weights: Sequence[float]) -> tuple[int, ...]:
+    """The smallest positive integers in the ratio of `weights` (0.2 and 0.1 are 2 and 1), to six digits."""
+    if any(weight <= 0 for weight in weights):
+        raise ValueError(f"weights must be above 0, found {tuple(weights)}")
+    largest = max(weights)
+    ratios = [Fraction(weight / largest).limit_denominator(_MAX_WEIGHT_DENOMINATOR) for weight in weights]
+    if any(ratio == 0 for ratio in ratios):
+        raise ValueError(f"weights must be within a factor of a million of each other, found {tuple(weights)}")
+    scale = math.lcm(*(ratio.denominator for ratio in ratios))
+    shares = [int(ratio * scale) for ratio in ratios]
+    divisor = math.gcd(*shares)
+    return tuple(share // divisor for share in shares)
+
+
+def _stream_seed(seed: int, name: str) -> int:
+    """A 32-bit seed for a stream's order; by name, so that adding a stream leaves the others' order alone."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return int.from_bytes(digest[:4], "little")

@@ -1,0 +1,228 @@
+"""Streams: from a record on disk to an example of arrays, by index."""
+
+import io
+import logging
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from unialign_jax.data.records import KINDS, REQUIRED_FIELDS, Record, RecordError, open_records
+from unialign_jax.data.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
+
+# How many neighbours in a row may fail before the data set itself is taken to be broken.
+MAX_NEIGHBOURS = 64
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """One stream of training data.
+
+    Attributes:
+      name: unique in a mixture; seeds the stream's order.
+      kind: "text_to_image", "edit", "perception", "personalization" or "vqa"; must be the folder's.
+      path: the data folder.
+      weight: share of the batches, relative to the other streams; 0 switches the stream off.
+      num_conditions: K, condition images per example: 0 for text_to_image and vqa, else at least 1.
+      image_size: height and width of all images, in pixels.
+      text_length: L, tokens per text.
+      use_teacher: hand out the records' teacher features where they have them.
+    """
+
+    name: str
+    kind: str
+    path: str
+    weight: float = 1.0
+    num_conditions: int = 0
+    image_size: int = 64
+    text_length: int = 48
+    use_teacher: bool = True
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"stream {self.name}: unknown kind {self.kind!r}, expected one of {', '.join(KINDS)}")
+        if not (math.isfinite(self.weight) and self.weight >= 0):
+            raise ValueError(f"stream {self.name}: weight is {self.weight}, expected a finite number of at least 0")
+        needs_conditions = "conditions" in REQUIRED_FIELDS[self.kind]
+        if needs_conditions != (self.num_conditions > 0):
+            expected = "at least 1" if needs_conditions else "0"
+            raise ValueError(
+                f"stream {self.name}: num_conditions is {self.num_conditions}, a {self.kind} stream needs {expected}"
+            )
+        if self.image_size < 1 or self.text_length < 2:
+            raise ValueError(
+                f"stream {self.name}: image_size {self.image_size} and text_length {self.text_length}, "
+                "expected at least 1 and 2"
+            )
+
+
+class Stream:
+    """A data folder as a sequence of examples: `len(stream)`, `stream[index] -> dict of arrays`.
+
+    An example, with H = W = image_size, K = num_conditions, L = text_length and T the teacher's width:
+
+        image           uint8   [H, W, 3]     the target image
+        conditions      uint8   [K, H, W, 3]  absent when K is 0
+        prompt_ids      int32   [L]           what the image pass reads: caption or instruction; all EOS for vqa
+        text_ids        int32   [L]           what the text pass denoises: the target's caption, or "Q: ... A: ..."
+        text_is_target  bool    [L]           where the text pass may mask: everywhere, or answer and padding for vqa
+        teacher_image   float16 [T]           absent without teacher features
+        teacher_text    float16 [T]
+        replaced        bool    []            a neighbour stands in for a record that cannot be decoded
+
+    `stream[index]` is a pure function of the index and safe in threads. A damaged record is replaced by the next
+    sound one (cyclically) and logged once, by key.
+    """
+
+    def __init__(self, config: StreamConfig, tokenizer: Tokenizer):
+        """Opens the folder.
+
+        Raises:
+          FileNotFoundError, ValueError: the folder's state (see `records.read_metadata`), or it holds another kind.
+        """
+        self.config = config
+        self.tokenizer = tokenizer
+        self.records = open_records(config.path)
+        found = self.records.metadata.kind
+        if found != config.kind:
+            raise ValueError(
+                f"stream {config.name}: {config.path} holds {found} records, the stream's kind is {config.kind}"
+            )
+        self._logged: set[int] = set()
+
+    @property
+    def teacher_width(self) -> int:
+        """T, or 0 when examples carry no teacher features."""
+        return self.records.metadata.teacher_width if self.config.use_teacher else 0
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """The example at `index`.
+
+        Raises:
+          IndexError: outside of [0, len).
+          ValueError: the record and its next MAX_NEIGHBOURS neighbours cannot be decoded.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"example {index} of stream {self.config.name}: expected 0 to {len(self) - 1}")
+        for offset in range(min(len(self), MAX_NEIGHBOURS + 1)):
+            candidate = (index + offset) % len(self)
+            try:
+                example = self._load(candidate)
+            except RecordError as error:
+                self._log_once(candidate, error)
+                last_error = error
+            else:
+                example["replaced"] = np.array(offset > 0)
+                return example
+        raise ValueError(
+            f"stream {self.config.name}: record {index} of {self.config.path} and the {offset} after it cannot be "
+            f"decoded: write the folder again (last error: {last_error})"
+        )
+
+    def _load(self, index: int) -> dict[str, np.ndarray]:
+        config = self.config
+        record = self.records[index]
+        try:
+            example = {"image": decode_image(record.image, config.image_size)}
+            if config.num_conditions:
+                references = [
+                    decode_image(data, config.image_size) for data in record.conditions[: config.num_conditions]
+                ]
+                if not references:
+                    raise RecordError("it has no condition image")
+                # Fewer references than K: its own, repeated in turn.
+                example["conditions"] = np.stack(
+                    [references[i % len(references)] for i in range(config.num_conditions)]
+                )
+        except RecordError as error:
+            raise RecordError(f"key {record.key!r}: {error}") from error
+        example.update(encode_texts(record, config.kind, self.tokenizer, config.text_length))
+        if self.teacher_width:
+            example["teacher_image"] = record.teacher_image
+            example["teacher_text"] = record.teacher_text
+        return example
+
+    def _log_once(self, index: int, error: RecordError) -> None:
+        if index not in self._logged:
+            self._logged.add(index)
+            _log.warning(
+                "stream %s: record %d cannot be decoded, a neighbour stands in (%s)", self.config.name, index, error
+            )
+
+    def __repr__(self) -> str:
+        return f"Stream({self.config.name!r}, kind={self.config.kind!r}, records={len(self)})"
+
+
+def decode_image(data: bytes, image_size: int) -> np.ndarray:
+    """PNG or JPEG bytes as uint8 [image_size, image_size, 3]: RGB, shorter side resized (bicubic), centre crop.
+
+    As the reference's training transform (Resize, CenterCrop), except that the camera's rotation tag is obeyed and
+    transparent pixels show white, where the reference ignores both.
+
+    Raises:
+      RecordError: the bytes are not a whole image.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            image = to_rgb(opened)
+        width, height = image.size
+        shorter = min(width, height)
+        if shorter != image_size:
+            size = (int(image_size * width / shorter), int(image_size * height / shorter))
+            image = image.resize(size, Image.Resampling.BICUBIC)
+        left = round((image.size[0] - image_size) / 2)
+        top = round((image.size[1] - image_size) / 2)
+        return np.asarray(image.crop((left, top, left + image_size, top + image_size)))
+    except Exception as error:  # PIL's decoders raise many kinds on damaged bytes
+        raise RecordError(f"image of {len(data)} bytes cannot be decoded: {error}") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An upright RGB copy of an image of any mode; transparent pixels show white."""
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        image = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        image.alpha_composite(layer)
+    return image.convert("RGB")
+
+
+def encode_texts(record: Record, kind: str, tokenizer: Tokenizer, length: int) -> dict[str, np.ndarray]:
+    """prompt_ids int32 [L], text_ids int32 [L] and text_is_target bool [L] of one record (see `Stream`)."""
+    if kind == "vqa":
+        text_ids, is_target = encode_question(record.question, record.answer, tokenizer, length)
+        prompt_ids = np.full(length, tokenizer.eos_id, dtype=np.int32)
+    else:
+        text_ids = tokenizer.encode(record.caption, length)
+        is_target = np.ones(length, dtype=bool)
+        prompt = record.caption if kind == "text_to_image" else record.instruction
+        prompt_ids = tokenizer.encode(prompt, length)
+    return {"prompt_ids": prompt_ids, "text_ids": text_ids, "text_is_target": is_target}
+
+
+def encode_question(
+    question: str, answer: str, tokenizer: Tokenizer, length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """"Q: {question} A: " and the answer as ids int32 [L], and where the answer and the padding are, bool [L].
+
+    Source: the reference's VQA training format; its prefix carries no EOS, the answer does. Where they do not fit,
+    the end of the question is cut first, then the end of the answer. An empty answer leaves L open positions after
+    the prefix: the form for asking.
+    """
+    prefix = tokenizer.token_ids(f"Q: {question} A: ")
+    ending = tokenizer.token_ids("A: ")
+    answer_ids = tokenizer.token_ids(answer) if answer else []
+    answer_ids = answer_ids[: max(1, length - 1 - len(ending))]
+    room = length - 1 - len(answer_ids)
+    if len(prefix) > room:
+        prefix = (prefix[: max(0, room - len(ending))] + ending)[:room]
+    ids = np.full(length, tokenizer.eos_id, dtype=np.int32)
+    ids[: len(prefix)] = prefix
+    ids[len(prefix) : len(prefix) + len(answer_ids)] = answer_ids
+    return ids, np.arange(length) >= len(prefix)
