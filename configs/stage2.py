@@ -3,8 +3,8 @@
     python launch/train.py --config=configs/stage2.py --workdir=runs/stage2 --config.init_from=runs/stage1
     python launch/train.py --config=configs/stage2.py:tiny --workdir=runs/tiny2 --config.init_from=runs/tiny
 
-Full size is the other 40 K of the 80 K steps of the first two stages. The paper interleaves text-to-image batches with the
-conditional tasks and gives no shares; the released code alternates one to one, which are the weights here.
+Full size is the other 40 K of the 80 K steps of the first two stages. The paper interleaves text-to-image batches with
+the conditional tasks and gives no shares; as in the released code, every other step here is one of text to image.
 """
 
 from unialign_jax.training.config import paper_config, stream, tiny

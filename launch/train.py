@@ -3,9 +3,10 @@
     python launch/train.py --config=configs/stage1.py:tiny --workdir=runs/tiny
     python launch/train.py --config=configs/stage1.py --workdir=runs/stage1 --config.batch_size=128 --config.mesh.fsdp=8
 
---config names a stage file; ":tiny" after it is the same recipe for a laptop. Every key of the configuration (listed with
-its meaning in unialign_jax/training/config.py) can be set as --config.KEY=VALUE. The folder gets config.json,
-checkpoints/, metrics.jsonl, TensorBoard events and samples/. SIGTERM or Ctrl-C saves and stops; the same command goes on.
+--config names a stage file; ":tiny" after it is the same recipe for a laptop. Every key of the configuration (listed
+with its meaning in unialign_jax/training/config.py) can be set as --config.KEY=VALUE. The folder gets config.json,
+checkpoints/, metrics.jsonl, TensorBoard events and samples/. SIGTERM or Ctrl-C saves and stops; the same command goes
+on from there.
 """
 
 import importlib.util

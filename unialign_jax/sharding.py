@@ -15,9 +15,9 @@ from jax.sharding import PartitionSpec as P
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
 
-# The first pattern found in a parameter's path ("/"-joined) gives its spec; a spec shorter than the shape leaves the last
-# axes whole. Parameters of scanned layers have the layer as their first axis. Optimizer moments and the EMA have the
-# parameter's path as the end of their own, so that they are split in the same way.
+# The first pattern found in a parameter's path ("/"-joined) gives its spec; a spec shorter than the shape leaves the
+# last axes whole. Parameters of scanned layers have the layer as their first axis. Optimizer moments and the EMA have
+# the parameter's path as the end of their own, so that they are split in the same way.
 TABLE = (
     # MM-DiT blocks
     (r"blocks/.*/modulation/kernel$", P(None, "fsdp", None, "tensor")),
@@ -32,8 +32,9 @@ TABLE = (
     (r"heads/(image|text)_(hidden|out)/kernel$", P("fsdp", "tensor")),
     # T5 encoder
     (r"token_embedding$", P("tensor", "fsdp")),
-    (r"layers/.*(query|key|value|mlp_gate|mlp_up)/kernel$", P(None, "fsdp", "tensor")),
-    (r"layers/.*(out|mlp_out)/kernel$", P(None, "tensor", "fsdp")),
+    (r"layers/(query|key|value|mlp_gate|mlp_up)/kernel$", P(None, "fsdp", "tensor")),
+    (r"layers/out/kernel$", P(None, "tensor", None, "fsdp")),
+    (r"layers/mlp_out/kernel$", P(None, "tensor", "fsdp")),
     # Norms, biases, counters and the small autoencoder: everywhere.
     (r".*", P()),
 )
@@ -52,7 +53,7 @@ def make_mesh(data=1, fsdp=-1, tensor=1, devices=None) -> Mesh:
 
 
 def complete_mesh_shape(sizes, device_count) -> tuple[int, ...]:
-    """Replaces a -1 in `sizes` by what `device_count` leaves for it; raises ValueError when it does not come out even."""
+    """Replaces a -1 in `sizes` by what `device_count` leaves for it; ValueError when it does not come out even."""
     shape = "x".join(map(str, sizes))
     unknown = [i for i, size in enumerate(sizes) if size == -1]
     if len(unknown) > 1 or any(size < 1 and size != -1 for size in sizes):
@@ -73,7 +74,8 @@ def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     spec = next(spec for pattern, spec in TABLE if re.search(pattern, path))
     if len(spec) > len(shape):
         raise ValueError(f"{path} has shape {shape}, but the sharding table gives it {len(spec)} axes: {spec}")
-    return P(*(axis if axis is None or size % mesh.shape[axis] == 0 else None for axis, size in zip(spec, shape, strict=False)))
+    fits = (axis is None or size % mesh.shape[axis] == 0 for axis, size in zip(spec, shape, strict=False))
+    return P(*(axis if fit else None for axis, fit in zip(spec, fits, strict=False)))
 
 
 def tree_shardings(abstract_tree, mesh: Mesh):

@@ -31,7 +31,7 @@ class MMDiTConfig:
     """Architecture of the MM-DiT; the defaults are UniAlignment's 2 B model.
 
     `remat` is "none", "dots" (keep the matmul outputs) or "block" (keep only what enters a block).
-    `max_patches` is the side of SD3's positional grid and `base_patches` the side at which neighbours are one unit apart.
+    `max_patches` is the side of SD3's positional grid, `base_patches` the side at which neighbours are one unit apart.
     """
 
     depth: int = 24
@@ -227,8 +227,8 @@ class MMDiT(nn.Module):
     """The one network of both passes; see `MMDiTOutput` for what it returns.
 
     Args of `apply`:
-      latents: [B, H, W, C] normalised latents, noisy in the image pass, clean in the text pass. H and W are multiples of
-        the patch size and at most max_patches patches.
+      latents: [B, H, W, C] normalised latents, noisy in the image pass, clean in the text pass. H and W are multiples
+        of the patch size and at most max_patches patches.
       text_embeddings: [B, L, text_width] T5 embeddings.
       sigma: [B] noise level in [0, 1], 0 is clean; the text pass runs at 0.
       conditions: [B, K, h, w, C] clean latents of K condition images, or None. Their tokens follow the target's in the
@@ -351,8 +351,8 @@ class AlignmentHeadsConfig:
 class AlignmentHeads(nn.Module):
     """Projects the taps onto the teacher's feature space; used in training only (paper, equation 4).
 
-    (image_tap [B, N, D], text_tap [B, L, D]) -> (image [B, teacher_width], text [B, teacher_width]), float32. Tokens are
-    averaged first, as in the released code; with `pool=False` each token is projected: [B, N or L, teacher_width].
+    (image_tap [B, N, D], text_tap [B, L, D]) -> (image [B, teacher_width], text [B, teacher_width]), float32. Tokens
+    are averaged first, as in the released code; with `pool=False` each is projected: [B, N or L, teacher_width].
     """
 
     config: AlignmentHeadsConfig

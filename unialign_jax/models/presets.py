@@ -25,3 +25,18 @@ ALIGNMENT_HEADS = {
     "unialign_2b": AlignmentHeadsConfig(),
     "tiny": AlignmentHeadsConfig(hidden_width=128, teacher_width=64),
 }
+
+TEXT_ENCODER = {
+    "t5_xxl": TextEncoderConfig(),
+    "tiny": TextEncoderConfig(
+        vocab_size=512, width=128, mlp_width=256, num_heads=4, head_width=32, depth=2, dtype="float32"
+    ),
+}
+
+AUTOENCODER = {
+    "sd3": AutoencoderConfig(),
+    # No learned codec: pixels rearranged into latents, so that tiny runs need no pretrained weights.
+    "tiny": AutoencoderConfig(
+        kind="space_to_depth", latent_channels=48, downsample_factor=4, scale=2.0, shift=0.0, dtype="float32"
+    ),
+}

@@ -1,8 +1,8 @@
 """Checkpoints of a run: saved in the background, whole or ignored, and restored onto any mesh.
 
-A folder `checkpoints/<step>/state` per save, written by Orbax under a name of its own until it is whole. Restoring either
-gives the state or raises: a checkpoint of another architecture is refused with the leaves that differ, a damaged one is
-set aside by name and the one before it is taken.
+A folder `checkpoints/<step>/state` per save, written by Orbax under a name of its own until it is whole. Restoring
+either gives the state or raises: a checkpoint of another architecture is refused with the leaves that differ, a damaged
+one is set aside by name and the one before it is taken.
 """
 
 import logging
@@ -108,9 +108,8 @@ def load_params(run, abstract, weights="raw"):
             raise ValueError(f"init_from: {directory}/{step} keeps no EMA; use init_weights=raw")
         wanted = {"params": {"heads": abstract["heads"]}, "ema": abstract["transformer"]}
     expected = _leaf_shapes(wanted)
-    branches = tuple(f"{branch}/" for branch in wanted)
-    relevant = {path: shape for path, shape in found.items() if path.startswith(branches) and (weights == "raw" or not path.startswith("params/transformer/"))}
-    differences = _differences(expected, relevant)
+    branches = ("params/",) if weights == "raw" else ("params/heads/", "ema/")
+    differences = _differences(expected, {path: s for path, s in found.items() if path.startswith(branches)})
     if differences:
         raise ValueError(f"init_from: {directory}/{step} does not fit this configuration: {'; '.join(differences)}")
     options = ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=True))

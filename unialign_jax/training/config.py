@@ -26,7 +26,7 @@ def stream(kind, path, weight=1.0, num_conditions=None) -> ConfigDict:
 
 
 def paper_config(size="") -> ConfigDict:
-    """The full-size recipe that the three stages share. Raises ValueError for a `size` that is neither "" nor "tiny"."""
+    """The full-size recipe that the stages share. Raises ValueError for a `size` that is neither "" nor "tiny"."""
     if size not in ("", "tiny"):
         raise ValueError(f"unknown size {size!r} after the configuration's name, expected nothing or :tiny")
     return ConfigDict(
@@ -48,13 +48,14 @@ def paper_config(size="") -> ConfigDict:
             "text_encoder": dataclasses.asdict(presets.TEXT_ENCODER["t5_xxl"]),
             "autoencoder": dataclasses.asdict(presets.AUTOENCODER["sd3"]),
             # Processes and losses
-            "sigma": {"mean": 0.0, "std": 1.0, "shift": 1.0, "levels": 0},  # levels 1000 quantises as the released code does
+            # Logit-normal noise levels; levels=1000 quantises them as the released code does, 0 does not.
+            "sigma": {"mean": 0.0, "std": 1.0, "shift": 1.0, "levels": 0},
             "min_mask_fraction": 1e-3,
             "prompt_dropout": 0.1,  # share of samples whose image pass reads the empty prompt
             "loss_weights": {"flow_matching": 1.0, "masked_text": 0.2, "cross_modal": 0.05, "intrinsic_modal": 0.1},
             "flow_matching_form": "velocity",  # or "x0", the released checkpoint's
             "masked_text_normalization": "positions",  # or "maskable"
-            "cross_modal": {"temperature": 0.07, "direction": "symmetric"},  # or "image_to_text", the paper's equation 3
+            "cross_modal": {"temperature": 0.07, "direction": "symmetric"},  # or "image_to_text", the paper's eq. 3
             # Optimizer
             "optimizer": {
                 "learning_rate": 3e-5,
@@ -185,7 +186,8 @@ def config_problems(config: ConfigDict, batch_shards: int, host_count: int = 1) 
     )
     expect(
         config.model.latent_channels == config.autoencoder.latent_channels,
-        f"model.latent_channels is {config.model.latent_channels}, the autoencoder gives {config.autoencoder.latent_channels}",
+        f"model.latent_channels is {config.model.latent_channels}, "
+        f"the autoencoder gives {config.autoencoder.latent_channels}",
     )
     expect(
         config.model.text_width == config.text_encoder.width,
@@ -193,7 +195,8 @@ def config_problems(config: ConfigDict, batch_shards: int, host_count: int = 1) 
     )
     expect(
         config.model.vocab_size <= config.text_encoder.vocab_size,
-        f"model.vocab_size is {config.model.vocab_size}, the text encoder's table has {config.text_encoder.vocab_size} rows",
+        f"model.vocab_size is {config.model.vocab_size}, "
+        f"the text encoder's table has {config.text_encoder.vocab_size} rows",
     )
     expect(
         1 <= config.model.tap_depth <= config.model.depth,
@@ -211,7 +214,9 @@ def config_problems(config: ConfigDict, batch_shards: int, host_count: int = 1) 
         expect(value in allowed, f"{key} is {value!r}, expected one of {', '.join(allowed)}")
     for key in ("prompt_dropout", "ema_decay"):
         expect(0 <= config[key] < 1, f"{key} is {config[key]}, expected 0 <= {key} < 1")
-    expect(0 < config.min_mask_fraction < 1, f"min_mask_fraction is {config.min_mask_fraction}, expected between 0 and 1")
+    expect(
+        0 < config.min_mask_fraction < 1, f"min_mask_fraction is {config.min_mask_fraction}, expected between 0 and 1"
+    )
     for key, weight in config.loss_weights.items():
         expect(weight >= 0 and math.isfinite(weight), f"loss_weights.{key} is {weight}, expected 0 or more")
     for key in ("learning_rate", "clip_norm", "eps"):
@@ -231,9 +236,7 @@ def config_problems(config: ConfigDict, batch_shards: int, host_count: int = 1) 
     )
     for name, settings in config.streams.items():
         expect(settings.weight >= 0, f"streams.{name}.weight is {settings.weight}, expected 0 or more")
-        expect(
-            settings.kind in KINDS, f"streams.{name}.kind is {settings.kind!r}, expected one of {', '.join(KINDS)}"
-        )
+        expect(settings.kind in KINDS, f"streams.{name}.kind is {settings.kind!r}, expected one of {', '.join(KINDS)}")
         if settings.weight > 0:
             expect(settings.path, f"streams.{name} has no data: set streams.{name}.path, or its weight to 0")
         needs = settings.kind in ("edit", "perception", "personalization")

@@ -35,7 +35,6 @@ from unialign_jax.training.state import (
     abstract_state,
     create_sharded,
     init_frozen,
-    init_params,
     init_state,
 )
 from unialign_jax.training.step import has_image_pass, make_train_step
@@ -232,9 +231,7 @@ def train(config: ConfigDict, workdir, progress=True) -> TrainState:
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
     trainer = Trainer(config)
-    checkpoints = Checkpoints(
-        workdir, keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every
-    )
+    checkpoints = Checkpoints(workdir, keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every)
     with contextlib.closing(checkpoints), StopRequest() as stop:
         state = checkpoints.restore_latest(trainer.abstract_state)
         if state is None:
@@ -253,7 +250,7 @@ def train(config: ConfigDict, workdir, progress=True) -> TrainState:
 
 
 def run_steps(trainer, state, frozen, checkpoints, sampler, workdir, stop, progress) -> TrainState:
-    """The loop. The numbers of a step are fetched while the next one runs, so that the device never waits for the host."""
+    """The loop. A step's numbers are fetched while the next step runs, so that the device never waits for the host."""
     config = trainer.config
     step = int(state.step)
     if step >= config.num_steps:

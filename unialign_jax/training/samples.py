@@ -23,9 +23,7 @@ def make_generate(networks: Networks, eos_id: int, sigmas: np.ndarray):
     """(transformer params, frozen, batch, guidance scale, key) -> uint8 images [B, H, W, 3] for the batch's prompts."""
 
     def generate(params, frozen, batch, guidance_scale, key):
-        null, prompt = encode_texts(
-            networks, frozen, jnp.full_like(batch["prompt_ids"], eos_id), batch["prompt_ids"]
-        )
+        null, prompt = encode_texts(networks, frozen, jnp.full_like(batch["prompt_ids"], eos_id), batch["prompt_ids"])
         text = jnp.concatenate([null, prompt])
         latents, conditions = encode_images(networks, frozen, batch, None)
         if conditions is not None:
@@ -88,9 +86,8 @@ class Sampler:
         settings, paths = self._config.samples, []
         for name, stream in self._streams.items():
             examples = [stream.example(index) for index in range(min(settings.count, len(stream)))]
-            batch = {key: np.stack([example[key] for example in examples]) for key in ("image", "prompt_ids", "text_ids", "text_is_target")}
-            if "conditions" in examples[0]:
-                batch["conditions"] = np.stack([example["conditions"] for example in examples])
+            keys = {"image", "conditions", "prompt_ids", "text_ids", "text_is_target"} & examples[0].keys()
+            batch = {key: np.stack([example[key] for example in examples]) for key in sorted(keys)}
             arrays = jax.device_put(batch, sharding.replicated(self._mesh))
             key = jax.random.fold_in(jax.random.key(self._config.seed), step)
             ids = np.asarray(self._describe(params, frozen, arrays, key))

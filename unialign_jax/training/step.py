@@ -1,7 +1,7 @@
 """One optimizer step of one stream: encode, two passes of the one network, four losses, one update.
 
-The step is a pure function (state, frozen, batch) -> (state, metrics). Its randomness is a function of the seed, the step
-number, the micro-batch and a name, so that it is the same on any number of devices and hosts.
+The step is a pure function (state, frozen, batch) -> (state, metrics). Its randomness is a function of the seed, the
+step number, the micro-batch and a name, so that it is the same on any number of devices and hosts.
 """
 
 import zlib
@@ -28,7 +28,7 @@ def named_key(key, name: str):
 
 
 def has_image_pass(kind: str) -> bool:
-    """Question answering trains the text pass alone, as DualDiffusion does: its records have no prompt for the picture."""
+    """Question answering trains the text pass alone, as DualDiffusion does: its records have no image prompt."""
     return kind != "vqa"
 
 
