@@ -1,32 +1,17 @@
-import types
-
 import jax
 import jax.numpy as jnp
 import pytest
 
+from unialign_jax.models.autoencoder import AutoencoderConfig
+from unialign_jax.models.mmdit import AlignmentHeadsConfig, MMDiTConfig
+from unialign_jax.models.text_encoder import TextEncoderConfig
 from unialign_jax.training import flops
 
 TERA = 1e12
-MMDIT = types.SimpleNamespace(
-    depth=24,
-    num_heads=24,
-    head_width=64,
-    width=1536,
-    mlp_ratio=4,
-    latent_channels=16,
-    patch_size=2,
-    text_width=4096,
-    vocab_size=32100,
-)
-T5_XXL = types.SimpleNamespace(width=4096, mlp_width=10240, num_heads=64, head_width=64, depth=24)
-SD3_VAE = types.SimpleNamespace(
-    kind="kl",
-    latent_channels=16,
-    downsample_factor=8,
-    block_widths=(128, 256, 512, 512),
-    resnets_per_level=2,
-)
-HEADS = types.SimpleNamespace(hidden_width=2048, teacher_width=3584, pool=True)
+MMDIT = MMDiTConfig()
+T5_XXL = TextEncoderConfig()
+SD3_VAE = AutoencoderConfig()
+HEADS = AlignmentHeadsConfig()
 FULL_SIZE = dict(latent_size=(64, 64), text_length=256)
 
 
@@ -69,8 +54,8 @@ def test_training_samples_at_full_size():
 def test_attention_heads_and_text_head_are_counted_against_xla():
     # One joint block, unscanned and without norms, as XLA counts it: both streams' matmuls and the attention.
     width, image_tokens, text_tokens = 256, 48, 32
-    config = types.SimpleNamespace(
-        depth=1, width=width, mlp_ratio=4, latent_channels=4, patch_size=2, text_width=64, vocab_size=512
+    config = MMDiTConfig(
+        depth=1, num_heads=4, head_width=64, latent_channels=4, text_width=64, vocab_size=512
     )
     shape = jax.ShapeDtypeStruct
     stream = {
@@ -145,7 +130,7 @@ def test_text_encoder_equals_torch():
         return encoder(input_ids=torch.zeros(1, 24, dtype=torch.long))
 
     counted = torch_flops(lambda: transformers.T5EncoderModel(config), run)
-    ours = types.SimpleNamespace(width=64, mlp_width=160, num_heads=8, head_width=16, depth=3)
+    ours = TextEncoderConfig(width=64, mlp_width=160, num_heads=8, head_width=16, depth=3)
     assert flops.text_encoder_forward(ours, text_length=24) == counted
 
 
@@ -173,9 +158,7 @@ def test_mmdit_blocks_equal_torch():
         return torch_flops(build, run)
 
     def ours(depth):
-        config = types.SimpleNamespace(
-            depth=depth, width=64, mlp_ratio=4, latent_channels=16, patch_size=2, text_width=48, vocab_size=1
-        )
+        config = MMDiTConfig(depth=depth, num_heads=4, head_width=16, text_width=48)
         return flops.mmdit_forward(config, latent_size=(16, 16), text_length=10)
 
     assert ours(3) - ours(2) == counted(3) - counted(2)
@@ -188,7 +171,7 @@ def test_alignment_heads_count_their_weights():
 
 
 def test_the_stand_in_autoencoder_costs_nothing():
-    tiny = types.SimpleNamespace(kind="space_to_depth", latent_channels=48, downsample_factor=4)
+    tiny = AutoencoderConfig(kind="space_to_depth", latent_channels=48, downsample_factor=4)
     assert flops.autoencoder_encode(tiny, image_size=64) == 0
 
 
