@@ -48,7 +48,7 @@ _TOPICS = ("count", "count of", "color", "shape", "size", "background", "exists"
 
 
 class Example(NamedTuple):
-    """One task before its pictures are encoded; images are uint8 [S, S, 3]. `scene` and `view` say what `image` shows."""
+    """One task before its pictures are encoded, images uint8 [S, S, 3]; `scene` and `view` say what `image` shows."""
 
     scene: Scene
     image: np.ndarray

@@ -206,10 +206,8 @@ def encode_texts(record: Record, kind: str, tokenizer: Tokenizer, length: int) -
     return {"prompt_ids": prompt_ids, "text_ids": text_ids, "text_is_target": is_target}
 
 
-def encode_question(
-    question: str, answer: str, tokenizer: Tokenizer, length: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """"Q: {question} A: " and the answer as ids int32 [L], and where the answer and the padding are, bool [L].
+def encode_question(question: str, answer: str, tokenizer: Tokenizer, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """ "Q: {question} A: " and the answer as ids int32 [L], and where the answer and the padding are, bool [L].
 
     Source: the reference's VQA training format; its prefix carries no EOS, the answer does. Where they do not fit,
     the end of the question is cut first, then the end of the answer. An empty answer leaves L open positions after
