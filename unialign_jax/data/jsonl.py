@@ -9,7 +9,8 @@ One JSON object per line, by stream kind (image paths are relative to the file's
     vqa              {"image": path, "conversations": [{"from": "human", "value": question},
                                                        {"from": "gpt", "value": answer}]}
 
-The captions are the target's. Other fields are ignored. Of a longer conversation the first turn is read, as in the reference.
+The captions are the target's. Other fields are ignored. Of a longer conversation the first turn is read, as in the
+reference.
 """
 
 import collections

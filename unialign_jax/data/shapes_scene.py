@@ -81,6 +81,8 @@ def sample_scene(rng: np.random.Generator, *, num_things: int | None = None, ali
         num_things = int(rng.integers(1, 4))
     background = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
     cells = rng.permutation(GRID * GRID)[:num_things]
+    while alike and _any_touching(cells):  # two of one colour that touch would look like one
+        cells = rng.permutation(GRID * GRID)[:num_things]
     shapes = rng.permutation(len(SHAPES))[:num_things]
     colors = rng.permutation(len(COLORS))[:num_things]
     sizes = rng.integers(len(SIZES), size=num_things)
@@ -151,6 +153,13 @@ def _oracle_projections(num_attributes: int, width: int) -> np.ndarray:
         rng = np.random.default_rng([_ORACLE_SEED, width])
         _PROJECTIONS[key] = rng.standard_normal((2, num_attributes, width), dtype=np.float32)
     return _PROJECTIONS[key]
+
+
+def _any_touching(cells: np.ndarray) -> bool:
+    """Whether two cells are side by side or one above the other."""
+    rows, columns = np.divmod(cells, GRID)
+    distances = np.abs(rows[:, None] - rows) + np.abs(columns[:, None] - columns)
+    return bool((distances == 1).any())
 
 
 def _centered(index: int, size: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from unialign_jax.data.tokenizer import Tokenizer
 _log = logging.getLogger(__name__)
 
 # How many neighbours in a row may fail before the data set itself is taken to be broken.
-MAX_NEIGHBOURS = 64
+MAX_NEIGHBOURS = 256
 
 
 @dataclass(frozen=True)
