@@ -128,7 +128,7 @@ def test_moments_and_images_equal_diffusers(torch_autoencoder):
         (found, decoded),
     ):
         expected = theirs.numpy().transpose(0, 2, 3, 1)
-        np.testing.assert_allclose(ours, expected, rtol=2e-4, atol=2e-4 * np.abs(expected).max())
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
 
 def test_sd3_is_as_large_as_diffusers():
