@@ -1,6 +1,73 @@
 """Every test sees eight virtual CPU devices; programs that name no mesh use the first."""
 
+from pathlib import Path
+
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", "cpu")
+# Two steps in flight on more virtual devices than cores can wait for each other's collectives for ever.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+ROOT = Path(__file__).resolve().parent.parent
+STREAMS = ("text_to_image", "edit", "perception", "personalization", "vqa")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """What one test compiled, the others (and the workers beside this one) load."""
+    directory = tmp_path_factory.getbasetemp().parent / "compiled"
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def shapes_dir(tmp_path_factory):
+    """A small shapes data set of all five streams, 32 px, 40 records each."""
+    from unialign_jax.data.shapes import write_shapes
+
+    directory = tmp_path_factory.mktemp("shapes")
+    write_shapes(directory, num_records=40, image_size=32, teacher_width=16)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def small_config(shapes_dir):
+    """A function (stage, key__subkey=value ...) -> the stage's configuration, small enough to compile in seconds."""
+
+    def make(stage="stage1", **overrides):
+        config = load_stage(stage)
+        config.update(
+            {
+                "num_steps": 6,
+                "batch_size": 8,
+                "image_size": 32,
+                "text_length": 24,
+                "init_from": "",
+                "log_every": 1,
+                "model": {"depth": 2, "num_heads": 2, "head_width": 16, "tap_depth": 1, "text_width": 32},
+                "heads": {"hidden_width": 32, "teacher_width": 16},
+                "text_encoder": {"width": 32, "mlp_width": 48, "num_heads": 2, "head_width": 16, "depth": 1},
+                "checkpoint": {"every": 3, "keep_last": 2, "keep_every": 0},
+                "samples": {"every": 0, "count": 0, "steps": 2, "caption_steps": 2},
+            }
+        )
+        for name, stream in config.streams.items():
+            stream.path = str(shapes_dir / name)
+        for key, value in overrides.items():
+            config.update_from_flattened_dict({key.replace("__", "."): value})
+        return config
+
+    return make
+
+
+def load_stage(stage, size="tiny"):
+    """The configuration of `configs/<stage>.py`."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location(stage, ROOT / "configs" / f"{stage}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(size)

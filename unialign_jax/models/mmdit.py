@@ -45,7 +45,7 @@ class MMDiTConfig:
     tap_depth: int = 8
     max_patches: int = 192
     base_patches: int = 64
-    attention: str = "xla"
+    attention: str = "xla"  # or "cudnn", "splash"; configurations may say "auto"
     remat: str = "block"
     dtype: str = "bfloat16"
 
@@ -131,8 +131,12 @@ def unpatchify(tokens, height, width, patch):
 
 
 def keep_batch_sharded(x):
-    """Under a mesh, holds the batch axis split over (data, fsdp): XLA must move parameters, not activations."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """Under a mesh, holds the batch axis split over (data, fsdp): XLA must move parameters, not activations.
+
+    A batch that the mesh does not divide, such as a few samples drawn during training, is left alone.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
         return x
     return jax.lax.with_sharding_constraint(x, jax.P(("data", "fsdp")))
 

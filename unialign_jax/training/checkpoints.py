@@ -21,7 +21,7 @@ class Checkpoints:
     """The checkpoints of one run's folder; all hosts take part in every call."""
 
     def __init__(self, workdir, *, keep_last=2, keep_every=0):
-        self.directory = Path(workdir) / "checkpoints"
+        self.directory = Path(workdir).absolute() / "checkpoints"
         policies = ocp.training.preservation_policies
         keep = [policies.LatestN(keep_last)] + ([policies.EveryNSteps(keep_every)] if keep_every else [])
         self._checkpointer = ocp.training.Checkpointer(
@@ -94,7 +94,7 @@ def load_params(run, abstract, weights="raw"):
 
     Raises ValueError when the folder has no checkpoint or its leaves differ, FileNotFoundError when it is not there.
     """
-    directory = Path(run) / "checkpoints"
+    directory = Path(run).absolute() / "checkpoints"
     if not directory.is_dir():
         raise FileNotFoundError(f"init_from: {run} is no run's folder, it has no checkpoints/ inside")
     with ocp.training.Checkpointer(directory) as checkpointer:

@@ -253,7 +253,7 @@ def build_configs(config, attention_platform: str):
     from unialign_jax.models.attention import resolve_implementation
 
     model = MMDiTConfig(**config.model)
-    model = dataclasses.replace(model, attention=resolve_implementation(model.attention, attention_platform))
+    model = dataclasses.replace(model, attention=resolve_implementation(model.attention, attention_platform, model.dtype))
     return (
         model,
         AlignmentHeadsConfig(**config.heads),

@@ -56,7 +56,7 @@ class Trainer:
         self.tokenizer = load_tokenizer(config.tokenizer or None)
         self.streams = open_streams(config, self.tokenizer)
         self.mixture = Mixture(
-            self.streams,
+            list(self.streams.values()),
             seed=config.seed,
             global_batch=config.batch_size,
             host_index=jax.process_index(),
@@ -111,7 +111,7 @@ class Trainer:
 
     def compile_step(self, name: str):
         """The stream's train step as one executable: it cannot compile again, and refuses another shape."""
-        local = self.streams[name].example(0)
+        local = self.streams[name][0]
         batch = {
             key: jax.ShapeDtypeStruct(
                 (self.config.batch_size, *value.shape), value.dtype, sharding=sharding.batch_sharding(self.mesh)
@@ -149,7 +149,7 @@ def open_streams(config, tokenizer) -> dict[str, Stream]:
                     num_conditions=settings.num_conditions,
                     image_size=config.image_size,
                     text_length=config.text_length,
-                    teacher=intrinsic,
+                    use_teacher=intrinsic,
                 ),
                 tokenizer,
             )
@@ -221,16 +221,22 @@ def _changes(before, after, prefix=""):
             yield f"{prefix}{key} from {old!r} to {new!r}"
 
 
-def train(config: ConfigDict, workdir, progress=True) -> TrainState:
+def train(config: ConfigDict, workdir, *, progress=True, devices=None) -> TrainState:
     """Trains to `config.num_steps` in `workdir`, from its newest whole checkpoint if it has one.
+
+    Args:
+      config: from `configs/`, see training/config.py.
+      workdir: the run's folder, on a file system that all hosts see.
+      progress: whether to draw a progress bar.
+      devices: what the mesh spans; all devices when None.
 
     Raises ValueError for a configuration or data that cannot run, FloatingPointError for a loss that is not finite,
     SystemExit (128 + signal) after a SIGTERM or SIGINT, once the state is saved.
     """
-    workdir = Path(workdir)
+    workdir = Path(workdir).absolute()
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
-    trainer = Trainer(config)
+    trainer = Trainer(config, devices)
     checkpoints = Checkpoints(workdir, keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every)
     with contextlib.closing(checkpoints), StopRequest() as stop:
         state = checkpoints.restore_latest(trainer.abstract_state)

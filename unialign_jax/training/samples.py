@@ -85,7 +85,7 @@ class Sampler:
         """Samples every stream with the transformer's `params`; returns the files written."""
         settings, paths = self._config.samples, []
         for name, stream in self._streams.items():
-            examples = [stream.example(index) for index in range(min(settings.count, len(stream)))]
+            examples = [stream[index] for index in range(min(settings.count, len(stream)))]
             keys = {"image", "conditions", "prompt_ids", "text_ids", "text_is_target"} & examples[0].keys()
             batch = {key: np.stack([example[key] for example in examples]) for key in sorted(keys)}
             arrays = jax.device_put(batch, sharding.replicated(self._mesh))
