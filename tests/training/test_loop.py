@@ -126,16 +126,27 @@ def test_killed_at_any_point_and_started_again_the_numbers_are_the_same(
     assert numbers(read_metrics(tmp_path / "stopped")) == numbers(whole)
 
 
-@pytest.mark.parametrize("mesh", [(1, 2, 1), (2, 2, 2), (1, 8, 1), (1, 1, 2)])
-def test_every_mesh_gives_the_losses_of_one_device(mesh, finished, small_config, tmp_path):
-    data, fsdp, tensor = mesh
-    config = small_config("stage2", mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor)
-    train(config, tmp_path, progress=False, devices=jax.devices()[: data * fsdp * tensor])
-    for one, many in zip(read_metrics(finished), read_metrics(tmp_path), strict=True):
+@pytest.fixture(scope="module")
+def on_one_device(small_config, tmp_path_factory):
+    """The metrics of four steps of text to image and edit on one device, and the configuration."""
+    config = small_config("stage2", num_steps=4)
+    for name, stream in config.streams.items():
+        stream.weight = float(name in ("text_to_image", "edit"))
+    workdir = tmp_path_factory.mktemp("on_one_device")
+    run(config, workdir)
+    return config, read_metrics(workdir)
+
+
+@pytest.mark.parametrize("mesh", [(1, 2, 1), (2, 2, 2), (1, 8, 1)])
+def test_every_mesh_gives_the_losses_of_one_device(mesh, on_one_device, tmp_path):
+    config, expected = on_one_device
+    config = config.copy_and_resolve_references()
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = mesh
+    train(config, tmp_path, progress=False, devices=jax.devices()[: np.prod(mesh)])
+    for one, many in zip(expected, read_metrics(tmp_path), strict=True):
         for name in ("loss", "flow_matching", "masked_text", "cross_modal", "intrinsic_modal", "gradient_norm"):
-            np.testing.assert_allclose(
-                many[name], one[name], rtol=1e-5, atol=1e-5, err_msg=f"step {one['step']} {name}"
-            )
+            message = f"step {one['step']} {name}"
+            np.testing.assert_allclose(many[name], one[name], rtol=1e-5, atol=1e-5, err_msg=message)
 
 
 def test_one_compilation_per_stream_and_none_after(small_config, tmp_path):
