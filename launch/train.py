@@ -9,7 +9,6 @@ checkpoints/, metrics.jsonl, TensorBoard events and samples/. SIGTERM or Ctrl-C 
 on from there.
 """
 
-import importlib.util
 import logging
 import sys
 from pathlib import Path
@@ -48,20 +47,14 @@ def main(arguments):
 
 def check_overrides(arguments):
     """Exits with all unknown --config.KEY arguments at once; absl alone would stop at the first, with a traceback."""
-    from unialign_jax.training.config import unknown_overrides
+    from unialign_jax.training.config import load_stage, unknown_overrides
 
     path = next((a.split("=", 1)[1] for a in arguments if a.startswith(("--config=", "-config="))), None)
     if path is None:
         return
-    file, _, size = path.partition(":")
-    if not Path(file).is_file():
-        sys.exit(f"error: --config: there is no file {file}; the stages are configs/stage1.py, stage2.py and stage3.py")
-    spec = importlib.util.spec_from_file_location("stage", file)
-    stage = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(stage)
     try:
-        problems = unknown_overrides(stage.get_config(size), arguments)
-    except ValueError as error:
+        problems = unknown_overrides(load_stage(path), arguments)
+    except (ValueError, OSError) as error:
         problems = [str(error)]
     if problems:
         sys.exit("error: the configuration cannot run:\n  " + "\n  ".join(problems))

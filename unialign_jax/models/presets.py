@@ -8,7 +8,7 @@ MMDIT = {
     "unialign_2b": MMDiTConfig(),
     "tiny": MMDiTConfig(
         depth=4,
-        num_heads=4,
+        num_heads=6,
         head_width=32,
         latent_channels=48,
         text_width=128,

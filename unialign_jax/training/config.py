@@ -6,8 +6,10 @@ the paper leaves open taken from the released code), and `tiny()` turns any of t
 
 import dataclasses
 import difflib
+import importlib.util
 import math
 import re
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
@@ -91,13 +93,13 @@ def paper_config(size="") -> ConfigDict:
 
 
 def tiny(config: ConfigDict, num_steps) -> ConfigDict:
-    """The same recipe for a laptop: a 2 M-parameter network on the 64-pixel shapes world, minutes on two CPU cores."""
+    """The same recipe for a laptop: a 4 M-parameter network on the 64-pixel shapes world, minutes on two CPU cores."""
     config.update(
         {
             "num_steps": num_steps,
-            "batch_size": 32,
+            "batch_size": 16,
             "image_size": 64,
-            "text_length": 48,
+            "text_length": 32,
             "model": dataclasses.asdict(presets.MMDIT["tiny"]),
             "heads": dataclasses.asdict(presets.ALIGNMENT_HEADS["tiny"]),
             "text_encoder": dataclasses.asdict(presets.TEXT_ENCODER["tiny"]),
@@ -106,13 +108,27 @@ def tiny(config: ConfigDict, num_steps) -> ConfigDict:
             "log_every": 10,
         }
     )
-    config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 50})
+    config.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 50})
     config.data.update({"num_threads": 2, "prefetch": 8})
     config.checkpoint.update({"every": 100, "keep_every": 0})
     config.samples.update({"every": 0, "count": 8, "steps": 28, "guidance_scale": 3.0, "shift": 1.0})
     for name, settings in config.streams.items():
         settings.path = f"data/shapes/{name}"
     return config
+
+
+def load_stage(argument: str) -> ConfigDict:
+    """The configuration of a stage file, "configs/stage1.py" or "configs/stage1.py:tiny".
+
+    Raises FileNotFoundError when there is no such file, ValueError for a size that it does not know.
+    """
+    file, _, size = argument.partition(":")
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"there is no configuration {file}; the stages are configs/stage1.py to stage3.py")
+    spec = importlib.util.spec_from_file_location("stage", file)
+    stage = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(stage)
+    return stage.get_config(size)
 
 
 def unknown_overrides(config: ConfigDict, arguments: list[str]) -> list[str]:
@@ -253,7 +269,9 @@ def build_configs(config, attention_platform: str):
     from unialign_jax.models.attention import resolve_implementation
 
     model = MMDiTConfig(**config.model)
-    model = dataclasses.replace(model, attention=resolve_implementation(model.attention, attention_platform, model.dtype))
+    model = dataclasses.replace(
+        model, attention=resolve_implementation(model.attention, attention_platform, model.dtype)
+    )
     return (
         model,
         AlignmentHeadsConfig(**config.heads),

@@ -128,6 +128,15 @@ class Trainer:
             )
             return jitted.lower(self.abstract_state, self.abstract_frozen, batch).compile()
 
+    def compile_steps(self) -> dict[str, jax.stages.Compiled]:
+        """The executable of every stream."""
+        programs = {}
+        for name in self.streams:
+            began = time.perf_counter()
+            programs[name] = self.compile_step(name)
+            log.info("compiled the step of %s in %.1f s", name, time.perf_counter() - began)
+        return programs
+
     def put_batch(self, batch: dict[str, np.ndarray]):
         """This host's slice of a batch -> the global arrays."""
         place = sharding.batch_sharding(self.mesh)
@@ -248,31 +257,35 @@ def train(config: ConfigDict, workdir, *, progress=True, devices=None) -> TrainS
         write_config(config, workdir)
         frozen = trainer.init_frozen()
         sampler = Sampler(config, trainer.networks, trainer.mesh, trainer.streams, trainer.tokenizer, workdir)
-        state = run_steps(trainer, state, frozen, checkpoints, sampler, workdir, stop, progress)
-    if stop.signal is not None and int(state.step) < config.num_steps:
+        if int(state.step) < config.num_steps:
+            programs = trainer.compile_steps()
+            state = run_steps(trainer, programs, state, frozen, checkpoints, sampler, workdir, stop, progress)
+            checkpoints.save(state, int(state.step))
+        else:
+            log.info("%s is already at step %d of %d", workdir, int(state.step), config.num_steps)
+        finished = int(state.step) >= config.num_steps
+        if finished and config.samples.count and not sampler.is_written(int(state.step)):
+            for path in sampler.write(int(state.step), sampled_params(state), frozen):
+                log.info("wrote %s", path)
+    if stop.signal is not None and not finished:
         log.info("stopped by %s at step %d, saved", signal.Signals(stop.signal).name, int(state.step))
         raise SystemExit(128 + stop.signal)
     return state
 
 
-def run_steps(trainer, state, frozen, checkpoints, sampler, workdir, stop, progress) -> TrainState:
+def sampled_params(state: TrainState):
+    """The transformer that pictures are made with: the averaged one where there is one."""
+    return state.ema or state.params["transformer"]
+
+
+def run_steps(trainer, programs, state, frozen, checkpoints, sampler, workdir, stop, progress) -> TrainState:
     """The loop. A step's numbers are fetched while the next step runs, so that the device never waits for the host."""
     config = trainer.config
     step = int(state.step)
-    if step >= config.num_steps:
-        log.info("%s is already at step %d of %d", workdir, step, config.num_steps)
-        return state
-    programs = {}
-    for name in trainer.streams:
-        began = time.perf_counter()
-        programs[name] = trainer.compile_step(name)
-        log.info("compiled the step of %s in %.1f s", name, time.perf_counter() - began)
-
-    writer = MetricsWriter(workdir, step)
-    recorder = Recorder(trainer, writer, progress, step)
-    batches = trainer.mixture.batches(step, num_threads=config.data.num_threads, prefetch=config.data.prefetch)
     bad = BadRecords(config.data.max_bad_fraction)
-    with contextlib.closing(recorder):
+    recorder = Recorder(trainer, MetricsWriter(workdir, step), progress, step)
+    batches = trainer.mixture.batches(step, num_threads=config.data.num_threads, prefetch=config.data.prefetch)
+    with contextlib.closing(recorder), contextlib.closing(batches):
         while step < config.num_steps and not stop.agreed(step):
             began = time.perf_counter()
             _, name, batch = next(batches)
@@ -288,13 +301,9 @@ def run_steps(trainer, state, frozen, checkpoints, sampler, workdir, stop, progr
             if save:
                 checkpoints.save(state, step)
             if sample:
-                sampler.write(step, state.ema or state.params["transformer"], frozen)
-                recorder.throughput.report()
+                sampler.write(step, sampled_params(state), frozen)
+                recorder.throughput.restart()
         recorder.flush()
-    checkpoints.save(state, step)
-    if step == config.num_steps and config.samples.count:
-        for path in sampler.write(step, state.ema or state.params["transformer"], frozen):
-            log.info("wrote %s", path)
     return state
 
 

@@ -73,9 +73,9 @@ class Throughput:
 
     def __init__(self, peak_flops_per_device: float | None):
         self._peak = peak_flops_per_device
-        self._reset()
+        self.restart()
 
-    def _reset(self):
+    def restart(self):
         self._start, self._waited, self._steps, self._samples, self._flops = time.perf_counter(), 0.0, 0, 0, 0.0
 
     def add_wait(self, seconds: float):
@@ -98,7 +98,7 @@ class Throughput:
         } | memory_use()
         if self._peak:
             values["mfu"] = per_device / self._peak
-        self._reset()
+        self.restart()
         return values
 
 

@@ -81,6 +81,12 @@ class Sampler:
         )
         self._streams = streams
 
+    def is_written(self, step: int) -> bool:
+        return all(self._stem(name, step).with_suffix(".md").exists() for name in self._streams)
+
+    def _stem(self, name: str, step: int) -> Path:
+        return self._directory / f"{name}_{step:06d}"
+
     def write(self, step: int, params, frozen) -> list[Path]:
         """Samples every stream with the transformer's `params`; returns the files written."""
         settings, paths = self._config.samples, []
@@ -96,8 +102,7 @@ class Sampler:
                 generated = np.asarray(self._generate(params, frozen, arrays, settings.guidance_scale, key))
             if jax.process_index() == 0:
                 self._directory.mkdir(parents=True, exist_ok=True)
-                stem = self._directory / f"{name}_{step:06d}"
-                paths += self._write_stream(stem, batch, generated, ids)
+                paths += self._write_stream(self._stem(name, step), batch, generated, ids)
         return paths
 
     def _write_stream(self, stem, batch, generated, predicted_ids):

@@ -1,0 +1,132 @@
+"""Measures speed and memory, and prints what it measured with the machine it ran on.
+
+    python launch/benchmark.py train --config=configs/stage1.py:tiny
+
+`train` runs the same number of optimizer steps twice: the bare compiled step on one batch that already is on the device,
+and the training loop with data, metrics and progress. Their ratio is what the loop costs.
+"""
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="the training loop against the bare step")
+    train.add_argument("--config", default="configs/stage1.py:tiny", help="stage file, default %(default)s")
+    train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a configuration key")
+    train.add_argument("--steps", type=int, default=30, help="steps of one measurement, default %(default)s")
+    train.add_argument("--rounds", type=int, default=5, help="measurements of each kind, taken in turn; medians count")
+    train.add_argument("--output", type=Path, help="also write the figures to this JSON file")
+    arguments = parser.parse_args()
+    try:
+        figures = benchmark_train(arguments)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    for name, value in figures.items():
+        print(f"{name:32} {value:.4g}" if isinstance(value, float) else f"{name:32} {value}")
+    if arguments.output:
+        arguments.output.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def machine() -> dict:
+    """What a figure must be quoted with."""
+    import jax
+
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores",
+        "versions": f"jax {jax.__version__}, Python {platform.python_version()}",
+    }
+
+
+def benchmark_train(arguments) -> dict:
+    import jax
+    import yaml
+
+    from unialign_jax.training import flops
+    from unialign_jax.training.config import load_stage, unknown_overrides
+    from unialign_jax.training.loop import StopRequest, Trainer, run_steps
+    from unialign_jax.training.metrics import memory_use
+
+    logging.getLogger().setLevel(logging.ERROR)
+    config = load_stage(arguments.config)
+    problems = unknown_overrides(config, [f"--config.{override}" for override in arguments.set])
+    if problems:
+        raise ValueError("; ".join(problems))
+    for key, value in (override.split("=", 1) for override in arguments.set):
+        config.update_from_flattened_dict({key: yaml.safe_load(value)})
+    config.num_steps = 1 << 30  # each measurement sets its own end
+    config.checkpoint.every = 1 << 31
+    config.samples.every = 0
+    trainer = Trainer(config)
+    began = time.perf_counter()
+    programs = trainer.compile_steps()
+    compile_seconds = time.perf_counter() - began
+    state, frozen = trainer.init_state(), trainer.init_frozen()
+
+    def bare(state, start):
+        """The steps that the schedule names, each stream on a batch of its own that stays on the device."""
+        for step in range(start, start + arguments.steps):
+            name, _ = trainer.mixture.schedule(step)
+            state, metrics = programs[name](state, frozen, resident[name])
+        jax.block_until_ready(metrics)
+        return state
+
+    def loop(state, start):
+        config.num_steps = start + arguments.steps
+        with tempfile.TemporaryDirectory() as workdir, StopRequest() as stop:
+            return run_steps(trainer, programs, state, frozen, None, None, workdir, stop, progress=True)
+
+    resident, step = {}, 0
+    while len(resident) < len(trainer.streams):
+        name, batch = trainer.mixture.batch(step)
+        batch.pop("replaced")
+        resident[name] = trainer.put_batch(batch)
+        step += 1
+    with open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet):
+        state = bare(state, 0)  # warm caches and clocks
+    seconds = {"bare": [], "loop": []}
+    for _ in range(arguments.rounds):
+        for name, measure in (("bare", bare), ("loop", loop)):
+            start = int(state.step)
+            began = time.perf_counter()
+            state = measure(state, start)
+            jax.block_until_ready(state.step)
+            seconds[name].append((time.perf_counter() - began) / arguments.steps)
+
+    bare_step, loop_step = statistics.median(seconds["bare"]), statistics.median(seconds["loop"])
+    mean_flops = statistics.mean(trainer.sample_flops[trainer.mixture.schedule(n)[0]] for n in range(1000))
+    per_device = mean_flops * config.batch_size / loop_step / jax.device_count()
+    peak = flops.peak_flops(jax.devices()[0].device_kind)
+    return (
+        machine()
+        | {
+            "config": " ".join([arguments.config, *arguments.set]),
+            "streams": ", ".join(trainer.streams),
+            "compile seconds, all streams": compile_seconds,
+            "bare step, s": bare_step,
+            "loop step, s": loop_step,
+            "loop / bare": loop_step / bare_step,
+            "images / s": config.batch_size / loop_step,
+            "TFLOP/s per device (analytic)": per_device / 1e12,
+            "MFU": per_device / peak if peak else "no peak is known for this device",
+        }
+        | memory_use()
+    )
+
+
+if __name__ == "__main__":
+    main()
