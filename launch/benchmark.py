@@ -2,8 +2,8 @@
 
     python launch/benchmark.py train --config=configs/stage1.py:tiny
 
-`train` runs the same number of optimizer steps twice: the bare compiled step on one batch that already is on the device,
-and the training loop with data, metrics and progress. Their ratio is what the loop costs.
+`train` runs the same number of optimizer steps twice: the bare compiled step on one batch that is already on the
+device, and the training loop with data, metrics and progress. Their ratio is what the loop costs.
 """
 
 import argparse
