@@ -54,20 +54,14 @@ def machine() -> dict:
 
 def benchmark_train(arguments) -> dict:
     import jax
-    import yaml
 
     from unialign_jax.training import flops
-    from unialign_jax.training.config import load_stage, unknown_overrides
     from unialign_jax.training.loop import StopRequest, Trainer, run_steps
     from unialign_jax.training.metrics import memory_use
+    from unialign_jax.training.stages import read_config
 
     logging.getLogger().setLevel(logging.ERROR)
-    config = load_stage(arguments.config)
-    problems = unknown_overrides(config, [f"--config.{override}" for override in arguments.set])
-    if problems:
-        raise ValueError("; ".join(problems))
-    for key, value in (override.split("=", 1) for override in arguments.set):
-        config.update_from_flattened_dict({key: yaml.safe_load(value)})
+    config = read_config(arguments.config, arguments.set)
     config.num_steps = 1 << 30  # each measurement sets its own end
     config.checkpoint.every = 1 << 31
     config.samples.every = 0

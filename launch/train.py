@@ -9,57 +9,60 @@ checkpoints/, metrics.jsonl, TensorBoard events and samples/. SIGTERM or Ctrl-C 
 on from there.
 """
 
+import argparse
 import logging
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from absl import app, flags
-from absl import logging as absl_logging
-from ml_collections import config_flags
 
-FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file("config", None, "Stage file, such as configs/stage1.py or configs/stage1.py:tiny.")
-flags.DEFINE_string("workdir", None, "Folder of the run; made when missing, resumed when it holds a checkpoint.")
-flags.DEFINE_bool("progress", True, "Whether to draw a progress bar.")
-flags.DEFINE_bool("traceback", False, "Whether an error shows where it came from, instead of one line.")
-flags.mark_flags_as_required(["config", "workdir"])
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"error: {message}; --help explains\n")
+
+
+def parse(arguments):
+    """The command line -> its options, and the --config.KEY=VALUE changes as "KEY=VALUE"."""
+    changes, others = [], []
+    arguments = iter(arguments)
+    for argument in arguments:
+        if not argument.startswith(("--config.", "-config.")):
+            others.append(argument)
+            continue
+        change = argument.split("config.", 1)[1]
+        changes.append(change if "=" in change else f"{change}={next(arguments, '')}")
+    parser = Parser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        usage="python launch/train.py --config=FILE[:tiny] --workdir=DIR [--config.KEY=VALUE ...]",
+    )
+    parser.add_argument("--config", required=True, help="stage file: configs/stage1.py, or configs/stage1.py:tiny")
+    parser.add_argument("--workdir", required=True, help="folder of the run; resumed when it holds a checkpoint")
+    parser.add_argument("--noprogress", action="store_true", help="draw no progress bar")
+    parser.add_argument("--traceback", action="store_true", help="show where an error comes from, not just what it is")
+    return parser.parse_args(others), changes
 
 
 def main(arguments):
-    if len(arguments) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(arguments[1:])}")
-    absl_logging.set_verbosity(absl_logging.WARNING)
-    absl_logging.use_absl_handler()
+    options, changes = parse(arguments)
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     logging.getLogger("unialign_jax").setLevel(logging.INFO)
-
-    from unialign_jax.training.loop import train
-
     try:
-        train(FLAGS.config, FLAGS.workdir, progress=FLAGS.progress)
+        from unialign_jax.training.stages import read_config
+
+        config = read_config(options.config, changes)
+        from unialign_jax.training.loop import train
+
+        train(config, options.workdir, progress=not options.noprogress)
     except (ValueError, OSError, FloatingPointError) as error:
-        if FLAGS.traceback:
+        if options.traceback:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-
-
-def check_overrides(arguments):
-    """Exits with all unknown --config.KEY arguments at once; absl alone would stop at the first, with a traceback."""
-    from unialign_jax.training.config import load_stage, unknown_overrides
-
-    path = next((a.split("=", 1)[1] for a in arguments if a.startswith(("--config=", "-config="))), None)
-    if path is None:
-        return
-    try:
-        problems = unknown_overrides(load_stage(path), arguments)
-    except (ValueError, OSError) as error:
-        problems = [str(error)]
-    if problems:
-        sys.exit("error: the configuration cannot run:\n  " + "\n  ".join(problems))
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
 
 
 if __name__ == "__main__":
-    check_overrides(sys.argv[1:])
-    app.run(main)
+    main(sys.argv[1:])

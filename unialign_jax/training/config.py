@@ -6,10 +6,8 @@ the paper leaves open taken from the released code), and `tiny()` turns any of t
 
 import dataclasses
 import difflib
-import importlib.util
 import math
 import re
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
@@ -18,13 +16,14 @@ from unialign_jax.models import presets
 from unialign_jax.models.autoencoder import AutoencoderConfig
 from unialign_jax.models.mmdit import REMAT_POLICIES, AlignmentHeadsConfig, MMDiTConfig
 from unialign_jax.models.text_encoder import TextEncoderConfig
+from unialign_jax.sharding import complete_mesh_shape
 
 
 def stream(kind, path, weight=1.0, num_conditions=None) -> ConfigDict:
     """One task stream: what `kind` of records the folder `path` holds and its share of the optimizer steps."""
     if num_conditions is None:
         num_conditions = {"edit": 1, "perception": 1, "personalization": 3}.get(kind, 0)
-    return ConfigDict({"kind": kind, "path": path, "weight": weight, "num_conditions": num_conditions})
+    return ConfigDict({"kind": kind, "path": path, "weight": float(weight), "num_conditions": num_conditions})
 
 
 def paper_config(size="") -> ConfigDict:
@@ -45,7 +44,7 @@ def paper_config(size="") -> ConfigDict:
             "init_weights": "raw",  # or "ema"
             "tokenizer": "",  # a T5 tokenizer folder; empty is the small tokenizer of the shapes world
             # Networks
-            "model": dataclasses.asdict(presets.MMDIT["unialign_2b"]),
+            "model": dataclasses.asdict(presets.MMDIT["unialign_2b"]) | {"attention": "auto"},
             "heads": dataclasses.asdict(presets.ALIGNMENT_HEADS["unialign_2b"]),
             "text_encoder": dataclasses.asdict(presets.TEXT_ENCODER["t5_xxl"]),
             "autoencoder": dataclasses.asdict(presets.AUTOENCODER["sd3"]),
@@ -117,82 +116,94 @@ def tiny(config: ConfigDict, num_steps) -> ConfigDict:
     return config
 
 
-def load_stage(argument: str) -> ConfigDict:
-    """The configuration of a stage file, "configs/stage1.py" or "configs/stage1.py:tiny".
-
-    Raises FileNotFoundError when there is no such file, ValueError for a size that it does not know.
-    """
-    file, _, size = argument.partition(":")
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"there is no configuration {file}; the stages are configs/stage1.py to stage3.py")
-    spec = importlib.util.spec_from_file_location("stage", file)
-    stage = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(stage)
-    return stage.get_config(size)
-
-
-def unknown_overrides(config: ConfigDict, arguments: list[str]) -> list[str]:
-    """The problems with `--config.key=value` arguments whose key the configuration does not have, one line each."""
-    problems = []
-    known = list(_flat_keys(config))
-    for argument in arguments:
-        match = re.match(r"--?config\.([^=]+)", argument)
-        if match and match[1] not in known and not isinstance(_get(config, match[1]), ConfigDict):
-            near = difflib.get_close_matches(match[1], known, n=1)
-            problems.append(f"unknown key --config.{match[1]}" + (f" (nearest: --config.{near[0]})" if near else ""))
-    return problems
-
-
-def _flat_keys(config, prefix=""):
-    for key, value in config.items():
-        if isinstance(value, ConfigDict):
-            yield from _flat_keys(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key
-
-
-def _get(config, dotted):
-    for key in dotted.split("."):
-        if not isinstance(config, ConfigDict) or key not in config:
-            return None
-        config = config[key]
-    return config
-
-
 def active_streams(config) -> dict[str, ConfigDict]:
     """The streams with a weight above zero, by name, in a fixed order."""
     return {name: config.streams[name] for name in sorted(config.streams) if config.streams[name].weight > 0}
 
 
-def num_micro_samples(config) -> int:
-    return config.batch_size // config.accumulation
-
-
-def config_problems(config: ConfigDict, batch_shards: int, host_count: int = 1) -> list[str]:
+def config_problems(config: ConfigDict, device_count: int | None = None, host_count: int = 1) -> list[str]:
     """All that is wrong with a configuration, one line each; empty when it can run.
 
     Args:
-      batch_shards: over how many parts the mesh splits the batch (data x fsdp).
+      device_count: what the mesh spans; None when it is not known, and then the mesh is not looked at.
       host_count: processes that read data.
     """
-    problems = []
+    problems = _key_problems(config)
+    if any(problem.startswith("missing") for problem in problems):
+        return problems
 
     def expect(condition, text):
         if not condition:
             problems.append(text)
+        return condition
 
-    expect(config.num_steps > 0, f"num_steps is {config.num_steps}, expected at least 1")
-    expect(config.accumulation > 0, f"accumulation is {config.accumulation}, expected at least 1")
-    shards = batch_shards * max(config.accumulation, 1)
+    for key in ("num_steps", "accumulation", "batch_size", "log_every", "checkpoint.every", "checkpoint.keep_last"):
+        expect(_get(config, key) >= 1, f"{key} is {_get(config, key)}, expected at least 1")
+    counts = ("checkpoint.keep_every", "samples.every", "samples.count", "optimizer.warmup_steps", "sigma.levels")
+    for key in (*counts, "data.num_threads", "data.prefetch", "optimizer.weight_decay", "samples.guidance_scale"):
+        expect(_get(config, key) >= 0, f"{key} is {_get(config, key)}, expected 0 or more")
+    if config.samples.count:
+        for key in ("samples.steps", "samples.caption_steps"):
+            expect(_get(config, key) >= 1, f"{key} is {_get(config, key)}, expected at least 1")
+
+    shards, mesh = 1, ""
+    if device_count is not None:
+        try:
+            data, fsdp, _ = complete_mesh_shape((config.mesh.data, config.mesh.fsdp, config.mesh.tensor), device_count)
+            shards, mesh = data * fsdp, f" x {data * fsdp} devices of the mesh's data and fsdp axes"
+        except ValueError as error:
+            problems.append(str(error))
+    if config.batch_size >= 1 and config.accumulation >= 1:
+        parts = config.accumulation * shards
+        expect(
+            config.batch_size % parts == 0,
+            f"batch_size {config.batch_size} is not divisible by {parts} (accumulation {config.accumulation}{mesh}): "
+            f"the nearest that fits is {max(1, round(config.batch_size / parts)) * parts}",
+        )
+        expect(
+            config.batch_size % host_count == 0,
+            f"batch_size {config.batch_size} is not divisible by {host_count} hosts",
+        )
+    _check_networks(config, expect)
+    _check_streams(config, expect)
+
+    for key, (lowest, highest) in {"prompt_dropout": (0, 1), "data.max_bad_fraction": (0, 1)}.items():
+        expect(lowest <= _get(config, key) <= highest, f"{key} is {_get(config, key)}, expected {lowest} to {highest}")
+    for key in ("ema_decay", "optimizer.b1", "optimizer.b2"):
+        expect(0 <= _get(config, key) < 1, f"{key} is {_get(config, key)}, expected 0 or more and less than 1")
     expect(
-        config.batch_size > 0 and config.batch_size % shards == 0,
-        f"batch_size {config.batch_size} is not divisible by {shards} "
-        f"(accumulation {config.accumulation} x {batch_shards} devices of the mesh's data and fsdp axes): "
-        f"the nearest that fits is {max(1, round(config.batch_size / shards)) * shards}",
+        0 < config.min_mask_fraction < 1, f"min_mask_fraction is {config.min_mask_fraction}, expected between 0 and 1"
     )
-    expect(
-        config.batch_size % host_count == 0, f"batch_size {config.batch_size} is not divisible by {host_count} hosts"
-    )
+    for key, weight in config.loss_weights.items():
+        expect(weight >= 0 and math.isfinite(weight), f"loss_weights.{key} is {weight}, expected 0 or more")
+    positive = ("optimizer.learning_rate", "optimizer.clip_norm", "optimizer.eps", "cross_modal.temperature")
+    for key in (*positive, "sigma.std", "sigma.shift", "samples.shift"):
+        value = _get(config, key)
+        expect(value > 0 and math.isfinite(value), f"{key} is {value}, expected a number above 0")
+    for pattern in config.optimizer.freeze:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            problems.append(f"optimizer.freeze has {pattern!r}, which is no regular expression: {error}")
+    choices = {
+        "flow_matching_form": ("velocity", "x0"),
+        "masked_text_normalization": ("positions", "maskable"),
+        "cross_modal.direction": ("symmetric", "image_to_text"),
+        "init_weights": ("raw", "ema"),
+    }
+    for key, allowed in choices.items():
+        expect(_get(config, key) in allowed, f"{key} is {_get(config, key)!r}, expected one of {', '.join(allowed)}")
+    return problems
+
+
+def _check_networks(config, expect):
+    sizes = {"model": ("depth", "num_heads", "head_width", "patch_size", "vocab_size", "max_patches")}
+    sizes["text_encoder"] = ("depth", "num_heads", "head_width", "width", "mlp_width")
+    sizes["heads"] = ("hidden_width", "teacher_width")
+    sizes["autoencoder"] = ("downsample_factor", "latent_channels")
+    found = {f"{group}.{name}": config[group][name] for group, names in sizes.items() for name in names}
+    if not all([expect(value >= 1, f"{key} is {value}, expected at least 1") for key, value in found.items()]):
+        return
     expect(config.text_length >= 2, f"text_length is {config.text_length}, expected at least 2")
     patch = config.autoencoder.downsample_factor * config.model.patch_size
     largest = patch * config.model.max_patches
@@ -219,41 +230,26 @@ def config_problems(config: ConfigDict, batch_shards: int, host_count: int = 1) 
         f"model.tap_depth is {config.model.tap_depth}, expected 1 to model.depth {config.model.depth}",
     )
     choices = {
-        "model.remat": (config.model.remat, ("none", *REMAT_POLICIES)),
-        "model.attention": (config.model.attention, ("auto", "xla", "cudnn", "splash")),
-        "flow_matching_form": (config.flow_matching_form, ("velocity", "x0")),
-        "masked_text_normalization": (config.masked_text_normalization, ("positions", "maskable")),
-        "cross_modal.direction": (config.cross_modal.direction, ("symmetric", "image_to_text")),
-        "init_weights": (config.init_weights, ("raw", "ema")),
+        "model.remat": ("none", *REMAT_POLICIES),
+        "model.attention": ("auto", "xla", "cudnn", "splash"),
+        "autoencoder.kind": ("kl", "space_to_depth"),
+        **{f"{group}.dtype": ("bfloat16", "float32") for group in ("model", "text_encoder", "autoencoder")},
     }
-    for key, (value, allowed) in choices.items():
-        expect(value in allowed, f"{key} is {value!r}, expected one of {', '.join(allowed)}")
-    for key in ("prompt_dropout", "ema_decay"):
-        expect(0 <= config[key] < 1, f"{key} is {config[key]}, expected 0 <= {key} < 1")
-    expect(
-        0 < config.min_mask_fraction < 1, f"min_mask_fraction is {config.min_mask_fraction}, expected between 0 and 1"
-    )
-    for key, weight in config.loss_weights.items():
-        expect(weight >= 0 and math.isfinite(weight), f"loss_weights.{key} is {weight}, expected 0 or more")
-    for key in ("learning_rate", "clip_norm", "eps"):
-        expect(config.optimizer[key] > 0, f"optimizer.{key} is {config.optimizer[key]}, expected more than 0")
-    for pattern in config.optimizer.freeze:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            problems.append(f"optimizer.freeze has {pattern!r}, which is no regular expression: {error}")
-    for key in ("log_every", "checkpoint.every", "checkpoint.keep_last"):
-        expect(_get(config, key) >= 1, f"{key} is {_get(config, key)}, expected at least 1")
+    for key, allowed in choices.items():
+        expect(_get(config, key) in allowed, f"{key} is {_get(config, key)!r}, expected one of {', '.join(allowed)}")
 
+
+def _check_streams(config, expect):
     expect(config.streams, "streams is empty: name at least one task stream")
     expect(
         not config.streams or active_streams(config),
         "every stream has weight 0: give at least one a weight above 0",
     )
     for name, settings in config.streams.items():
-        expect(settings.weight >= 0, f"streams.{name}.weight is {settings.weight}, expected 0 or more")
+        weight = settings.weight
+        expect(weight >= 0 and math.isfinite(weight), f"streams.{name}.weight is {weight}, expected 0 or more")
         expect(settings.kind in KINDS, f"streams.{name}.kind is {settings.kind!r}, expected one of {', '.join(KINDS)}")
-        if settings.weight > 0:
+        if weight > 0:
             expect(settings.path, f"streams.{name} has no data: set streams.{name}.path, or its weight to 0")
         needs = settings.kind in ("edit", "perception", "personalization")
         expect(
@@ -261,7 +257,39 @@ def config_problems(config: ConfigDict, batch_shards: int, host_count: int = 1) 
             f"streams.{name}.num_conditions is {settings.num_conditions}, expected "
             + (f"at least 1 for {settings.kind}" if needs else f"0 for {settings.kind}"),
         )
-    return problems
+
+
+def _key_problems(config):
+    """Keys that a stage file has added by mistake, or taken away."""
+    expected = dict(flat_items(paper_config())).keys() | {
+        f"streams.{name}.{key}" for name in config.streams for key in stream("text_to_image", "")
+    }
+    found = dict(flat_items(config)).keys()
+    unknown = [f"unknown key {key}{nearest(key, expected)}" for key in sorted(found - expected)]
+    return unknown + [f"missing key {key}" for key in sorted(expected - found)]
+
+
+def nearest(key: str, known) -> str:
+    """What was meant by a key that is not known, as " (nearest: ...)", or nothing."""
+    near = difflib.get_close_matches(key, known, n=1)
+    # `learning_rate` is spelt unlike `optimizer.learning_rate`, but surely meant.
+    near += [other for other in sorted(known) if other.split(".")[-1] == key.split(".")[-1]]
+    return f" (nearest: {near[0]})" if near else ""
+
+
+def flat_items(config: ConfigDict, prefix=""):
+    """(dotted key, value) of every leaf."""
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from flat_items(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _get(config, dotted):
+    for key in dotted.split("."):
+        config = config[key]
+    return config
 
 
 def build_configs(config, attention_platform: str):

@@ -47,11 +47,11 @@ class Trainer:
 
     def __init__(self, config: ConfigDict, devices=None):
         self.config = config
-        self.mesh = sharding.make_mesh(**config.mesh, devices=devices)
-        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        problems = config_problems(config, shards, jax.process_count())
+        devices = jax.devices() if devices is None else devices
+        problems = config_problems(config, len(devices), jax.process_count())
         if problems:
             raise ValueError("the configuration cannot run:\n  " + "\n  ".join(problems))
+        self.mesh = sharding.make_mesh(**config.mesh, devices=devices)
 
         self.tokenizer = load_tokenizer(config.tokenizer or None)
         self.streams = open_streams(config, self.tokenizer)
