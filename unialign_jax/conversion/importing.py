@@ -1,0 +1,273 @@
+"""From downloaded PyTorch weights to a bundle: `convert_sd3` and `convert_unialign`."""
+
+import errno
+import logging
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+from tqdm import tqdm
+
+from unialign_jax import bundle
+from unialign_jax.conversion import autoencoder, rules, sources, text_encoder, torch_pickle, transformer
+from unialign_jax.conversion.rules import Table
+from unialign_jax.conversion.sources import Part
+from unialign_jax.data.tokenizer import load_tokenizer
+from unialign_jax.models.mmdit import AlignmentHeadsConfig
+
+log = logging.getLogger(__name__)
+
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+FLAGS = {"text_encoder": "--text-encoder", "autoencoder": "--vae"}
+
+
+def convert_sd3(source, output, **options) -> bundle.BundleConfig:
+    """Stable Diffusion 3 medium -> a bundle with the same image velocity, and a text head that is yet to be trained.
+
+    Args: see `convert`. Raises ValueError also when the source is a UniAlignment transformer.
+    """
+    return convert("sd3", source, output, **options)
+
+
+def convert_unialign(source, output, **options) -> bundle.BundleConfig:
+    """The released UniAlignment (or DualDiffusion) model -> a bundle, alignment heads included where it has them."""
+    return convert("unialign", source, output, **options)
+
+
+def convert(
+    kind,
+    source,
+    output,
+    *,
+    text_encoder=None,
+    vae=None,
+    tokenizer=None,
+    mask_embedding=None,
+    components=None,
+    heads=False,
+    dtype=None,
+    overwrite=False,
+    progress=False,
+) -> bundle.BundleConfig:
+    """Converts a model and returns what the bundle says of itself.
+
+    Args:
+      kind: "sd3" or "unialign".
+      source: a diffusers folder, one component's folder, or a safetensors file.
+      output: the bundle to write.
+      text_encoder, vae: a file or folder with that part, in place of the source's own.
+      tokenizer: T5's tokenizer folder, in place of the source's own.
+      mask_embedding: the `.pth` file of the learned mask embedding, which replaces <extra_id_0>'s in the T5 table.
+      components: which of "transformer", "text_encoder", "autoencoder" to convert; all, and none may lack, when None.
+      heads: whether to draw new alignment heads for a source without them.
+      dtype: "float32", "float16" or "bfloat16" to store; the source's own when None.
+      overwrite: whether an existing bundle at `output` is replaced.
+      progress: whether to draw a progress bar.
+
+    Raises ValueError, FileNotFoundError, FileExistsError or OSError with what is wrong and what to do; the output is
+    then not there.
+    """
+    given = sources.open_source(source)
+    wanted = tuple(components or ("transformer", "text_encoder", "autoencoder"))
+    parts = choose_parts(given, wanted, {"text_encoder": text_encoder, "autoencoder": vae})
+    check_kind(kind, parts.get("transformer"))
+    tokenizer = Path(tokenizer) if tokenizer else given.tokenizer
+    loaded_tokenizer = load_tokenizer(tokenizer) if tokenizer else None
+    mask_embedding = mask_embedding or given.mask_embedding
+    if "text_encoder" in parts and not tokenizer:
+        raise ValueError(
+            f"{source} has no T5 tokenizer: give its folder (tokenizer.json or spiece.model) by --tokenizer"
+        )
+    if mask_embedding and "text_encoder" not in parts:
+        raise ValueError("a mask embedding goes into the T5 table, but no text encoder is converted")
+
+    jobs = plan(parts, heads, loaded_tokenizer, DTYPES[dtype] if dtype else None)
+    mask = None
+    if mask_embedding:
+        config = next(job.config for job in jobs if job.name == "text_encoder")
+        mask = read_mask_embedding(mask_embedding, config, loaded_tokenizer)
+    elif "text_encoder" in parts:
+        log.warning(
+            "no mask embedding is given: <extra_id_0>'s own embedding stands for masked text (the released one is "
+            "mask_token_emb.00-of-01.pth, by --mask-embedding)"
+        )
+    size = sum(job.size for job in jobs)
+    check_space(output, size)
+
+    with ThreadPoolExecutor(1) as executor, bundle.Writer(output, overwrite=overwrite) as writer:
+        files = {file for part in parts.values() for file in part.files} | ({Path(mask_embedding)} if mask else set())
+        hashes = {file: executor.submit(bundle.sha256, file) for file in sorted(files)}
+        with tqdm(total=size, unit="B", unit_scale=True, disable=not progress) as bar:
+            for job in jobs:
+                bar.set_description(job.name)
+                writer.add(job.name, job.config, with_progress(job.leaves(mask), bar))
+        if tokenizer:
+            writer.add_tokenizer(tokenizer)
+        writer.provenance = {
+            "kind": kind,
+            "components": {job.name: job.provenance for job in jobs},
+            "dropped": given.dropped,
+            "files": [{"name": f.name, "size": f.stat().st_size, "sha256": h.result()} for f, h in hashes.items()],
+        }
+        if mask:
+            writer.provenance["mask_embedding"] = {"file": Path(mask_embedding).name, "row": mask.row}
+    return bundle.read_config(output)
+
+
+def choose_parts(given, wanted, replacements) -> dict[str, Part]:
+    parts = dict(given.parts)
+    for component, path in replacements.items():
+        if path is not None:
+            parts[component] = sources.open_component(path, component)
+    missing = [name for name in wanted if name not in parts]
+    if missing:
+        hints = [f"give it by {FLAGS[name]}" if name in FLAGS else "the --source must hold it" for name in missing]
+        raise ValueError(
+            f"{given.path} has no {' and no '.join(missing)}: {'; '.join(hints)}; "
+            f"or convert {', '.join(parts)} alone by --components={','.join(parts)}"
+        )
+    return {name: parts[name] for name in wanted}
+
+
+def check_kind(kind, part):
+    if part is None:
+        return
+    released = part.layout == "unialign"
+    if kind == "sd3" and released:
+        raise ValueError(f"{part.name} is a UniAlignment transformer, not SD3's: use `convert.py unialign`")
+    if kind == "unialign" and not released:
+        raise ValueError(f"{part.name} is SD3's transformer ({part.layout} layout): use `convert.py sd3`")
+
+
+class Job:
+    """One component to write: its architecture, its table, the shapes and dtypes of our arrays."""
+
+    def __init__(self, name, config, table: Table, part: Part | None, shapes, dtype):
+        self.name, self.config, self.table, self.part, self.shapes = name, config, table, part, shapes
+        found = {} if part is None else part.shapes
+        problems = rules.problems(table, found, shapes)
+        if problems:
+            where = f"{part.name if part else name} does not fit the layout {table.layout}"
+            raise ValueError(f"{where}:\n  " + "\n  ".join(problems))
+        self.dtypes = rules.leaf_dtypes(table, part.dtypes if part else {}, shapes, dtype)
+        self.size = sum(int(np.prod(shape)) * self.dtypes[path].itemsize for path, shape in shapes.items())
+
+    def leaves(self, mask) -> Iterator[tuple[str, np.ndarray]]:
+        read = self.part.read if self.part else None
+        for path, leaf in rules.import_leaves(self.table, read, self.shapes, self.dtypes):
+            if mask and self.name == "text_encoder" and path == "token_embedding":
+                leaf[mask.row] = mask.values
+            yield path, leaf
+            del leaf
+
+    @property
+    def provenance(self) -> dict:
+        return {
+            "layout": self.table.layout,
+            "source": Path(self.part.name).name if self.part else None,
+            "computed": {f"{fill.target}{_index_text(fill.index)}": fill.about for fill in self.table.fills},
+            "dropped": {
+                dropped.pattern: dropped.about
+                for dropped in self.table.dropped
+                if self.part and rules.matches(self.part.tensors, dropped.pattern)
+            },
+        }
+
+
+def _index_text(index):
+    parts = [f"{i.start or ''}:{i.stop or ''}" if isinstance(i, slice) else str(i) for i in index]
+    return f"[{', '.join(parts)}]" if parts else ""
+
+
+def plan(parts, heads, tokenizer, dtype) -> list[Job]:
+    """All the components to write, checked against each other and against their sources, before anything is written."""
+    configs, pieces = {}, {}
+    if "transformer" in parts:
+        part = parts["transformer"]
+        vocab_size = tokenizer.vocab_size if tokenizer else None
+        c = transformer.infer_config(part.layout, part.shapes, part.read, part.settings, part.name, vocab_size)
+        configs["transformer"] = c
+        adapters = {key: info for key, info in part.tensors.items() if key.startswith(transformer.HEADS_PREFIX)}
+        rest = part._replace(tensors={key: info for key, info in part.tensors.items() if key not in adapters})
+        released = part.layout == "unialign"
+        table = transformer.unialign_table(c) if released else transformer.sd3_table(part.layout, c)
+        pieces["transformer"] = (table, rest)
+        if adapters:
+            configs["heads"] = transformer.infer_heads_config(part.shapes)
+            pieces["heads"] = (transformer.heads_table(), part._replace(tensors=adapters))
+        elif heads:
+            configs["heads"] = AlignmentHeadsConfig()
+            pieces["heads"] = None
+    if "text_encoder" in parts:
+        part = parts["text_encoder"]
+        configs["text_encoder"] = text_encoder.infer_config(part.shapes, part.settings, part.name)
+        pieces["text_encoder"] = (text_encoder.t5_table(configs["text_encoder"], part.tensors), part)
+    if "autoencoder" in parts:
+        part = parts["autoencoder"]
+        configs["autoencoder"] = autoencoder.infer_config(part.layout, part.shapes, part.settings, part.name)
+        pieces["autoencoder"] = (autoencoder.autoencoder_table(part.layout, configs["autoencoder"]), part)
+    config = bundle.BundleConfig(**configs)
+    check_fit(config, tokenizer)
+
+    jobs = []
+    for name, tree in bundle.abstract_params(config).items():
+        shapes = {path: tuple(leaf.shape) for path, leaf in bundle.flatten(tree).items()}
+        if pieces[name] is None:  # new heads are trained, so they are kept in full precision
+            jobs.append(Job(name, configs[name], transformer.new_heads_table(shapes), None, shapes, dtype))
+        else:
+            jobs.append(Job(name, configs[name], *pieces[name], shapes, dtype))
+    return jobs
+
+
+def check_fit(config: bundle.BundleConfig, tokenizer):
+    """Raises ValueError, listing all, when the components do not fit each other."""
+    t, e, a = config.transformer, config.text_encoder, config.autoencoder
+    lines = []
+    if t and e and t.text_width != e.width:
+        lines.append(f"the transformer reads text of width {t.text_width}, the text encoder gives {e.width}")
+    if t and e and t.vocab_size > e.vocab_size:
+        lines.append(f"the transformer predicts {t.vocab_size} tokens, the text encoder's table has {e.vocab_size}")
+    if t and a and t.latent_channels != a.latent_channels:
+        lines.append(f"the transformer has {t.latent_channels} latent channels, the VAE {a.latent_channels}")
+    if t and tokenizer and tokenizer.vocab_size > t.vocab_size:
+        lines.append(f"the tokenizer has {tokenizer.vocab_size} tokens, the transformer predicts {t.vocab_size}")
+    if lines:
+        raise ValueError("the parts do not fit each other: " + "; ".join(lines))
+
+
+class Mask(NamedTuple):
+    row: int
+    values: np.ndarray
+
+
+def read_mask_embedding(path, config, tokenizer) -> Mask:
+    """The learned mask embedding and the row of the T5 table that it replaces."""
+    values = torch_pickle.read_tensor(path)
+    if values.shape != (config.width,):
+        raise ValueError(f"{path} has shape {values.shape}, the text encoder's embeddings have ({config.width},)")
+    return Mask(tokenizer.mask_id, values)
+
+
+def check_space(output, size):
+    """Raises OSError when the disk has no room for `size` bytes at `output`."""
+    folder = next(parent for parent in Path(output).absolute().parents if parent.is_dir())
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        found = f"{folder} has {free / 1e9:.1f} GB free, the bundle needs {size / 1e9:.1f} GB"
+        raise OSError(errno.ENOSPC, f"{found}: free some space, or choose another --output")
+
+
+def with_progress(leaves, bar):
+    for path, leaf in leaves:
+        size = leaf.nbytes
+        yield path, leaf
+        del leaf
+        bar.update(size)

@@ -1,0 +1,249 @@
+"""Finding a model's parts in what people download: folders of diffusers, Stability's single files, lone files.
+
+`open_source(path)` looks at names and headers only, and says which component lies where and in which layout.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from unialign_jax.conversion import autoencoder, safetensors_file, text_encoder, transformer
+from unialign_jax.conversion.safetensors_file import DTYPES, TensorInfo
+
+# The prefix of each component's keys in Stability's single files. CLIP is not used.
+PREFIXES = {
+    "model.diffusion_model.": "transformer",
+    "first_stage_model.": "autoencoder",
+    "text_encoders.t5xxl.transformer.": "text_encoder",
+    "text_encoders.t5xxl.": "text_encoder",
+    "text_encoders.clip_l.": None,
+    "text_encoders.clip_g.": None,
+}
+FOLDERS = {
+    "transformer": ("transformer",),
+    "autoencoder": ("vae",),
+    "text_encoder": ("text_encoder_3", "text_encoder"),
+}
+TOKENIZER_FOLDERS = ("tokenizer_3", "tokenizer")
+SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors$")
+SCALED = re.compile(r"(^|[._])(scaled_fp8|scale_weight|weight_scale|scale_input|input_scale)($|[._])")
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+
+
+class Part(NamedTuple):
+    """One component as it lies in a source."""
+
+    component: str  # "transformer", "text_encoder" or "autoencoder"
+    layout: str  # transformer: "diffusers", "stability", "unialign"; autoencoder: "diffusers", "ldm"; "t5"
+    tensors: dict[str, TensorInfo]  # by key, the component's prefix removed
+    settings: dict  # its config.json, or {}
+    name: str  # for messages: the file or folder
+
+    def read(self, key) -> np.ndarray:
+        """A tensor by its key; KeyError when there is none."""
+        return safetensors_file.read_tensor(self.tensors[key])
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {key: info.shape for key, info in self.tensors.items()}
+
+    @property
+    def dtypes(self) -> dict[str, np.dtype]:
+        return {key: DTYPES[info.dtype] for key, info in self.tensors.items()}
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted({info.file for info in self.tensors.values()})
+
+
+class Source(NamedTuple):
+    path: Path
+    parts: dict[str, Part]
+    tokenizer: Path | None
+    mask_embedding: Path | None
+    dropped: dict[str, str]  # {what: why}, whole parts that are not used
+
+
+def open_source(path) -> Source:
+    """What a file or folder holds. Raises FileNotFoundError or ValueError, saying what was found and expected."""
+    path = Path(path)
+    if path.is_file():
+        return _open_single_file(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: there is no such file or folder")
+    parts, dropped = {}, {}
+    for component, names in FOLDERS.items():
+        for name in names:
+            if (path / name).is_dir() and component not in parts:
+                part = open_part(path / name)
+                if part is None:
+                    dropped[name] = "neither an MM-DiT, a T5 encoder nor a VAE"
+                else:
+                    parts[part.component] = part
+    if not parts:
+        part = open_part(path)
+        if part is None:
+            tensors = read_tensors(path)
+            raise unknown(path, tensors)
+        parts[part.component] = part
+    tokenizer = next((path / name for name in TOKENIZER_FOLDERS if is_t5_tokenizer(path / name)), None)
+    masks = sorted([*path.glob("mask_token_emb*.pth"), *path.glob("checkpoint/mask_token_emb*.pth")])
+    return Source(path, parts, tokenizer, masks[0] if masks else None, dropped)
+
+
+def open_component(path, component) -> Part:
+    """The named component from a file or folder given for it. Raises ValueError when it holds something else."""
+    parts = open_source(path).parts
+    if component not in parts:
+        held = ", ".join(f"a {name} ({part.layout})" for name, part in parts.items()) or "nothing known"
+        raise ValueError(f"{path} holds {held}, expected a {component}")
+    return parts[component]
+
+
+def is_t5_tokenizer(folder) -> bool:
+    """Whether a folder has T5's tokenizer files (CLIP's are vocab.json and merges.txt)."""
+    return (folder / "spiece.model").is_file() or (
+        (folder / "tokenizer.json").is_file() and not (folder / "merges.txt").is_file()
+    )
+
+
+def _open_single_file(path) -> Source:
+    tensors = read_tensors(path)
+    split: dict[str | None, dict] = {}
+    for key, info in tensors.items():
+        for prefix, component in PREFIXES.items():
+            if key.startswith(prefix):
+                split.setdefault(component, {})[key.removeprefix(prefix)] = info
+                break
+        else:
+            split.setdefault("", {})[key] = info
+    settings = read_settings(path.parent) if len(list(path.parent.glob("*.safetensors"))) == 1 else {}
+    parts, dropped = {}, {}
+    if None in split:
+        dropped["text_encoders.clip_l, text_encoders.clip_g"] = "UniAlignment reads T5 alone"
+    for component, found in split.items():
+        if component is None:
+            continue
+        part = identify(found, settings if component == "" else {}, str(path))
+        if part is None:
+            raise unknown(path, found)
+        if component and part.component != component:
+            raise ValueError(f"{path}: what its keys call a {component} is a {part.component}")
+        parts[part.component] = part
+    return Source(path, parts, None, None, dropped)
+
+
+def open_part(folder) -> Part | None:
+    """The component in one folder of safetensors; None when it is of no known kind."""
+    return identify(read_tensors(folder), read_settings(folder), str(folder))
+
+
+def identify(tensors, settings, name) -> Part | None:
+    """Which component and layout some tensors are; None when unknown."""
+    scaled = [key for key in tensors if SCALED.search(key)]
+    if scaled:
+        raise ValueError(
+            f"{name} holds scaled eight-bit weights ({scaled[0]}), which are not read here: "
+            "use the file in fp16 or bf16, or the plain fp8 one"
+        )
+    unreadable = sorted({info.dtype for info in tensors.values()} - DTYPES.keys())
+    if unreadable:
+        raise ValueError(f"{name} holds tensors of dtype {', '.join(unreadable)}, which cannot be read here")
+    if layout := transformer.detect_layout(tensors):
+        return Part("transformer", layout, tensors, settings, name)
+    if text_encoder.is_t5(tensors):
+        return Part("text_encoder", "t5", tensors, settings, name)
+    if layout := autoencoder.detect_layout(tensors):
+        return Part("autoencoder", layout, tensors, settings, name)
+    return None
+
+
+def unknown(path, tensors):
+    keys = ", ".join(sorted(tensors)[:3])
+    return ValueError(
+        f"{path} is neither an SD3 or UniAlignment transformer, a T5 v1.1 encoder nor SD3's VAE: "
+        f"its {len(tensors)} tensors begin with {keys}"
+    )
+
+
+def read_settings(folder) -> dict:
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    return content if isinstance(content, dict) else {}
+
+
+def read_tensors(path) -> dict[str, TensorInfo]:
+    """The tensors of a safetensors file, or of the one model (sharded or not) that a folder holds."""
+    path = Path(path)
+    if path.is_file():
+        match = SHARD.search(path.name)
+        if match and int(match[3]) > 1:
+            return _read_shards(path.parent, *_shard_names(path))
+        return safetensors_file.read_header(path)
+    indices = sorted(path.glob("*.index*.json"))
+    files = sorted(path.glob("*.safetensors"))
+    # Of several variants in one folder (such as fp16 beside float32) the plain one counts.
+    plain = [index for index in indices if index.name.endswith(".safetensors.index.json")]
+    whole = [file for file in files if not SHARD.search(file.name)]
+    unmarked = [file for file in whole if file.name in ("diffusion_pytorch_model.safetensors", "model.safetensors")]
+    if len(plain) == 1:
+        return _read_index(plain[0])
+    if unmarked:
+        return safetensors_file.read_header(unmarked[0])
+    if len(whole) == 1:
+        return safetensors_file.read_header(whole[0])
+    if len(indices) == 1 and not whole:
+        return _read_index(indices[0])
+    families = {SHARD.search(file.name)[1]: file for file in files if SHARD.search(file.name)}
+    if len(families) == 1 and not whole:
+        return _read_shards(path, *_shard_names(next(iter(families.values()))))
+    if files:
+        names = ", ".join(file.name for file in files[:6])
+        raise ValueError(f"{path} holds several models ({names}): name the file that is meant")
+    pickles = [file.name for file in sorted(path.iterdir()) if file.suffix in PICKLES]
+    if pickles:
+        raise ValueError(f"{path} holds {pickles[0]} but no safetensors: convert it with PyTorch first")
+    raise ValueError(f"{path} holds no safetensors files")
+
+
+def _shard_names(path):
+    stem, _, count = SHARD.search(path.name).groups()
+    return path.name, [f"{stem}-{i + 1:05d}-of-{count}.safetensors" for i in range(int(count))]
+
+
+def _read_index(index) -> dict[str, TensorInfo]:
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{index} is no index of shards: it has no weight_map") from None
+    tensors = _read_shards(index.parent, index.name, sorted(set(weight_map.values())))
+    absent = sorted(key for key, file in weight_map.items() if key not in tensors)
+    if absent:
+        raise ValueError(f"{index} names {len(absent)} tensors that its shards do not hold: {', '.join(absent[:3])}")
+    return tensors
+
+
+def _read_shards(folder, named_by, names) -> dict[str, TensorInfo]:
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"{folder} lacks {len(missing)} of the {len(names)} shards that {named_by} calls for: "
+            f"{', '.join(missing)}. Download them"
+        )
+    tensors: dict[str, TensorInfo] = {}
+    for name in names:
+        tensors.update(safetensors_file.read_header(folder / name))
+    return tensors
+
+
+def total_parameters(tensors: Mapping[str, TensorInfo]) -> int:
+    return sum(info.size for info in tensors.values())

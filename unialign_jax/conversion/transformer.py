@@ -1,0 +1,398 @@
+"""The MM-DiT's layouts: diffusers' SD3, Stability's single file, and UniAlignment's (and DualDiffusion's) release.
+
+SD3 lacks four things, which are filled so that the image velocity is SD3's own (T5 context, pooled vector zero):
+the last block's text half passes its input on (gates zero), the pooled vector's constant part joins the time embedding,
+and the text head starts from small random numbers.
+"""
+
+import math
+
+import numpy as np
+
+from unialign_jax.conversion.rules import (
+    DENSE,
+    DENSE_FROM_HEADS,
+    SWAPPED_DENSE,
+    SWAPPED_VECTOR,
+    VECTOR,
+    Constant,
+    Dropped,
+    Fill,
+    Rule,
+    Table,
+    affine,
+    patch_conv,
+)
+from unialign_jax.models.mmdit import AlignmentHeadsConfig, MMDiTConfig, position_table
+
+SEED = 20250928  # of the text head (and heads) that SD3 does not have
+POOLED_WIDTH = 2048  # of the pooled CLIP vector in SD3
+NULL_IMAGE_TOKENS = 8  # UniAlignment's unused stand-in for an image
+HEADS_PREFIX = "siglip_adapter_"  # of the alignment heads in the released file
+DEFAULT_VOCAB_SIZE = MMDiTConfig().vocab_size
+
+# {stream: names of its parts} in each layout; {layer} is the block.
+DIFFUSERS_BLOCK = {
+    "image": {
+        "modulation": "transformer_blocks.{layer}.norm1.linear",
+        "qkv": [f"transformer_blocks.{{layer}}.attn.{name}" for name in ("to_q", "to_k", "to_v")],
+        "out": "transformer_blocks.{layer}.attn.to_out.0",
+        "mlp_in": "transformer_blocks.{layer}.ff.net.0.proj",
+        "mlp_out": "transformer_blocks.{layer}.ff.net.2",
+    },
+    "text": {
+        "modulation": "transformer_blocks.{layer}.norm1_context.linear",
+        "qkv": [f"transformer_blocks.{{layer}}.attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj")],
+        "out": "transformer_blocks.{layer}.attn.to_add_out",
+        "mlp_in": "transformer_blocks.{layer}.ff_context.net.0.proj",
+        "mlp_out": "transformer_blocks.{layer}.ff_context.net.2",
+    },
+}
+STABILITY_BLOCK = {
+    stream: {
+        "modulation": f"joint_blocks.{{layer}}.{block}.adaLN_modulation.1",
+        "qkv": f"joint_blocks.{{layer}}.{block}.attn.qkv",
+        "out": f"joint_blocks.{{layer}}.{block}.attn.proj",
+        "mlp_in": f"joint_blocks.{{layer}}.{block}.mlp.fc1",
+        "mlp_out": f"joint_blocks.{{layer}}.{block}.mlp.fc2",
+    }
+    for stream, block in (("image", "x_block"), ("text", "context_block"))
+}
+
+
+def block_rules(names, depth, pre_only_modulation=None):
+    """The blocks' rules. SD3's last text half is cut short: its modulation has two parts, read by that pair."""
+    every, full = range(depth), range(depth - 1 if pre_only_modulation else depth)
+    rules = []
+    for stream, name in names.items():
+        target = f"blocks/joint/{stream}"
+        layers = full if stream == "text" else every
+        rules += affine(name["modulation"], f"{target}/modulation", layers=layers)
+        if isinstance(name["qkv"], str):
+            rules += affine(name["qkv"], f"{target}/qkv", layers=every)
+        else:
+            for i, source in enumerate(name["qkv"]):
+                rules += affine(source, f"{target}/qkv", layers=every, index=(slice(None), i))
+        rules += affine(name["out"], f"{target}/out", DENSE_FROM_HEADS, layers=layers)
+        rules += affine(name["mlp_in"], f"{target}/mlp_in", layers=layers)
+        rules += affine(name["mlp_out"], f"{target}/mlp_out", layers=layers)
+    if pre_only_modulation:
+        kernel, bias = pre_only_modulation
+        last = range(depth - 1, depth)
+        shift_and_scale = (slice(None), slice(0, 2))
+        source = names["text"]["modulation"]
+        rules += affine(source, "blocks/joint/text/modulation", kernel, bias, layers=last, index=shift_and_scale)
+    return rules
+
+
+def end_rules(names, config, head_modulation):
+    kernel, bias = head_modulation
+    return [
+        *affine(names["patch_embed"], "patch_embed", patch_conv(config.patch_size)),
+        *affine(names["text_embed"], "text_embed"),
+        *affine(names["time_hidden"], "time_embed/hidden"),
+        *affine(names["image_head_modulation"], "image_head_modulation", kernel, bias),
+        *affine(names["image_head"], "image_head"),
+    ]
+
+
+DIFFUSERS_ENDS = {
+    "patch_embed": "pos_embed.proj",
+    "text_embed": "context_embedder",
+    "time_hidden": "time_text_embed.timestep_embedder.linear_1",
+    "time_out": "time_text_embed.timestep_embedder.linear_2",
+    "pooled_hidden": "time_text_embed.text_embedder.linear_1",
+    "pooled_out": "time_text_embed.text_embedder.linear_2",
+    "image_head_modulation": "norm_out.linear",
+    "image_head": "proj_out",
+    "positions": "pos_embed.pos_embed",
+}
+UNIALIGN_ENDS = DIFFUSERS_ENDS | {"image_head_modulation": "image_norm_out.linear", "image_head": "image_proj_out"}
+STABILITY_ENDS = {
+    "patch_embed": "x_embedder.proj",
+    "text_embed": "context_embedder",
+    "time_hidden": "t_embedder.mlp.0",
+    "time_out": "t_embedder.mlp.2",
+    "pooled_hidden": "y_embedder.mlp.0",
+    "pooled_out": "y_embedder.mlp.2",
+    "image_head_modulation": "final_layer.adaLN_modulation.1",
+    "image_head": "final_layer.linear",
+    "positions": "pos_embed",
+}
+
+
+def sd3_table(layout: str, config: MMDiTConfig) -> Table:
+    """SD3's transformer, layout "diffusers" or "stability"."""
+    if layout == "diffusers":
+        ends, blocks, two_parts = DIFFUSERS_ENDS, DIFFUSERS_BLOCK, (SWAPPED_DENSE, SWAPPED_VECTOR)
+    else:
+        ends, blocks, two_parts = STABILITY_ENDS, STABILITY_BLOCK, (DENSE, VECTOR)
+    if config.depth < 2:
+        raise ValueError(f"an SD3 transformer has at least 2 blocks, found {config.depth}")
+    width = config.width
+    time_out, pooled_hidden, pooled_out = ends["time_out"], ends["pooled_hidden"], ends["pooled_out"]
+    rules = [
+        *end_rules(ends, config, two_parts),
+        Rule(f"{time_out}.weight", "time_embed/out/kernel", DENSE),
+        *block_rules(blocks, config.depth, pre_only_modulation=two_parts),
+    ]
+    zero_weights = {
+        f"{pooled_hidden}.weight": (width, POOLED_WIDTH),
+        f"{pooled_hidden}.bias": (width,),
+        f"{pooled_out}.weight": (width, width),
+        f"{pooled_out}.bias": (width,),
+    }
+    return Table(
+        layout=f"sd3-{layout}",
+        rules=rules,
+        fills=[
+            fold_pooled(f"{time_out}.bias", pooled_hidden, pooled_out),
+            *last_text_half(blocks["text"], config),
+            *text_head(),
+        ],
+        dropped=[
+            Dropped(f"{pooled_hidden}.weight", "reads the pooled CLIP vector, which is zero here"),
+            position_buffer(ends["positions"], config),
+        ],
+        constants=[
+            position_constant(ends["positions"], config),
+            # Ours has the pooled vector's constant part in the time embedding, so that SD3's own must add nothing.
+            *(zero_constant(key, shape) for key, shape in zero_weights.items()),
+        ],
+        float32=frozenset({"time_embed/out/bias"}),
+    )
+
+
+def sd3_export_table(layout: str, config: MMDiTConfig) -> Table:
+    """As `sd3_table`, with the time embedding's bias, which an import computes, written as it is."""
+    table = sd3_table(layout, config)
+    ends = DIFFUSERS_ENDS if layout == "diffusers" else STABILITY_ENDS
+    return table._replace(rules=[*table.rules, Rule(f"{ends['time_out']}.bias", "time_embed/out/bias", VECTOR)])
+
+
+def unialign_table(config: MMDiTConfig) -> Table:
+    """The released transformer; the alignment heads in the same file are `heads_table`'s."""
+    ends = UNIALIGN_ENDS
+    return Table(
+        layout="unialign",
+        rules=[
+            *end_rules(ends, config, (SWAPPED_DENSE, SWAPPED_VECTOR)),
+            *affine(ends["time_out"], "time_embed/out"),
+            *affine("text_proj_out", "text_head"),
+            *block_rules(DIFFUSERS_BLOCK, config.depth),
+        ],
+        dropped=[
+            position_buffer(ends["positions"], config),
+            Dropped("null_image_embd", "never used by the released code's training or sampling"),
+        ],
+        constants=[
+            position_constant(ends["positions"], config),
+            zero_constant("null_image_embd", (1, NULL_IMAGE_TOKENS, config.width)),
+        ],
+    )
+
+
+def heads_table() -> Table:
+    rules = []
+    for ours, theirs in (("image", "siglip_adapter_img"), ("text", "siglip_adapter_text")):
+        rules += affine(f"{theirs}.fc.0", f"{ours}_hidden") + affine(f"{theirs}.fc.2", f"{ours}_out")
+    return Table("unialign-heads", rules)
+
+
+def fold_pooled(time_bias, pooled_hidden, pooled_out) -> Fill:
+    """SD3 adds an embedding of the pooled vector to the time embedding; of a zero vector it is a constant."""
+    keys = (time_bias, f"{pooled_hidden}.bias", f"{pooled_out}.weight", f"{pooled_out}.bias")
+
+    def make(read, _shape):
+        bias, hidden, weight, out = (read(key).astype(np.float64) for key in keys)
+        return (bias + weight @ (hidden / (1 + np.exp(-hidden))) + out).astype(np.float32)
+
+    return Fill("time_embed/out/bias", (), make, "the pooled embedding of a zero vector, added", keys)
+
+
+def last_text_half(names, config) -> list[Fill]:
+    """The last block's text half, which SD3 ends after its keys and values: silent, and else block depth - 2's."""
+    last, gates_and_mlp = config.depth - 1, slice(2, 6)
+
+    def zeros(_read, shape):
+        return np.zeros(shape, np.float32)
+
+    def copy(name, transform, kind):
+        key = names[name].replace("{layer}", str(last - 1)) + f".{kind}"
+        return lambda read, shape: transform.forward(read(key), shape).astype(np.float32)
+
+    about = f"block {last - 1}'s (silent until the gates move)"
+    target = "blocks/joint/text"
+    fills = [
+        Fill(f"{target}/modulation/kernel", (last, slice(None), gates_and_mlp), zeros, "zero: the text passes through"),
+        Fill(f"{target}/modulation/bias", (last, gates_and_mlp), zeros, "zero: the text passes through"),
+    ]
+    for name, transform in (("out", DENSE_FROM_HEADS), ("mlp_in", DENSE), ("mlp_out", DENSE)):
+        fills.append(Fill(f"{target}/{name}/kernel", (last,), copy(name, transform, "weight"), about))
+        fills.append(Fill(f"{target}/{name}/bias", (last,), copy(name, VECTOR, "bias"), about))
+    return fills
+
+
+def text_head() -> list[Fill]:
+    def normal(_read, shape):
+        return np.random.default_rng(SEED).standard_normal(shape, np.float32) * np.float32(0.02)
+
+    return [
+        Fill("text_head/kernel", (), normal, f"normal, deviation 0.02, seed {SEED}"),
+        Fill("text_head/bias", (), lambda _read, shape: np.zeros(shape, np.float32), "zero"),
+    ]
+
+
+def new_heads_table(shapes) -> Table:
+    """Alignment heads drawn anew (Xavier, biases zero), for a source that has none."""
+    fills = []
+    for i, path in enumerate(shapes):
+
+        def make(_read, shape, i=i):
+            if len(shape) == 1:
+                return np.zeros(shape, np.float32)
+            limit = math.sqrt(6 / sum(shape))
+            return np.random.default_rng((SEED, i)).uniform(-limit, limit, shape).astype(np.float32)
+
+        fills.append(Fill(path, (), make, f"Xavier uniform, seed {SEED}" if path.endswith("kernel") else "zero"))
+    return Table("new-heads", [], fills)
+
+
+def positions(config) -> np.ndarray:
+    """The buffer [1, max_patches^2, D] that the PyTorch layouts hold."""
+    side = config.max_patches
+    return position_table(side, side, config.width, side, config.base_patches)[None]
+
+
+def position_constant(key, config):
+    return Constant(key, (1, config.max_patches**2, config.width), lambda: positions(config))
+
+
+def zero_constant(key, shape):
+    return Constant(key, shape, lambda: np.zeros(shape, np.float32))
+
+
+def position_buffer(key, config):
+    """The positional table, dropped unless it is another than the one we compute (fp16 rounding allowed)."""
+
+    def check(read):
+        try:
+            found = read(key)
+        except KeyError:
+            return
+        expected = positions(config)
+        if found.shape != expected.shape:
+            raise ValueError(f"{key} has shape {found.shape}, expected {expected.shape}")
+        error = max(float(np.abs(a.astype(np.float32) - b).max()) for a, b in zip(found[0], expected[0], strict=True))
+        if not error < 5e-3:
+            raise ValueError(
+                f"{key} differs from SD3's positional table by {error:.3g}: the file has other positions "
+                f"(a grid of {config.max_patches} with {config.base_patches} patches to the base was expected)"
+            )
+
+    return Dropped(key, "a buffer, computed from its formula", check)
+
+
+def detect_layout(keys) -> str | None:
+    """ "diffusers", "stability" or "unialign", by the transformer's keys (prefix removed); None when it is neither."""
+    if "transformer_blocks.0.attn.add_q_proj.weight" in keys and "context_embedder.weight" in keys:
+        return "unialign" if "image_proj_out.weight" in keys else "diffusers"
+    if "joint_blocks.0.context_block.attn.qkv.weight" in keys:
+        return "stability"
+    return None
+
+
+def refuse_sd35(shapes, name):
+    """Raises ValueError for a transformer of the SD3.5 family, saying what differs."""
+    normed = any(".attn.norm_q." in key or ".attn.ln_q." in key for key in shapes)
+    dual = sorted({int(key.split(".")[1]) for key in shapes if ".attn2." in key})
+    if not (normed or dual):
+        return
+    width = shapes.get("context_embedder.bias", (0,))[0]
+    depth = count_blocks(shapes)
+    family = {1536: "SD3.5-medium", 2432: "SD3.5-large"}.get(width, "of the SD3.5 family")
+    differences = (["normed queries and keys (qk-norm)"] if normed else []) + (
+        [f"a second image attention in blocks {dual[0]} to {dual[-1]} (dual attention)"] if dual else []
+    )
+    raise ValueError(
+        f"{name} is {family}: {depth} blocks of width {width} with {' and '.join(differences)}, which SD3 and "
+        "UniAlignment do not have. Use stable-diffusion-3-medium (24 blocks of width 1536)"
+    )
+
+
+def count_blocks(keys) -> int:
+    numbers = {int(key.split(".")[1]) for key in keys if key.startswith(("transformer_blocks.", "joint_blocks."))}
+    if numbers != set(range(len(numbers))):
+        absent = sorted(set(range(max(numbers))) - numbers)
+        raise ValueError(f"the transformer lacks its blocks {absent[:8]}: a shard may be missing")
+    return len(numbers)
+
+
+def infer_config(layout, shapes, read, settings, name, vocab_size=None) -> MMDiTConfig:
+    """The architecture, from the tensors' shapes; config.json (`settings`) says only what they cannot.
+
+    Args:
+      layout: "diffusers", "stability" or "unialign".
+      shapes: {key: shape}.
+      read: a tensor by its key.
+      settings: the source's config.json, or {}.
+      name: the source, for messages.
+      vocab_size: of the text head that SD3 does not have.
+    """
+    refuse_sd35(shapes, name)
+    ends = {"diffusers": DIFFUSERS_ENDS, "stability": STABILITY_ENDS, "unialign": UNIALIGN_ENDS}[layout]
+    try:
+        width, channels, patch, _ = shapes[f"{ends['patch_embed']}.weight"]
+        text_width = shapes[f"{ends['text_embed']}.weight"][1]
+        mlp_in = (STABILITY_BLOCK if layout == "stability" else DIFFUSERS_BLOCK)["image"]["mlp_in"]
+        mlp = shapes[mlp_in.replace("{layer}", "0") + ".weight"][0]
+        if layout == "unialign":
+            vocab_size = shapes["text_proj_out.weight"][0]
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{name} is no {layout} transformer: {error} is missing or has an unexpected shape") from None
+    head_width = settings.get("attention_head_dim", 64)
+    if width % head_width:
+        raise ValueError(f"{name} has width {width}, which heads of width {head_width} do not divide")
+    depth = count_blocks(shapes)
+    max_patches, base_patches = grid(ends["positions"], shapes, read, settings, patch)
+    config = MMDiTConfig(
+        depth=depth,
+        num_heads=width // head_width,
+        head_width=head_width,
+        mlp_ratio=mlp // width,
+        latent_channels=channels,
+        patch_size=patch,
+        text_width=text_width,
+        vocab_size=vocab_size or DEFAULT_VOCAB_SIZE,
+        tap_depth=min(MMDiTConfig().tap_depth, depth),
+        max_patches=max_patches,
+        base_patches=base_patches,
+    )
+    for key, found, said in (
+        ("num_layers", depth, settings.get("num_layers")),
+        ("num_attention_heads", config.num_heads, settings.get("num_attention_heads")),
+    ):
+        if said is not None and said != found:
+            raise ValueError(f"{name}: config.json says {key} {said}, the tensors say {found}")
+    return config
+
+
+def grid(key, shapes, read, settings, patch) -> tuple[int, int]:
+    """max_patches and base_patches, from config.json or else from the positional buffer itself."""
+    default = MMDiTConfig()
+    max_patches = settings.get("pos_embed_max_size")
+    if key in shapes:
+        max_patches = math.isqrt(shapes[key][1])
+    max_patches = max_patches or default.max_patches
+    if "sample_size" in settings:
+        return max_patches, settings["sample_size"] // patch
+    if key not in shapes:
+        return max_patches, max_patches * default.base_patches // default.max_patches
+    # The second column's first sine is that of the distance between neighbours, base_patches / max_patches.
+    return max_patches, round(max_patches * math.asin(float(read(key)[0, 1, 0])))
+
+
+def infer_heads_config(shapes) -> AlignmentHeadsConfig:
+    """The released adapters', which end in a SiLU."""
+    hidden, teacher = shapes["siglip_adapter_img.fc.0.weight"][0], shapes["siglip_adapter_img.fc.2.weight"][0]
+    return AlignmentHeadsConfig(hidden_width=hidden, teacher_width=teacher, final_silu=True)
