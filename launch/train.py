@@ -49,6 +49,9 @@ def main(arguments):
     options, changes = parse(arguments)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     logging.getLogger("unialign_jax").setLevel(logging.INFO)
+    if not options.traceback:  # the pages that Orbax logs beside an exception say no more than it does
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         from unialign_jax.training.stages import read_config
 

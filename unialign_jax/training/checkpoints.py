@@ -1,14 +1,17 @@
 """Checkpoints of a run: saved in the background, whole or ignored, and restored onto any mesh.
 
 A folder `checkpoints/<step>/state` per save, written by Orbax under a name of its own until it is whole. Restoring
-either gives the state or raises: a checkpoint of another architecture is refused with the leaves that differ, a damaged
-one is set aside by name and the one before it is taken.
+either gives the state or raises: a checkpoint of another architecture is refused with the leaves that differ, for a
+damaged one the one before it is taken. Nothing is ever deleted but by the rule on how many to keep.
 """
 
+import contextlib
+import json
 import logging
 from pathlib import Path
 
 import jax
+import tensorstore as ts
 from orbax.checkpoint import v1 as ocp
 
 from unialign_jax.sharding import path_string
@@ -18,10 +21,16 @@ log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """The checkpoints of one run's folder; all hosts take part in every call."""
+    """The checkpoints of one run's folder, which is made; all hosts take part in every call."""
 
     def __init__(self, workdir, *, keep_last=2, keep_every=0):
         self.directory = Path(workdir).absolute() / "checkpoints"
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(
+                f"the run's folder {workdir} cannot be made ({error.strerror}: {error.filename}): choose another"
+            ) from error
         policies = ocp.training.preservation_policies
         keep = [policies.LatestN(keep_last)] + ([policies.EveryNSteps(keep_every)] if keep_every else [])
         self._checkpointer = ocp.training.Checkpointer(
@@ -32,57 +41,93 @@ class Checkpoints:
         return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
 
     def save(self, state: TrainState, step: int):
-        """Starts saving and returns once the arrays are copied; the writing goes on in the background."""
-        if step not in self.steps():
+        """Starts saving and returns once the arrays are copied; the writing goes on in the background.
+
+        Raises OSError when this save, or the one before it, cannot be written.
+        """
+        if step in self.steps():
+            return
+        with _writing(self.directory):
             self._checkpointer.save_checkpointables_async(step, {"state": state._asdict()}, force=True)
 
     def restore_latest(self, abstract_state: TrainState) -> TrainState | None:
         """The newest whole checkpoint on the shardings of `abstract_state`, or None when there is none at all.
 
-        Raises ValueError when a checkpoint has other leaves than `abstract_state`, or when every one is damaged.
+        A damaged one is passed over, said so, and renamed to damaged-<step> once an older one has taken its place.
+        Raises ValueError when a checkpoint has other leaves than `abstract_state`, or when every one is damaged;
+        then nothing has been touched.
         """
-        unfinished = sorted(path.name for path in self.directory.glob("*") if _is_unfinished(path))
+        unfinished = sorted(path.name for path in self.directory.glob("*orbax-checkpoint-tmp*"))
         if unfinished:
             log.warning("%s: ignoring unfinished checkpoints %s", self.directory, ", ".join(unfinished))
-        steps = self.steps()
-        for step in reversed(steps):
-            try:
-                found = _leaf_shapes(self._checkpointer.checkpointables_metadata(step).metadata["state"])
-                differences = _differences(_leaf_shapes(abstract_state._asdict()), found)
-                if not differences:
+        damaged = []
+        for step in reversed(self.steps()):
+            directory = self.directory / str(step)
+            reason = damage(directory)
+            if reason is None:
+                differences = _differences(_leaf_shapes(abstract_state._asdict()), _stored_shapes(directory))
+                if differences:
+                    raise ValueError(
+                        f"{directory} holds another architecture than this configuration: {'; '.join(differences)}. "
+                        "Choose another --workdir, or the configuration that the run was started with"
+                    )
+                try:
                     loaded = self._checkpointer.load_checkpointables(step, {"state": abstract_state._asdict()})
-            except Exception as error:  # noqa: BLE001 - whatever a damaged file makes Orbax raise; it is reported below
-                self._set_aside(step, error)
-                continue
-            if differences:
-                raise ValueError(
-                    f"{self.directory}/{step} holds another architecture than this configuration: "
-                    + "; ".join(differences)
-                    + ". Choose another --workdir, or the configuration that the run was started with"
-                )
-            return TrainState(**loaded["state"])
-        if steps:
+                except Exception as error:  # whatever a damaged file makes Orbax raise
+                    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+                        raise
+                    reason = _first_line(error)
+            if reason is None:
+                self._set_aside(damaged)
+                return TrainState(**loaded["state"])
+            log.warning("%s cannot be read: %s", directory, reason)
+            damaged.append(step)
+        if damaged:
             raise ValueError(
-                f"{self.directory}: none of the checkpoints {steps} can be read; they are kept as damaged-*. "
-                "Choose another --workdir to start anew"
+                f"{self.directory}: none of the checkpoints {damaged} can be read; nothing was changed. "
+                "Bring one back, or choose another --workdir to start anew"
             )
         return None
 
-    def _set_aside(self, step, error):
-        damaged = self.directory / f"damaged-{step}"
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        log.warning("%s/%s cannot be read and is kept as %s: %s", self.directory, step, damaged.name, reason)
-        if jax.process_index() == 0:
-            number = 1
-            while damaged.exists():
+    def _set_aside(self, steps):
+        """Makes room for these steps to be saved again, and keeps what is there."""
+        for step in steps:
+            kept, number = self.directory / f"damaged-{step}", 1
+            while kept.exists():
                 number += 1
-                damaged = self.directory / f"damaged-{step}-{number}"
-            (self.directory / str(step)).rename(damaged)
-        self._checkpointer.reload()
+                kept = self.directory / f"damaged-{step}-{number}"
+            log.warning("%s/%d is kept as %s", self.directory, step, kept.name)
+            if jax.process_index() == 0:
+                (self.directory / str(step)).rename(kept)
+        if steps:
+            self._checkpointer.reload()
 
     def close(self):
-        """Waits for the save under way, so that it is whole."""
-        self._checkpointer.close()
+        """Waits for the save under way, so that it is whole. Raises OSError when it cannot be written."""
+        with _writing(self.directory):
+            self._checkpointer.close()
+
+
+def damage(directory: Path) -> str | None:
+    """What is missing from a checkpoint that was once whole, or None; without reading the arrays through.
+
+    Orbax itself gives up on such a checkpoint in ways that look like an empty one. Looked at are its marker, its
+    metadata, and the last byte of every stored value, which a file cut short no longer has.
+    """
+    for name in ("commit_success.txt", "state/_METADATA", "state/manifest.ocdbt"):
+        if not (directory / name).is_file():
+            return f"{name} is missing"
+    try:
+        json.loads((directory / "state/_METADATA").read_text())
+    except ValueError:
+        return "state/_METADATA is cut short"
+    try:
+        store = ts.KvStore.open({"driver": "ocdbt", "base": f"file://{directory}/state/"}).result()
+        for last_byte in [store.read(key, byte_range=slice(-1, None)) for key in store.list().result()]:
+            last_byte.result()
+    except Exception as error:  # tensorstore's errors are ValueErrors of many kinds
+        return _first_line(error)
+    return None
 
 
 def load_params(run, abstract, weights="raw"):
@@ -101,7 +146,11 @@ def load_params(run, abstract, weights="raw"):
         if checkpointer.latest is None:
             raise ValueError(f"init_from: {directory} holds no whole checkpoint")
         step = checkpointer.latest.step
-        found = _leaf_shapes(checkpointer.checkpointables_metadata(step).metadata["state"])
+    if reason := damage(directory / str(step)):
+        raise ValueError(
+            f"init_from: {directory}/{step} cannot be read: {reason}. Remove it to start from the checkpoint before it"
+        )
+    found = _stored_shapes(directory / str(step))
     wanted = {"params": dict(abstract)}
     if weights == "ema":
         if not any(path.startswith("ema/") for path in found):
@@ -120,8 +169,8 @@ def load_params(run, abstract, weights="raw"):
     return loaded["params"]
 
 
-def _is_unfinished(path: Path) -> bool:
-    return path.is_dir() and "orbax-checkpoint-tmp" in path.name
+def _stored_shapes(directory: Path) -> dict[str, tuple]:
+    return _leaf_shapes(ocp.checkpointables_metadata(directory).metadata["state"])
 
 
 def _leaf_shapes(tree) -> dict[str, tuple]:
@@ -136,3 +185,21 @@ def _differences(expected: dict, found: dict, most=8) -> list[str]:
         if expected.get(path) != found.get(path):
             lines.append(f"{path}: expected {expected.get(path, 'nothing')}, found {found.get(path, 'nothing')}")
     return lines if len(lines) <= most else lines[:most] + [f"and {len(lines) - most} more leaves"]
+
+
+@contextlib.contextmanager
+def _writing(directory):
+    """Turns what Orbax raises while it writes into one line about the disk."""
+    try:
+        yield
+    except Exception as error:
+        raise OSError(
+            f"{directory}: the checkpoint could not be written: {_first_line(error)}. Look at the disk's space and "
+            "rights; the checkpoints before it are whole"
+        ) from error
+
+
+def _first_line(error) -> str:
+    """The start of an error's first line: tensorstore's go on with pages of its own settings."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line.split(" [tensorstore_spec")[0][:300]

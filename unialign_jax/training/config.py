@@ -271,7 +271,7 @@ def _key_problems(config):
 
 def nearest(key: str, known) -> str:
     """What was meant by a key that is not known, as " (nearest: ...)", or nothing."""
-    near = difflib.get_close_matches(key, known, n=1)
+    near = difflib.get_close_matches(key, sorted(known), n=1)
     # `learning_rate` is spelt unlike `optimizer.learning_rate`, but surely meant.
     near += [other for other in sorted(known) if other.split(".")[-1] == key.split(".")[-1]]
     return f" (nearest: {near[0]})" if near else ""
