@@ -87,7 +87,6 @@ def benchmark_train(arguments) -> dict:
     resident, step = {}, 0
     while len(resident) < len(trainer.streams):
         name, batch = trainer.mixture.batch(step)
-        batch.pop("replaced")
         resident[name] = trainer.put_batch(batch)
         step += 1
     with open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet):

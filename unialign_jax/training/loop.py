@@ -117,7 +117,6 @@ class Trainer:
                 (self.config.batch_size, *value.shape), value.dtype, sharding=sharding.batch_sharding(self.mesh)
             )
             for key, value in local.items()
-            if key != "replaced"
         }
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         with jax.set_mesh(self.mesh):
@@ -213,7 +212,12 @@ def write_config(config: ConfigDict, workdir: Path):
     path = workdir / "config.json"
     current = json.loads(config.to_json_best_effort())
     if path.exists():
-        for line in _changes(json.loads(path.read_text()), current):
+        try:
+            before = json.loads(path.read_text())
+        except ValueError:
+            log.warning("%s cannot be read and is written anew", path)
+            before = current
+        for line in _changes(before, current):
             log.warning("configuration changed since the run began: %s", line)
     if jax.process_index() == 0:
         scratch = path.with_suffix(".tmp")
@@ -282,7 +286,6 @@ def run_steps(trainer, programs, state, frozen, checkpoints, sampler, workdir, s
     """The loop. A step's numbers are fetched while the next step runs, so that the device never waits for the host."""
     config = trainer.config
     step = int(state.step)
-    bad = BadRecords(config.data.max_bad_fraction)
     recorder = Recorder(trainer, MetricsWriter(workdir, step), progress, step)
     batches = trainer.mixture.batches(step, num_threads=config.data.num_threads, prefetch=config.data.prefetch)
     with contextlib.closing(recorder), contextlib.closing(batches):
@@ -290,7 +293,6 @@ def run_steps(trainer, programs, state, frozen, checkpoints, sampler, workdir, s
             began = time.perf_counter()
             _, name, batch = next(batches)
             recorder.throughput.add_wait(time.perf_counter() - began)
-            bad.count(batch.pop("replaced"))
             state, metrics = programs[name](state, frozen, trainer.put_batch(batch))
             recorder.add(step, name, metrics)
             step += 1
@@ -314,6 +316,7 @@ class Recorder:
         self._trainer, self._writer = trainer, writer
         self._pending = None
         self._losses = {}
+        self._bad = BadRecords(trainer.config.data.max_bad_fraction)
         device = trainer.mesh.devices.flat[0]
         self.throughput = Throughput(flops.peak_flops(device.device_kind))
         self._bar = tqdm(
@@ -330,7 +333,10 @@ class Recorder:
         self._pending = (step, stream, metrics)
 
     def flush(self):
-        """Waits for the pending step. Raises FloatingPointError when its loss or gradient is not finite."""
+        """Waits for the pending step and looks at its numbers.
+
+        Raises FloatingPointError when one is not finite, ValueError when too many records could not be decoded.
+        """
         if self._pending is None:
             return
         step, stream, metrics = self._pending
@@ -338,18 +344,20 @@ class Recorder:
         values = to_means(jax.device_get(metrics))
         config = self._trainer.config
         self.throughput.add_step(config.batch_size, config.batch_size * self._trainer.sample_flops[stream])
-        for name in ("loss", "gradient_norm"):
+        for name in ("loss", "gradient_norm", "parameter_norm"):
             if not math.isfinite(values[name]):
                 raise FloatingPointError(
                     f"{name} is {values[name]} at step {step + 1} in stream {stream}; losses: "
                     + ", ".join(f"{key} {values[key]:.4g}" for key in config.loss_weights if key in values)
                     + ". The last checkpoint is from before; lower optimizer.learning_rate or look at that batch"
                 )
+        self._bad.count(int(values["replaced_records"]), config.batch_size)
         self._losses[stream] = values["loss"]
         self._bar.update()
         self._bar.set_postfix({name: f"{loss:.3f}" for name, loss in self._losses.items()}, refresh=False)
         _, index = self._trainer.mixture.schedule(step)
-        if index % config.log_every == 0 or step + 1 == config.num_steps:
+        # Rows of steps with replaced records are never left out, so that the file's sum is their number.
+        if index % config.log_every == 0 or step + 1 == config.num_steps or values["replaced_records"]:
             self._writer.write(step + 1, stream, values | self.throughput.report())
 
     def close(self):
@@ -364,9 +372,9 @@ class BadRecords:
         self._max_fraction, self._patience = max_fraction, patience
         self._bad = self._seen = 0
 
-    def count(self, replaced: np.ndarray):
-        self._bad += int(replaced.sum())
-        self._seen += replaced.size
+    def count(self, replaced: int, samples: int):
+        self._bad += replaced
+        self._seen += samples
         # A few early ones say nothing about the share; from `patience` samples on they do.
         if self._bad > self._max_fraction * max(self._seen, self._patience):
             raise ValueError(

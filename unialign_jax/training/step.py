@@ -147,6 +147,7 @@ def make_train_step(config, networks: Networks, tx, schedule, kind: str, mask_id
 
     Metrics are arrays [2] of sum and count (the mean is their quotient). Gradients are averaged over
     `config.accumulation` micro-batches, each of which takes every accumulation-th row, so that no row changes device.
+    "replaced_records" counts the batch's stand-ins for undecodable records, over all hosts.
     """
 
     def loss_and_gradients(params, frozen, batch, key):
@@ -184,6 +185,7 @@ def make_train_step(config, networks: Networks, tx, schedule, kind: str, mask_id
             "update_norm": optax.global_norm(updates),
             "parameter_norm": optax.global_norm(params),
             "learning_rate": schedule(state.step),
+            "replaced_records": jnp.sum(batch["replaced"]),
         }
         metrics |= {name: jnp.stack([jnp.asarray(value, jnp.float32), 1.0]) for name, value in single.items()}
         return TrainState(state.step + 1, params, ema, opt_state), metrics
