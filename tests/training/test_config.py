@@ -1,0 +1,195 @@
+"""Configurations: the stages run, and what is wrong with one is said at once, each thing in one line."""
+
+import math
+from pathlib import Path
+
+import jax
+import pytest
+
+from unialign_jax.training.config import config_problems, paper_config, stream
+from unialign_jax.training.loop import Trainer
+from unialign_jax.training.stages import load_stage, make_changes, parse_value, read_config
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2", "stage3"])
+@pytest.mark.parametrize("size", ["", ":tiny"])
+def test_the_stages_can_run(stage, size):
+    config = load_stage(f"{ROOT}/configs/{stage}.py{size}")
+    assert config_problems(config, device_count=8) == []
+    assert config.name == stage
+
+
+def test_the_stages_are_the_papers():
+    """arXiv 2509.23760, implementation details: 80 K steps over two stages, 30 K in the third."""
+    stages = [load_stage(f"{ROOT}/configs/stage{number}.py") for number in (1, 2, 3)]
+    assert sum(stage.num_steps for stage in stages[:2]) == 80_000 and stages[2].num_steps == 30_000
+    for stage in stages:
+        weights = stage.loss_weights
+        assert (weights.masked_text, weights.cross_modal, weights.intrinsic_modal) == (0.2, 0.05, 0.1)
+        assert (stage.optimizer.learning_rate, stage.optimizer.weight_decay) == (3e-5, 1e-2)
+        assert (stage.batch_size, stage.image_size, stage.text_length) == (256, 512, 256)
+    assert [set(stage.streams) for stage in stages] == [
+        {"text_to_image"},
+        {"text_to_image", "edit", "perception", "personalization"},
+        {"text_to_image", "edit", "perception", "personalization", "vqa"},
+    ]
+
+
+# key, what it is set to, what the one line must say
+BAD_VALUES = [
+    ("num_steps", 0, "num_steps is 0"),
+    ("accumulation", 0, "accumulation is 0"),
+    ("batch_size", 0, "batch_size is 0"),
+    ("image_size", 36, "multiple of 8"),
+    ("text_length", 1, "text_length is 1"),
+    ("model.latent_channels", 16, "the autoencoder gives 48"),
+    ("model.text_width", 64, "the text encoder gives 128"),
+    ("model.vocab_size", 1000, "512 rows"),
+    ("model.tap_depth", 5, "1 to model.depth 4"),
+    ("model.depth", 0, "model.depth is 0"),
+    ("model.remat", "all", "none, block, dots"),
+    ("model.attention", "flash", "auto, xla, cudnn, splash"),
+    ("model.dtype", "float16", "bfloat16, float32"),
+    ("flow_matching_form", "eps", "velocity, x0"),
+    ("masked_text_normalization", "mean", "positions, maskable"),
+    ("cross_modal.direction", "both", "symmetric, image_to_text"),
+    ("cross_modal.temperature", 0.0, "above 0"),
+    ("init_weights", "average", "raw, ema"),
+    ("prompt_dropout", 1.5, "0 to 1"),
+    ("ema_decay", 1.0, "less than 1"),
+    ("min_mask_fraction", 0.0, "between 0 and 1"),
+    ("loss_weights.masked_text", -1.0, "0 or more"),
+    ("loss_weights.flow_matching", math.nan, "0 or more"),
+    ("optimizer.learning_rate", math.inf, "above 0"),
+    ("optimizer.clip_norm", 0.0, "above 0"),
+    ("optimizer.freeze", ("(",), "no regular expression"),
+    ("data.max_bad_fraction", -0.1, "0 to 1"),
+    ("log_every", 0, "at least 1"),
+    ("checkpoint.keep_last", 0, "at least 1"),
+    ("samples.steps", 0, "at least 1"),
+    ("streams.text_to_image.path", "", "has no data: set streams.text_to_image.path, or its weight to 0"),
+    ("streams.text_to_image.weight", 0.0, "every stream has weight 0"),
+    ("streams.text_to_image.weight", -1.0, "0 or more"),
+    ("streams.text_to_image.kind", "video", "text_to_image, edit, perception, personalization, vqa"),
+    ("streams.text_to_image.num_conditions", 2, "0 for text_to_image"),
+    ("mesh.tensor", 3, "mesh 1x-1x3 (data x fsdp x tensor) does not fit 8 devices"),
+    ("mesh.data", -1, "at most one may be -1"),
+    ("mesh.data", 0, "sizes are positive"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "expected"), BAD_VALUES)
+def test_each_bad_value_is_one_line_that_names_it(key, value, expected):
+    config = load_stage(f"{ROOT}/configs/stage1.py:tiny")
+    config.update_from_flattened_dict({key: value})
+    problems = config_problems(config, device_count=8)
+    assert any(expected in problem for problem in problems), problems
+    assert len(problems) <= 2 and not any("\n" in problem for problem in problems)
+
+
+def test_batch_by_devices_and_accumulation():
+    config = load_stage(f"{ROOT}/configs/stage1.py:tiny")
+    config.update({"batch_size": 24, "accumulation": 2, "mesh": {"data": 2, "fsdp": -1, "tensor": 1}})
+    (problem,) = config_problems(config, device_count=8)
+    assert problem == (
+        "batch_size 24 is not divisible by 16 (accumulation 2 x 8 devices of the mesh's data and fsdp axes): "
+        "the nearest that fits is 32"
+    )
+    config.mesh.tensor = 2  # the tensor axis does not split the batch
+    assert config_problems(config, device_count=8) == []
+    assert config_problems(config, device_count=8, host_count=5) == ["batch_size 24 is not divisible by 5 hosts"]
+
+
+def test_a_stage_file_with_misspelt_keys_does_not_pass():
+    config = load_stage(f"{ROOT}/configs/stage1.py:tiny")
+    config.batchsize = 4
+    config.optimizer.learningrate = 1e-4
+    config.streams.edit = stream("edit", "data/edit")
+    config.streams.edit.wieght = 2.0
+    del config.log_every
+    assert config_problems(config) == [
+        "unknown key batchsize (nearest: batch_size)",
+        "unknown key optimizer.learningrate (nearest: optimizer.learning_rate)",
+        "unknown key streams.edit.wieght (nearest: streams.edit.weight)",
+        "missing key log_every",
+    ]
+
+
+def test_the_trainer_lists_everything_at_once_and_before_the_data(small_config):
+    config = small_config(num_steps=0, batch_size=3, image_size=33, mesh__data=2, mesh__fsdp=1)
+    with pytest.raises(ValueError) as error:
+        Trainer(config, jax.devices()[:2])
+    lines = str(error.value).splitlines()
+    assert lines[0] == "the configuration cannot run:"
+    assert [line.split()[0] for line in lines[1:]] == ["num_steps", "batch_size", "image_size"]
+
+
+def test_changes_keep_their_types():
+    config = paper_config()
+    config.streams.edit = stream("edit", "somewhere")
+    changes = ["batch_size=32", "optimizer.learning_rate=1e-4", "optimizer.decay_1d=False", "name=a=b", "mesh.fsdp=4"]
+    changes += ["optimizer.freeze=transformer/(a|b)", "streams.edit.weight=2", "autoencoder.block_widths=(8, 16)"]
+    assert make_changes(config, changes) == []
+    assert (config.batch_size, config.optimizer.learning_rate, config.mesh.fsdp) == (32, 1e-4, 4)
+    assert config.optimizer.decay_1d is False and config.name == "a=b"
+    assert config.optimizer.freeze == ("transformer/(a|b)",)
+    assert config.streams.edit.weight == 2.0 and isinstance(config.streams.edit.weight, float)
+    assert config.autoencoder.block_widths == (8, 16)
+    assert make_changes(config, ["optimizer.freeze=('a', 'b,c')"]) == []
+    assert config.optimizer.freeze == ("a", "b,c")
+    assert make_changes(config, ["optimizer.freeze=()"]) == [] and config.optimizer.freeze == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "like", "expected"),
+    [
+        ("abc", 1, "a whole number"),
+        ("1.5", 1, "a whole number"),
+        ("", 1, "a whole number"),
+        ("fast", 1.0, "a number"),
+        ("yes", True, "true or false"),
+        ("(1, 'a')", (1, 2), "a tuple of int"),
+        ("3", ("a",), "a tuple of str"),
+    ],
+)
+def test_values_of_another_type(text, like, expected):
+    with pytest.raises(ValueError, match=expected):
+        parse_value(text, like)
+
+
+def test_all_problems_of_a_command_line_come_at_once():
+    changes = ["batchsize=4", "learning_rate=1", "batch_size=abc", "optimizer=3", "prompt_dropout=2", "zzzz=1"]
+    with pytest.raises(ValueError) as error:
+        read_config(f"{ROOT}/configs/stage1.py:tiny", changes)
+    lines = str(error.value).splitlines()
+    assert lines[0] == "the configuration cannot run:"
+    assert [line.strip() for line in lines[1:4]] == [
+        "unknown key batchsize (nearest: batch_size)",
+        "unknown key learning_rate (nearest: optimizer.learning_rate)",
+        "batch_size is 'abc', expected a whole number",
+    ]
+    assert lines[4].strip().startswith("optimizer is a group of keys: set one of optimizer.b1, ")
+    assert lines[5].strip() == "unknown key zzzz"
+    assert lines[6].strip().startswith("prompt_dropout is 2.0, expected 0 to 1")
+    assert len(lines) == 7
+
+
+def test_a_stage_file_that_is_missing_or_broken(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no stage file configs/stage9.py: name configs/stage1.py"):
+        load_stage("configs/stage9.py:tiny")
+    with pytest.raises(ValueError, match=r"stage1.py:huge gives .* unknown size 'huge' .* expected nothing or :tiny$"):
+        load_stage(f"{ROOT}/configs/stage1.py:huge")
+    for source, expected in {
+        "x = (": "was never closed",
+        "import nowhere": "line 1: ModuleNotFoundError: No module named 'nowhere'",
+        "x = 1": "AttributeError: .* 'get_config'",
+        "def get_config(size):\n    return {}": "get_config returns dict, expected a ConfigDict",
+        "from unialign_jax.training.config import paper_config\n\n\ndef get_config(size):\n"
+        "    config = paper_config(size)\n    config.batch_size = 'many'\n    return config": "line 6: TypeError",
+    }.items():
+        (tmp_path / "mine.py").write_text(source)
+        with pytest.raises(ValueError, match=expected) as error:
+            load_stage(str(tmp_path / "mine.py"))
+        assert "\n" not in str(error.value)
