@@ -182,8 +182,13 @@ def test_what_a_killed_writer_left_is_no_bundle_and_is_swept(params, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"] and bundle.verify(tmp_path / "bundle") == []
 
 
-def test_one_array_is_read_alone(saved, params):
-    path = "blocks/joint/text/mlp_in/kernel"
-    found = bundle.read_leaf(saved, "transformer", path)
-    assert isinstance(found, np.ndarray)
-    np.testing.assert_array_equal(found, params["transformer"]["blocks"]["joint"]["text"]["mlp_in"]["kernel"])
+def test_arrays_are_read_on_the_host_one_by_one(saved, params, monkeypatch):
+    monkeypatch.setattr(bundle, "GROUP_BYTES", 3000)
+    expected = bundle.flatten(params["transformer"])
+    found = dict(bundle.read_leaves(saved, "transformer"))
+    assert found.keys() == expected.keys()
+    for path, leaf in found.items():
+        assert isinstance(leaf, np.ndarray)
+        np.testing.assert_array_equal(leaf, expected[path])
+    wanted = ["text_head/bias", "blocks/joint/text/mlp_in/kernel"]
+    assert [path for path, _ in bundle.read_leaves(saved, "transformer", wanted)] == wanted

@@ -254,15 +254,31 @@ def component_dtypes(directory, name) -> dict[str, np.dtype]:
     return {path: np.dtype(leaf.dtype) for path, leaf in component_metadata(directory, name).items()}
 
 
-def read_leaf(directory, name, path, metadata=None) -> np.ndarray:
-    """One stored array on the host, as stored."""
+def read_leaves(directory, name, paths=None):
+    """A component's stored arrays on the host, as stored: (path, array) pairs, a few small ones or one large at a time.
+
+    Args: `paths` of those that are wanted, in their order; all when None.
+    """
+    metadata = component_metadata(directory, name)
     folder = Path(directory).absolute() / name
-    leaf = (metadata or component_metadata(directory, name))[path]
+    return in_groups(lambda wanted: ocp.load(folder, wanted), metadata, metadata if paths is None else paths)
+
+
+def in_groups(load, metadata, paths):
+    """(path, array) pairs of what `load(tree of empty arrays)` fills, called for at most GROUP_BYTES at a time."""
     context = ocp.Context()
     context.pytree.loading.partial_load = True
-    with context:
-        loaded = ocp.load(folder, unflatten({path: np.empty(leaf.shape, leaf.dtype)}))
-    return flatten(loaded)[path]
+    group, size, paths = {}, 0, list(paths)
+    for i, path in enumerate(paths):
+        group[path] = np.empty(metadata[path].shape, metadata[path].dtype)  # takes no memory until it is written
+        size += group[path].nbytes
+        if size >= GROUP_BYTES or i == len(paths) - 1:
+            with context:
+                loaded = flatten(load(unflatten(group)))
+            names = list(group)
+            group, size = {}, 0
+            for name in names:
+                yield name, loaded.pop(name)
 
 
 def verify(directory) -> list[str]:

@@ -126,6 +126,14 @@ def released_folder(released_model, torch_models, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def dual_file(torch_models, tmp_path_factory):
+    """DualDiffusion's transformer: the release's without the adapters, here as a file alone."""
+    path = tmp_path_factory.mktemp("dual") / "dual.safetensors"
+    save_tensors(path, arrays(make_released(torch_models.sd3, adapters=False)))
+    return path
+
+
 def make_released(sd3, adapters=True):
     """A module with the parameters of the released transformer, random where SD3 has none."""
     import copy
