@@ -281,7 +281,10 @@ def load_teacher(directory, *, mesh=None, dtype=None) -> Teacher:
         raise ValueError(
             f"{directory}/{COMPONENT} is damaged, convert it again ({str(error).splitlines()[0]})"
         ) from error
-    return Teacher(config, params, tokenizers.Tokenizer.from_file(str(directory / "tokenizer" / "tokenizer.json")))
+    tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer" / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return Teacher(config, params, tokenizer)
 
 
 def tokenize(tokenizer, texts, length=None) -> tuple[np.ndarray, np.ndarray]:
