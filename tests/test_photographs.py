@@ -1,6 +1,5 @@
 """The main job on real input: JSONL with photographs -> data folder -> training at 128 px."""
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -21,20 +20,15 @@ PHOTOGRAPHS = ROOT.parent / "shared" / "data"
 @pytest.mark.parametrize(
     ("file", "kind", "stage"), [("photos_t2i", "text_to_image", "stage1"), ("photos_edit", "edit", "stage2")]
 )
-def test_photographs_can_be_prepared_and_trained_on(file, kind, stage, tmp_path):
+def test_photographs_can_be_prepared_and_trained_on(file, kind, stage, small_config, tmp_path):
     command = [sys.executable, ROOT / "launch" / "prepare_data.py", "--format=jsonl", f"--stream={kind}"]
     command += [f"--source={PHOTOGRAPHS / file}.jsonl", f"--output={tmp_path / 'data'}"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "150" in done.stdout
 
-    spec = importlib.util.spec_from_file_location(stage, ROOT / "configs" / f"{stage}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config("tiny")
-    config.update({"num_steps": 2, "batch_size": 4, "image_size": 128, "init_from": "", "log_every": 1})
+    config = small_config(stage, num_steps=2, batch_size=4, image_size=128, samples__count=2)
     config.loss_weights.intrinsic_modal = 0.0  # photographs come without teacher features
-    config.samples.update({"count": 2, "steps": 2, "caption_steps": 2})
     for name, stream in config.streams.items():
         stream.weight = float(name == kind)
     config.streams[kind].path = str(tmp_path / "data")

@@ -35,6 +35,9 @@ TABLE = (
     (r"layers/(query|key|value|mlp_gate|mlp_up)/kernel$", P(None, "fsdp", "tensor")),
     (r"layers/out/kernel$", P(None, "tensor", None, "fsdp")),
     (r"layers/mlp_out/kernel$", P(None, "tensor", "fsdp")),
+    # Teacher's vision tower
+    (r"vision/layers/.*qkv/kernel$", P(None, "fsdp", None, "tensor", None)),
+    (r"vision/merger_(hidden|out)/kernel$", P("fsdp", "tensor")),
     # Norms, biases, counters and the small autoencoder: everywhere.
     (r".*", P()),
 )

@@ -13,6 +13,7 @@ from unialign_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 # The frozen encoders of a run without converted weights are drawn from this seed, whatever the run's own: the stages of
 # one training must agree on them.
 FROZEN_SEED = 20250928
+RELATIVE_BIAS_SPREAD = 4.0  # standard deviation, over distances, of a random encoder's attention bias
 
 
 class Networks(NamedTuple):
@@ -63,11 +64,14 @@ def init_params(networks: Networks, key) -> dict:
 def init_frozen(networks: Networks) -> dict:
     """Random frozen encoders: {"text_encoder": ..., "autoencoder": ...}, each in its compute dtype."""
     text_key, image_key = jax.random.split(jax.random.key(FROZEN_SEED))
-    text = networks.text_encoder.init(text_key, jnp.zeros((1, 1), jnp.int32))
+    text = dict(networks.text_encoder.init(text_key, jnp.zeros((1, 1), jnp.int32))["params"])
+    # Nothing but this bias tells a token of the text stream where it is, and T5's own start leaves it near zero, which
+    # would make a random encoder a bag of words. Spread out, each head looks at distances of its own.
+    text["relative_bias"] *= RELATIVE_BIAS_SPREAD * networks.text_encoder.config.width**0.5
     side = networks.autoencoder.config.downsample_factor
     image = networks.autoencoder.init(image_key, jnp.zeros((1, side, side, 3)))
     return {
-        "text_encoder": _cast(text.get("params", {}), networks.text_encoder.config.dtype),
+        "text_encoder": _cast(text, networks.text_encoder.config.dtype),
         "autoencoder": _cast(image.get("params", {}), networks.autoencoder.config.dtype),
     }
 
