@@ -55,13 +55,8 @@ def open_run(workdir, weights="raw") -> dict[str, StoredTree]:
     Raises FileNotFoundError when the folder is no run's, ValueError when it has no whole checkpoint or no average.
     """
     workdir = Path(workdir).absolute()
-    settings_file, checkpoints = workdir / "config.json", workdir / "checkpoints"
-    if not settings_file.is_file() or not checkpoints.is_dir():
-        raise FileNotFoundError(f"{workdir} is no run's folder: expected config.json and checkpoints/ inside")
-    steps = sorted((int(path.name) for path in checkpoints.iterdir() if re.fullmatch(r"\d+", path.name)), reverse=True)
-    if not steps:
-        raise ValueError(f"{checkpoints} holds no whole checkpoint")
-    settings, folder = json.loads(settings_file.read_text()), checkpoints / str(steps[0])
+    folder = workdir / "checkpoints" / str(latest_step(workdir))
+    settings = json.loads((workdir / "config.json").read_text())
     metadata = bundle.flatten(ocp.checkpointables_metadata(folder).metadata["state"])
     prefixes = {"transformer": "params/transformer/", "heads": "params/heads/"}
     if weights == "ema":
@@ -80,6 +75,18 @@ def open_run(workdir, weights="raw") -> dict[str, StoredTree]:
             lambda paths, prefix=prefix: read_run(folder, metadata, prefix, paths),
         )
     return trees
+
+
+def latest_step(workdir) -> int:
+    """The step of a run's newest whole checkpoint; the errors are those of `open_run`."""
+    workdir = Path(workdir)
+    checkpoints = workdir / "checkpoints"
+    if not (workdir / "config.json").is_file() or not checkpoints.is_dir():
+        raise FileNotFoundError(f"{workdir} is no run's folder: expected config.json and checkpoints/ inside")
+    steps = [int(path.name) for path in checkpoints.iterdir() if re.fullmatch(r"\d+", path.name)]
+    if not steps:
+        raise ValueError(f"{checkpoints} holds no whole checkpoint")
+    return max(steps)
 
 
 def read_run(folder, metadata, prefix, paths):
@@ -138,7 +145,7 @@ def export(
         if format == "stability":
             write_single_file(output, writers, bar)
         else:
-            tokenizer = bundle.tokenizer_path(source) if source is not None else None
+            tokenizer = bundle.tokenizer_path(source) if source is not None and "text_encoder" in chosen else None
             write_folder(output, format, writers, tokenizer, bar)
     return left_out(trees, chosen, format)
 

@@ -173,18 +173,13 @@ class Job:
         return {
             "layout": self.table.layout,
             "source": Path(self.part.name).name if self.part else None,
-            "computed": {f"{fill.target}{_index_text(fill.index)}": fill.about for fill in self.table.fills},
+            "computed": {f"{fill.target}{rules.index_text(fill.index)}": fill.about for fill in self.table.fills},
             "dropped": {
                 dropped.pattern: dropped.about
                 for dropped in self.table.dropped
                 if self.part and rules.matches(self.part.tensors, dropped.pattern)
             },
         }
-
-
-def _index_text(index):
-    parts = [f"{i.start or ''}:{i.stop or ''}" if isinstance(i, slice) else str(i) for i in index]
-    return f"[{', '.join(parts)}]" if parts else ""
 
 
 def plan(parts, heads, tokenizer, dtype) -> list[Job]:

@@ -152,6 +152,15 @@ def _backward_shape(transform, shape):
     return jax.eval_shape(transform.backward, jax.ShapeDtypeStruct(shape, np.float32)).shape
 
 
+def index_text(index) -> str:
+    """An index as it is written, such as "[2, :, 0:2]"; empty for a whole array."""
+    parts = [
+        f"{'' if i.start is None else i.start}:{'' if i.stop is None else i.stop}" if isinstance(i, slice) else str(i)
+        for i in index
+    ]
+    return f"[{', '.join(parts)}]" if parts else ""
+
+
 def matches(keys, pattern) -> list[str]:
     return [key for key in keys if fnmatch.fnmatchcase(key, pattern)]
 

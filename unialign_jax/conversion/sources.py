@@ -99,8 +99,8 @@ def open_component(path, component) -> Part:
     """The named component from a file or folder given for it. Raises ValueError when it holds something else."""
     parts = open_source(path).parts
     if component not in parts:
-        held = ", ".join(f"a {name} ({part.layout})" for name, part in parts.items()) or "nothing known"
-        raise ValueError(f"{path} holds {held}, expected a {component}")
+        held = ", ".join(f"{name} ({part.layout})" for name, part in parts.items())
+        raise ValueError(f"{path} holds {held}, expected {component}")
     return parts[component]
 
 

@@ -1,0 +1,232 @@
+"""Weights in and out: python launch/convert.py --help"""
+
+import argparse
+import logging
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+DESCRIPTION = """\
+Turns downloaded PyTorch weights into a bundle (the folder that training and sampling start from) and back.
+Reading needs no PyTorch, no accelerator and little memory: tensors go through one at a time.
+"""
+
+EXAMPLES = """\
+examples
+  python launch/convert.py sd3 --source=stable-diffusion-3-medium-diffusers --output=bundles/sd3 \\
+      --mask-embedding=mask_token_emb.00-of-01.pth
+  python launch/convert.py sd3 --source=sd3_medium.safetensors --text-encoder=t5xxl_fp16.safetensors \\
+      --tokenizer=tokenizer_3 --output=bundles/sd3
+  python launch/convert.py unialign --source=UniAlignment --output=bundles/unialign
+  python launch/convert.py teacher --source=Qwen2.5-VL-7B-Instruct --output=bundles/teacher
+  python launch/convert.py export --run=runs/stage3 --weights=ema --format=unialign --output=exported
+  python launch/convert.py inspect bundles/sd3 --verify
+
+`python launch/convert.py COMMAND --help` says more of each. docs/weights.md says which files to download.
+"""
+
+SD3 = """\
+Stable Diffusion 3 medium -> a bundle whose image velocity is SD3's own (T5 text, no CLIP). What SD3 lacks is made: the
+text head is drawn from a fixed seed, the last block's text half is silent, the pooled vector counts as absent.
+
+--source is one of
+  a folder of diffusers: transformer/ vae/ text_encoder_3/ tokenizer_3/ (one safetensors file each, or shards)
+  Stability's single file: sd3_medium.safetensors, sd3_medium_incl_clips_t5xxlfp16.safetensors, ...
+  the folder or file of the transformer alone, with the other parts by their own options
+"""
+UNIALIGN = """\
+The released UniAlignment model, or DualDiffusion's -> a bundle, with the alignment heads when the file has them.
+
+--source is the released folder (transformer/ vae/ text_encoder/ tokenizer/), or the transformer's folder or file alone,
+with the other parts by their own options. The learned mask embedding is found in the folder, or given.
+"""
+TEACHER = """\
+Qwen2.5-VL (any size) -> the frozen teacher of the intrinsic-modal loss: its vision tower and its input embeddings.
+"""
+EXPORT = """\
+A bundle or a training run -> files that PyTorch loads strictly.
+
+formats
+  unialign    the released folder: transformer/ (heads included when there are any), vae/, text_encoder/, tokenizer/
+  diffusers   SD3's folder (transformer/ vae/ text_encoder_3/ tokenizer_3/). It makes the same images from a prompt, but
+              has no place for the text head and the last block's text half: no captions, no answers.
+  stability   the same as Stability's single .safetensors file
+"""
+INSPECT = """\
+Says what a safetensors file, a model's folder, a bundle or a run holds: components, layout, dtypes, parameters.
+"""
+
+
+def parse_arguments(argv):
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=DESCRIPTION, epilog=EXAMPLES, formatter_class=raw)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name, text, help):
+        sub = commands.add_parser(name, description=text, help=help, formatter_class=raw)
+        sub.add_argument("--traceback", action="store_true", help="show where an error came from")
+        return sub
+
+    for name, text, help in (
+        ("sd3", SD3, "Stable Diffusion 3 medium -> a bundle"),
+        ("unialign", UNIALIGN, "the released UniAlignment model -> a bundle"),
+    ):
+        sub = command(name, text, help)
+        add_output(sub, "bundle to write")
+        sub.add_argument("--source", required=True, metavar="PATH", help="what was downloaded: a folder or a file")
+        sub.add_argument("--text-encoder", metavar="PATH", help="T5 v1.1 XXL: a folder or a file")
+        sub.add_argument("--vae", metavar="PATH", help="SD3's VAE: a folder or a file")
+        sub.add_argument("--tokenizer", metavar="PATH", help="T5's tokenizer folder (tokenizer.json or spiece.model)")
+        sub.add_argument(
+            "--mask-embedding",
+            metavar="PATH",
+            help="the learned embedding of masked text (mask_token_emb.00-of-01.pth)",
+        )
+        sub.add_argument(
+            "--components", metavar="A,B", help="convert only these of transformer, text_encoder, autoencoder"
+        )
+        sub.add_argument("--heads", action="store_true", help="draw new alignment heads when the source has none")
+        add_dtype(sub, "how to store the weights (default: as the source does; eight-bit floats become bfloat16)")
+
+    sub = command("teacher", TEACHER, "Qwen2.5-VL -> the teacher")
+    add_output(sub, "folder to write")
+    sub.add_argument("--source", required=True, metavar="PATH", help="Qwen2.5-VL's folder as downloaded")
+    sub.add_argument("--tokenizer", metavar="PATH", help="folder of its tokenizer.json, when the source has none")
+    add_dtype(sub, "how to store the weights (default: as the source does)")
+
+    sub = command("export", EXPORT, "a bundle or a run -> PyTorch's files")
+    add_output(sub, "folder, or .safetensors file for stability")
+    sub.add_argument("--bundle", metavar="DIR", help="the bundle; beside --run, the frozen parts come from it")
+    sub.add_argument(
+        "--run", metavar="DIR", help="a training run's folder: transformer and heads of its last checkpoint"
+    )
+    sub.add_argument("--weights", choices=["raw", "ema"], default="raw", help="which of a run's weights (default raw)")
+    sub.add_argument("--format", required=True, choices=["unialign", "diffusers", "stability"])
+    sub.add_argument("--components", metavar="A,B", help="write only these of transformer, text_encoder, autoencoder")
+    add_dtype(sub, "how to write the weights (default: as they are stored)")
+
+    sub = command("inspect", INSPECT, "what is in a file, folder, bundle or run")
+    sub.add_argument("path", metavar="PATH")
+    sub.add_argument("--keys", action="store_true", help="list every tensor and what it maps to")
+    sub.add_argument("--verify", action="store_true", help="check the hash of every file of a bundle")
+
+    arguments = parser.parse_args(argv)
+    if arguments.command == "export" and not (arguments.bundle or arguments.run):
+        parser.error("export needs --bundle or --run")
+    return arguments
+
+
+def add_output(parser, text):
+    parser.add_argument("--output", required=True, metavar="PATH", help=text)
+    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run wrote there")
+
+
+def add_dtype(parser, text):
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help=text)
+
+
+def convert(arguments):
+    from unialign_jax.conversion.importing import convert
+
+    config = convert(
+        arguments.command,
+        arguments.source,
+        arguments.output,
+        text_encoder=arguments.text_encoder,
+        vae=arguments.vae,
+        tokenizer=arguments.tokenizer,
+        mask_embedding=arguments.mask_embedding,
+        components=split(arguments.components),
+        heads=arguments.heads,
+        dtype=arguments.dtype,
+        overwrite=arguments.overwrite,
+        progress=True,
+    )
+    return f"{', '.join(config.components)} in {arguments.output}"
+
+
+def split(components):
+    return [name.strip() for name in components.split(",")] if components else None
+
+
+def teacher(arguments):
+    from unialign_jax.conversion.teacher import convert_teacher
+
+    convert_teacher(
+        arguments.source,
+        arguments.output,
+        tokenizer=arguments.tokenizer,
+        dtype=arguments.dtype,
+        overwrite=arguments.overwrite,
+        progress=True,
+    )
+    return f"the teacher in {arguments.output}"
+
+
+def export(arguments):
+    from unialign_jax.conversion.exporting import export
+
+    lost = export(
+        arguments.output,
+        format=arguments.format,
+        source=arguments.bundle,
+        run=arguments.run,
+        weights=arguments.weights,
+        components=split(arguments.components),
+        dtype=arguments.dtype,
+        overwrite=arguments.overwrite,
+        progress=True,
+    )
+    for line in lost:
+        print(f"left out, since {arguments.format} has no place for it: {line}")
+    return f"{arguments.output} in the format {arguments.format}"
+
+
+def inspect(arguments):
+    from unialign_jax import bundle
+    from unialign_jax.conversion.inspecting import inspect
+
+    for line in inspect(arguments.path, keys=arguments.keys):
+        print(line)
+    if arguments.verify:
+        if not bundle.is_bundle(arguments.path):
+            raise ValueError(f"{arguments.path} is not a bundle, so that there are no recorded hashes to verify")
+        problems = bundle.verify(arguments.path)
+        if problems:
+            raise ValueError(f"{arguments.path} is damaged:\n  " + "\n  ".join(problems))
+        print("every file is as it was written")
+    return None
+
+
+COMMANDS = {"sd3": convert, "unialign": convert, "teacher": teacher, "export": export, "inspect": inspect}
+
+
+def main(argv=None) -> int:
+    arguments = parse_arguments(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("absl").setLevel(logging.ERROR)
+
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # converting needs no accelerator, and must not take one from a run
+    began = time.monotonic()
+    try:
+        written = COMMANDS[arguments.command](arguments)
+    except (ValueError, OSError, ImportError) as error:
+        if arguments.traceback:
+            raise
+        own = isinstance(error, OSError) and error.strerror and not error.filename
+        print(f"error: {error.strerror if own else error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; nothing was kept", file=sys.stderr)
+        return 130
+    if written:
+        print(f"wrote {written} in {time.monotonic() - began:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

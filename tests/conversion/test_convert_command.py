@@ -1,0 +1,111 @@
+"""launch/convert.py as a user calls it: what it writes, prints and refuses."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from unialign_jax import bundle
+
+SCRIPT = Path(__file__).resolve().parents[2] / "launch/convert.py"
+
+
+@pytest.fixture(scope="module")
+def command():
+    spec = importlib.util.spec_from_file_location("convert_command", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.fixture(scope="module")
+def sd3_bundle(command, sd3_folder, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("command") / "sd3"
+    assert command(["sd3", f"--source={sd3_folder}", f"--output={directory}", "--heads", "--dtype=bfloat16"]) == 0
+    return directory
+
+
+def test_sd3_and_its_flags(sd3_bundle):
+    config = bundle.read_config(sd3_bundle)
+    assert config.components == ("transformer", "heads", "text_encoder", "autoencoder")
+    assert config.dtypes["text_encoder"] == config.dtypes["heads"] == ["bfloat16"]
+    assert (sd3_bundle / "tokenizer/tokenizer.json").is_file()
+
+
+def test_there_and_back_again(command, released_folder, tmp_path, capsys):
+    assert command(["unialign", f"--source={released_folder}", f"--output={tmp_path / 'bundle'}"]) == 0
+    arguments = ["export", f"--bundle={tmp_path / 'bundle'}", "--format=diffusers", f"--output={tmp_path / 'out'}"]
+    assert command([*arguments, "--components=transformer"]) == 0
+    output = capsys.readouterr().out
+    assert f"wrote transformer, heads, text_encoder, autoencoder in {tmp_path / 'bundle'}" in output
+    assert "left out, since diffusers has no place for it: the text head (captions and answers)" in output
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["transformer"]
+    assert command([*arguments, "--overwrite"]) == 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"transformer", "vae", "text_encoder_3", "tokenizer_3"}
+
+
+def test_inspect_a_bundle(command, sd3_bundle, capsys):
+    assert command(["inspect", str(sd3_bundle), "--verify"]) == 0
+    output = capsys.readouterr().out
+    assert "a bundle of transformer, heads, text_encoder, autoencoder" in output
+    assert "computed: text_head/kernel: normal, deviation 0.02, seed 20250928" in output
+    assert "left out: pos_embed.pos_embed: a buffer, computed from its formula" in output
+    assert "every file is as it was written" in output
+    assert output.count("sha256 ") == len(bundle.read_config(sd3_bundle).provenance["files"])
+
+
+def test_inspect_a_single_file_with_its_keys(command, sd3_file, capsys):
+    assert command(["inspect", str(sd3_file)]) == 1  # its VAE is none that is known without a config.json
+    assert "so it is not SD3's VAE" in capsys.readouterr().err
+
+
+def test_inspect_says_what_every_key_becomes(command, sd3_folder, released_folder, capsys):
+    assert command(["inspect", str(sd3_folder), "--keys"]) == 0
+    output = capsys.readouterr().out
+    assert "transformer: layout diffusers" in output and "text_encoder: layout t5" in output
+    line = "transformer_blocks.1.attn.to_k.weight [128, 128] F32 -> blocks/joint/image/qkv/kernel[1, :, 1] (transpose)"
+    assert line in output
+    assert "norm_out.linear.weight [256, 128] F32 -> image_head_modulation/kernel (transpose, swap scale" in output
+    assert "text_embedder.linear_1.bias [128] F32 -> time_embed/out/bias (the pooled embedding of a zero" in output
+    assert "UNKNOWN" not in output
+    assert command(["inspect", str(released_folder), "--keys"]) == 0
+    output = capsys.readouterr().out
+    assert "siglip_adapter_img.fc.2.bias [12] F32 -> image_out/bias (reshape)" in output and "UNKNOWN" not in output
+
+
+def test_errors_are_one_line_and_a_status(command, tmp_path, sd3_bundle, capsys):
+    for arguments, match in (
+        (["sd3", f"--source={tmp_path}/nowhere", f"--output={tmp_path}/x"], "there is no such file or folder"),
+        (["inspect", str(tmp_path / "nowhere")], "there is no such file or folder"),
+        (["inspect", str(tmp_path), "--verify"], "holds no safetensors files"),
+        (["export", f"--run={tmp_path}", "--format=unialign", f"--output={tmp_path}/x"], "is no run's folder"),
+        (["sd3", f"--source={tmp_path}", f"--output={sd3_bundle}"], "holds no safetensors files"),
+    ):
+        assert command(arguments) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and match in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_bundle_fails_verification(command, sd3_bundle, tmp_path, capsys):
+    import shutil
+
+    damaged = shutil.copytree(sd3_bundle, tmp_path / "damaged")
+    largest = max((path for path in damaged.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1])
+    assert command(["inspect", str(damaged), "--verify"]) == 1
+    assert "is damaged" in capsys.readouterr().err
+    content = json.loads((damaged / "config.json").read_text())
+    (damaged / "config.json").write_text(json.dumps(content | {"version": 2}))
+    assert command(["inspect", str(damaged)]) == 1
+    assert "version 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["sd3"], ["unialign"], ["teacher"], ["export"], ["inspect"]])
+def test_help_teaches(command, arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command([*arguments, "--help"])
+    assert stopped.value.code == 0
+    assert len(capsys.readouterr().out) > 300

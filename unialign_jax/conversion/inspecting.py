@@ -1,0 +1,117 @@
+"""What a file, a folder, a bundle or a run holds, as lines of text."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from unialign_jax import bundle
+from unialign_jax.conversion import autoencoder, exporting, rules, sources, text_encoder, transformer
+
+
+def inspect(path, *, keys=False) -> Iterator[str]:
+    """Describes `path`; with `keys`, also what each PyTorch key maps to.
+
+    Raises ValueError or FileNotFoundError when it is none of the things that are known here.
+    """
+    path = Path(path)
+    if bundle.is_bundle(path):
+        yield from inspect_bundle(path, keys)
+    elif (path / "checkpoints").is_dir():
+        yield from inspect_run(path, keys)
+    else:
+        yield from inspect_source(path, keys)
+
+
+def inspect_bundle(path, keys):
+    config = bundle.read_config(path)
+    yield f"{path}: a bundle of {', '.join(config.components) or 'no component that a model has'}"
+    for name, tree in exporting.open_bundle(path).items():
+        yield from describe_tree(name, tree, keys)
+    tokenizer = bundle.tokenizer_path(path)
+    yield f"tokenizer: {', '.join(sorted(f.name for f in tokenizer.iterdir())) if tokenizer else 'none'}"
+    provenance = config.provenance
+    for name, entry in provenance.get("components", {}).items():
+        yield f"{name} came from {entry['source'] or 'nowhere (drawn anew)'}, layout {entry['layout']}"
+        for target, about in entry["computed"].items():
+            yield f"    computed: {target}: {about}"
+        for pattern, about in entry["dropped"].items():
+            yield f"    left out: {pattern}: {about}"
+    for name, about in provenance.get("dropped", {}).items():
+        yield f"left out: {name}: {about}"
+    if "mask_embedding" in provenance:
+        yield "mask embedding: {file}, in row {row} of the T5 table".format(**provenance["mask_embedding"])
+    for entry in provenance.get("files", ()):
+        yield f"source file {entry['name']}: {entry['size']:,} bytes, sha256 {entry['sha256']}"
+    if "versions" in provenance:
+        yield "written with " + ", ".join(f"{name} {version}" for name, version in provenance["versions"].items())
+
+
+def inspect_run(path, keys):
+    trees = exporting.open_run(path)
+    yield f"{path}: a training run; its newest whole checkpoint is that of step {exporting.latest_step(path)}"
+    for name, tree in trees.items():
+        yield from describe_tree(name, tree, keys)
+    try:
+        exporting.open_run(path, "ema")
+        yield "it keeps an average of the transformer: --weights=ema exports that"
+    except ValueError:
+        yield "it keeps no average of the weights"
+
+
+def describe_tree(name, tree, keys):
+    count = sum(int(np.prod(shape)) for shape in tree.shapes.values())
+    yield f"{name}: {count:,} parameters, {', '.join(sorted({str(d) for d in tree.dtypes.values()})) or 'none stored'}"
+    yield f"    {json.dumps(vars(tree.config))}"
+    if keys:
+        for path, shape in tree.shapes.items():
+            yield f"    {path} {list(shape)} {tree.dtypes[path]}"
+
+
+def inspect_source(path, keys):
+    source = sources.open_source(path)
+    for part in source.parts.values():
+        count = sources.total_parameters(part.tensors)
+        dtypes = Counter(info.dtype for info in part.tensors.values())
+        yield f"{part.component}: layout {part.layout}, {len(part.tensors)} tensors, {count:,} values"
+        yield f"    dtypes {', '.join(f'{name} ({number})' for name, number in dtypes.most_common())}"
+        yield f"    in {', '.join(file.name for file in part.files)}"
+        config, tables = describe_part(part)
+        yield f"    {json.dumps(vars(config))}"
+        if keys:
+            yield from describe_keys(part, tables)
+    for name, about in source.dropped.items():
+        yield f"left out: {name}: {about}"
+    yield f"tokenizer: {source.tokenizer or 'none'}"
+
+
+def describe_part(part):
+    """The architecture of a part, and the tables that read it."""
+    if part.component == "text_encoder":
+        config = text_encoder.infer_config(part.shapes, part.settings, part.name)
+        return config, [text_encoder.t5_table(config, part.tensors)]
+    if part.component == "autoencoder":
+        config = autoencoder.infer_config(part.layout, part.shapes, part.settings, part.name)
+        return config, [autoencoder.autoencoder_table(part.layout, config)]
+    config = transformer.infer_config(part.layout, part.shapes, part.read, part.settings, part.name)
+    if part.layout == "unialign":
+        return config, [transformer.unialign_table(config), transformer.heads_table()]
+    return config, [transformer.sd3_table(part.layout, config)]
+
+
+def describe_keys(part, tables):
+    meanings = {}
+    for table in tables:
+        for dropped in table.dropped:
+            for key in rules.matches(part.tensors, dropped.pattern):
+                meanings[key] = f"left out: {dropped.about}"
+        for entry in rules.expand(table):
+            index = rules.index_text(entry.index)
+            meanings[entry.source] = f"{entry.target}{index} ({entry.transform.name})"
+        for fill in table.fills:
+            for key in fill.sources:
+                meanings.setdefault(key, f"{fill.target}{rules.index_text(fill.index)} ({fill.about})")
+    for key, info in part.tensors.items():
+        yield f"    {key} {list(info.shape)} {info.dtype} -> {meanings.get(key, 'UNKNOWN')}"
