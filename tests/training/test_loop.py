@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from unialign_jax import bundle
 from unialign_jax.training.loop import Trainer, train
 from unialign_jax.training.metrics import read_metrics
 
@@ -187,3 +188,28 @@ def test_ema_weights_of_another_run_can_be_the_start(finished, small_config):
     assert np.abs(kernel(start) - kernel(raw)).max() > 0
     # Six steps from the same start: the average lags behind, but is near.
     assert np.abs(kernel(start) - kernel(raw)).max() < 0.1
+
+
+def test_a_bundle_can_be_the_start_and_gives_the_frozen_encoders_too(small_config, finished, tmp_path):
+    source = Trainer(small_config("stage2", init_from=str(finished)), jax.devices()[:1])
+    params, frozen = source.init_state().params, source.init_frozen()
+    shifted = jax.tree.map(lambda x: x + 1, frozen["text_encoder"])
+    content = {"transformer": params["transformer"], "text_encoder": shifted, "autoencoder": frozen["autoencoder"]}
+    config = bundle.BundleConfig(
+        transformer=source.networks.transformer.config,
+        text_encoder=source.networks.text_encoder.config,
+        autoencoder=source.networks.autoencoder.config,
+    )
+    bundle.save(tmp_path / "bundle", config, content)
+
+    run(small_config("stage1", init_from=str(tmp_path / "bundle"), num_steps=1), tmp_path / "run")
+    run(small_config("stage1", init_from=str(tmp_path / "run"), num_steps=1), tmp_path / "next")
+    recorded = json.loads((tmp_path / "next" / "config.json").read_text())
+    assert recorded["frozen_from"] == str(tmp_path / "bundle")
+    started = Trainer(
+        small_config("stage1", init_from=str(tmp_path / "bundle"), frozen_from=str(tmp_path / "bundle")),
+        jax.devices()[:1],
+    )
+    state = started.init_state()
+    jax.tree.map(np.testing.assert_array_equal, state.params["transformer"], params["transformer"])
+    jax.tree.map(np.testing.assert_array_equal, started.init_frozen()["text_encoder"], shifted)

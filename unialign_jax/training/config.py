@@ -39,10 +39,13 @@ def paper_config(size="") -> ConfigDict:
             "accumulation": 1,  # micro-batches of one optimizer step, their gradients averaged
             "image_size": 512,
             "text_length": 256,
-            # Weights to start from: a run's folder; empty is random. A stage starts from the one before.
+            # Weights to start from: a run's folder or a bundle; empty is random. A stage starts from the one before.
             "init_from": "",
-            "init_weights": "raw",  # or "ema"
-            "tokenizer": "",  # a T5 tokenizer folder; empty is the small tokenizer of the shapes world
+            "init_weights": "raw",  # or "ema", of a run
+            # The bundle of the frozen T5 and autoencoder, and a T5 tokenizer folder. Empty: those of init_from, and
+            # where it has none random encoders and the small tokenizer of the shapes world.
+            "frozen_from": "",
+            "tokenizer": "",
             # Networks
             "model": dataclasses.asdict(presets.MMDIT["unialign_2b"]) | {"attention": "auto"},
             "heads": dataclasses.asdict(presets.ALIGNMENT_HEADS["unialign_2b"]),

@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from unialign_jax import sharding
+from unialign_jax import bundle, sharding
 from unialign_jax.data.mixture import Mixture
 from unialign_jax.data.streams import Stream, StreamConfig
 from unialign_jax.data.tokenizer import load_tokenizer
@@ -87,13 +87,27 @@ class Trainer:
         with jax.set_mesh(self.mesh):
             state = create_sharded(lambda k: init_state(self.networks, self.tx, config.ema_decay, k), self.mesh, key)
             if config.init_from:
-                params = load_params(config.init_from, self.abstract_state.params, config.init_weights)
+                params = self._load_params(state.params)
                 ema = jax.tree.map(lambda x: x.copy(), params["transformer"]) if config.ema_decay else {}
                 state = state._replace(params=params, ema=ema)
         return state
 
+    def _load_params(self, fresh):
+        config = self.config
+        if not bundle.is_bundle(config.init_from):
+            return load_params(config.init_from, self.abstract_state.params, config.init_weights)
+        abstract = dict(self.abstract_state.params)
+        if bundle.read_config(config.init_from).heads is None:
+            log.info("%s has no alignment heads, they start at random", config.init_from)
+            del abstract["heads"]
+        return fresh | bundle.restore(config.init_from, abstract)
+
     def init_frozen(self):
-        """The frozen encoders on the mesh."""
+        """The frozen encoders on the mesh: those of the bundle `config.frozen_from`, or random ones."""
+        if self.config.frozen_from:
+            return bundle.restore(self.config.frozen_from, self.abstract_frozen)
+        if self.config.autoencoder.kind == "kl":
+            log.warning("no frozen_from bundle: T5 and autoencoder are random, of use for measuring speed only")
         with jax.set_mesh(self.mesh):
             return create_sharded(lambda: init_frozen(self.networks), self.mesh)
 
@@ -140,6 +154,22 @@ class Trainer:
         """This host's slice of a batch -> the global arrays."""
         place = sharding.batch_sharding(self.mesh)
         return {key: jax.make_array_from_process_local_data(place, value) for key, value in batch.items()}
+
+
+def inherit_sources(config, workdir: Path) -> ConfigDict:
+    """The configuration with an empty `frozen_from` and `tokenizer` filled in, so that config.json names what was used.
+
+    A resumed run keeps its own; a new one takes those of `init_from`: what a bundle holds, or what a run names.
+    """
+    config = config.copy_and_resolve_references()
+    if bundle.is_bundle(config.init_from) and not (workdir / "config.json").is_file():
+        before = {"frozen_from": config.init_from, "tokenizer": str(bundle.tokenizer_path(config.init_from) or "")}
+    else:
+        paths = (workdir / "config.json", Path(config.init_from) / "config.json")
+        before = next((json.loads(path.read_text()) for path in paths if path.is_file()), {})
+    for key in ("frozen_from", "tokenizer"):
+        config[key] = config[key] or before.get(key, "")
+    return config
 
 
 def open_streams(config, tokenizer) -> dict[str, Stream]:
@@ -249,6 +279,7 @@ def train(config: ConfigDict, workdir, *, progress=True, devices=None) -> TrainS
     workdir = Path(workdir).absolute()
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
+    config = inherit_sources(config, workdir)
     trainer = Trainer(config, devices)
     checkpoints = Checkpoints(workdir, keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every)
     with contextlib.closing(checkpoints), StopRequest() as stop:
