@@ -15,7 +15,7 @@ make_environment() {
   if [ ! -e "$stamp" ]; then
     for file in "$@"; do flags+=(-r "$file"); done
     echo "Installing $* (a minute or two)"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check "${flags[@]}" || return 1
+    .venv/bin/python -m pip install -qq --disable-pip-version-check "${flags[@]}" || return 1
     touch "$stamp"
   fi
   # shellcheck disable=SC1091

@@ -1,0 +1,58 @@
+"""The full-size stages: what can be known of them without the memory to run them."""
+
+import importlib.util
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from unialign_jax.data.shapes import write_shapes
+from unialign_jax.training.loop import Trainer
+
+ROOT = Path(__file__).resolve().parents[2]
+# Steps of the paper: 80K over the first two stages, 30K in the third.
+STEPS = {"stage1": 40_000, "stage2": 40_000, "stage3": 30_000}
+
+
+def full_size(stage):
+    spec = importlib.util.spec_from_file_location(stage, ROOT / "configs" / f"{stage}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+@pytest.mark.parametrize("stage", STEPS)
+def test_recipe_is_the_papers(stage):
+    config = full_size(stage)
+    assert config.num_steps == STEPS[stage]
+    assert (config.batch_size, config.image_size, config.text_length) == (256, 512, 256)
+    assert (config.optimizer.learning_rate, config.optimizer.weight_decay) == (3e-5, 1e-2)
+    assert dict(config.loss_weights) == {
+        "flow_matching": 1.0, "masked_text": 0.2, "cross_modal": 0.05, "intrinsic_modal": 0.1
+    }  # fmt: skip
+    assert config.model.tap_depth == 8
+
+
+def test_the_step_of_every_stream_fits_together_at_full_size(tmp_path):
+    write_shapes(tmp_path, num_records=2, teacher_width=3584)
+    config = full_size("stage3")
+    config.model.attention = "xla"
+    for name, stream in config.streams.items():
+        stream.path = str(tmp_path / name)
+    trainer = Trainer(config, jax.devices())
+    trained = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trainer.abstract_state.params))
+    assert trained == 2_102_843_812 + 20_982_784
+    # Counted by hand: 17.9 TFLOP a sample of text to image, 24.8 with one condition image.
+    assert math.isclose(trainer.sample_flops["edit"], 24.8e12, rel_tol=0.01)
+    assert math.isclose(trainer.sample_flops["text_to_image"], 17.9e12, rel_tol=0.01)
+    for name, stream in trainer.streams.items():
+        example = stream[0]
+        assert example["image"].shape == (512, 512, 3) and example["text_ids"].shape == (256,)
+        batch = {key: jax.ShapeDtypeStruct((256, *x.shape), x.dtype) for key, x in example.items()}
+        state, metrics = jax.eval_shape(
+            trainer.step_function(name), trainer.abstract_state, trainer.abstract_frozen, batch
+        )
+        assert jax.tree.map(lambda x: x.shape, state) == jax.tree.map(lambda x: x.shape, trainer.abstract_state)
+        assert metrics["loss"].dtype == jnp.float32
