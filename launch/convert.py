@@ -1,6 +1,7 @@
 """Weights in and out: python launch/convert.py --help"""
 
 import argparse
+import json
 import logging
 import sys
 import time
@@ -53,6 +54,8 @@ formats
   diffusers   SD3's folder (transformer/ vae/ text_encoder_3/ tokenizer_3/). It makes the same images from a prompt, but
               has no place for the text head and the last block's text half: no captions, no answers.
   stability   the same as Stability's single .safetensors file
+  bundle      of a run alone: a bundle to sample from or to start another run from. T5, VAE and tokenizer are those that
+              the run was trained with, or --bundle's.
 """
 INSPECT = """\
 Says what a safetensors file, a model's folder, a bundle or a run holds: components, layout, dtypes, parameters.
@@ -103,7 +106,7 @@ def parse_arguments(argv):
         "--run", metavar="DIR", help="a training run's folder: transformer and heads of its last checkpoint"
     )
     sub.add_argument("--weights", choices=["raw", "ema"], default="raw", help="which of a run's weights (default raw)")
-    sub.add_argument("--format", required=True, choices=["unialign", "diffusers", "stability"])
+    sub.add_argument("--format", required=True, choices=["unialign", "diffusers", "stability", "bundle"])
     sub.add_argument("--components", metavar="A,B", help="write only these of transformer, text_encoder, autoencoder")
     add_dtype(sub, "how to write the weights (default: as they are stored)")
 
@@ -115,6 +118,8 @@ def parse_arguments(argv):
     arguments = parser.parse_args(argv)
     if arguments.command == "export" and not (arguments.bundle or arguments.run):
         parser.error("export needs --bundle or --run")
+    if arguments.command == "export" and arguments.format == "bundle" and not arguments.run:
+        parser.error("--format=bundle makes a bundle of a run: give it by --run")
     return arguments
 
 
@@ -168,6 +173,8 @@ def teacher(arguments):
 def export(arguments):
     from unialign_jax.conversion.exporting import export
 
+    if arguments.format == "bundle":
+        return export_run(arguments)
     lost = export(
         arguments.output,
         format=arguments.format,
@@ -182,6 +189,45 @@ def export(arguments):
     for line in lost:
         print(f"left out, since {arguments.format} has no place for it: {line}")
     return f"{arguments.output} in the format {arguments.format}"
+
+
+def export_run(arguments):
+    """The run as a bundle, with the frozen encoders that it was trained with."""
+    from unialign_jax.conversion.exporting import bundle_from_run, latest_step
+
+    latest_step(arguments.run)  # refuses what is no run
+    settings = json.loads((Path(arguments.run) / "config.json").read_text())
+    source = arguments.bundle or settings.get("frozen_from") or None
+    frozen, tokenizer = None, None
+    if source is None:
+        frozen, tokenizer = random_frozen(settings)
+    bundle_from_run(
+        arguments.output,
+        arguments.run,
+        weights=arguments.weights,
+        source=source,
+        frozen=frozen,
+        tokenizer=tokenizer,
+        dtype=arguments.dtype,
+        overwrite=arguments.overwrite,
+        progress=True,
+    )
+    return f"{arguments.output}, a bundle of the run"
+
+
+def random_frozen(settings):
+    """The encoders that a run without a bundle draws from their fixed seed, and its tokenizer."""
+    from ml_collections import ConfigDict
+
+    from unialign_jax.data.tokenizer import load_tokenizer
+    from unialign_jax.training.config import build_configs
+    from unialign_jax.training.state import Networks, init_frozen
+
+    networks = Networks.create(*build_configs(ConfigDict(settings), "cpu"))
+    params = init_frozen(networks)
+    modules = {"text_encoder": networks.text_encoder, "autoencoder": networks.autoencoder}
+    frozen = {name: (module.config, params[name]) for name, module in modules.items()}
+    return frozen, load_tokenizer(settings.get("tokenizer") or None)
 
 
 def inspect(arguments):

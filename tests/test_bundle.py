@@ -83,6 +83,11 @@ def test_arrays_land_where_the_sharding_table_puts_them(saved, params):
     assert qkv.addressable_shards[0].data.size == qkv.size // 8
 
 
+def test_an_array_larger_than_the_read_budget_is_still_read(saved, params, monkeypatch):
+    monkeypatch.setattr(bundle, "READ_BYTES", 64)
+    equal(bundle.load(saved, components=["transformer"])[1]["transformer"], params["transformer"])
+
+
 def test_restore_puts_a_part_onto_given_shardings(saved, params):
     mesh = sharding.make_mesh(data=8, fsdp=1)
     abstract = bundle.abstract_params(CONFIG, ["heads"])

@@ -38,7 +38,7 @@ COMPONENTS = {
 }
 GROUP_BYTES = 256 * 2**20  # small arrays are written together up to this size
 CHUNK_BYTES = 64 * 2**20  # arrays are stored in pieces of this size, so that a device reads its part alone
-READ_BYTES = 4 * 2**30  # host memory that reading may use beside the arrays themselves
+READ_BYTES = 2**30  # host memory that reading may use beside the arrays themselves, or the largest array's if more
 TOKENIZER_FILES = (
     "tokenizer.json",
     "spiece.model",
@@ -198,8 +198,6 @@ def restore(directory, abstract: dict) -> dict:
     directory = Path(directory).absolute()
     config = read_config(directory)
     _require(directory, config, abstract)
-    context = ocp.Context()
-    context.memory.read_concurrent_bytes = READ_BYTES
     params = {}
     for name, tree in abstract.items():
         wanted = flatten(tree)
@@ -216,6 +214,9 @@ def restore(directory, abstract: dict) -> dict:
         if differences:
             more = f" and {len(differences) - 6} more" if len(differences) > 6 else ""
             raise ValueError(f"{directory} does not fit this model: {'; '.join(differences[:6])}{more}")
+        context = ocp.Context()
+        largest = max(leaf.size * max(np.dtype(leaf.dtype).itemsize, 4) for leaf in wanted.values())
+        context.memory.read_concurrent_bytes = max(READ_BYTES, largest + 1)
         try:
             with context:
                 params[name] = ocp.load(directory / name, tree)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
@@ -132,6 +133,29 @@ def dual_file(torch_models, tmp_path_factory):
     path = tmp_path_factory.mktemp("dual") / "dual.safetensors"
     save_tensors(path, arrays(make_released(torch_models.sd3, adapters=False)))
     return path
+
+
+@pytest.fixture(scope="session")
+def run(small_config, tmp_path_factory):
+    """A run's folder with the checkpoints of steps 3 and 12; the text head has grown by the step, the average by 1."""
+    from unialign_jax.training.checkpoints import Checkpoints
+    from unialign_jax.training.config import build_configs
+    from unialign_jax.training.optimizer import make_optimizer
+    from unialign_jax.training.state import Networks, init_state
+
+    config = small_config()
+    networks = Networks.create(*build_configs(config, "cpu"))
+    state = init_state(networks, make_optimizer(**config.optimizer)[0], 0.9, jax.random.key(0))
+    state = state._replace(ema=jax.tree.map(lambda x: x + 1, state.ema))
+    workdir = tmp_path_factory.mktemp("runs") / "run"
+    checkpoints = Checkpoints(workdir)
+    for step in (3, 12):
+        moved = jax.tree.map(lambda x, step=step: x + step, state.params["transformer"]["text_head"])
+        params = {**state.params, "transformer": {**state.params["transformer"], "text_head": moved}}
+        checkpoints.save(state._replace(params=params), step)
+    checkpoints.close()
+    (workdir / "config.json").write_text(json.dumps(json.loads(config.to_json_best_effort())))
+    return workdir, state
 
 
 def make_released(sd3, adapters=True):

@@ -4,9 +4,11 @@ import importlib.util
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from unialign_jax import bundle
+from unialign_jax.training.state import Networks, init_frozen
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launch/convert.py"
 
@@ -44,6 +46,23 @@ def test_there_and_back_again(command, released_folder, tmp_path, capsys):
     assert command([*arguments, "--overwrite"]) == 0
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"transformer", "vae", "text_encoder_3", "tokenizer_3"}
+
+
+def test_a_run_without_a_bundle_takes_its_seeded_encoders_along(command, run, tmp_path, capsys):
+    workdir, state = run
+    assert command(["inspect", str(workdir)]) == 0
+    output = capsys.readouterr().out
+    assert "newest whole checkpoint is that of step 12" in output and "it keeps an average" in output
+    assert command(["export", f"--run={workdir}", "--format=bundle", f"--output={tmp_path / 'out'}"]) == 0
+    config, params = bundle.load(tmp_path / "out")
+    assert config.components == ("transformer", "heads", "text_encoder", "autoencoder")
+    found = params["text_encoder"]["token_embedding"]
+    networks = Networks.create(config.transformer, config.heads, config.text_encoder, config.autoencoder)
+    np.testing.assert_array_equal(found, init_frozen(networks)["text_encoder"]["token_embedding"])
+    np.testing.assert_array_equal(
+        params["transformer"]["text_embed"]["kernel"], state.params["transformer"]["text_embed"]["kernel"]
+    )
+    assert bundle.verify(tmp_path / "out") == []
 
 
 def test_inspect_a_bundle(command, sd3_bundle, capsys):

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import json
 
 import jax
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from unialign_jax import bundle
-from unialign_jax.conversion.exporting import export
+from unialign_jax.conversion.exporting import bundle_from_run, export
 from unialign_jax.conversion.importing import convert_sd3, convert_unialign
 from unialign_jax.models.mmdit import AlignmentHeads, MMDiT
 
@@ -188,27 +187,8 @@ def test_what_is_there_is_not_overwritten_unasked(sd3_bundle, tmp_path):
 
 
 @pytest.mark.parametrize("weights", ["raw", "ema"])
-def test_a_runs_newest_checkpoint_is_exported(weights, small_config, tmp_path):
-    from unialign_jax.training.checkpoints import Checkpoints
-    from unialign_jax.training.config import build_configs
-    from unialign_jax.training.optimizer import make_optimizer
-    from unialign_jax.training.state import Networks, init_state
-
-    config = small_config()
-    networks = Networks.create(*build_configs(config, "cpu"))
-    state = init_state(networks, make_optimizer(**config.optimizer)[0], 0.9, jax.random.key(0))
-    state = state._replace(ema=jax.tree.map(lambda x: x + 1, state.ema))
-    workdir = tmp_path / "run"
-    checkpoints = Checkpoints(workdir)
-    for step in (3, 12):
-        moved = jax.tree.map(lambda x, step=step: x + step, state.params["transformer"]["text_head"])
-        params = {**state.params, "transformer": {**state.params["transformer"], "text_head": moved}}
-        checkpoints.save(state._replace(params=params), step)
-    checkpoints.close()
-    with pytest.raises(FileNotFoundError, match="no run's folder"):
-        export(tmp_path / "out", format="unialign", run=workdir)
-    (workdir / "config.json").write_text(json.dumps(json.loads(config.to_json_best_effort())))
-
+def test_a_runs_newest_checkpoint_is_exported(weights, run, tmp_path):
+    workdir, state = run
     export(tmp_path / "out", format="unialign", run=workdir, weights=weights)
     found = load_file(tmp_path / "out/transformer/diffusion_pytorch_model.safetensors")
     if weights == "ema":
@@ -219,3 +199,19 @@ def test_a_runs_newest_checkpoint_is_exported(weights, small_config, tmp_path):
     np.testing.assert_array_equal(
         found["siglip_adapter_img.fc.0.weight"], np.asarray(state.params["heads"]["image_hidden"]["kernel"]).T
     )
+    with pytest.raises(FileNotFoundError, match="no run's folder"):
+        export(tmp_path / "other", format="unialign", run=tmp_path)
+
+
+def test_a_run_becomes_a_bundle_with_given_encoders(run, sd3_bundle, tmp_path):
+    workdir, state = run
+    bundle_from_run(tmp_path / "out", workdir, weights="ema", source=sd3_bundle, dtype="bfloat16")
+    config, params = bundle.load(tmp_path / "out")
+    assert config.components == ("transformer", "heads", "text_encoder", "autoencoder")
+    rounded = jax.tree.map(lambda x: x.astype("bfloat16"), state.ema)
+    jax.tree.map(np.testing.assert_array_equal, params["transformer"], rounded)
+    _, expected = bundle.load(sd3_bundle, components=["text_encoder", "autoencoder"])
+    for name, tree in expected.items():
+        jax.tree.map(np.testing.assert_array_equal, params[name], tree)
+    assert config.provenance["step"] == 12 and config.provenance["frozen_from"] == "sd3"
+    assert (tmp_path / "out/tokenizer/tokenizer.json").is_file()

@@ -5,6 +5,7 @@ we have. "diffusers" is SD3's folder and "stability" its single file: they make 
 no place for the text head, for the last block's text half (which nothing but the text head reads) and for the heads.
 """
 
+import dataclasses
 import json
 import re
 import shutil
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from unialign_jax import bundle
 from unialign_jax.conversion import autoencoder, rules, safetensors_file, text_encoder, transformer
-from unialign_jax.conversion.importing import DTYPES, check_space
+from unialign_jax.conversion.importing import DTYPES, check_space, with_progress
 from unialign_jax.conversion.rules import Table
 
 FORMATS = ("unialign", "diffusers", "stability")
@@ -148,6 +149,55 @@ def export(
             tokenizer = bundle.tokenizer_path(source) if source is not None and "text_encoder" in chosen else None
             write_folder(output, format, writers, tokenizer, bar)
     return left_out(trees, chosen, format)
+
+
+def bundle_from_run(
+    output, run, *, weights="raw", source=None, frozen=None, tokenizer=None, dtype=None, overwrite=False, progress=False
+):
+    """A training run's newest checkpoint as a bundle, ready to sample from.
+
+    Args:
+      output: the bundle to write.
+      run, weights: as in `export`.
+      source: the bundle that the text encoder, the autoencoder and the tokenizer are taken from; or else
+      frozen: {"text_encoder": (config, params), "autoencoder": (config, params)} and
+      tokenizer: a tokenizer folder or a `Tokenizer`.
+      dtype: "float32", "float16" or "bfloat16" to store transformer and heads; as in the checkpoint when None.
+    """
+    trained = open_run(run, weights)
+    pieces = {}
+    for name, tree in trained.items():
+        config = tree.config
+        if getattr(config, "attention", None) == "auto":  # a bundle runs anywhere; its user chooses what is fast there
+            config = dataclasses.replace(config, attention="xla")
+        pieces[name] = (config, tree.leaves(list(tree.shapes)), DTYPES[dtype] if dtype else None)
+    if source is not None:
+        for name, tree in open_bundle(source).items():
+            if name not in trained:
+                pieces[name] = (tree.config, tree.leaves(list(tree.shapes)), None)
+        tokenizer = tokenizer or bundle.tokenizer_path(source)
+    for name, (config, params) in (frozen or {}).items():
+        leaves = ((path, np.asarray(leaf)) for path, leaf in bundle.flatten(params).items())
+        pieces.setdefault(name, (config, leaves, None))
+    size = sum(int(np.prod(shape)) * 4 for tree in trained.values() for shape in tree.shapes.values())
+    check_space(output, size)
+    with (
+        bundle.Writer(output, overwrite=overwrite) as writer,
+        tqdm(unit="B", unit_scale=True, disable=not progress) as bar,
+    ):
+        for name, (config, leaves, wanted) in pieces.items():
+            bar.set_description(name)
+            writer.add(name, config, with_progress(cast(leaves, wanted), bar))
+        if tokenizer is not None:
+            writer.add_tokenizer(tokenizer)
+        writer.provenance = {"kind": "run", "run": Path(run).name, "step": latest_step(run), "weights": weights}
+        if source is not None:
+            writer.provenance["frozen_from"] = Path(source).name
+
+
+def cast(leaves, dtype):
+    for path, leaf in leaves:
+        yield path, leaf if dtype is None else leaf.astype(dtype)
 
 
 def left_out(trees, chosen, format) -> list[str]:

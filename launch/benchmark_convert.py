@@ -1,0 +1,151 @@
+"""The `convert` part of launch/benchmark.py: full-size conversions, each in a process of its own, memory and time.
+
+    python launch/benchmark_convert.py --scratch=/tmp/convert
+
+Fills files of the published sizes with random numbers in their true layouts (Stability's single file with SD3's
+transformer and VAE, 4.2 GB in fp16; T5 v1.1 XXL, 9.5 GB in fp16), converts them with launch/convert.py, loads the
+bundles, and reports wall time and peak resident memory of each process. Needs 30 GB of disk, which it frees again.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+LOAD = """
+import sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+from unialign_jax import bundle
+_, params = bundle.load(sys.argv[1], dtype="bfloat16")
+jax.block_until_ready(params)
+print(sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
+"""
+
+
+def add_arguments(parser):
+    parser.add_argument("--parts", default="sd3,t5", help="which of sd3 and t5, default %(default)s")
+    parser.add_argument("--scratch", type=Path, help="where the files go, default a temporary folder")
+
+
+def benchmark_convert(arguments) -> dict:
+    """{figure: value}: for each part the bytes read and written, seconds and peak GB of converting and of loading."""
+    figures = {}
+    if arguments.scratch:
+        arguments.scratch.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=arguments.scratch))
+    try:
+        for part in arguments.parts.split(","):
+            source, flags = {"sd3": make_sd3, "t5": make_t5}[part](scratch)
+            output = scratch / f"{part}_bundle"
+            root = Path(__file__).resolve().parent.parent
+            command = [sys.executable, "launch/convert.py", "sd3", f"--source={source}", f"--output={output}", *flags]
+            figures |= named(f"{part} conversion", measure(command, root))
+            figures[f"{part} source GB"] = source.stat().st_size / 1e9
+            source.unlink()
+            figures |= named(f"{part} loading as bfloat16", measure([sys.executable, "-c", LOAD, str(output)], root))
+            figures[f"{part} bundle GB"] = sum(f.stat().st_size for f in output.rglob("*") if f.is_file()) / 1e9
+            shutil.rmtree(output)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return figures
+
+
+def named(name, measured):
+    seconds, peak = measured
+    return {f"{name} seconds": seconds, f"{name} peak GB": peak}
+
+
+def measure(command, directory) -> tuple[float, float]:
+    """Wall seconds and peak resident GB of a command. Raises ValueError when it fails."""
+    environment = {**os.environ, "PYTHONPATH": str(directory)}
+    began = time.perf_counter()
+    process = subprocess.Popen(command, cwd=directory, env=environment)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise ValueError(f"{' '.join(command[1:3])} failed with status {process.returncode}")
+    return time.perf_counter() - began, usage.ru_maxrss * 1024 / 1e9
+
+
+def make_sd3(scratch):
+    """Stability's sd3_medium.safetensors: transformer and VAE in fp16."""
+    from unialign_jax import bundle
+    from unialign_jax.conversion import autoencoder, exporting, rules, transformer
+    from unialign_jax.models import presets
+
+    config = bundle.BundleConfig(transformer=presets.MMDIT["unialign_2b"], autoencoder=presets.AUTOENCODER["sd3"])
+    ours = shapes_of(config)
+    tables = {
+        "transformer": transformer.sd3_export_table("stability", config.transformer),
+        "autoencoder": autoencoder.autoencoder_table("ldm", config.autoencoder),
+    }
+    shapes, known = {}, {}
+    for name, table in tables.items():
+        prefix = exporting.STABILITY_PREFIXES[name]
+        shapes |= {prefix + key: shape for key, shape in rules.export_shapes(table, ours[name]).items()}
+        known |= {prefix + constant.key: constant.make for constant in table.constants}
+    known = {key: make for key, make in known.items() if key.endswith("pos_embed")}
+    path = scratch / "sd3_medium.safetensors"
+    write_random(path, shapes, known)
+    return path, ["--components=transformer,autoencoder"]
+
+
+def make_t5(scratch):
+    """t5xxl_fp16.safetensors, and a tokenizer, which a text encoder is not converted without."""
+    from unialign_jax import bundle
+    from unialign_jax.conversion import rules, text_encoder
+    from unialign_jax.data.tokenizer import load_tokenizer
+    from unialign_jax.models import presets
+
+    config = bundle.BundleConfig(text_encoder=presets.TEXT_ENCODER["t5_xxl"])
+    table = text_encoder.t5_table(config.text_encoder)
+    path = scratch / "t5xxl_fp16.safetensors"
+    write_random(path, rules.export_shapes(table, shapes_of(config)["text_encoder"]), {})
+    load_tokenizer().save(scratch / "tokenizer")
+    return path, ["--components=text_encoder", f"--tokenizer={scratch / 'tokenizer'}"]
+
+
+def shapes_of(config):
+    from unialign_jax import bundle
+
+    trees = bundle.abstract_params(config)
+    return {name: {path: leaf.shape for path, leaf in bundle.flatten(tree).items()} for name, tree in trees.items()}
+
+
+def write_random(path, shapes, known):
+    """A safetensors file in fp16; the numbers repeat after 32 million, which no measured step can notice."""
+    import numpy as np
+
+    from unialign_jax.conversion.safetensors_file import Writer
+
+    pool = np.random.default_rng(0).standard_normal(2**25, np.float32).astype(np.float16) * np.float16(0.02)
+    with Writer(path, {key: (np.float16, shape) for key, shape in shapes.items()}) as writer:
+        for key, shape in shapes.items():
+            writer.write(key, known[key]().astype(np.float16) if key in known else np.resize(pool, shape))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
+    arguments = parser.parse_args()
+    try:
+        figures = benchmark_convert(arguments)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    for name, value in figures.items():
+        print(f"{name:40} {value:.1f}")
+    if arguments.output:
+        arguments.output.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
