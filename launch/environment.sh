@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the launch scripts: makes .venv beside the code and installs the requirement files named as arguments into it,
 # once for each content of those files.
 make_environment() {

@@ -11,6 +11,7 @@ source launch/environment.sh
 make_environment requirements.txt
 python launch/prepare_data.py --format=shapes --output=data/shapes
 python launch/train.py --config=configs/stage1.py:tiny --workdir="$run"
-echo "Pictures, real beside generated:   $(ls "$run"/samples/*.png | tail -n 1)"
-echo "Captions, real beside predicted:   $(ls "$run"/samples/*.md | tail -n 1)"
-echo "Losses and speed:                  $run/metrics.jsonl"
+pictures=("$run"/samples/*.png) captions=("$run"/samples/*.md)
+echo "Pictures, real beside generated:  ${pictures[-1]}"
+echo "Captions, real beside predicted:  ${captions[-1]}"
+echo "Losses and speed:                 $run/metrics.jsonl"
