@@ -246,13 +246,20 @@ def inspect(arguments):
     return None
 
 
+def quiet_about_closed_loops(unraisable):
+    """After a failed write the storage library's threads still report to an event loop that is gone."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
 COMMANDS = {"sd3": convert, "unialign": convert, "teacher": teacher, "export": export, "inspect": inspect}
 
 
 def main(argv=None) -> int:
     arguments = parse_arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    for name in ("absl", "asyncio"):  # the storage library logs its own tracebacks; the error raised says it all
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
     import jax
 
@@ -275,4 +282,5 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
+    sys.unraisablehook = quiet_about_closed_loops
     sys.exit(main())

@@ -256,7 +256,7 @@ def check_space(output, size):
     folder = next(parent for parent in Path(output).absolute().parents if parent.is_dir())
     free = shutil.disk_usage(folder).free
     if free < size:
-        found = f"{folder} has {free / 1e9:.1f} GB free, the bundle needs {size / 1e9:.1f} GB"
+        found = f"{folder} has {free / 1e9:.2f} GB free, {size / 1e9:.2f} GB are needed"
         raise OSError(errno.ENOSPC, f"{found}: free some space, or choose another --output")
 
 
