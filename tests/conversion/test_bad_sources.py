@@ -161,6 +161,16 @@ def test_parts_that_are_missing_are_asked_for(folder, sd3_folder, refuses, tmp_p
     assert bundle.verify(tmp_path / "bundle") == []
 
 
+def test_parts_that_are_not_asked_for_may_be_damaged(folder, tmp_path, refuses):
+    next((folder / "text_encoder_3").glob("*-of-*.safetensors")).unlink()
+    (folder / "vae/diffusion_pytorch_model.safetensors").write_bytes(b"")
+    (folder / "text_encoder/model.safetensors").unlink()
+    convert_sd3(folder, tmp_path / "bundle", components=["transformer"])
+    assert bundle.read_config(tmp_path / "bundle").components == ("transformer",)
+    shutil.rmtree(tmp_path / "bundle")
+    refuses(folder, "unknown component 'unet', expected some of transformer", components=["unet"])
+
+
 def test_parts_of_different_models(folder, refuses):
     config = json.loads((folder / "text_encoder_3/config.json").read_text())
     shutil.rmtree(folder / "text_encoder_3")

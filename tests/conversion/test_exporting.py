@@ -179,6 +179,9 @@ def test_what_is_there_is_not_overwritten_unasked(sd3_bundle, tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(FileExistsError, match="give --overwrite"):
         export(tmp_path / "out", format="diffusers", source=sd3_bundle)
+    (tmp_path / "out/mine.txt").write_text("precious")
+    with pytest.raises(FileExistsError, match="holds mine.txt, which no export wrote"):
+        export(tmp_path / "out", format="diffusers", source=sd3_bundle, overwrite=True)
     with pytest.raises(ValueError, match="ends in .safetensors"):
         export(tmp_path / "single", format="stability", source=sd3_bundle)
     with pytest.raises(ValueError, match="unknown format 'gguf'"):

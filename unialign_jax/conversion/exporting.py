@@ -138,8 +138,8 @@ def export(
         raise ValueError(f"{source or run} has no {', '.join(missing)}; it has {', '.join(trees)}")
     writers = [plan_component(name, trees, format, DTYPES[dtype] if dtype else None) for name in chosen]
     output = Path(output).absolute()
-    if output.exists() and not overwrite:
-        raise FileExistsError(f"{output} exists already; choose another --output, or give --overwrite")
+    if output.exists():
+        check_overwrite(output, overwrite)
     size = sum(piece.size for piece in writers)
     check_space(output, size)
     with tqdm(total=size, unit="B", unit_scale=True, disable=not progress) as bar:
@@ -206,6 +206,16 @@ def left_out(trees, chosen, format) -> list[str]:
         return []
     lines = ["the text head (captions and answers)", "the text half of the last block, which only the text head reads"]
     return lines + (["the alignment heads (training only)"] if "heads" in trees else [])
+
+
+def check_overwrite(output, overwrite):
+    """Raises FileExistsError unless `output` may be replaced: asked for, and nothing but what an export writes."""
+    if not overwrite:
+        raise FileExistsError(f"{output} exists already; choose another --output, or give --overwrite")
+    known = {"transformer", "vae", "text_encoder", "text_encoder_3", "tokenizer", "tokenizer_3"}
+    strangers = sorted(path.name for path in output.iterdir() if path.name not in known) if output.is_dir() else []
+    if strangers:
+        raise FileExistsError(f"{output} holds {strangers[0]}, which no export wrote, so it is not overwritten")
 
 
 class Piece(NamedTuple):
@@ -278,7 +288,7 @@ STABILITY_PREFIXES = {
 
 
 def write_single_file(output, pieces, bar):
-    if output.suffix != ".safetensors":
+    if output.suffix != ".safetensors" or output.is_dir():
         raise ValueError(f"{output}: the format stability is one file, expected a name that ends in .safetensors")
     output.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(output, {STABILITY_PREFIXES[piece.component]: piece for piece in pieces}, bar)

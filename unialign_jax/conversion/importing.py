@@ -75,13 +75,18 @@ def convert(
     Raises ValueError, FileNotFoundError, FileExistsError or OSError with what is wrong and what to do; the output is
     then not there.
     """
-    given = sources.open_source(source)
     wanted = tuple(components or ("transformer", "text_encoder", "autoencoder"))
-    parts = choose_parts(given, wanted, {"text_encoder": text_encoder, "autoencoder": vae})
+    unknown = [name for name in wanted if name not in sources.FOLDERS]
+    if unknown:
+        raise ValueError(f"unknown component {unknown[0]!r}, expected some of {', '.join(sources.FOLDERS)}")
+    replacements = {"text_encoder": text_encoder, "autoencoder": vae}
+    given = sources.open_source(source, [name for name in wanted if replacements.get(name) is None])
+    parts = choose_parts(given, wanted, replacements)
     check_kind(kind, parts.get("transformer"))
     tokenizer = Path(tokenizer) if tokenizer else given.tokenizer
     loaded_tokenizer = load_tokenizer(tokenizer) if tokenizer else None
-    mask_embedding = mask_embedding or given.mask_embedding
+    if "text_encoder" in parts:
+        mask_embedding = mask_embedding or given.mask_embedding
     if "text_encoder" in parts and not tokenizer:
         raise ValueError(
             f"{source} has no T5 tokenizer: give its folder (tokenizer.json or spiece.model) by --tokenizer"
@@ -131,8 +136,8 @@ def choose_parts(given, wanted, replacements) -> dict[str, Part]:
     if missing:
         hints = [f"give it by {FLAGS[name]}" if name in FLAGS else "the --source must hold it" for name in missing]
         raise ValueError(
-            f"{given.path} has no {' and no '.join(missing)}: {'; '.join(hints)}; "
-            f"or convert {', '.join(parts)} alone by --components={','.join(parts)}"
+            f"{given.path} has no {' and no '.join(missing)}: {'; '.join(hints)}"
+            + (f"; or convert what there is by --components={','.join(parts)}" if parts else "")
         )
     return {name: parts[name] for name in wanted}
 

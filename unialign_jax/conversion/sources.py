@@ -68,23 +68,31 @@ class Source(NamedTuple):
     dropped: dict[str, str]  # {what: why}, whole parts that are not used
 
 
-def open_source(path) -> Source:
-    """What a file or folder holds. Raises FileNotFoundError or ValueError, saying what was found and expected."""
+def open_source(path, components=tuple(FOLDERS)) -> Source:
+    """What a file or folder holds of `components`; the rest of it may be damaged or absent.
+
+    Raises FileNotFoundError or ValueError, saying what was found and expected.
+    """
     path = Path(path)
     if path.is_file():
-        return _open_single_file(path)
+        return _open_single_file(path, components)
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: there is no such file or folder")
     parts, dropped = {}, {}
-    for component, names in FOLDERS.items():
-        for name in names:
-            if (path / name).is_dir() and component not in parts:
-                part = open_part(path / name)
-                if part is None:
-                    dropped[name] = "neither an MM-DiT, a T5 encoder nor a VAE"
-                else:
-                    parts[part.component] = part
-    if not parts:
+    folders = [(path / name) for names in FOLDERS.values() for name in names if (path / name).is_dir()]
+    for component in components:
+        for name in FOLDERS[component]:
+            if (path / name) not in folders or component in parts:
+                continue
+            if "CLIP" in str(read_settings(path / name).get("architectures")):
+                dropped[name] = "CLIP: UniAlignment reads T5 alone"
+                continue
+            part = open_part(path / name)
+            if part is None:
+                dropped[name] = "neither an MM-DiT, a T5 encoder nor a VAE"
+            else:
+                parts[part.component] = part
+    if not folders:
         part = open_part(path)
         if part is None:
             tensors = read_tensors(path)
@@ -97,9 +105,9 @@ def open_source(path) -> Source:
 
 def open_component(path, component) -> Part:
     """The named component from a file or folder given for it. Raises ValueError when it holds something else."""
-    parts = open_source(path).parts
+    parts = open_source(path, (component,)).parts
     if component not in parts:
-        held = ", ".join(f"{name} ({part.layout})" for name, part in parts.items())
+        held = ", ".join(f"{name} ({part.layout})" for name, part in parts.items()) or "something else"
         raise ValueError(f"{path} holds {held}, expected {component}")
     return parts[component]
 
@@ -111,7 +119,7 @@ def is_t5_tokenizer(folder) -> bool:
     )
 
 
-def _open_single_file(path) -> Source:
+def _open_single_file(path, components) -> Source:
     tensors = read_tensors(path)
     split: dict[str | None, dict] = {}
     for key, info in tensors.items():
@@ -121,14 +129,15 @@ def _open_single_file(path) -> Source:
                 break
         else:
             split.setdefault("", {})[key] = info
-    settings = read_settings(path.parent) if len(list(path.parent.glob("*.safetensors"))) == 1 else {}
+    alone = len(split.keys() - {None}) == 1 and len(list(path.parent.glob("*.safetensors"))) == 1
+    settings = read_settings(path.parent) if alone else {}
     parts, dropped = {}, {}
     if None in split:
         dropped["text_encoders.clip_l, text_encoders.clip_g"] = "UniAlignment reads T5 alone"
     for component, found in split.items():
-        if component is None:
+        if component is None or (component and component not in components):
             continue
-        part = identify(found, settings if component == "" else {}, str(path))
+        part = identify(found, settings, str(path))
         if part is None:
             raise unknown(path, found)
         if component and part.component != component:
