@@ -24,14 +24,15 @@ class Parser(argparse.ArgumentParser):
 
 def parse(arguments):
     """The command line -> its options, and the --config.KEY=VALUE changes as "KEY=VALUE"."""
-    changes, others = [], []
-    arguments = iter(arguments)
-    for argument in arguments:
+    changes, others, arguments = [], [], list(arguments)
+    while arguments:
+        argument = arguments.pop(0)
         if not argument.startswith(("--config.", "-config.")):
             others.append(argument)
             continue
-        change = argument.split("config.", 1)[1]
-        changes.append(change if "=" in change else f"{change}={next(arguments, '')}")
+        if "=" not in argument and arguments and not arguments[0].startswith("--"):
+            argument += "=" + arguments.pop(0)
+        changes.append(argument.split("config.", 1)[1])
     parser = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -165,8 +165,8 @@ def inherit_sources(config, workdir: Path) -> ConfigDict:
     if bundle.is_bundle(config.init_from) and not (workdir / "config.json").is_file():
         before = {"frozen_from": config.init_from, "tokenizer": str(bundle.tokenizer_path(config.init_from) or "")}
     else:
-        paths = (workdir / "config.json", Path(config.init_from) / "config.json")
-        before = next((json.loads(path.read_text()) for path in paths if path.is_file()), {})
+        start = read_run_config(Path(config.init_from)) if config.init_from else None
+        before = read_run_config(workdir) or start or {}
     for key in ("frozen_from", "tokenizer"):
         config[key] = config[key] or before.get(key, "")
     return config
@@ -239,20 +239,26 @@ class StopRequest:
 
 def write_config(config: ConfigDict, workdir: Path):
     """Keeps the run's configuration in `config.json`; on a resumed run says what has changed since."""
-    path = workdir / "config.json"
     current = json.loads(config.to_json_best_effort())
-    if path.exists():
-        try:
-            before = json.loads(path.read_text())
-        except ValueError:
-            log.warning("%s cannot be read and is written anew", path)
-            before = current
-        for line in _changes(before, current):
-            log.warning("configuration changed since the run began: %s", line)
+    for line in _changes(read_run_config(workdir) or current, current):
+        log.warning("configuration changed since the run began: %s", line)
     if jax.process_index() == 0:
-        scratch = path.with_suffix(".tmp")
+        scratch = workdir / "config.tmp"
         scratch.write_text(json.dumps(current, indent=2) + "\n")
-        os.replace(scratch, path)
+        os.replace(scratch, workdir / "config.json")
+
+
+def read_run_config(run: Path) -> dict | None:
+    """What a run's `config.json` says, or None where there is none. Raises ValueError when it cannot be read."""
+    path = run / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); bring it back, or remove it and name frozen_from and tokenizer yourself"
+        ) from error
 
 
 def _changes(before, after, prefix=""):

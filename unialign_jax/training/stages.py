@@ -48,8 +48,10 @@ def make_changes(config: ConfigDict, changes: list[str]) -> list[str]:
     """Sets every "key=value" whose key is known and whose value is of its type; the others come back as problems."""
     problems, known = [], dict(flat_items(config))
     for change in changes:
-        key, _, text = change.partition("=")
-        if key in known:
+        key, equals, text = change.partition("=")
+        if key in known and not equals:
+            problems.append(f"{key} has no value: write {key}=VALUE")
+        elif key in known:
             try:
                 value = parse_value(text, known[key])
             except ValueError as error:
