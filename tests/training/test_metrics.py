@@ -1,0 +1,91 @@
+"""metrics.jsonl: rows that an interrupted run would write twice are written once; means, rates, records replaced."""
+
+import json
+
+import numpy as np
+import pytest
+
+from unialign_jax.training import metrics as metrics_module
+from unialign_jax.training.loop import BadRecords
+from unialign_jax.training.metrics import MetricsWriter, Throughput, keep_rows_until, read_metrics, to_means
+
+
+def write(workdir, start, steps):
+    writer = MetricsWriter(workdir, start)
+    for step in steps:
+        writer.write(step, "edit", {"loss": step / 10})
+    writer.close()
+
+
+def test_rows_are_on_disk_at_once(tmp_path):
+    writer = MetricsWriter(tmp_path, 0)
+    writer.write(1, "edit", {"loss": 0.25, "edit/share": 1.0})
+    assert read_metrics(tmp_path) == [{"step": 1, "stream": "edit", "loss": 0.25, "edit/share": 1.0}]
+    writer.close()
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_going_on_from_an_earlier_step_drops_the_rows_to_be_done_again(tmp_path):
+    write(tmp_path, 0, range(1, 8))
+    write(tmp_path, 4, range(5, 10))
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+
+
+@pytest.mark.parametrize("torn", ['{"step": 4, "str', "", "\n", "null\n", "\x00\x00\x00"])
+def test_a_torn_last_row_is_dropped(tmp_path, torn):
+    write(tmp_path, 0, range(1, 4))
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_text()
+    path.write_text(whole + torn)
+    keep_rows_until(path, 10)
+    assert path.read_text() == whole
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_missing_file_is_fine(tmp_path):
+    keep_rows_until(tmp_path / "metrics.jsonl", 3)
+    assert not list(tmp_path.iterdir())
+
+
+def test_means_leave_out_what_nothing_fell_into():
+    means = to_means({"a": np.array([3.0, 4.0], np.float32), "b": np.array([0.0, 0.0], np.float32)})
+    assert means == {"a": 0.75}
+    assert json.dumps(means) == '{"a": 0.75}'
+
+
+def test_rates(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(metrics_module.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(metrics_module.jax, "device_count", lambda: 4)
+    throughput = Throughput(peak_flops_per_device=1e12)
+    assert throughput.report() == {}
+    for _ in range(5):
+        throughput.add_wait(0.1)
+        throughput.add_step(samples=8, flops=4e12)
+    now[0] += 10
+    values = throughput.report()
+    expected = {
+        "images_per_second": 4.0,
+        "seconds_per_step": 2.0,
+        "tflops_per_second_per_device": 0.5,
+        "data_wait_share": 0.05,
+        "mfu": 0.5,
+    }
+    assert {name: pytest.approx(values[name]) for name in expected} == expected
+    assert throughput.report() == {}  # each report covers what came after the one before
+
+
+def test_too_many_bad_records_stop_the_run():
+    """1 % of 1000 samples may be bad before the share of those seen is asked."""
+    bad = BadRecords(0.01)
+    for _ in range(10):
+        bad.count(1, 8)
+    with pytest.raises(
+        ValueError, match=r"11 of 88 records could not be decoded, more than data.max_bad_fraction 0.01"
+    ):
+        bad.count(1, 8)
+    seen_much = BadRecords(0.01)
+    seen_much.count(0, 10_000)
+    seen_much.count(100, 0)
+    with pytest.raises(ValueError, match="101 of 10000"):
+        seen_much.count(1, 0)
