@@ -1,14 +1,12 @@
 """The `convert` part of launch/benchmark.py: full-size conversions, each in a process of its own, memory and time.
 
-    python launch/benchmark_convert.py --scratch=/tmp/convert
+    python launch/benchmark.py convert --scratch=/tmp/convert
 
 Fills files of the published sizes with random numbers in their true layouts (Stability's single file with SD3's
 transformer and VAE, 4.2 GB in fp16; T5 v1.1 XXL, 9.5 GB in fp16), converts them with launch/convert.py, loads the
 bundles, and reports wall time and peak resident memory of each process. Needs 30 GB of disk, which it frees again.
 """
 
-import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -130,22 +128,3 @@ def write_random(path, shapes, known):
     with Writer(path, {key: (np.float16, shape) for key, shape in shapes.items()}) as writer:
         for key, shape in shapes.items():
             writer.write(key, known[key]().astype(np.float16) if key in known else np.resize(pool, shape))
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
-    parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
-    arguments = parser.parse_args()
-    try:
-        figures = benchmark_convert(arguments)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    for name, value in figures.items():
-        print(f"{name:40} {value:.1f}")
-    if arguments.output:
-        arguments.output.write_text(json.dumps(figures, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()

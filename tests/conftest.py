@@ -47,6 +47,7 @@ def small_config(shapes_dir):
                 "text_length": 24,
                 "init_from": "",
                 "log_every": 1,
+                "sigma": {"shift": 1.0},
                 "model": {"depth": 2, "num_heads": 2, "head_width": 16, "tap_depth": 1, "text_width": 32},
                 "heads": {"hidden_width": 32, "teacher_width": 16},
                 "text_encoder": {"width": 32, "mlp_width": 48, "num_heads": 2, "head_width": 16, "depth": 1},
