@@ -54,7 +54,8 @@ def test_an_axis_that_does_not_divide_stays_whole():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "devices", "expected"), [((1, -1, 1), 8, (1, 8, 1)), ((2, -1, 2), 8, (2, 2, 2)), ((1, 1, 1), 1, (1, 1, 1))]
+    ("sizes", "devices", "expected"),
+    [((1, -1, 1), 8, (1, 8, 1)), ((2, -1, 2), 8, (2, 2, 2)), ((1, 1, 1), 1, (1, 1, 1))],
 )
 def test_a_free_axis_takes_what_is_left(sizes, devices, expected):
     assert sharding.complete_mesh_shape(sizes, devices) == expected

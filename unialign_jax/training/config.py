@@ -113,7 +113,7 @@ def tiny(config: ConfigDict, num_steps) -> ConfigDict:
     config.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 50})
     config.data.update({"num_threads": 2, "prefetch": 8})
     config.checkpoint.update({"every": 100, "keep_every": 0})
-    # Flat shapes shine through much noise: what is where is decided near sigma 1, so train there as much as sampling steps.
+    # Flat shapes shine through much noise: what is where is decided near sigma 1, so train there as sampling does.
     config.sigma.shift = 3.0
     config.samples.update({"every": 0, "count": 8, "steps": 28, "guidance_scale": 3.0, "shift": 3.0})
     for name, settings in config.streams.items():
