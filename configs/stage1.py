@@ -16,5 +16,5 @@ def get_config(size=""):
     config.num_steps = 40_000
     config.streams.text_to_image = stream("text_to_image", "data/text_to_image")
     if size == "tiny":
-        tiny(config, num_steps=700)
+        tiny(config, num_steps=1800)
     return config

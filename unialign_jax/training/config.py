@@ -99,20 +99,20 @@ def tiny(config: ConfigDict, num_steps) -> ConfigDict:
     config.update(
         {
             "num_steps": num_steps,
-            "batch_size": 16,
+            "batch_size": 8,
             "image_size": 64,
             "text_length": 32,
             "model": dataclasses.asdict(presets.MMDIT["tiny"]),
             "heads": dataclasses.asdict(presets.ALIGNMENT_HEADS["tiny"]),
             "text_encoder": dataclasses.asdict(presets.TEXT_ENCODER["tiny"]),
             "autoencoder": dataclasses.asdict(presets.AUTOENCODER["tiny"]),
-            "ema_decay": 0.99,
-            "log_every": 10,
+            "ema_decay": 0.995,
+            "log_every": 20,
         }
     )
     config.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 50})
     config.data.update({"num_threads": 2, "prefetch": 8})
-    config.checkpoint.update({"every": 100, "keep_every": 0})
+    config.checkpoint.update({"every": 200, "keep_every": 0})
     # Flat shapes shine through much noise: what is where is decided near sigma 1, so train there as sampling does.
     config.sigma.shift = 3.0
     config.samples.update({"every": 0, "count": 8, "steps": 28, "guidance_scale": 3.0, "shift": 3.0})
