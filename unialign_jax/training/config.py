@@ -95,7 +95,7 @@ def paper_config(size="") -> ConfigDict:
 
 
 def tiny(config: ConfigDict, num_steps) -> ConfigDict:
-    """The same recipe for a laptop: a 4 M-parameter network on the 64-pixel shapes world, minutes on two CPU cores."""
+    """The same recipe for a laptop: a 6 M-parameter network on the 64-pixel shapes world, minutes on two CPU cores."""
     config.update(
         {
             "num_steps": num_steps,
