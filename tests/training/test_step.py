@@ -124,11 +124,12 @@ def test_replaced_records_are_counted(two_steps):
 
 
 def test_the_average_follows_its_formula(two_steps):
-    """ema <- 0.9 ema + 0.1 params, from the initial parameters on."""
+    """ema <- d ema + (1 - d) params with d = min(0.9, (1 + n) / (10 + n)), from the initial parameters on."""
     (start, one, two), _ = two_steps
     transformers = [state.params["transformer"] for state in (start, one, two)]
     for found, p0, p1, p2 in zip(*map(jax.tree.leaves, (two.ema, *transformers)), strict=True):
-        np.testing.assert_allclose(found, 0.9 * (0.9 * p0 + 0.1 * p1) + 0.1 * p2, rtol=1e-6, atol=1e-7)
+        first = p0 / 10 + p1 * 9 / 10
+        np.testing.assert_allclose(found, first * 2 / 11 + p2 * 9 / 11, rtol=1e-5, atol=1e-6)
     moved = [np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (two.ema, start.ema)), strict=True)]
     assert sum(m > 0 for m in moved) == len(moved) - 2  # the frozen layer's kernel and bias
 

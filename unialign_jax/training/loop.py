@@ -163,7 +163,8 @@ def inherit_sources(config, workdir: Path) -> ConfigDict:
     """
     config = config.copy_and_resolve_references()
     if bundle.is_bundle(config.init_from) and not (workdir / "config.json").is_file():
-        before = {"frozen_from": config.init_from, "tokenizer": str(bundle.tokenizer_path(config.init_from) or "")}
+        source = Path(config.init_from).absolute()  # the run may be resumed from another folder
+        before = {"frozen_from": str(source), "tokenizer": str(bundle.tokenizer_path(source) or "")}
     else:
         start = read_run_config(Path(config.init_from)) if config.init_from else None
         before = read_run_config(workdir) or start or {}

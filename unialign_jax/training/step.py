@@ -179,7 +179,10 @@ def make_train_step(config, networks: Networks, tx, schedule, kind: str, mask_id
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
         if config.ema_decay:
-            ema = ema_update(ema, params["transformer"], config.ema_decay, state.step)
+            # A shorter memory at first: the average of a short run must not be full of its random start.
+            ramp = (1 + state.step) / (10 + state.step)
+            decay = jnp.minimum(config.ema_decay, ramp)
+            ema = ema_update(ema, params["transformer"], decay, state.step)
         single = {
             "gradient_norm": optax.global_norm(gradients),
             "update_norm": optax.global_norm(updates),
