@@ -72,3 +72,34 @@ def load_stage(stage, size="tiny"):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config(size)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory):
+    """A bundle with random weights that carry signal everywhere: 32 px, 24 tokens, pixels for latents, float32."""
+    import dataclasses
+
+    import numpy as np
+
+    from unialign_jax import bundle
+    from unialign_jax.data.tokenizer import load_tokenizer
+    from unialign_jax.models import presets
+
+    config = bundle.BundleConfig(
+        transformer=dataclasses.replace(
+            presets.MMDIT["tiny"], depth=2, num_heads=2, head_width=16, tap_depth=1, text_width=32
+        ),
+        text_encoder=dataclasses.replace(
+            presets.TEXT_ENCODER["tiny"], width=32, mlp_width=48, num_heads=2, head_width=16, depth=1
+        ),
+        autoencoder=presets.AUTOENCODER["tiny"],
+        image_size=32,
+        text_length=24,
+    )
+    generator = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: (0.2 * generator.normal(size=leaf.shape)).astype(np.float32), bundle.abstract_params(config)
+    )
+    directory = tmp_path_factory.mktemp("bundles") / "tiny"
+    bundle.save(directory, config, params, tokenizer=load_tokenizer())
+    return directory

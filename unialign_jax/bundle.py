@@ -36,6 +36,7 @@ COMPONENTS = {
     "text_encoder": TextEncoderConfig,
     "autoencoder": AutoencoderConfig,
 }
+SIZES = ("image_size", "text_length")
 GROUP_BYTES = 256 * 2**20  # small arrays are written together up to this size
 CHUNK_BYTES = 64 * 2**20  # arrays are stored in pieces of this size, so that a device reads its part alone
 READ_BYTES = 2**30  # host memory that reading may use beside the arrays themselves, or the largest array's if more
@@ -52,14 +53,17 @@ TOKENIZER_FILES = (
 class BundleConfig:
     """What a bundle says of itself. A component that it lacks is None.
 
-    `dtypes` gives the stored dtypes by component, such as {"transformer": ["float16", "float32"]}; `provenance` is
-    whatever the writer recorded (sources with sizes and hashes, layout, versions).
+    `image_size` (pixels of a side) and `text_length` (tokens) are what the model was trained with, and so what sampling
+    starts from. `dtypes` gives the stored dtypes by component, such as {"transformer": ["float16", "float32"]};
+    `provenance` is whatever the writer recorded (sources with sizes and hashes, layout, versions).
     """
 
     transformer: MMDiTConfig | None = None
     heads: AlignmentHeadsConfig | None = None
     text_encoder: TextEncoderConfig | None = None
     autoencoder: AutoencoderConfig | None = None
+    image_size: int = 512
+    text_length: int = 256
     dtypes: dict = dataclasses.field(default_factory=dict)
     provenance: dict = dataclasses.field(default_factory=dict)
 
@@ -109,7 +113,8 @@ def _parse_config(directory, content) -> BundleConfig:
             configs[name] = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
         except TypeError as error:
             raise ValueError(f"{directory}/config.json describes an unknown {name}: {error}") from None
-    return BundleConfig(**configs, dtypes=content.get("dtypes", {}), provenance=content.get("provenance", {}))
+    sizes = {key: content[key] for key in SIZES if key in content}
+    return BundleConfig(**configs, **sizes, dtypes=content.get("dtypes", {}), provenance=content.get("provenance", {}))
 
 
 def tokenizer_path(directory) -> Path | None:
@@ -317,6 +322,7 @@ def save(directory, config: BundleConfig, params: dict, *, tokenizer=None, overw
         if tokenizer is not None:
             writer.add_tokenizer(tokenizer)
         writer.provenance = config.provenance
+        writer.sizes = {key: getattr(config, key) for key in SIZES}
 
 
 class Writer:
@@ -333,6 +339,7 @@ class Writer:
         self.directory = Path(directory).absolute()
         self.scratch = self.directory.with_name(self.directory.name + ".partial")
         self.provenance = {}
+        self.sizes = {}  # of SIZES, where they differ from the released model's
         if self.directory.exists():
             if not overwrite:
                 raise FileExistsError(f"{directory} exists already; choose another --output, or give --overwrite")
@@ -406,6 +413,7 @@ class Writer:
             "version": VERSION,
             **{name: None for name in COMPONENTS},
             **{name: dataclasses.asdict(config) for name, config in self._configs.items()},
+            **{key: self.sizes.get(key, getattr(BundleConfig, key)) for key in SIZES},
             "dtypes": self._dtypes,
             "provenance": {**self.provenance, "versions": versions()},
             "files": files,

@@ -216,5 +216,7 @@ def test_a_run_becomes_a_bundle_with_given_encoders(run, sd3_bundle, tmp_path):
     _, expected = bundle.load(sd3_bundle, components=["text_encoder", "autoencoder"])
     for name, tree in expected.items():
         jax.tree.map(np.testing.assert_array_equal, params[name], tree)
+    settings = json.loads((workdir / "config.json").read_text())
+    assert (config.image_size, config.text_length) == (settings["image_size"], settings["text_length"])
     assert config.provenance["step"] == 12 and config.provenance["frozen_from"] == "sd3"
     assert (tmp_path / "out/tokenizer/tokenizer.json").is_file()

@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import math
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,16 @@ import numpy as np
 import pytest
 
 from unialign_jax.models import presets
-from unialign_jax.models.mmdit import AlignmentHeads, MMDiT, MMDiTConfig, patchify, position_table, unpatchify
+from unialign_jax.models.mmdit import (
+    AlignmentHeads,
+    MMDiT,
+    MMDiTConfig,
+    block_modulations,
+    patchify,
+    position_table,
+    unpatchify,
+    without_modulations,
+)
 
 SMALL = MMDiTConfig(
     depth=3,
@@ -110,6 +120,30 @@ def test_conditions_matter_and_their_order_does_not():
     np.testing.assert_allclose(out.velocity, turned.velocity, atol=1e-4)
     without = run(SMALL, params, latents, text, sigma)
     assert jnp.max(jnp.abs(out.velocity - without.velocity)) > 1e-2
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.0)])
+def test_modulations_made_ahead_change_nothing(dtype, tolerance):
+    config = dataclasses.replace(SMALL, dtype=dtype)
+    params = random_params(SMALL)
+    latents, text, _, conditions = inputs(config)
+    sigmas = jnp.array([1.0, 0.6, 0.0])
+    table = jax.jit(block_modulations, static_argnums=0)(config, params, sigmas)
+    lean = without_modulations(params)
+
+    @jax.jit
+    def at(row):
+        return MMDiT(config).apply({"params": lean}, latents, text, None, conditions, modulations=row)
+
+    for i, sigma in enumerate(sigmas):
+        plain = run(config, params, latents, text, jnp.full((2,), sigma), conditions)
+        ahead = at(jax.tree.map(operator.itemgetter(i), table))
+        for name, found, expected in zip(plain._fields, ahead, plain, strict=True):
+            scale = float(jnp.max(jnp.abs(expected)))
+            np.testing.assert_allclose(found, expected, atol=tolerance * scale, rtol=0, err_msg=name)
+    assert "time_embed" not in lean and "modulation" not in lean["blocks"]["joint"]["image"]
+    with pytest.raises(ValueError, match="one row"):
+        at(table)
 
 
 def test_untrained_network_predicts_zero_velocity_and_passes_its_input_through():

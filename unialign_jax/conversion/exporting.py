@@ -190,6 +190,8 @@ def bundle_from_run(
             writer.add(name, config, with_progress(cast(leaves, wanted), bar))
         if tokenizer is not None:
             writer.add_tokenizer(tokenizer)
+        settings = json.loads((Path(run) / "config.json").read_text())
+        writer.sizes = {key: settings[key] for key in bundle.SIZES}
         writer.provenance = {"kind": "run", "run": Path(run).name, "step": latest_step(run), "weights": weights}
         if source is not None:
             writer.provenance["frozen_from"] = Path(source).name

@@ -75,6 +75,23 @@ class Modulation(NamedTuple):
     scale_mlp: jax.Array
     gate_mlp: jax.Array
 
+    @classmethod
+    def of(cls, vectors):
+        """[B, 6, D] as six named vectors."""
+        return cls(*(vectors[:, i, None] for i in range(6)))
+
+
+class Modulations(NamedTuple):
+    """All adaLN vectors of the network at some noise levels; they depend on sigma alone.
+
+    Leading axes S: one row for each sigma, as `block_modulations` makes them, so that a scan over the evaluations of a
+    sampler hands `MMDiT` one row, without that axis, for all samples of a batch.
+    """
+
+    image: jax.Array  # [S, depth, 6, D] the image stream's, in the compute dtype
+    text: jax.Array  # [S, depth, 6, D] the text stream's
+    head: jax.Array  # [S, 2, D] shift and scale of the image head, float32
+
 
 def layer_norm(x):
     """Normalises the last axis in float32 (eps 1e-6, no learned scale), as SD3 does everywhere."""
@@ -159,8 +176,8 @@ class StreamHalf(nn.Module):
         self.mlp_out = dense(c.width, c)
 
     def modulate(self, time_embedding):
-        modulation = self.modulation(nn.silu(time_embedding))
-        return Modulation(*(modulation[:, i, None] for i in range(6)))
+        """[B, D] -> the stream's adaLN vectors, [B, 6, D]."""
+        return self.modulation(nn.silu(time_embedding))
 
     def project(self, x, m):
         """Normed and modulated x -> queries, keys and values, each [B, tokens, heads, head width]."""
@@ -183,9 +200,11 @@ class JointBlock(nn.Module):
         self.image = StreamHalf(self.config)
         self.text = StreamHalf(self.config)
 
-    def __call__(self, image, text, time_embedding):
-        image_modulation = self.image.modulate(time_embedding)
-        text_modulation = self.text.modulate(time_embedding)
+    def __call__(self, image, text, time_embedding, vectors=None):
+        """`vectors`: the modulation [1, 6, D] of both streams where it is known; or else it is made of time."""
+        if vectors is None:
+            vectors = self.image.modulate(time_embedding), self.text.modulate(time_embedding)
+        image_modulation, text_modulation = map(Modulation.of, vectors)
         image_qkv = self.image.project(image, image_modulation)
         text_qkv = self.text.project(text, text_modulation)
         query, key, value = (jnp.concatenate(pair, axis=1) for pair in zip(image_qkv, text_qkv, strict=True))
@@ -202,12 +221,12 @@ class Layer(nn.Module):
     config: MMDiTConfig
 
     @nn.compact
-    def __call__(self, carry, index, time_embedding):
+    def __call__(self, carry, index, vectors, time_embedding):
         image, text, image_tap, text_tap = carry
         block = JointBlock
         if self.config.remat != "none":
             block = nn.remat(JointBlock, prevent_cse=False, policy=REMAT_POLICIES[self.config.remat])
-        image, text = block(self.config, name="joint")(image, text, time_embedding)
+        image, text = block(self.config, name="joint")(image, text, time_embedding, vectors)
         # Outside the remat: choosing needs no residual, so that the tap costs no memory per block.
         reached = index == self.config.tap_depth - 1
         image_tap = jnp.where(reached, image[:, : image_tap.shape[1]], image_tap)
@@ -234,9 +253,11 @@ class MMDiT(nn.Module):
       latents: [B, H, W, C] normalised latents, noisy in the image pass, clean in the text pass. H and W are multiples
         of the patch size and at most max_patches patches.
       text_embeddings: [B, L, text_width] T5 embeddings.
-      sigma: [B] noise level in [0, 1], 0 is clean; the text pass runs at 0.
+      sigma: [B] noise level in [0, 1], 0 is clean; the text pass runs at 0. None where `modulations` are given.
       conditions: [B, K, h, w, C] clean latents of K condition images, or None. Their tokens follow the target's in the
         image sequence, with the same patch embedding, positions and modulation.
+      modulations: one row of what `block_modulations` gives for the sigma of all samples. The weights that
+        make modulations are then not read, and may be missing: `without_modulations(params)`.
 
     Raises ValueError when a size does not fit.
     """
@@ -244,9 +265,9 @@ class MMDiT(nn.Module):
     config: MMDiTConfig
 
     @nn.compact
-    def __call__(self, latents, text_embeddings, sigma, conditions=None):
+    def __call__(self, latents, text_embeddings, sigma, conditions=None, *, modulations=None):
         c = self.config
-        check_inputs(c, latents, text_embeddings, sigma, conditions)
+        check_inputs(c, latents, text_embeddings, sigma, conditions, modulations)
         height, width = latents.shape[1:3]
 
         patch_embed = dense(c.width, c, name="patch_embed")
@@ -263,22 +284,27 @@ class MMDiT(nn.Module):
             condition_tokens = condition_tokens.reshape(latents.shape[0], -1, c.width)
             image = jnp.concatenate([image, condition_tokens], axis=1)
         text = dense(c.width, c, name="text_embed")(text_embeddings)
-        time_embedding = TimeEmbedder(c.width, name="time_embed")(sigma)
+        time_embedding = vectors = None
+        if modulations is None:
+            time_embedding = TimeEmbedder(c.width, name="time_embed")(sigma)
+        else:
+            vectors = modulations.image[:, None], modulations.text[:, None]
         image, text = keep_batch_sharded(image), keep_batch_sharded(text)
 
         layers = nn.scan(
             Layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
+            in_axes=(0, 0, nn.broadcast),
             length=c.depth,
         )(c, name="blocks")
         carry = (image, text, jnp.zeros_like(image[:, :target_tokens]), jnp.zeros_like(text))
-        (image, text, image_tap, text_tap), _ = layers(carry, jnp.arange(c.depth), time_embedding)
+        (image, text, image_tap, text_tap), _ = layers(carry, jnp.arange(c.depth), vectors, time_embedding)
 
-        head_modulation = nn.DenseGeneral(
-            (2, c.width), kernel_init=nn.initializers.zeros, name="image_head_modulation"
-        )(nn.silu(time_embedding))
+        if modulations is None:
+            head_modulation = head_modulation_layer(c, name="image_head_modulation")(nn.silu(time_embedding))
+        else:
+            head_modulation = modulations.head[None]
         shift, scale = head_modulation[:, 0, None], head_modulation[:, 1, None]
         image_features = modulated_norm(image[:, :target_tokens], shift, scale, c.dtype)
         text_features = layer_norm(text).astype(c.dtype)
@@ -309,7 +335,39 @@ class MMDiT(nn.Module):
         )
 
 
-def check_inputs(config, latents, text_embeddings, sigma, conditions):
+def head_modulation_layer(config, name=None):
+    return nn.DenseGeneral((2, config.width), kernel_init=nn.initializers.zeros, name=name)
+
+
+def block_modulations(config, params, sigma) -> Modulations:
+    """The adaLN vectors of every block for the noise levels sigma [S], by the network's own layers.
+
+    They are a third of the parameters and depend on sigma alone: a sampler makes them once, outside its loop, and
+    the loop reads a row of this table instead of those weights. Exact: the same numbers as inside.
+    """
+    embedding = TimeEmbedder(config.width).apply({"params": params["time_embed"]}, sigma)
+
+    def stream(half):
+        def layer(kernel_and_bias):
+            variables = {"params": {"modulation": kernel_and_bias}}
+            return StreamHalf(config).apply(variables, embedding, method="modulate")
+
+        return jnp.swapaxes(jax.lax.map(layer, half["modulation"]), 0, 1)
+
+    blocks = params["blocks"]["joint"]
+    head = head_modulation_layer(config).apply({"params": params["image_head_modulation"]}, nn.silu(embedding))
+    return Modulations(image=stream(blocks["image"]), text=stream(blocks["text"]), head=head)
+
+
+def without_modulations(params):
+    """The parameters that the network still reads when it is given `modulations`: two thirds of them."""
+    streams = params["blocks"]["joint"]
+    streams = {name: {k: v for k, v in half.items() if k != "modulation"} for name, half in streams.items()}
+    rest = {k: v for k, v in params.items() if k not in ("time_embed", "image_head_modulation", "blocks")}
+    return rest | {"blocks": {"joint": streams}}
+
+
+def check_inputs(config, latents, text_embeddings, sigma, conditions, modulations=None):
     """Raises ValueError, with the numbers, when the inputs of the MM-DiT do not fit it or each other."""
     c = config
     if not 1 <= c.tap_depth <= c.depth:
@@ -338,7 +396,12 @@ def check_inputs(config, latents, text_embeddings, sigma, conditions):
         raise ValueError(
             f"text_embeddings have shape {text_embeddings.shape}, expected [{batch}, tokens, {c.text_width}]"
         )
-    if sigma.shape != (batch,):
+    if modulations is not None:
+        if modulations.image.shape != (c.depth, 6, c.width):
+            raise ValueError(
+                f"modulations have shape {modulations.image.shape}, expected one row, {(c.depth, 6, c.width)}"
+            )
+    elif sigma.shape != (batch,):
         raise ValueError(f"sigma has shape {sigma.shape}, expected [{batch}], one per sample")
 
 
