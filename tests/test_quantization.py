@@ -1,0 +1,210 @@
+"""int8 weights and activations: against rounding in float64, and the models against themselves in float."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import qwix
+
+from unialign_jax import bundle
+from unialign_jax.models import presets
+from unialign_jax.models.mmdit import MMDiT, block_modulations, without_modulations
+from unialign_jax.models.text_encoder import TextEncoder
+from unialign_jax.quantization import (
+    MODES,
+    abstract_quantized,
+    load_quantized,
+    quantize_module,
+    quantize_params,
+    quantized_dense,
+    to_int8,
+    tree_bytes,
+)
+from unialign_jax.sharding import path_string
+
+CONFIG = bundle.BundleConfig(
+    transformer=dataclasses.replace(
+        presets.MMDIT["tiny"], depth=3, num_heads=2, head_width=16, latent_channels=4, tap_depth=1, text_width=32
+    ),
+    text_encoder=dataclasses.replace(
+        presets.TEXT_ENCODER["tiny"], width=32, mlp_width=48, num_heads=2, head_width=16, depth=2
+    ),
+)
+MODULES = {"transformer": MMDiT(CONFIG.transformer), "text_encoder": TextEncoder(CONFIG.text_encoder)}
+# component: path of each quantised kernel -> the axes of one layer's kernel that are inputs
+QUANTIZED = {
+    "transformer": {
+        f"blocks/joint/{stream}/{name}/kernel": axes
+        for stream in ("image", "text")
+        for name, axes in (("qkv", (0,)), ("out", (0, 1)), ("mlp_in", (0,)), ("mlp_out", (0,)))
+    },
+    "text_encoder": {
+        f"layers/{name}/kernel": (0, 1) if name == "out" else (0,)
+        for name in ("query", "key", "value", "out", "mlp_gate", "mlp_up", "mlp_out")
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def params():
+    generator = np.random.default_rng(0)
+    abstract = bundle.abstract_params(CONFIG)
+    return jax.tree.map(lambda leaf: (0.2 * generator.normal(size=leaf.shape)).astype(np.float32), abstract)
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    generator = np.random.default_rng(1)
+    latents = generator.normal(size=(2, 4, 6, 4)).astype(np.float32)
+    text = generator.normal(size=(2, 5, 32)).astype(np.float32)
+    sigma = np.array([0.3, 0.3], np.float32)
+    return {
+        "transformer": (latents, text, sigma),
+        "text_encoder": (generator.integers(0, 512, (2, 7)).astype(np.int32),),
+    }
+
+
+def round_in_float64(kernel, axes):
+    """Whole numbers from -127 to 127 and the scale of each output channel, for one layer's kernel."""
+    kernel = kernel.astype(np.float64)
+    scale = np.max(np.abs(kernel), axis=axes, keepdims=True) / 127
+    return np.rint(kernel / scale), scale
+
+
+def is_quantized(leaf):
+    return isinstance(leaf, qwix.QArray)
+
+
+def relative_error(found, expected):
+    found, expected = np.float64(found), np.float64(expected)
+    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("component", MODULES)
+def test_kernels_become_int8_by_layer_and_channel(component, params):
+    quantized = quantize_params(params[component], "int8")
+    leaves = jax.tree_util.tree_leaves_with_path(quantized, is_leaf=is_quantized)
+    found = {path_string(path): leaf for path, leaf in leaves}
+    assert {path for path, leaf in found.items() if is_quantized(leaf)} == set(QUANTIZED[component])
+    for path, original in bundle.flatten(params[component]).items():
+        leaf = found[path]
+        if path not in QUANTIZED[component]:
+            np.testing.assert_array_equal(leaf, original, err_msg=path)
+            continue
+        assert leaf.qvalue.dtype == jnp.int8 and leaf.qvalue.shape == original.shape
+        for layer, kernel in enumerate(original):
+            whole, scale = round_in_float64(kernel, QUANTIZED[component][path])
+            # float32 division may round a tie, or what is within its precision of one, the other way.
+            near_tie = np.abs(np.abs(kernel / scale) % 1 - 0.5) < 1e-4
+            assert np.all((leaf.qvalue[layer] == whole) | near_tie), path
+            np.testing.assert_allclose(leaf.scale[layer], scale, rtol=1e-6)
+            error = np.abs(qwix.dequantize(leaf)[layer] - kernel)
+            assert np.all(error <= 0.5001 * scale), path
+
+
+@pytest.mark.parametrize("component", MODULES)
+def test_int8_model_is_the_float_model_of_the_rounded_weights(component, params, inputs):
+    module, arrays = MODULES[component], inputs[component]
+    rounded = bundle.flatten(params[component])
+    for path, axes in QUANTIZED[component].items():
+        layers = [np.multiply(*round_in_float64(kernel, axes)) for kernel in rounded[path]]
+        rounded[path] = np.stack(layers).astype(np.float32)
+    expected = jax.jit(module.apply)({"params": bundle.unflatten(rounded)}, *arrays)
+    quantized = quantize_params(params[component], "int8")
+    found = jax.jit(quantize_module(module, "int8").apply)({"params": quantized}, *arrays)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert relative_error(ours, theirs) < 1e-4  # a tie rounded the other way is 1e-5 here, a wrong scale is 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("component", MODULES)
+def test_close_to_the_float_model(component, mode, params, inputs):
+    """Rounding moves a weight by 1 / sqrt(12) of a step, and a step is the channel's largest weight / 127. The largest
+    of 32 normal weights is about 2.5 deviations, so that a matmul errs by 2.5 / 127 / sqrt(12) = 0.6 %, with rounded
+    activations by sqrt(2) times that. The longest way through the blocks passes 3 layers x 4 matmuls, whose errors are
+    independent: sqrt(12) x 0.6 % = 2 %, or 2.8 %. Half as much again is for what softmax and modulation enlarge;
+    one bit fewer would double the errors.
+    """
+    module, arrays = MODULES[component], inputs[component]
+    exact = jax.jit(module.apply)({"params": params[component]}, *arrays)
+    quantized = quantize_params(params[component], mode)
+    found = jax.jit(quantize_module(module, mode).apply)({"params": quantized}, *arrays)
+    bound = {"int8": 0.03, "w8a8": 0.042}[mode]
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True):
+        assert 1e-3 < relative_error(ours, theirs) < bound
+
+
+def test_w8a8_multiplies_whole_numbers():
+    """One layer with two input axes against integer arithmetic in NumPy; and the product is int8 x int8 -> int32."""
+    generator = np.random.default_rng(2)
+    x = generator.normal(size=(2, 3, 4, 8)).astype(np.float32)
+    kernel = generator.normal(size=(4, 8, 6)).astype(np.float32)
+    layer = nn.DenseGeneral(6, axis=(-2, -1), dtype=jnp.float32, use_bias=False)
+    quantized = to_int8(kernel, (2,))
+
+    def run(x):
+        return quantized_dense(layer, quantized, x, mode="w8a8")
+
+    whole_x, scale_x = round_in_float64(x, (2, 3))
+    whole_kernel, scale_kernel = round_in_float64(kernel, (0, 1))
+    expected = np.einsum("bthd,hdf->btf", whole_x, whole_kernel) * scale_x[..., 0] * scale_kernel[0]
+    np.testing.assert_allclose(run(x), expected, rtol=1e-5, atol=1e-5)
+    assert "(tensor<2x3x4x8xi8>, tensor<4x8x6xi8>) -> tensor<2x3x6xi32>" in jax.jit(run).lower(x).as_text()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_scanned_layer_dequantises_its_own_slice(mode, params, inputs):
+    """The stacked kernels enter the program as int8, and no array of their size is ever made of floats."""
+    quantized = abstract_quantized(params["transformer"], mode)
+    module = quantize_module(MODULES["transformer"], mode)
+    program = jax.jit(module.apply).lower({"params": quantized}, *inputs["transformer"]).as_text()
+    for name in ("qkv", "out", "mlp_in", "mlp_out"):
+        shape = "x".join(map(str, params["transformer"]["blocks"]["joint"]["image"][name]["kernel"].shape))
+        assert f"tensor<{shape}xi8>" in program and f"tensor<{shape}xf32>" not in program
+
+
+def test_modulations_made_ahead(params, inputs):
+    """The modulation kernels stay floats, so that they can be used and left out as with an unquantised model."""
+    latents, text, sigma = inputs["transformer"]
+    quantized = quantize_params(params["transformer"], "int8")
+    module = quantize_module(MODULES["transformer"], "int8")
+    row = jax.tree.map(lambda table: table[0], block_modulations(module.config, quantized, sigma[:1]))
+    ahead = jax.jit(module.apply)({"params": without_modulations(quantized)}, latents, text, None, modulations=row)
+    inside = jax.jit(module.apply)({"params": quantized}, latents, text, sigma)
+    np.testing.assert_allclose(ahead.velocity, inside.velocity, rtol=1e-5, atol=1e-5)
+
+
+def test_abstract_parameters_and_their_size(params):
+    abstract = abstract_quantized(bundle.abstract_params(CONFIG, ["text_encoder"])["text_encoder"], "int8")
+    concrete = quantize_params(params["text_encoder"], "int8")
+    assert jax.tree.structure(abstract) == jax.tree.structure(concrete)
+    for ours, theirs in zip(jax.tree.leaves(abstract), jax.tree.leaves(concrete), strict=True):
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+    # By hand: table 512 x 32 and bias 32 x 2, norms 32 (2 x 2 + 1); each of 2 layers 4 kernels of 32 x 32 and 3 of
+    # 32 x 48 in bytes, and a float32 scale for each output: 4 x 32 + 2 x 48 + 32.
+    floats = 512 * 32 + 32 * 2 + 32 * 5 + 2 * (4 * 32 + 2 * 48 + 32)
+    assert tree_bytes(concrete) == tree_bytes(abstract) == 4 * floats + 2 * (4 * 32 * 32 + 3 * 32 * 48)
+
+
+def test_a_bundle_is_quantised_while_it_is_read(tiny_bundle):
+    device = jax.devices()[1]
+    loaded = load_quantized(tiny_bundle, "text_encoder", "int8", dtype=jnp.bfloat16, device=device)
+    _, stored = bundle.load(tiny_bundle, components=["text_encoder"])
+    expected = quantize_params(stored["text_encoder"], "int8", dtype=jnp.bfloat16)
+    assert jax.tree.structure(loaded) == jax.tree.structure(expected)
+    for ours, theirs in zip(jax.tree.leaves(loaded), jax.tree.leaves(expected), strict=True):
+        assert ours.devices() == {device} and ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+    assert loaded["token_embedding"].dtype == jnp.bfloat16
+    assert loaded["layers"]["query"]["kernel"].scale.dtype == jnp.float32
+
+
+def test_what_cannot_be_quantised_is_said_in_a_line(params):
+    for call in (lambda: quantize_module(MODULES["transformer"], "int4"), lambda: quantize_params(params, "int4")):
+        with pytest.raises(ValueError, match=r"^unknown quantisation 'int4', expected one of int8, w8a8$"):
+            call()
+    with pytest.raises(ValueError, match="nothing to quantise here: expected the parameters of an MMDiT"):
+        quantize_params({"conv_in": {"kernel": np.zeros((3, 3, 4, 8), np.float32)}}, "int8")

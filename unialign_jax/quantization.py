@@ -1,0 +1,176 @@
+"""Weights of 8 bits, through qwix: half of bfloat16's memory for T5 and the MM-DiT.
+
+Both modes store the matmul kernels of the scanned layers as int8 with one float32 scale for each layer and output
+channel (absmax, round to nearest); everything else keeps its dtype. They differ in what a layer then does:
+
+    int8    dequantises its kernel and multiplies in the model's dtype: weights are rounded, arithmetic is not
+    w8a8    also rounds its inputs to int8, a scale for each token, and multiplies integers: for GPUs, faster
+
+qwix's own way into a Linen model (`qwix.quantize_model`) does not know scanned layers: `qwix.quantize_params` would
+take one scale over all of them. So Linen's interceptors lead into the layers, and qwix does the arithmetic.
+"""
+
+import dataclasses
+import functools
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import qwix
+
+from unialign_jax import bundle
+
+MODES = ("int8", "w8a8")
+
+# Paths of the kernels that become int8, each [layers, inputs, outputs], and how many axes the inputs are.
+KERNELS = (
+    (r"^blocks/joint/(image|text)/(qkv|mlp_in|mlp_out)/kernel$", 1),
+    (r"^blocks/joint/(image|text)/out/kernel$", 2),
+    (r"^layers/(query|key|value|mlp_gate|mlp_up|mlp_out)/kernel$", 1),
+    (r"^layers/out/kernel$", 2),
+)
+
+# The largest magnitude becomes 127. qwix's own range ends at 127.5: a tie, 127 or -128 as rounding errors have it.
+ABSMAX = f"absmax,{127.5 / 127}"
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedModule:
+    """A Linen module whose `apply` takes quantised parameters; its arguments and results are the module's own."""
+
+    module: nn.Module
+    mode: str
+
+    @property
+    def config(self):
+        return self.module.config
+
+    def apply(self, variables, *args, **kwargs):
+        def intercept(call, call_args, call_kwargs, context):
+            layer = context.module
+            if isinstance(layer, nn.DenseGeneral) and context.method_name == "__call__":
+                kernel = layer.get_variable("params", "kernel")
+                if isinstance(kernel, qwix.QArray):
+                    return quantized_dense(layer, kernel, *call_args, mode=self.mode)
+            return call(*call_args, **call_kwargs)
+
+        with nn.intercept_methods(intercept):
+            return self.module.apply(variables, *args, **kwargs)
+
+
+def quantize_module(module, mode) -> QuantizedModule:
+    """`module` (an MMDiT or a TextEncoder) for parameters of `quantize_params`; ValueError for an unknown mode."""
+    check_mode(mode)
+    return QuantizedModule(module, mode)
+
+
+def check_mode(mode):
+    if mode not in MODES:
+        raise ValueError(f"unknown quantisation {mode!r}, expected one of {', '.join(MODES)}")
+
+
+def quantized_dense(layer, kernel, x, mode):
+    """What `layer`, a DenseGeneral, does with an int8 `kernel` [inputs, outputs] of one layer."""
+    axes = layer.axis if isinstance(layer.axis, tuple) else (layer.axis,)
+    axes = tuple(axis % x.ndim for axis in axes)
+    dimensions = ((axes, tuple(range(len(axes)))), ((), ()))
+    if mode == "int8":
+        # Rounded to the model's dtype once, as any other weight of it would be.
+        y = jax.lax.dot_general(x.astype(layer.dtype), qwix.dequantize(kernel).astype(layer.dtype), dimensions)
+    else:
+        tokens = tuple(axis for axis in range(x.ndim) if axis not in axes)
+        x = to_int8(x, tokens)
+        y = qwix.dot_general(x, kernel, dimensions).astype(layer.dtype)
+    if layer.use_bias:
+        y = y + layer.get_variable("params", "bias").astype(layer.dtype)
+    return y
+
+
+def to_int8(x, axes):
+    """x as whole numbers from -127 to 127, with a float32 scale for each index of `axes`."""
+    return qwix.quantize(x.astype(jnp.float32), jnp.int8, channelwise_axes=axes, calibration_method=ABSMAX)
+
+
+def input_axes(path):
+    """How many input axes the kernel at `path` has if it is one that becomes int8; or else None."""
+    return next((axes for pattern, axes in KERNELS if re.search(pattern, path)), None)
+
+
+@functools.partial(jax.jit, static_argnames="axes")
+def quantize_kernel(kernel, axes):
+    """[layers, inputs (of so many axes), outputs] -> QArray of the same shape, int8, scales float32.
+
+    One layer after another: beside the kernel itself this needs the memory of one layer.
+    """
+    outputs = tuple(range(axes, kernel.ndim - 1))
+
+    def layer(weights):
+        return to_int8(weights, outputs)
+
+    return jax.lax.map(layer, kernel)
+
+
+def quantize_leaf(path, leaf, *, dtype=None, device=None):
+    """The parameter at `path` ("layers/query/kernel") quantised, or cast to `dtype` where it is not to be quantised.
+
+    The arithmetic is the host's; only the result is put on `device` (the default one when None).
+    """
+    axes = input_axes(path)
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        leaf = jax.device_put(leaf, jax.local_devices(backend="cpu")[0])
+        leaf = quantize_kernel(leaf, axes) if axes is not None else leaf.astype(dtype or leaf.dtype)
+    return jax.device_put(leaf, device or jax.local_devices()[0])
+
+
+def quantize_params(params, mode, *, dtype=None, device=None):
+    """The parameters of an MMDiT or a TextEncoder, with a `qwix.QArray` for every kernel that becomes int8.
+
+    Args:
+      params: the tree; arrays of NumPy or on any device. Taken one by one: `device` never holds a kernel unquantised.
+      mode: one of `MODES`; both store the same.
+      dtype: what to cast the rest to; as it is when None.
+      device: where the result goes; the default device when None.
+
+    Raises ValueError for an unknown mode and for a tree without such kernels.
+    """
+    check_mode(mode)
+    return _map_leaves(functools.partial(quantize_leaf, dtype=dtype, device=device), params)
+
+
+def abstract_quantized(abstract_params, mode, *, dtype=None):
+    """What `quantize_params` gives, as ShapeDtypeStructs, for a tree of ShapeDtypeStructs: to compile ahead of time."""
+    check_mode(mode)
+
+    def abstract(path, leaf):
+        axes = input_axes(path)
+        if axes is None:
+            return jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype)
+        return jax.eval_shape(functools.partial(quantize_kernel, axes=axes), leaf)
+
+    return _map_leaves(abstract, abstract_params)
+
+
+def _map_leaves(function, params):
+    leaves = bundle.flatten(params)
+    if not any(input_axes(path) is not None for path in leaves):
+        raise ValueError("nothing to quantise here: expected the parameters of an MMDiT or a TextEncoder")
+    return bundle.unflatten({path: function(path, leaf) for path, leaf in leaves.items()})
+
+
+def load_quantized(directory, component, mode, *, dtype=None, device=None):
+    """A bundle's component, "transformer" or "text_encoder", quantised while it is read.
+
+    Neither the host nor the device ever holds more of it unquantised than its largest array. Arguments and errors are
+    those of `quantize_params` and `bundle.load`.
+    """
+    check_mode(mode)
+    leaves = bundle.read_leaves(directory, component)
+    return bundle.unflatten(
+        {path: quantize_leaf(path, leaf, dtype=dtype, device=device) for path, leaf in leaves}
+    )
+
+
+def tree_bytes(params) -> int:
+    """What a tree of arrays, QArrays or ShapeDtypeStructs takes in memory, in bytes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
