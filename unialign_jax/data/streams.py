@@ -170,17 +170,22 @@ def decode_image(data: bytes, image_size: int) -> np.ndarray:
     """
     try:
         with Image.open(io.BytesIO(data)) as opened:
-            image = to_rgb(opened)
-        width, height = image.size
-        shorter = min(width, height)
-        if shorter != image_size:
-            size = (int(image_size * width / shorter), int(image_size * height / shorter))
-            image = image.resize(size, Image.Resampling.BICUBIC)
-        left = round((image.size[0] - image_size) / 2)
-        top = round((image.size[1] - image_size) / 2)
-        return np.asarray(image.crop((left, top, left + image_size, top + image_size)))
+            return np.asarray(fill_size(to_rgb(opened), image_size, image_size))
     except Exception as error:  # PIL's decoders raise many kinds on damaged bytes
         raise RecordError(f"image of {len(data)} bytes cannot be decoded: {error}") from error
+
+
+def fill_size(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The middle of an image, resized (bicubic, aspect kept) until it just covers width x height, then cropped."""
+    if width * image.height >= height * image.width:
+        size = (width, max(height, int(image.height * width / image.width)))
+    else:
+        size = (max(width, int(image.width * height / image.height)), height)
+    if size != image.size:
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    left = round((image.width - width) / 2)
+    top = round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -1,0 +1,90 @@
+"""Several edits of one image in turn, each step kept."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from PIL import Image
+
+
+@dataclasses.dataclass(frozen=True)
+class Edit:
+    """One step of a conversation: what was asked, with which options of `Pipeline.edit`, and what came."""
+
+    instruction: str
+    options: dict
+    image: Image.Image
+
+
+class Conversation:
+    """Edits of one image, one after another; `Pipeline.conversation` starts one.
+
+        talk = pipeline.conversation(photo, steps=28)
+        talk.edit("make it winter")
+        talk.edit("add a red sledge", seed=3)
+        talk.undo()
+        talk.edit("add a blue sledge").save("winter.png")
+        talk.replay(another_photo)
+
+    Every edit starts from the image before it. Its seed is the number of the step unless one is given, so that the
+    same conversation gives the same images.
+    """
+
+    def __init__(self, pipeline, image: Image.Image, options: dict | None = None):
+        self._pipeline, self.original = pipeline, image
+        self._defaults = dict(options or {})
+        self._edits: list[Edit] = []
+        self._undone: list[Edit] = []
+
+    @property
+    def image(self) -> Image.Image:
+        """The image as it stands."""
+        return self._edits[-1].image if self._edits else self.original
+
+    @property
+    def edits(self) -> tuple[Edit, ...]:
+        """The steps so far, the oldest first."""
+        return tuple(self._edits)
+
+    def edit(self, instruction: str, *, seed: int | None = None, **options) -> Image.Image:
+        """One more edit of the image as it stands; `options` are those of `Pipeline.edit`, for this step alone."""
+        options = self._defaults | options
+        options["seeds"] = len(self._edits) if seed is None else seed
+        (image,) = self._pipeline.edit(instruction, self.image, **options)
+        self._edits.append(Edit(instruction, options, image))
+        self._undone.clear()
+        return image
+
+    def undo(self) -> Image.Image:
+        """Takes back the last edit and returns the image before it. Raises ValueError when there is none."""
+        if not self._edits:
+            raise ValueError("there is no edit to undo")
+        self._undone.append(self._edits.pop())
+        return self.image
+
+    def redo(self) -> Image.Image:
+        """Brings back the edit that was undone last. Raises ValueError when there is none."""
+        if not self._undone:
+            raise ValueError("there is no edit to redo")
+        self._edits.append(self._undone.pop())
+        return self.image
+
+    def replay(self, image: Image.Image | None = None) -> "Conversation":
+        """The same edits, with the same seeds, of the original or another image, as a conversation of their own."""
+        talk = Conversation(self._pipeline, self.original if image is None else image, self._defaults)
+        for step in self._edits:
+            options = dict(step.options)
+            talk.edit(step.instruction, seed=options.pop("seeds"), **options)
+        return talk
+
+    def save(self, directory) -> None:
+        """Writes 0.png (the original), 1.png, ... and conversation.json into a folder, which it makes."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.original.save(directory / "0.png")
+        steps = []
+        for number, step in enumerate(self._edits, start=1):
+            step.image.save(directory / f"{number}.png")
+            options = {key: value for key, value in step.options.items() if key != "callback"}
+            steps.append({"instruction": step.instruction, "image": f"{number}.png", **options})
+        (directory / "conversation.json").write_text(json.dumps({"original": "0.png", "edits": steps}, indent=2) + "\n")

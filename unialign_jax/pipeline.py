@@ -1,0 +1,651 @@
+"""What a user imports: a bundle's model, with a method for each task; PIL images and strings in and out.
+
+    from unialign_jax import Pipeline
+
+    pipeline = Pipeline.from_bundle("bundles/unialign")
+    image, = pipeline.generate("a red circle on a blue background", seeds=7)
+    edited, = pipeline.edit("make the circle green", image)
+    print(pipeline.caption(edited)[0], pipeline.answer(edited, "What colour is the circle?")[0])
+"""
+
+import dataclasses
+import functools
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from unialign_jax import bundle, weights
+from unialign_jax.conversation import Conversation
+from unialign_jax.data.streams import encode_question, fill_size
+from unialign_jax.data.tokenizer import Tokenizer, load_tokenizer
+from unialign_jax.inputs import (
+    MAX_TOKENS,
+    ImageSettings,
+    Picture,
+    TextSettings,
+    check_range,
+    check_seeds,
+    check_texts,
+    open_image,
+    spread,
+)
+from unialign_jax.models.attention import resolve_implementation
+from unialign_jax.models.autoencoder import make_autoencoder
+from unialign_jax.models.mmdit import MMDiT
+from unialign_jax.models.text_encoder import TextEncoder
+from unialign_jax.quantization import quantize_module
+from unialign_jax.sampling import image as image_sampler
+from unialign_jax.sampling import programs
+
+log = logging.getLogger(__name__)
+
+# The depth sentence is the released model's own; for the others none is known, so they are written after it.
+PERCEPTION = {
+    "canny": "Provide a detailed canny edge map of the entire scene.",
+    "depth": "Provide a detailed depth map of the entire scene.",
+    "pose": "Provide a detailed pose map of the people in the scene.",
+}
+MAX_REFERENCES = 4
+
+
+class Pipeline:
+    """A bundle ready for every task. Arguments after the first ones are keyword-only; a single prompt or image may
+    stand for a list of one, and what comes back is always a list, in the order of what was given.
+
+    Everything is deterministic: an image or text depends on its own seed and inputs. Calls are cut into batches of at
+    most `max_batch`, filled up to a power of two, and each shape is compiled once. Guidance, seeds, shift and
+    temperature can change without compiling; sizes, the number of steps and the kind of guidance cannot.
+
+    Bad arguments raise ValueError in one line. Prompts that are too long are cut, with a warning that quotes the rest.
+    """
+
+    def __init__(
+        self,
+        config: bundle.BundleConfig,
+        load: Callable[[str], dict],
+        tokenizer: Tokenizer,
+        *,
+        name: str = "the model",
+        dtype: str | None = None,
+        attention: str = "auto",
+        quantize: str | None = None,
+        low_memory: bool = False,
+        max_batch: int = 8,
+        device: jax.Device | None = None,
+    ):
+        """`from_bundle` is the usual way in. Args: `load` gives a component's parameters, placed and in their dtypes,
+        by name, and is called when they are first needed; `name` is for messages.
+        """
+        self.config, self.tokenizer, self.name = config, tokenizer, name
+        if max_batch < 1:
+            raise ValueError(f"max_batch is {max_batch}, expected at least 1")
+        self.max_batch = max_batch
+        self.device = device or jax.devices()[0]
+        dtype = dtype or default_dtype(self.device)
+        self._weights = weights.Weights(load, low_memory)
+
+        with_dtype = lambda part: part and dataclasses.replace(part, dtype=dtype)  # noqa: E731
+        if (transformer := with_dtype(config.transformer)) is not None:
+            # The flash kernels want heads of 64; the tiny models' are narrower.
+            if attention == "auto" and transformer.head_width % 64:
+                attention = "xla"
+            attention = resolve_implementation(attention, self.device.platform, dtype)
+            transformer = dataclasses.replace(transformer, attention=attention, remat="none")
+            module = MMDiT(transformer)
+            if quantize:
+                module = quantize_module(module, quantize)
+            self._advance = jax.jit(functools.partial(programs.advance_images, module), static_argnames=("mode",))
+            self._sample = jax.jit(
+                functools.partial(programs.sample_images, module), static_argnames=("mode", "latent_shape")
+            )
+        if (text_encoder := with_dtype(config.text_encoder)) is not None:
+            text_module = TextEncoder(text_encoder)
+            if quantize:
+                text_module = quantize_module(text_module, quantize)
+            self._encode_prompts = jax.jit(functools.partial(programs.encode_prompts, text_module))
+        if transformer is not None and text_encoder is not None:
+            self._describe = jax.jit(
+                functools.partial(programs.describe, module, text_module, mask_id=tokenizer.mask_id),
+                static_argnames=("decoding",),
+            )
+        if (autoencoder := with_dtype(config.autoencoder)) is not None:
+            autoencoder = make_autoencoder(autoencoder)
+            self._encode_images = jax.jit(functools.partial(programs.encode_images, autoencoder))
+            self._decode_images = jax.jit(functools.partial(programs.decode_images, autoencoder))
+
+    @classmethod
+    def from_bundle(
+        cls,
+        directory,
+        *,
+        dtype: str | None = None,
+        quantize: str | None = None,
+        low_memory: bool = False,
+        attention: str = "auto",
+        max_batch: int = 8,
+        device: jax.Device | None = None,
+    ) -> "Pipeline":
+        """Opens a bundle (a folder written by launch/convert.py); weights are read when a task first needs them.
+
+        Args:
+          directory: the bundle.
+          dtype: what matmuls compute in and large weights are kept in; bfloat16 when None, float32 on a CPU.
+          quantize: "int8" (weights of T5 and the MM-DiT's blocks), "w8a8" (activations too), or None.
+          low_memory: keep only the components on the device that the current part of a task reads.
+          attention: "auto", or an implementation of models.attention.
+          max_batch: the most samples in one forward.
+          device: where to run; JAX's first device when None.
+
+        Raises FileNotFoundError or ValueError for a folder that is no bundle or has no tokenizer.
+        """
+        config = bundle.read_config(directory)
+        if bundle.tokenizer_path(directory) is None:
+            raise ValueError(f"{directory} has no tokenizer: convert the model again with --tokenizer=FOLDER")
+        tokenizer = load_tokenizer(bundle.tokenizer_path(directory))
+        if config.transformer is not None and tokenizer.vocab_size != config.transformer.vocab_size:
+            raise ValueError(
+                f"{directory}: its tokenizer has {tokenizer.vocab_size} ids, but the model predicts "
+                f"{config.transformer.vocab_size}: convert the model again with the tokenizer it was trained with"
+            )
+        device = device or jax.devices()[0]
+        load = weights.BundleLoader(
+            directory,
+            config,
+            dtype=dtype or default_dtype(device),
+            device=device,
+            quantize=quantize,
+            keep_on_host=low_memory,
+        )
+        return cls(
+            config,
+            load,
+            tokenizer,
+            name=str(directory),
+            dtype=dtype,
+            quantize=quantize,
+            low_memory=low_memory,
+            attention=attention,
+            max_batch=max_batch,
+            device=device,
+        )
+
+    # Images
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        negative_prompts: str | Sequence[str] = "",
+        height: int | None = None,
+        width: int | None = None,
+        steps: int = 28,
+        guidance_scale: float = 7.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_rescale: float = 0.0,
+        seeds: int | Sequence[int] | None = None,
+        images_per_prompt: int = 1,
+        solver: str = "euler",
+        shift: float = 3.0,
+        callback: Callable[["Step"], None] | None = None,
+    ) -> list[Image.Image]:
+        """Images of the prompts, `images_per_prompt` of the first, then of the second, and so on.
+
+        Args:
+          negative_prompts: what guidance leads away from; one for all, or one a prompt.
+          height, width: pixels, multiples of 16 up to 1024; the bundle's training size when None.
+          steps: steps of the solver (Heun evaluates the network twice in each but the last).
+          guidance_scale: of the text; 1 switches guidance off, and halves the work.
+          guidance_interval: the noise levels, 0 to 1, at which guidance acts (arXiv 2404.07724).
+          guidance_rescale: 0 to 1, takes back the contrast that guidance adds (arXiv 2305.08891).
+          seeds: one for every image; a number s stands for s, s + 1, ...; 0, 1, ... when None.
+          solver: "euler", "heun", "dpmpp_2m" or "unipc".
+          shift: of the noise levels; SD3 samples at 3.
+          callback: called with a `Step` after every evaluation of the network; the loop then runs step by step.
+
+        Each image carries what made it, as JSON, in `image.info["parameters"]`.
+        """
+        settings = ImageSettings(steps, guidance_scale, guidance_interval, guidance_rescale, None, solver, shift)
+        prompts = check_texts(prompts, "prompt")
+        size = self._check_size(height, width)
+        pictures = [Picture(prompt, size=size) for prompt in prompts]
+        return self._render("generate", pictures, settings, negative_prompts, seeds, images_per_prompt, callback)
+
+    def edit(
+        self,
+        instructions: str | Sequence[str],
+        images,
+        *,
+        negative_prompts: str | Sequence[str] = "",
+        height: int | None = None,
+        width: int | None = None,
+        steps: int = 50,
+        guidance_scale: float = 7.0,
+        image_guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_rescale: float = 0.0,
+        seeds: int | Sequence[int] | None = None,
+        images_per_prompt: int = 1,
+        solver: str = "euler",
+        shift: float = 3.0,
+        callback: Callable[["Step"], None] | None = None,
+    ) -> list[Image.Image]:
+        """The images as the instructions change them; one instruction, or one image, may stand for all.
+
+        An edit has its image's size and aspect, unless `height` and `width` say otherwise (then the image is cropped
+        to that aspect). The network works at the nearest multiples of 16; an image larger than 1024 pixels is edited
+        and returned smaller, with a warning.
+
+        Args, beside those of `generate`:
+          images: PIL images, or paths of image files.
+          image_guidance_scale: of the image, apart from the text's (InstructPix2Pix, arXiv 2211.09800): higher stays
+            closer to it, 1 is neutral; None asks for text guidance alone, which is how the model was trained.
+        """
+        settings = ImageSettings(
+            steps, guidance_scale, guidance_interval, guidance_rescale, image_guidance_scale, solver, shift
+        )
+        instructions, images = spread(check_texts(instructions, "instruction"), self._open(images), "instructions")
+        pictures = []
+        for number, (instruction, image) in enumerate(zip(instructions, images, strict=True)):
+            if height or width:
+                size = final = self._check_size(height, width)
+                source = fill_size(image, size[1], size[0])
+            else:
+                size, final = self._working_size(image, number)
+                source = image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+            pictures.append(Picture(instruction, size=size, final_size=final, conditions=(source,)))
+        return self._render("edit", pictures, settings, negative_prompts, seeds, images_per_prompt, callback)
+
+    def perceive(self, kind: str, images, *, instruction: str | None = None, **options) -> list[Image.Image]:
+        """What the images show as maps: `kind` is "canny", "depth" or "pose".
+
+        Args: `instruction` replaces the sentence that asks for the kind; the others are those of `edit`.
+        """
+        if kind not in PERCEPTION:
+            raise ValueError(f"kind is {kind!r}, expected one of {', '.join(PERCEPTION)}")
+        return self.edit(instruction or PERCEPTION[kind], images, **options)
+
+    def personalize(
+        self,
+        prompts: str | Sequence[str],
+        references,
+        *,
+        slots: int = 3,
+        negative_prompts: str | Sequence[str] = "",
+        height: int | None = None,
+        width: int | None = None,
+        steps: int = 50,
+        guidance_scale: float = 7.0,
+        image_guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_rescale: float = 0.0,
+        seeds: int | Sequence[int] | None = None,
+        images_per_prompt: int = 1,
+        solver: str = "euler",
+        shift: float = 3.0,
+        callback: Callable[["Step"], None] | None = None,
+    ) -> list[Image.Image]:
+        """New images of the subjects in the reference images, one to four references a prompt.
+
+        Args, beside those of `edit`:
+          references: a list of images for each prompt; of a single prompt, its list.
+          slots: fewer references than this are repeated in turn, as in training; 1 repeats none.
+        """
+        settings = ImageSettings(
+            steps, guidance_scale, guidance_interval, guidance_rescale, image_guidance_scale, solver, shift
+        )
+        single = isinstance(prompts, str)
+        prompts = check_texts(prompts, "prompt")
+        if single and not (len(references) == 1 and isinstance(references[0], list | tuple)):
+            references = [references]
+        if len(references) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts, but {len(references)} lists of references: give one to each")
+        size = self._check_size(height, width)
+        pictures = []
+        for number, (prompt, images) in enumerate(zip(prompts, references, strict=True)):
+            images = self._open(images, f"prompt {number}, reference")
+            if len(images) > MAX_REFERENCES:
+                raise ValueError(f"prompt {number} has {len(images)} references, expected 1 to {MAX_REFERENCES}")
+            images = [fill_size(image, size[1], size[0]) for image in images]
+            images = tuple(images[i % len(images)] for i in range(max(len(images), slots)))
+            pictures.append(Picture(prompt, size=size, conditions=images))
+        return self._render("personalize", pictures, settings, negative_prompts, seeds, images_per_prompt, callback)
+
+    def conversation(self, image, **options) -> Conversation:
+        """Several edits of one image in turn, each kept and undoable; `options` are defaults for `edit`."""
+        return Conversation(self, self._open(image)[0], options)
+
+    # Texts
+
+    def caption(
+        self,
+        images,
+        *,
+        max_tokens: int | None = None,
+        steps: int = 32,
+        decoding: str = "ancestral",
+        temperature: float = 1.0,
+        threshold: float = 0.9,
+        entropy_bound: float = 0.1,
+        text_length: int | None = None,
+        seeds: int | Sequence[int] | None = None,
+    ) -> list[str]:
+        """What the images show, in words.
+
+        Args:
+          images: PIL images or paths; their middle square is read, at the bundle's training size.
+          max_tokens: the most tokens of a caption, exact; the text length when None.
+          steps: of the denoising from all masks to none; steps that would change nothing cost nothing.
+          decoding: "ancestral" (the reference's), "confidence", "entropy" or "top_k"; see `sampling.text`.
+          temperature: of the token distributions; 0 takes the most likely token.
+          threshold, entropy_bound: of the decodings "confidence" and "entropy".
+          text_length: tokens of the text stream, the bundle's training length when None.
+          seeds: as in `generate`.
+        """
+        settings = TextSettings(steps, decoding, temperature, threshold, entropy_bound, max_tokens)
+        images = self._open(images)
+        ids = np.full((len(images), self._check_text_length(text_length)), self.tokenizer.eos_id, np.int32)
+        return self._fill_texts(images, ids, np.ones_like(ids, bool), settings, seeds)
+
+    def answer(
+        self,
+        images,
+        questions: str | Sequence[str],
+        *,
+        max_tokens: int | None = None,
+        steps: int = 32,
+        decoding: str = "ancestral",
+        temperature: float = 1.0,
+        threshold: float = 0.9,
+        entropy_bound: float = 0.1,
+        text_length: int | None = None,
+        seeds: int | Sequence[int] | None = None,
+    ) -> list[str]:
+        """Answers to questions about the images; one image, or one question, may stand for all.
+
+        The question is fixed as "Q: {question} A: " and the rest is filled in. The arguments are those of `caption`.
+        """
+        settings = TextSettings(steps, decoding, temperature, threshold, entropy_bound, max_tokens)
+        questions, images = spread(check_texts(questions, "question"), self._open(images), "questions")
+        length = self._check_text_length(text_length)
+        for number, question in enumerate(questions):
+            room = length - 1 - len(self.tokenizer.token_ids("Q:  A: "))
+            self._warn_of_cut(question, room, f"question {number}")
+        encoded = [encode_question(question, "", self.tokenizer, length) for question in questions]
+        ids, is_target = (np.stack(column) for column in zip(*encoded, strict=True))
+        return self._fill_texts(images, ids, is_target, settings, seeds)
+
+    # What the tasks share
+
+    def _render(self, task, pictures, settings, negatives, seeds, per_prompt, callback):
+        """The pictures: texts first, then conditions, latents and pixels, each for all batches."""
+        self._require(task, "transformer", "text_encoder", "autoencoder")
+        if per_prompt < 1:
+            raise ValueError(f"images_per_prompt is {per_prompt}, expected at least 1")
+        negatives = [negatives] * len(pictures) if isinstance(negatives, str) else list(negatives)
+        if len(negatives) != len(pictures):
+            raise ValueError(f"{len(pictures)} prompts, but {len(negatives)} negative prompts: give one to all or each")
+        seeds = check_seeds(seeds, len(pictures) * per_prompt)
+        pictures = [
+            dataclasses.replace(picture, negative=negative)
+            for picture, negative in zip(pictures, negatives, strict=True)
+            for _ in range(per_prompt)
+        ]
+        table = settings.table()
+        mode = settings.mode(bool(pictures[0].conditions))
+        batches = self._batches([(picture.size, len(picture.conditions)) for picture in pictures])
+        rows, embeddings = self._encode_texts([text for p in pictures for text in (p.prompt, p.negative)])
+        sources = self._encode_conditions(pictures)
+
+        sampled = []
+        with self._weights.use("transformer") as params:
+            for members, padded in batches:
+                first = pictures[padded[0]]
+                guidance = settings.guidance(len(padded), table)
+                conditions = None
+                if first.conditions:
+                    conditions = jnp.stack(
+                        [jnp.stack([sources[id(image)] for image in pictures[i].conditions]) for i in padded]
+                    )
+                arguments = (
+                    embeddings[jnp.array([rows[pictures[i].prompt] for i in padded])],
+                    embeddings[jnp.array([rows[pictures[i].negative] for i in padded])],
+                    guidance,
+                    conditions,
+                )
+                batch_seeds = jnp.array([seeds[i] for i in padded], jnp.uint32)
+                shape = self._latent_shape(first.size)
+                if callback is None:
+                    latents = self._sample(
+                        params["transformer"], batch_seeds, table, *arguments, mode=mode, latent_shape=shape
+                    )
+                else:
+                    latents = self._sample_in_steps(
+                        params["transformer"], batch_seeds, table, arguments, mode, shape, members, callback
+                    )
+                sampled.append(latents)
+            self._weights.settle(sampled)
+
+        images = [None] * len(pictures)
+        with self._weights.use("autoencoder") as params:
+            decoded = [self._decode_images(params["autoencoder"], latents) for latents in sampled]
+            for (members, _), pixels in zip(batches, decoded, strict=True):
+                for i, array in zip(members, np.asarray(pixels), strict=False):
+                    images[i] = finish(array, task, pictures[i], seeds[i], settings)
+        return images
+
+    def _sample_in_steps(self, params, seeds, table, arguments, mode, shape, members, callback):
+        """`programs.sample_images`, one evaluation at a time, with a call back after each."""
+        state = image_sampler.start(programs.initial_noise(seeds, shape))
+        *texts, guidance, conditions = arguments
+        count = len(table.sigma)
+        for index in range(count):
+            row = jax.tree.map(lambda x: x[index : index + 1], table)  # noqa: B023
+            here = guidance._replace(active=guidance.active[index : index + 1])
+            state = self._advance(params, state, row, *texts, here, conditions, mode=mode)
+            callback(Step(index + 1, count, tuple(members), image_sampler.clean(state)[: len(members)], self))
+        return image_sampler.latents(state)
+
+    def _encode_texts(self, texts):
+        """({text: row}, T5 embeddings [rows, L, D]) with each different text encoded once."""
+        rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+        length = self.config.text_length
+        for text in rows:
+            self._warn_of_cut(text, length - 1, "prompt")
+        ids = np.stack([self.tokenizer.encode(text, length) for text in rows])
+        with self._weights.use("text_encoder") as params:
+            parts = [
+                self._encode_prompts(params["text_encoder"], ids[np.array(padded)])[: len(members)]
+                for members, padded in self._batches([None] * len(ids))
+            ]
+            self._weights.settle(parts)
+        return rows, jnp.concatenate(parts)
+
+    def _encode_conditions(self, pictures):
+        """{id of a PIL image: its latents [h, w, C]} of all condition images."""
+        images = {id(image): image for picture in pictures for image in picture.conditions}
+        if not images:
+            return {}
+        latents = self._encode([np.asarray(image) for image in images.values()])
+        return dict(zip(images, latents, strict=True))
+
+    def _encode(self, arrays):
+        """uint8 [H, W, 3] arrays of any sizes -> their latents [h, w, C]."""
+        latents = [None] * len(arrays)
+        with self._weights.use("autoencoder") as params:
+            for members, padded in self._batches([array.shape for array in arrays]):
+                encoded = self._encode_images(params["autoencoder"], np.stack([arrays[i] for i in padded]))
+                for i, latent in zip(members, encoded, strict=False):
+                    latents[i] = latent
+            self._weights.settle(latents)
+        return latents
+
+    def _fill_texts(self, images, ids, is_target, settings, seeds):
+        """The texts that the targets of ids [B, L] become, from each row's first target on."""
+        self._require("a text", "transformer", "text_encoder", "autoencoder")
+        first = np.argmax(is_target, axis=1)
+        if settings.max_tokens is not None:  # what is beyond stays end-of-text
+            is_target = is_target & (np.arange(ids.shape[1]) < (first + settings.max_tokens)[:, None])
+        seeds = np.array(check_seeds(seeds, len(images)), np.uint32)
+        side = self.config.image_size
+        latents = self._encode([np.asarray(fill_size(image, side, side)) for image in images])
+        texts = [None] * len(images)
+        with self._weights.use("transformer", "text_encoder") as params:
+            for members, padded in self._batches([None] * len(images)):
+                padded = np.array(padded)
+                # Rows that only fill the batch have nothing to decide, and so cause no step.
+                open_rows = is_target[padded] & (np.arange(len(padded)) < len(members))[:, None]
+                sample = self._describe(
+                    params,
+                    jnp.stack([latents[i] for i in padded]),
+                    ids[padded],
+                    open_rows,
+                    seeds[padded],
+                    settings.steps,
+                    float(settings.temperature),
+                    float(settings.threshold),
+                    float(settings.entropy_bound),
+                    decoding=settings.decoding,
+                )
+                for i, row in zip(members, np.asarray(sample.ids), strict=False):
+                    texts[i] = self.tokenizer.decode(row[first[i] :]).strip()
+        return texts
+
+    def _batches(self, keys):
+        """Indices of equal key in batches: (members, members filled up to a power of two by repeating the last)."""
+        groups = {}
+        for i, key in enumerate(keys):
+            groups.setdefault(key, []).append(i)
+        batches = []
+        for group in groups.values():
+            for start in range(0, len(group), self.max_batch):
+                members = group[start : start + self.max_batch]
+                size = min(self.max_batch, 1 << (len(members) - 1).bit_length())
+                batches.append((members, members + members[-1:] * (size - len(members))))
+        return batches
+
+    # Checks
+
+    def _require(self, task, *names):
+        missing = [name for name in names if getattr(self.config, name) is None]
+        if missing:
+            raise ValueError(
+                f"{self.name} lacks {' and '.join(missing)}, which {task} needs: convert the model again with it "
+                "(python launch/convert.py --help)"
+            )
+
+    @property
+    def size_multiple(self) -> int:
+        """Heights and widths are multiples of this: one patch of latents, 16 pixels."""
+        return self.config.autoencoder.downsample_factor * self.config.transformer.patch_size
+
+    @property
+    def max_size(self) -> int:
+        """The largest height or width, 1024 pixels for SD3's positional grid."""
+        return self.config.transformer.base_patches * self.size_multiple
+
+    def _check_size(self, height, width):
+        self._require("an image", "transformer", "autoencoder")
+        multiple, largest = self.size_multiple, self.max_size
+        for name, value in (("height", height), ("width", width)):
+            if value is not None and (value % multiple or not multiple <= value <= largest):
+                below = min(largest, max(multiple, value // multiple * multiple))
+                raise ValueError(
+                    f"{name} is {value}, expected a multiple of {multiple} up to {largest}, such as {below}"
+                )
+        return height or width or self.config.image_size, width or height or self.config.image_size
+
+    def _working_size(self, image, number):
+        """((height, width) that the network works at, the same of the result) for an image of any size."""
+        self._require("an edit", "transformer", "autoencoder")
+        multiple, largest = self.size_multiple, self.max_size
+        shrink = min(1.0, largest / max(image.size))
+        working = tuple(
+            max(multiple, round(side * shrink / multiple) * multiple) for side in (image.height, image.width)
+        )
+        if shrink == 1:
+            return working, (image.height, image.width)
+        final = tuple(max(1, round(side * shrink)) for side in (image.height, image.width))
+        log.warning(
+            "image %d is %d x %d pixels, the largest side is %d: the edit will be %d x %d",
+            number, image.width, image.height, largest, final[1], final[0],
+        )  # fmt: skip
+        return working, final
+
+    def _latent_shape(self, size):
+        factor = self.config.autoencoder.downsample_factor
+        return size[0] // factor, size[1] // factor, self.config.autoencoder.latent_channels
+
+    def _check_text_length(self, length):
+        length = self.config.text_length if length is None else length
+        return check_range("text_length", length, 8, MAX_TOKENS)
+
+    def _warn_of_cut(self, text, room, what):
+        ids = self.tokenizer.token_ids(text)
+        if len(ids) > room:
+            log.warning(
+                "%s is %d tokens long, the model reads %d; cut off: %r", what, len(ids), room,
+                self.tokenizer.decode(ids[room:]),
+            )  # fmt: skip
+
+    def _open(self, images, what="image"):
+        """PIL images or paths, one or a list -> upright RGB images, wholly decoded."""
+        if isinstance(images, Image.Image | str | Path):
+            images = [images]
+        images = list(images)
+        if not images:
+            raise ValueError(f"no {what} was given, expected at least one")
+        return [open_image(image, f"{what} {number}") for number, image in enumerate(images)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """Where a sampler is, as its callback sees it.
+
+    Attributes:
+      index, count: evaluations of the network done, and in all.
+      members: which images of the call these are, by position.
+      latents: the clean latents that the network now predicts, [images, h, w, C] on the device.
+    """
+
+    index: int
+    count: int
+    members: tuple[int, ...]
+    latents: jax.Array
+    _pipeline: Pipeline = dataclasses.field(repr=False)
+
+    def images(self) -> list[Image.Image]:
+        """The prediction as images, at the size the network works at."""
+        with self._pipeline._weights.use("autoencoder", "transformer") as params:
+            pixels = self._pipeline._decode_images(params["autoencoder"], self.latents)
+        return [Image.fromarray(array) for array in np.asarray(pixels)]
+
+
+def default_dtype(device) -> str:
+    """bfloat16, except on a CPU, which only emulates it."""
+    return "float32" if device.platform == "cpu" else "bfloat16"
+
+
+def finish(array, task, picture, seed, settings) -> Image.Image:
+    """uint8 [H, W, 3] -> the image at its final size, with what made it in `info["parameters"]`."""
+    image = Image.fromarray(array)
+    height, width = picture.final_size or picture.size
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    parameters = {
+        "task": task,
+        "prompt": picture.prompt,
+        "negative_prompt": picture.negative,
+        "seed": seed,
+        "height": height,
+        "width": width,
+        "references": len(picture.conditions),
+        **dataclasses.asdict(settings),
+    }
+    image.info["parameters"] = json.dumps(parameters)
+    return image
