@@ -114,7 +114,8 @@ def quantize_kernel(kernel, axes):
 def quantize_leaf(path, leaf, *, dtype=None, device=None):
     """The parameter at `path` ("layers/query/kernel") quantised, or cast to `dtype` where it is not to be quantised.
 
-    The arithmetic is the host's; only the result is put on `device` (the default one when None).
+    The arithmetic is the host's, and only the result is put on `device` (the default one when None). For a model that
+    is read array by array, so that not even the host ever holds it unquantised.
     """
     axes = input_axes(path)
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
@@ -123,30 +124,27 @@ def quantize_leaf(path, leaf, *, dtype=None, device=None):
     return jax.device_put(leaf, device or jax.local_devices()[0])
 
 
-def quantize_params(params, mode, *, dtype=None, device=None):
+def quantize_params(params, mode, *, device=None):
     """The parameters of an MMDiT or a TextEncoder, with a `qwix.QArray` for every kernel that becomes int8.
 
     Args:
       params: the tree; arrays of NumPy or on any device. Taken one by one: `device` never holds a kernel unquantised.
       mode: one of `MODES`; both store the same.
-      dtype: what to cast the rest to; as it is when None.
       device: where the result goes; the default device when None.
 
     Raises ValueError for an unknown mode and for a tree without such kernels.
     """
     check_mode(mode)
-    return _map_leaves(functools.partial(quantize_leaf, dtype=dtype, device=device), params)
+    return _map_leaves(functools.partial(quantize_leaf, device=device), params)
 
 
-def abstract_quantized(abstract_params, mode, *, dtype=None):
+def abstract_quantized(abstract_params, mode):
     """What `quantize_params` gives, as ShapeDtypeStructs, for a tree of ShapeDtypeStructs: to compile ahead of time."""
     check_mode(mode)
 
     def abstract(path, leaf):
         axes = input_axes(path)
-        if axes is None:
-            return jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype)
-        return jax.eval_shape(functools.partial(quantize_kernel, axes=axes), leaf)
+        return leaf if axes is None else jax.eval_shape(functools.partial(quantize_kernel, axes=axes), leaf)
 
     return _map_leaves(abstract, abstract_params)
 
@@ -156,19 +154,6 @@ def _map_leaves(function, params):
     if not any(input_axes(path) is not None for path in leaves):
         raise ValueError("nothing to quantise here: expected the parameters of an MMDiT or a TextEncoder")
     return bundle.unflatten({path: function(path, leaf) for path, leaf in leaves.items()})
-
-
-def load_quantized(directory, component, mode, *, dtype=None, device=None):
-    """A bundle's component, "transformer" or "text_encoder", quantised while it is read.
-
-    Neither the host nor the device ever holds more of it unquantised than its largest array. Arguments and errors are
-    those of `quantize_params` and `bundle.load`.
-    """
-    check_mode(mode)
-    leaves = bundle.read_leaves(directory, component)
-    return bundle.unflatten(
-        {path: quantize_leaf(path, leaf, dtype=dtype, device=device) for path, leaf in leaves}
-    )
 
 
 def tree_bytes(params) -> int:
