@@ -112,6 +112,9 @@ def test_autoencoder_equals_torch(image_size):
 
     counted = torch_flops(build, lambda vae, torch: vae.encoder(torch.empty(1, 3, image_size, image_size)))
     assert flops.autoencoder_encode(SD3_VAE, image_size=image_size) == counted
+    side = image_size // 8
+    counted = torch_flops(build, lambda vae, torch: vae.decoder(torch.empty(1, 16, side, side)))
+    assert flops.autoencoder_decode(SD3_VAE, image_size=image_size) == counted
 
 
 def test_text_encoder_equals_torch():
@@ -173,6 +176,7 @@ def test_alignment_heads_count_their_weights():
 def test_the_stand_in_autoencoder_costs_nothing():
     tiny = AutoencoderConfig(kind="space_to_depth", latent_channels=48, downsample_factor=4)
     assert flops.autoencoder_encode(tiny, image_size=64) == 0
+    assert flops.autoencoder_decode(tiny, image_size=64) == 0
 
 
 @pytest.mark.parametrize(

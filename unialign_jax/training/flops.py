@@ -80,14 +80,6 @@ def autoencoder_encode(config, *, image_size):
     """Encoding one square image with SD3's KL autoencoder; nothing for the space-to-depth stand-in."""
     if config.kind == "space_to_depth":
         return 0.0
-
-    def conv(side, width_in, width_out, kernel=3):
-        return linear(side**2, kernel**2 * width_in, width_out)
-
-    def resnet(side, width_in, width_out):
-        shortcut = conv(side, width_in, width_out, kernel=1) if width_in != width_out else 0.0
-        return conv(side, width_in, width_out) + conv(side, width_out, width_out) + shortcut
-
     side, width = image_size, config.block_widths[0]
     total = conv(side, 3, width)
     for level, width_out in enumerate(config.block_widths):
@@ -98,8 +90,36 @@ def autoencoder_encode(config, *, image_size):
             side, width_out, width_out
         )
         width = width_out
-    total += 2 * resnet(side, width, width) + 4 * linear(side**2, width, width) + attention(side**2, width)
-    return total + conv(side, width, 2 * config.latent_channels)
+    return total + autoencoder_middle(side, width) + conv(side, width, 2 * config.latent_channels)
+
+
+def autoencoder_decode(config, *, image_size):
+    """Decoding one square image with SD3's KL autoencoder; nothing for the space-to-depth stand-in."""
+    if config.kind == "space_to_depth":
+        return 0.0
+    side, width = image_size // config.downsample_factor, config.block_widths[-1]
+    total = conv(side, config.latent_channels, width) + autoencoder_middle(side, width)
+    for level, width_out in enumerate(reversed(config.block_widths)):
+        if level > 0:
+            side *= 2
+            total += conv(side, width, width)  # after the pixels are repeated
+        total += resnet(side, width, width_out) + config.blocks_per_level * resnet(side, width_out, width_out)
+        width = width_out
+    return total + conv(side, width, 3)
+
+
+def autoencoder_middle(side, width):
+    """Two residual blocks around an attention over all positions, at the coarsest level."""
+    return 2 * resnet(side, width, width) + 4 * linear(side**2, width, width) + attention(side**2, width)
+
+
+def resnet(side, width_in, width_out):
+    shortcut = conv(side, width_in, width_out, kernel=1) if width_in != width_out else 0.0
+    return conv(side, width_in, width_out) + conv(side, width_out, width_out) + shortcut
+
+
+def conv(side, width_in, width_out, kernel=3):
+    return linear(side**2, kernel**2 * width_in, width_out)
 
 
 def alignment_heads_forward(config, *, width, image_tokens=1, text_tokens=1):
