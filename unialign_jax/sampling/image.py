@@ -1,4 +1,6 @@
-"""The image sampler: Euler steps along the velocity field, with classifier-free guidance."""
+"""The image sampler: a solver's table run along the velocity field, and the arithmetic of guidance."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -6,36 +8,124 @@ import jax.numpy as jnp
 from unialign_jax.diffusion import flow
 
 
-def sample_image_latents(velocity_fn, noise, sigmas, guidance_scale):
-    """Integrates latents from noise (sigma 1) to clean (sigma 0).
+class SamplerState(NamedTuple):
+    """A sampler between two evaluations of the network; all float32 [B, H, W, C]."""
 
-    Each step evaluates one batch of 2B, the unconditional half first, and moves along
-        v = v_uncond + guidance_scale * (v_cond - v_uncond),
-    so a scale of 1 is the conditional model alone. Latents stay float32 whatever velocity_fn computes in.
+    latents: jax.Array  # where the network is evaluated next; after the last row, the sample
+    clean: jax.Array  # the clean prediction of the last evaluation, 0 before any
+    previous: jax.Array  # the one before it
 
-    Call it under jax.jit with noise, sigmas and guidance_scale as arguments (and velocity_fn closing over
-    traced parameters): it is one scan over traced sigmas, so other values of them compile nothing new.
+
+def start(noise) -> SamplerState:
+    """The state before the first evaluation; noise [B, H, W, C] is standard normal (sigma 1)."""
+    noise = jnp.asarray(noise, jnp.float32)
+    return SamplerState(noise, jnp.zeros_like(noise), jnp.zeros_like(noise))
+
+
+def advance(velocity_fn, state, rows) -> SamplerState:
+    """The state after the evaluations of `rows`: one scan, whatever the solver.
+
+    The rows may be cut into pieces, one call each. Call it under jax.jit with the rows as arguments (and
+    velocity_fn closing over traced parameters): other noise levels, and another solver with as many evaluations,
+    compile nothing new.
 
     Args:
-      velocity_fn: (latents [2B, H, W, C], sigma [2B]) -> velocity [2B, H, W, C]; it knows both halves'
-        prompts, and gives both the same condition images.
-      noise: [B, H, W, C], standard normal.
-      sigmas: [N + 1], decreasing to 0; `diffusion.flow.sampling_sigmas` gives them.
-      guidance_scale: a scalar, or [B] for a scale per sample.
-    Returns:
-      latents, float32 [B, H, W, C].
+      velocity_fn: (latents float32 [B, H, W, C], sigma float32 scalar, a row of the inputs) -> velocity
+        [B, H, W, C], already guided, of any float type.
+      rows: (SolverTable, inputs), pytrees with a leading axis of evaluations; `inputs` is what else changes from
+        one evaluation to the next, or None.
     """
-    batch = noise.shape[0]
-    sigmas = jnp.asarray(sigmas, jnp.float32)
-    scale = jnp.broadcast_to(jnp.asarray(guidance_scale, jnp.float32), (batch,))
-    scale = scale.reshape((batch,) + (1,) * (noise.ndim - 1))
 
-    def step(latents, sigma_and_next):
-        sigma, next_sigma = sigma_and_next
-        both = velocity_fn(jnp.concatenate([latents, latents]), jnp.full((2 * batch,), sigma))
-        unconditional, conditional = jnp.split(both.astype(jnp.float32), 2)
-        velocity = unconditional + scale * (conditional - unconditional)
-        return flow.euler_step(latents, velocity, sigma, next_sigma), None
+    def evaluate(state, row):
+        table, inputs = row
+        velocity = velocity_fn(state.latents, table.sigma, inputs).astype(jnp.float32)
+        latents = (
+            table.latents * state.latents
+            + table.velocity * velocity
+            + table.clean * state.clean
+            + table.previous * state.previous
+        )
+        return SamplerState(latents, flow.predict_clean(state.latents, velocity, table.sigma), state.clean), None
 
-    latents, _ = jax.lax.scan(step, noise.astype(jnp.float32), (sigmas[:-1], sigmas[1:]))
-    return latents
+    table, inputs = rows
+    state, _ = jax.lax.scan(evaluate, state, (jax.tree.map(jnp.asarray, table), inputs))
+    return state
+
+
+def latents(state):
+    """Where the next evaluation happens, [B, H, W, C]; after the last row, the sample."""
+    return state.latents
+
+
+def clean(state):
+    """The clean latents that the last evaluation predicts, [B, H, W, C]: a preview of the sample."""
+    return state.clean
+
+
+def sample_image_latents(velocity_fn, noise, table, inputs=None):
+    """Latents float32 [B, H, W, C] integrated from noise (sigma 1) to clean (sigma 0).
+
+    Args:
+      velocity_fn: as in `advance`.
+      noise: [B, H, W, C], standard normal.
+      table: `solvers.solver_table` over `diffusion.flow.sampling_sigmas`.
+      inputs: a pytree with a leading axis of evaluations, given to velocity_fn row by row.
+    """
+    return latents(advance(velocity_fn, start(noise), (table, inputs)))
+
+
+def text_guidance(unconditional, conditional, scale, rescale=0.0):
+    """Classifier-free guidance of velocities: unconditional + scale * (conditional - unconditional).
+
+    A scale of 1 is the conditional model alone. To guide only at some noise levels (arXiv 2404.07724), use the
+    conditional velocity at the others.
+
+    Args:
+      unconditional, conditional: velocities [B, ...].
+      scale: a scalar, or [B].
+      rescale: a scalar or [B] in [0, 1]; see `rescale_guidance`.
+    Returns:
+      float32 [B, ...].
+    """
+    unconditional, conditional = unconditional.astype(jnp.float32), conditional.astype(jnp.float32)
+    guided = unconditional + _per_sample(scale, conditional) * (conditional - unconditional)
+    return rescale_guidance(guided, conditional, rescale)
+
+
+def two_scale_guidance(neither, image_only, both, image_scale, text_scale, rescale=0.0):
+    """Guidance with a scale for the condition images and one for the text (InstructPix2Pix, arXiv 2211.09800, eq. 3):
+
+        neither + image_scale * (image_only - neither) + text_scale * (both - image_only)
+
+    An image_scale of 1 is `text_guidance` from image_only to both.
+
+    Args:
+      neither, image_only, both: velocities [B, ...] without conditions, with the images, with images and text.
+      image_scale, text_scale, rescale: scalars, or [B]; rescale as in `rescale_guidance`, towards `both`.
+    Returns:
+      float32 [B, ...].
+    """
+    neither, image_only, both = (velocity.astype(jnp.float32) for velocity in (neither, image_only, both))
+    guided = neither + _per_sample(image_scale, both) * (image_only - neither)
+    guided = guided + _per_sample(text_scale, both) * (both - image_only)
+    return rescale_guidance(guided, both, rescale)
+
+
+def rescale_guidance(guided, conditional, rescale):
+    """Takes back the contrast that guidance adds (Lin et al., arXiv 2305.08891, eq. 15 and 16).
+
+    The guided velocity times std(conditional) / std(guided), mixed with the guided one by `rescale` (0 leaves it,
+    1 is the rescaled one; the paper uses 0.7). The deviations are each sample's own, over all its elements, and of
+    the velocities: like diffusers, it is applied to what the network predicts.
+    """
+    axes = tuple(range(1, guided.ndim))
+    wanted, found = (jnp.std(velocity, axis=axes, keepdims=True) for velocity in (conditional, guided))
+    factor = jnp.where(found > 0, wanted / jnp.where(found > 0, found, 1), 1)  # a constant field stays
+    rescale = _per_sample(rescale, guided)
+    return guided * (rescale * factor + (1 - rescale))
+
+
+def _per_sample(value, array):
+    """A scalar or [B] as float32, with trailing axes of size 1 so that it multiplies array [B, ...]."""
+    value = jnp.asarray(value, jnp.float32)
+    return value if value.ndim == 0 else value.reshape(value.shape + (1,) * (array.ndim - 1))

@@ -1,62 +1,130 @@
-"""The text sampler: ancestral sampling of masked diffusion, batched and with static shapes."""
+"""The text sampler: masked diffusion from all masked to all decided, batched and with static shapes."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from unialign_jax.diffusion import masking
 
+DECODINGS = ("ancestral", "confidence", "entropy", "top_k")
 
-def sample_text(logits_fn, ids_BL, is_target_BL, keys_B, *, num_steps, mask_id):
-    """Fills the target positions, starting from all of them masked, over t = 1, 1 - 1/N, ..., 0.
 
-    The step-by-step sampler reveals a masked token between t and s with probability (t - s) / t, draws it
-    from the model's prediction and never masks it again. Here each token's time is drawn up front instead
-    (uniform and independent, which is the same distribution), so that steps at which nothing happens in the
-    whole batch cost no forward pass: at most min(num_steps, targets in the batch) of them are run. (The
-    reference ends at t = 1e-5 and takes the most likely token for the one in 1e5 left; ours ends at 0.)
+class TextSample(NamedTuple):
+    ids: jax.Array  # int32 [B, L], the completed ids
+    evaluations: jax.Array  # int32, how often the network ran on the batch
+
+
+def sample_text(
+    logits_fn,
+    ids_BL,
+    is_target_BL,
+    keys_B,
+    *,
+    num_steps,
+    mask_id,
+    decoding="ancestral",
+    temperature=1.0,
+    threshold=0.9,
+    entropy_bound=0.1,
+) -> TextSample:
+    """Fills the target positions, starting from all of them masked.
+
+    Each step runs the network on the batch, draws a token for every masked position, and reveals some of them:
+
+    - "ancestral", the reference's process (MDLM) over t = 1, 1 - 1/N, ..., 0: a masked token is revealed between t
+      and s with probability (t - s) / t. Here each token's time is drawn up front instead (uniform and independent,
+      which is the same distribution), so that steps at which nothing happens in the whole batch cost no forward
+      pass: at most min(num_steps, targets in the batch) are run. (The reference ends at t = 1e-5 and takes the most
+      likely token for the one in 1e5 left; ours ends at 0.)
+    - "top_k" (LLaDA's low-confidence remasking, arXiv 2502.09992): the ceil(masked / steps left) positions of a
+      sample whose prediction is surest, so that num_steps steps are enough.
+    - "confidence": every position whose likeliest token has probability `threshold` or more, and at least the
+      surest. num_steps does not matter.
+    - "entropy" (EB-sampler, arXiv 2505.24857): positions in the order of their entropy, for as long as the sum of
+      the entropies revealed, less the largest, is at most `entropy_bound` (nats); at least one. It bounds what
+      drawing them independently can lose. num_steps does not matter.
+
+    Probability and entropy are the model's own, before temperature, so that the choice of positions does not lean on
+    the tokens drawn. (LLaDA takes the probability of the drawn token, which is the same at temperature 0.)
 
     A sample's outcome depends on its own key and row, not on its neighbours, as long as logits_fn keeps rows
-    apart. Call it under jax.jit.
+    apart. Call it under jax.jit: all but decoding and mask_id may be traced.
 
     Args:
       logits_fn: ids [B, L] -> logits [B, L, V], any float type; unrevealed positions of ids hold mask_id.
       ids_BL: int32; where is_target is False, tokens that stay (a question's); elsewhere ignored.
       is_target_BL: bool, the positions to fill.
       keys_B: [B] typed PRNG keys, one a sample.
-      num_steps: N, a Python int.
+      num_steps: N, an int32 scalar of at least 1.
       mask_id: the mask's token id; it is never drawn.
-    Returns:
-      int32 [B, L], the completed ids.
+      decoding: one of DECODINGS.
+      temperature: of the draw, a scalar or [B]; 1 draws from the model, 0 takes the likeliest token.
+      threshold: of "confidence", a scalar or [B]; above 1 it reveals one token a step.
+      entropy_bound: of "entropy", a scalar or [B]; 0 or less reveals one token a step, or those that are certain.
     Raises:
-      ValueError: num_steps below 1, or shapes that do not fit.
+      ValueError: an unknown decoding, num_steps below 1 (where it is not traced), or shapes that do not fit.
     """
-    if num_steps < 1:
+    if decoding not in DECODINGS:
+        raise ValueError(f"decoding is {decoding!r}; expected one of {', '.join(DECODINGS)}")
+    if isinstance(num_steps, int) and num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}; a sampler needs at least 1 step")
     if ids_BL.shape != is_target_BL.shape or keys_B.shape != ids_BL.shape[:1]:
         raise ValueError(
             f"ids, is_target and keys have shapes {ids_BL.shape}, {is_target_BL.shape}, {keys_B.shape}; "
             "expected [B, L], [B, L] and [B]"
         )
-    length = ids_BL.shape[1]
+    batch, length = ids_BL.shape
+    num_steps = jnp.asarray(num_steps, jnp.int32)
+    temperature, threshold, entropy_bound = (
+        jnp.broadcast_to(jnp.asarray(value, jnp.float32), (batch,))[:, None]
+        for value in (temperature, threshold, entropy_bound)
+    )
     time_keys, token_keys = jnp.unstack(jax.vmap(jax.random.split)(keys_B), axis=1)
     times_BL = jax.vmap(lambda key: masking.unmask_times(key, (length,)))(time_keys)
-    # Step k covers the times in (1 - (k + 1)/N, 1 - k/N].
+    # Ancestral step k covers the times in (1 - (k + 1)/N, 1 - k/N].
     step_BL = jnp.minimum(jnp.floor((1 - times_BL) * num_steps).astype(jnp.int32), num_steps - 1)
 
+    def choose(logits, is_hidden, step):
+        """bool [B, L], the hidden positions to reveal now."""
+        if decoding == "ancestral":
+            return is_hidden & (step_BL == step)
+        probabilities = jax.nn.softmax(logits)
+        if decoding == "entropy":
+            doubt = jnp.sum(jax.scipy.special.entr(probabilities), axis=-1)
+        else:
+            doubt = -jnp.max(probabilities, axis=-1)
+        # Hidden positions first, the surest first among them; rank is each position's place in that order.
+        order = jnp.lexsort((doubt, ~is_hidden), axis=-1)
+        rank = jnp.argsort(order, axis=-1)
+        hidden = jnp.sum(is_hidden, axis=-1, keepdims=True)
+        if decoding == "confidence":
+            count = jnp.sum(is_hidden & (-doubt >= threshold), axis=-1, keepdims=True)
+        elif decoding == "entropy":
+            ordered = jnp.take_along_axis(doubt, order, axis=-1)
+            within = jnp.cumsum(ordered, axis=-1) - ordered <= entropy_bound  # the sum less its largest, the last
+            count = jnp.sum(within, axis=-1, keepdims=True)
+        else:
+            count = -(-hidden // jnp.maximum(num_steps - step, 1))
+        return is_hidden & (rank < jnp.maximum(count, 1))
+
     def unfinished(state):
-        _, is_hidden = state
+        _, is_hidden, _ = state
         return jnp.any(is_hidden)
 
     def reveal(state):
-        ids, is_hidden = state
-        step = jnp.min(jnp.where(is_hidden, step_BL, num_steps))
+        ids, is_hidden, evaluations = state
+        # A sample that is not finished has been through every evaluation, so that the count is its own step as well.
+        step = jnp.min(jnp.where(is_hidden, step_BL, num_steps)) if decoding == "ancestral" else evaluations
         logits = logits_fn(ids).astype(jnp.float32)
         logits = jnp.where(jnp.arange(logits.shape[-1]) == mask_id, -jnp.inf, logits)
         step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(token_keys, step)
-        drawn = jax.vmap(jax.random.categorical)(step_keys, logits).astype(ids.dtype)
-        revealed = is_hidden & (step_BL == step)
-        return jnp.where(revealed, drawn, ids), is_hidden & ~revealed
+        # The largest of logits + temperature * Gumbel noise is a draw from softmax(logits / temperature).
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(step_keys)
+        drawn = jnp.argmax(logits + temperature[..., None] * noise, axis=-1).astype(ids.dtype)
+        revealed = choose(logits, is_hidden, step)
+        return jnp.where(revealed, drawn, ids), is_hidden & ~revealed, evaluations + 1
 
-    start = jnp.where(is_target_BL, jnp.asarray(mask_id, ids_BL.dtype), ids_BL)
-    ids, _ = jax.lax.while_loop(unfinished, reveal, (start, jnp.asarray(is_target_BL)))
-    return ids
+    masked = jnp.where(is_target_BL, jnp.asarray(mask_id, ids_BL.dtype), ids_BL)
+    ids, _, evaluations = jax.lax.while_loop(unfinished, reveal, (masked, jnp.asarray(is_target_BL), jnp.int32(0)))
+    return TextSample(ids, evaluations)

@@ -11,7 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 from unialign_jax import sharding
 from unialign_jax.diffusion.flow import sampling_sigmas
 from unialign_jax.models.autoencoder import Moments, denormalize, sample_latents
-from unialign_jax.sampling.image import sample_image_latents
+from unialign_jax.sampling.image import sample_image_latents, text_guidance
+from unialign_jax.sampling.solvers import solver_table
 from unialign_jax.sampling.text import sample_text
 from unialign_jax.training.state import Networks
 from unialign_jax.training.step import encode_images, encode_texts, has_image_pass
@@ -29,11 +30,13 @@ def make_generate(networks: Networks, eos_id: int, sigmas: np.ndarray):
         if conditions is not None:
             conditions = jnp.concatenate([conditions, conditions])
 
-        def velocity(noisy, sigma):
-            return networks.transformer.apply({"params": params}, noisy, text, sigma, conditions).velocity
+        def velocity(noisy, sigma, _):
+            doubled, sigma = jnp.concatenate([noisy, noisy]), jnp.full((len(text),), sigma)
+            both = networks.transformer.apply({"params": params}, doubled, text, sigma, conditions).velocity
+            return text_guidance(*jnp.split(both, 2), guidance_scale)
 
         noise = jax.random.normal(key, latents.shape)
-        latents = sample_image_latents(velocity, noise, jnp.asarray(sigmas), guidance_scale)
+        latents = sample_image_latents(velocity, noise, solver_table("euler", sigmas))
         images = networks.autoencoder.apply(
             {"params": frozen["autoencoder"]}, denormalize(latents, networks.autoencoder.config), method="decode"
         )
@@ -56,9 +59,10 @@ def make_describe(networks: Networks, mask_id: int, num_steps: int):
             return networks.transformer.apply({"params": params}, latents, text, sigma).text_logits
 
         keys = jax.random.split(key, latents.shape[0])
-        return sample_text(
+        sample = sample_text(
             logits, batch["text_ids"], batch["text_is_target"], keys, num_steps=num_steps, mask_id=mask_id
         )
+        return sample.ids
 
     return describe
 
