@@ -1,0 +1,247 @@
+"""Images and texts from a bundle: python launch/generate.py --help"""
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import logging
+import signal
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from unialign_jax import job_runner, jobs
+
+DESCRIPTION = """\
+Makes images and texts with the model of a bundle (a folder written by launch/convert.py): one call of one task, or a
+file of many jobs of any tasks, in full batches.
+"""
+
+EXAMPLES = """\
+tasks
+  t2i          an image from --prompt
+  edit         --image changed as --instruction says; it keeps its size and aspect unless told otherwise
+  perceive     a map of what --image shows: --kind=canny, depth or pose
+  personalize  a new image, from --prompt, of the subjects in one to four --image
+  caption      what --image shows, in words
+  vqa          the answer to --question about --image
+
+examples
+  python launch/generate.py --bundle=bundles/unialign --task=t2i --prompt="a red fox in the snow" --output=fox.png
+  python launch/generate.py --bundle=bundles/unialign --task=t2i --prompt="a red fox in the snow" --count=4 \\
+      --negative-prompt="blurry" --height=768 --width=1024 --steps=20 --solver=unipc --output=foxes.png
+  python launch/generate.py --bundle=bundles/unialign --task=edit --image=fox.png --instruction="make it summer" \\
+      --guidance-scale=9 --output=summer.png
+  python launch/generate.py --bundle=bundles/unialign --task=perceive --kind=depth --image=fox.png --output=depth.png
+  python launch/generate.py --bundle=bundles/unialign --task=personalize --image=dog.png --image=hat.png \\
+      --prompt="the dog wears the hat" --output=dog_in_hat.png
+  python launch/generate.py --bundle=bundles/unialign --task=caption --image=fox.png --max-tokens=64
+  python launch/generate.py --bundle=bundles/unialign --task=vqa --image=fox.png --question="What animal is this?"
+  python launch/generate.py --bundle=bundles/unialign --jobs=jobs.jsonl --output=results --batch=16
+
+jobs
+  A jobs file has one JSON object a line: "task", its "prompt", "instruction" or "question", its "image" or "images"
+  (paths relative to the file), an "id" if you like, and any option of the task above, with _ for -:
+    {"id": "fox", "task": "t2i", "prompt": "a red fox in the snow", "seed": 3, "guidance_interval": [0.2, 0.9]}
+    {"task": "caption", "image": "photos/1.jpg"}
+  The output folder gets ID.png for every image and a line in results.jsonl for every job. A bad job is reported and
+  passed over (the exit status is then 1). After an interruption the same command goes on; it tries failed jobs again,
+  and does anew what has changed. docs/inference.md says more.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"error: {message}; --help explains\n")
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, to be handled like Ctrl-C but for the exit status."""
+
+
+def flag(key):
+    """How an option is called on the command line: negative_prompt -> --negative-prompt."""
+    return "--" + {"images": "image"}.get(key, key).replace("_", "-")
+
+
+def parse_arguments(argv):
+    parser = Parser(
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=32, width=118),
+        allow_abbrev=False,
+        usage="python launch/generate.py --bundle=DIR (--task=TASK [options] | --jobs=FILE) [--output=PATH]",
+    )
+    parser.add_argument("--bundle", required=True, metavar="DIR", help="the model")
+    parser.add_argument("--jobs", metavar="FILE", help="a file of jobs, instead of --task and its options")
+    parser.add_argument("--output", metavar="PATH", help="PNG file; text file (printed in any case); folder of --jobs")
+
+    task = parser.add_argument_group("the task")
+    task.add_argument("--task", choices=jobs.TASKS, help="see below")
+    task.add_argument("--prompt", metavar="TEXT", help="of t2i and personalize")
+    task.add_argument("--instruction", metavar="TEXT", help="of edit; of perceive, instead of the kind's own")
+    task.add_argument("--question", metavar="TEXT", help="of vqa")
+    task.add_argument("--image", metavar="FILE", action="append", help="once for each image")
+    groups = {}
+    for key, option in jobs.OPTIONS.items():
+        if option.tasks not in groups:
+            whose = "every task" if len(option.tasks) == len(jobs.TASKS) else ", ".join(option.tasks)
+            groups[option.tasks] = parser.add_argument_group(f"options of {whose} (defaults in brackets)")
+        metavar = "|".join(option.choices) or {"text": "TEXT", "interval": "LOW,HIGH"}.get(option.kind, "N")
+        groups[option.tasks].add_argument(flag(key), metavar=metavar, type=option.parse, help=option.help)
+
+    model = parser.add_argument_group("the machine")
+    model.add_argument("--batch", type=int, default=8, metavar="N", help="most samples at a time (default %(default)s)")
+    model.add_argument("--dtype", choices=["bfloat16", "float32"], help="default bfloat16, on a CPU float32")
+    model.add_argument("--quantize", choices=["int8", "w8a8"], help="int8 weights; w8a8: int8 activations too")
+    model.add_argument("--low-memory", action="store_true", help="on the device only what is in use; slower")
+    model.add_argument("--attention", default="auto", metavar="NAME", help="auto, xla, cudnn (GPU) or splash (TPU)")
+    model.add_argument("--compilation-cache", metavar="DIR", help="keep compiled programs there between calls")
+    model.add_argument("--traceback", action="store_true", help="show where an error came from")
+
+    options = parser.parse_args(argv)
+    keys = ("prompt", "instruction", "question", "image", *jobs.OPTIONS)
+    given = [key for key in keys if getattr(options, key) is not None]
+    if options.batch < 1:
+        parser.error(f"--batch is {options.batch}, expected at least 1")
+    if options.jobs:
+        if options.task or given:
+            parser.error(f"{flag('task' if options.task else given[0])} goes into the lines of the jobs file")
+        if not options.output:
+            parser.error("--jobs needs --output, a folder")
+    elif not options.task:
+        parser.error("give --task, or --jobs for many")
+    elif options.task in jobs.IMAGE_TASKS and Path(options.output or "").suffix.lower() != ".png":
+        parser.error(f"{options.task} needs --output, a name that ends in .png")
+    options.fields = {"task": options.task} | {key: getattr(options, key) for key in given}
+    if "image" in options.fields:
+        options.fields["images"] = options.fields.pop("image")
+    return options
+
+
+class Model:
+    """The bundle as the command line names it: checked at once, opened when it is needed."""
+
+    def __init__(self, options):
+        from unialign_jax import bundle
+
+        self._options = options
+        config = bundle.read_config(options.bundle)
+        missing = {"transformer", "text_encoder", "autoencoder"}.difference(config.components)
+        if missing:
+            raise ValueError(
+                f"{options.bundle} lacks {', '.join(sorted(missing))}, it has {', '.join(config.components)}: convert "
+                "the model again with all parts (python launch/convert.py --help)"
+            )
+        # config.json has the hashes of all other files.
+        digest = hashlib.sha256((Path(options.bundle) / "config.json").read_bytes()).hexdigest()[:16]
+        self.stamp = {
+            "bundle": Path(options.bundle).resolve().name,
+            "bundle_hash": digest,
+            "dtype": options.dtype or "default",
+            "quantize": options.quantize,
+            "unialign_jax": tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"],
+        }
+        self.identity = f"{digest} {options.dtype} {options.quantize}"  # all of it that changes results
+
+    def open(self):
+        import jax
+
+        from unialign_jax import Pipeline
+
+        if self._options.compilation_cache:
+            jax.config.update("jax_compilation_cache_dir", self._options.compilation_cache)
+        return Pipeline.from_bundle(
+            self._options.bundle,
+            dtype=self._options.dtype,
+            quantize=self._options.quantize,
+            low_memory=self._options.low_memory,
+            attention=self._options.attention,
+            max_batch=self._options.batch,
+        )
+
+
+def generate(options) -> int:
+    """One call of one task."""
+    began = time.monotonic()
+    job = jobs.make_job(options.fields, Path(), named=flag)
+    output = Path(options.output) if options.output else None
+    if output:
+        job_runner.check_writable(output.parent)
+        if output.is_dir():
+            raise IsADirectoryError(f"{output} is a folder, expected the name of a file")
+    model = Model(options)
+    made = job_runner.make(job, model.open(), options.batch)
+    if job.task in jobs.TEXT_TASKS:
+        print(made[0])
+        if output:
+            output.write_text(made[0] + "\n")
+        return 0
+    for number, image in enumerate(made):
+        path = output if job.count == 1 else output.with_stem(f"{output.stem}_{number}")
+        job_runner.save_png(image, path, job_runner.describe(image, job_runner.Sample(job, number), model.stamp))
+        print(f"wrote {path}")
+    print(f"done in {time.monotonic() - began:.1f} s")
+    return 0
+
+
+def run_jobs(options) -> int:
+    """A file of jobs."""
+    model = Model(options)
+    read = jobs.read_jobs(options.jobs, model.identity)
+    results = job_runner.Results(options.output, model.stamp)
+    todo = results.begin(read)
+    if results.earlier:
+        print(f"{results.earlier} of {len(read)} jobs are done already")
+    try:
+        if todo:
+            pipeline = model.open()
+            with tqdm(total=len(read), initial=len(read) - len(todo), unit="job", disable=None) as bar:
+                job_runner.run(todo, pipeline, results, options.batch, bar.update)
+    except KeyboardInterrupt as stop:
+        done = results.earlier + results.done
+        raise type(stop)(f"{done} of {len(read)} jobs are done and kept; the same command goes on from there") from None
+    print(f"{results.earlier + results.done} of {len(read)} jobs are done, {results.failed} failed: {results.path}")
+    return 1 if results.failed else 0
+
+
+@contextlib.contextmanager
+def sigterm_interrupts():
+    def terminate(number, frame):
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def main(argv=None) -> int:
+    options = parse_arguments(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for name in ("absl", "asyncio"):  # the storage library logs its own tracebacks; the error raised says it all
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        with sigterm_interrupts(), logging_redirect_tqdm():
+            return run_jobs(options) if options.jobs else generate(options)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if options.traceback:
+            raise
+        hint = "; try a smaller --batch, --low-memory or --quantize=int8" if "RESOURCE_EXHAUSTED" in str(error) else ""
+        print(f"error: {jobs.first_line(error)}{hint}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as stop:
+        print(f"interrupted: {stop if stop.args else 'nothing was written'}", file=sys.stderr)
+        return 143 if isinstance(stop, Terminated) else 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

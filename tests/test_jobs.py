@@ -1,0 +1,414 @@
+"""Jobs: what a jobs file may say, how it is refused, how jobs are batched, done, kept and taken up again."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unialign_jax import job_runner
+from unialign_jax.job_runner import Results, batches, run
+from unialign_jax.jobs import OPTIONS, TASKS, BadJob, Job, make_job, read_jobs
+
+
+class FakePipeline:
+    """Stands in for a `Pipeline`: colours by seed for images, echoes for texts; trips over the words it is told to."""
+
+    size_multiple, max_size = 16, 64
+
+    def __init__(self, *, fails=(), stops=()):
+        self.calls, self._fails, self._stops = [], fails, stops
+
+    def _images(self, task, texts, images, seeds, **options):
+        self.calls.append((task, list(seeds)))
+        for text in texts:
+            if text in self._fails:
+                raise ValueError(f"{text} cannot be drawn")
+            if text in self._stops:
+                raise KeyboardInterrupt
+        return [Image.new("RGB", (16, 16), (seed % 256, len(text), 0)) for text, seed in zip(texts, seeds, strict=True)]
+
+    def generate(self, prompts, *, seeds, **options):
+        return self._images("t2i", prompts, None, seeds, **options)
+
+    def edit(self, instructions, images, *, seeds, **options):
+        assert len(images) == len(instructions) and all(image.mode == "RGB" for image in images)
+        return self._images("edit", instructions, images, seeds, **options)
+
+    def perceive(self, kind, images, *, instruction, seeds, **options):
+        return self._images(kind, [instruction or kind] * len(images), images, seeds, **options)
+
+    def personalize(self, prompts, references, *, seeds, **options):
+        assert all(isinstance(images, list) for images in references)
+        return self._images("personalize", prompts, references, seeds, **options)
+
+    def caption(self, images, *, seeds, **options):
+        self.calls.append(("caption", list(seeds)))
+        return [f"{image.width} wide" for image in images]
+
+    def answer(self, images, questions, *, seeds, **options):
+        self.calls.append(("vqa", list(seeds)))
+        return [question.upper() for question in questions]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with two images (one of them turned by its EXIF data) and a file that is none."""
+    Image.new("RGB", (48, 32), "red").save(tmp_path / "red.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (32, 48), "blue").save(tmp_path / "turned.jpg", exif=exif)
+    (tmp_path / "text.png").write_text("no image")
+    return tmp_path
+
+
+def write(folder, *rows):
+    path = folder / "jobs.jsonl"
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def lines_of(folder):
+    return {entry["id"]: entry for entry in map(json.loads, (folder / "results.jsonl").read_text().splitlines())}
+
+
+def work(jobs_path, output, pipeline=None, batch=4, model=""):
+    """One run of the command's inside; the results and the pipeline."""
+    pipeline = pipeline or FakePipeline()
+    results = Results(output)
+    todo = results.begin(read_jobs(jobs_path, model))
+    run(todo, pipeline, results, batch)
+    return results, pipeline
+
+
+# What a job may be
+
+
+def test_every_task_reads(folder):
+    rows = [
+        {"task": "t2i", "prompt": "a", "height": 32, "guidance_interval": [0.1, 1], "negative_prompt": ""},
+        {"id": "e-1", "task": "edit", "instruction": "b", "image": "red.png", "image_guidance_scale": 1.5, "seed": 7},
+        {"task": "edit", "prompt": "b", "images": ["turned.jpg"], "steps": None},
+        {"task": "perceive", "kind": "depth", "image": "red.png"},
+        {"task": "personalize", "prompt": "c", "images": ["red.png", "turned.jpg"], "slots": 2, "count": 2},
+        {"task": "caption", "image": str(folder / "red.png"), "max_tokens": 5},
+        {"task": "vqa", "question": "d?", "image": "red.png", "decoding": "entropy", "temperature": 0},
+    ]
+    path = write(folder, *rows[:2], "", *rows[2:])
+    read = read_jobs(path)
+    assert all(isinstance(job, Job) for job in read)
+    assert [job.id for job in read] == ["000001", "e-1", "000004", "000005", "000006", "000007", "000008"]
+    assert [job.task for job in read] == [row["task"] for row in rows]
+    assert [job.text for job in read] == ["a", "b", "b", None, "c", None, "d?"]
+    assert read[0].options == {"height": 32, "guidance_interval": [0.1, 1]}
+    assert (read[1].seed, read[2].seed, read[2].options) == (7, 0, {})
+    assert read[2].sizes == ((48, 32),)  # upright
+    assert read[4].files == ["000006_0.png", "000006_1.png"] and read[1].files == ["e-1.png"] and not read[6].files
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ('{"task": "t2i", "prompt": "a"', "is no JSON: Expecting ',' delimiter at column 30"),
+        ('["t2i"]', "expected a JSON object"),
+        ('{"task": "t2i", "prompt": "a", "guidance_scale": NaN}', "has NaN, which is no JSON number"),
+        ('{"task": "t2i", "prompt": "a", "prompt": "b"}', "has the key 'prompt' twice"),
+        ({"prompt": "a"}, "task not given, expected one of t2i, edit"),
+        ({"task": "draw", "prompt": "a"}, 'task is "draw", expected one of t2i'),
+        ({"task": "t2i"}, "prompt is not given; t2i needs one"),
+        ({"task": "t2i", "prompt": " "}, 'prompt is " ", expected a text that is not empty'),
+        ({"task": "t2i", "prompt": 3}, "prompt is 3, expected a text"),
+        ({"task": "t2i", "prompt": "a", "promt": 1}, "t2i takes no promt; it takes prompt, seed"),
+        ({"task": "t2i", "prompt": "a", "image": "red.png"}, "t2i takes no image"),
+        ({"task": "caption", "image": "red.png", "count": 2}, "caption takes no count; it takes image, images, seed"),
+        ({"task": "edit", "prompt": "a", "instruction": "b", "image": "red.png"}, "instruction and prompt are both"),
+        ({"task": "edit", "prompt": "a"}, "edit needs 1 image (image), 0 given"),
+        ({"task": "edit", "prompt": "a", "image": "gone.png"}, "gone.png cannot be read: No such file"),
+        ({"task": "edit", "prompt": "a", "image": "text.png"}, "text.png is no image that can be read"),
+        ({"task": "edit", "prompt": "a", "image": ["red.png"]}, "expected paths of image files"),
+        ({"task": "personalize", "prompt": "a", "images": ["red.png"] * 5}, "needs 1 to 4 images (image), 5 given"),
+        ({"task": "perceive", "image": "red.png"}, "kind is not given, expected one of canny, depth, pose"),
+        ({"task": "t2i", "prompt": "a", "steps": 0}, "steps is 0, expected a whole number from 1 to 1000"),
+        ({"task": "t2i", "prompt": "a", "steps": 2.5}, "steps is 2.5, expected a whole number"),
+        ({"task": "t2i", "prompt": "a", "steps": True}, "steps is true, expected a whole number"),
+        ({"task": "t2i", "prompt": "a", "guidance_scale": -1}, "guidance_scale is -1, expected a number from 0 to 100"),
+        ({"task": "t2i", "prompt": "a", "guidance_interval": [0.9, 0.1]}, "expected two numbers, 0 <= low <= high"),
+        ({"task": "t2i", "prompt": "a", "solver": "rk4"}, 'solver is "rk4", expected one of euler, heun'),
+        ({"task": "t2i", "prompt": "a", "seed": 2**32 - 1, "count": 2}, "seed is 4294967295, too large for 2 images"),
+        ({"id": "../a", "task": "t2i", "prompt": "a"}, 'id is "../a", expected a file name'),
+        ({"id": ".a", "task": "t2i", "prompt": "a"}, 'id is ".a", expected a file name'),
+        ({"id": 3, "task": "t2i", "prompt": "a"}, "id is 3, expected a file name"),
+    ],
+)
+def test_what_is_no_job_is_said_in_one_line(folder, row, message):
+    bad, good = read_jobs(write(folder, row, {"task": "t2i", "prompt": "fine"}))
+    assert isinstance(bad, BadJob) and isinstance(good, Job)
+    assert message in bad.error and "\n" not in bad.error
+    assert bad.id == "000001" and bad.where == f"{folder / 'jobs.jsonl'}:1"
+
+
+def test_bytes_that_are_no_text_spoil_their_line_alone(folder):
+    path = folder / "jobs.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"task": "t2i", "prompt": "a"}\r\n{"task": "\xff"}\n{"task": "t2i", "prompt": "b"}')
+    first, second, third = read_jobs(path)
+    assert (first.text, second.error, third.text) == ("a", "is not UTF-8", "b")
+
+
+def test_two_jobs_that_would_write_the_same_stop_everything(folder):
+    job = {"task": "t2i", "prompt": "a"}
+    with pytest.raises(ValueError, match="lines 1 and 4 have both the id 'x'"):
+        read_jobs(write(folder, job | {"id": "x"}, job, "", job | {"id": "x"}))
+    with pytest.raises(ValueError, match="lines 1 and 2 have both the file x_0.png"):
+        read_jobs(write(folder, job | {"id": "x", "count": 2}, job | {"id": "x_0"}))
+    with pytest.raises(ValueError, match="has no jobs"):
+        read_jobs(write(folder, "", " "))
+    with pytest.raises(FileNotFoundError, match="there is no such jobs file"):
+        read_jobs(folder / "gone.jsonl")
+
+
+def test_a_hash_says_what_a_result_depends_on(folder):
+    def hash_of(model="m", id="a", **fields):
+        fields = {"task": "edit", "prompt": "p", "image": "red.png"} | fields
+        return make_job(fields, folder, id=id, model=model).hash
+
+    same = hash_of()
+    assert hash_of(id="b") == same
+    others = [hash_of(prompt="q"), hash_of(seed=1), hash_of(steps=3), hash_of(model="n"), hash_of(image="turned.jpg")]
+    assert len({same, *others}) == 6
+    (folder / "red.png").rename(folder / "crimson.png")
+    assert hash_of(image="crimson.png") == same
+    Image.new("RGB", (48, 32), "green").save(folder / "crimson.png")
+    assert hash_of(image="crimson.png") != same
+
+
+def test_the_options_are_the_pipelines():
+    """What is known of the pipeline before it is opened: names, ranges, choices."""
+    import inspect
+
+    from unialign_jax.inputs import MAX_TOKENS, SEEDS, ImageSettings, TextSettings
+    from unialign_jax.pipeline import MAX_REFERENCES, PERCEPTION, Pipeline
+    from unialign_jax.sampling.solvers import SOLVERS
+    from unialign_jax.sampling.text import DECODINGS
+
+    methods = {"t2i": "generate", "edit": "edit", "perceive": "edit", "personalize": "personalize"}
+    methods |= {"caption": "caption", "vqa": "answer"}
+    renamed = {"seed": "seeds", "negative_prompt": "negative_prompts", "count": "images_per_prompt"}
+    for task, method in methods.items():
+        takes = set(inspect.signature(getattr(Pipeline, method)).parameters)
+        takes -= {"self", "prompts", "instructions", "images", "references", "questions", "callback"}
+        offers = {renamed.get(key, key) for key, option in OPTIONS.items() if task in option.tasks} - {"kind"}
+        assert offers == takes, task
+    assert OPTIONS["kind"].choices == tuple(PERCEPTION) and TASKS["personalize"].images == (1, MAX_REFERENCES)
+    assert OPTIONS["solver"].choices == tuple(SOLVERS) and OPTIONS["decoding"].choices == tuple(DECODINGS)
+    assert OPTIONS["seed"].high == SEEDS - 1 and OPTIONS["text_length"].high == MAX_TOKENS
+
+    image = ImageSettings(1, 1, (0, 1), 0, 1, "euler", 1)
+    text = TextSettings(1, "ancestral", 1, 0, 0, None)
+    for settings, task in ((image, "edit"), (text, "caption")):
+        for name in vars(settings):
+            option = OPTIONS[name]
+            assert task in option.tasks
+            if option.kind == "choice":
+                fitting, wrong = option.choices, ["", "Euler"]
+            elif option.kind == "interval":
+                fitting, wrong = [[0, 1], [0.2, 0.2]], [[0.5, 0.2], [0, 1.1], [-0.1, 1], [1]]
+            else:
+                fitting = [value for value in (option.low, option.high) if value < np.inf]
+                wrong = [option.low - 1, option.high + 1] if option.high < np.inf else [option.low - 1]
+            for value in fitting:
+                dataclasses.replace(settings, **{name: option.check(name, value)})
+            for value in wrong:
+                with pytest.raises(ValueError, match=name):
+                    dataclasses.replace(settings, **{name: value})
+                with pytest.raises(ValueError, match=name):
+                    option.check(name, value)
+
+
+# Batches
+
+
+def test_jobs_of_one_shape_fill_batches(folder):
+    rows = [{"task": "t2i", "prompt": f"p{i}", "seed": i} for i in range(5)]
+    rows.insert(2, {"task": "caption", "image": "red.png"})
+    rows.insert(3, {"task": "t2i", "prompt": "other steps", "steps": 3})
+    rows.append({"task": "t2i", "prompt": "four", "count": 4, "seed": 20, "negative_prompt": "n"})
+    made = batches(read_jobs(write(folder, *rows)), 4, FakePipeline())
+    assert [[sample.seed for sample in batch] for batch in made] == [[0, 1, 2, 3], [4, 20, 21, 22], [23], [0], [0]]
+    assert [batch[0].job.task for batch in made] == ["t2i", "t2i", "t2i", "caption", "t2i"]
+    assert made[4][0].job.text == "other steps"
+
+
+def test_images_of_one_working_size_go_together(folder):
+    for width in (50, 100, 200):  # 16 pixels a patch, at most 64: all three are worked on at 48 x 32 or 64 x 43
+        Image.new("RGB", (width, width * 2 // 3)).save(folder / f"{width}.png")
+    names = ["red.png", "turned.jpg", "50.png", "100.png", "200.png"]
+    edits = [{"task": "edit", "prompt": "x", "image": name} for name in names]
+    edits += [edit | {"height": 16, "width": 16} for edit in edits]
+    made = batches(read_jobs(write(folder, *edits)), 8, FakePipeline())
+    assert [len(batch) for batch in made] == [3, 2, 5]
+    references = [{"task": "personalize", "prompt": "x", "images": ["red.png"] * count} for count in (1, 2, 3, 4)]
+    made = batches(read_jobs(write(folder, *references)), 8, FakePipeline())
+    assert [len(batch) for batch in made] == [3, 1]  # fewer than three are repeated to three
+    asked = [{"task": "perceive", "kind": "pose", "image": "red.png"}]
+    asked += [asked[0] | {"instruction": "the dog's pose"}, asked[0]]
+    assert [len(batch) for batch in batches(read_jobs(write(folder, *asked)), 8, FakePipeline())] == [2, 1]
+
+
+# Runs
+
+
+def test_a_run_of_all_tasks(folder):
+    rows = [
+        {"id": "t", "task": "t2i", "prompt": "été", "seed": 5, "count": 3},
+        {"id": "e", "task": "edit", "instruction": "b", "image": "turned.jpg"},
+        {"id": "p", "task": "perceive", "kind": "canny", "image": "red.png"},
+        {"id": "r", "task": "personalize", "prompt": "c", "images": ["red.png", "turned.jpg"]},
+        {"id": "c", "task": "caption", "image": "turned.jpg"},
+        {"id": "v", "task": "vqa", "question": "où?", "image": "red.png", "seed": 9},
+    ]
+    jobs_path = write(folder, *rows)
+    results, pipeline = work(jobs_path, folder / "out", batch=2)
+    assert (results.done, results.failed, results.earlier) == (6, 0, 0)
+    lines = lines_of(folder / "out")
+    assert {entry["status"] for entry in lines.values()} == {"done"}
+    assert lines["t"]["files"] == ["t_0.png", "t_1.png", "t_2.png"] and lines["e"]["files"] == ["e.png"]
+    assert (lines["c"]["text"], lines["v"]["text"], lines["v"]["seed"]) == ("48 wide", "OÙ?", 9)
+    assert [entry["line"] for entry in lines.values()] == [1, 2, 3, 4, 5, 6]
+    assert all(entry["seconds"] >= 0 and len(entry["hash"]) == 16 for entry in lines.values())
+    assert pipeline.calls[:2] == [("t2i", [5, 6]), ("t2i", [7])]
+    written = {path.name for path in (folder / "out").iterdir()}
+    assert written == {"results.jsonl", "t_0.png", "t_1.png", "t_2.png", "e.png", "p.png", "r.png"}
+    with Image.open(folder / "out/t_1.png") as image:
+        assert image.getpixel((0, 0)) == (6, 3, 0)
+        assert json.loads(image.text["parameters"]) == {"task": "t2i", "id": "t"}
+
+
+def test_what_is_done_is_not_done_again(folder):
+    rows = [{"id": name, "task": "t2i", "prompt": name} for name in "abcd"]
+    work(write(folder, *rows), folder / "out")
+    results, pipeline = work(write(folder, *rows), folder / "out")
+    assert (results.earlier, pipeline.calls) == (4, [])
+
+    (folder / "out/a.png").unlink()  # its file is gone
+    rows[1]["seed"] = 3  # its job has changed
+    rows[2]["id"] = "c2"  # its name has: the old results stay
+    rows.append({"id": "e", "task": "t2i", "prompt": "e"})
+    results, pipeline = work(write(folder, *rows), folder / "out")
+    assert (results.earlier, results.done, pipeline.calls) == (1, 4, [("t2i", [0, 3, 0, 0])])
+    assert list(lines_of(folder / "out")) == ["c", "d", "a", "b", "c2", "e"]
+    results, pipeline = work(write(folder, *rows), folder / "out", model="another")
+    assert results.done == 5
+
+
+def test_one_bad_job_takes_no_other_down(folder, caplog):
+    (folder / "cut.png").write_bytes((folder / "red.png").read_bytes()[:60])  # the header is whole, the pixels are not
+    rows = [{"task": "t2i", "prompt": "a"}, "{", {"task": "t2i", "prompt": "bad"}, {"task": "t2i", "prompt": "c"}]
+    rows += [{"task": "edit", "prompt": "d", "image": name} for name in ("red.png", "cut.png", "red.png")]
+    rows += [{"task": "t2i", "prompt": "e", "height": 40}]
+    jobs_path = write(folder, *rows)
+    results, pipeline = work(jobs_path, folder / "out", FakePipeline(fails=("bad",)))
+    assert (results.done, results.failed) == (4, 4)
+    lines = lines_of(folder / "out")
+    failed = {name: entry["error"] for name, entry in lines.items() if entry["status"] == "failed"}
+    assert list(failed) == ["000002", "000008", "000003", "000006"]
+    assert failed["000003"] == "bad cannot be drawn"
+    assert "cut.png cannot be read" in failed["000006"]
+    assert failed["000008"] == "height is 40, expected a multiple of 16 up to 64"
+    assert f"{jobs_path}:3: job 000003: bad cannot be drawn" in caplog.messages
+    assert pipeline.calls == [("t2i", [0, 0, 0])] + [("t2i", [0])] * 3 + [("edit", [0, 0])]
+
+    results, pipeline = work(jobs_path, folder / "out")  # tried again, now without its fault
+    assert (results.earlier, results.done, results.failed, pipeline.calls) == (4, 1, 3, [("t2i", [0])])
+    assert len((folder / "out/results.jsonl").read_text().splitlines()) == len(rows)
+
+
+def test_a_count_with_a_failure_has_failed(folder):
+    class Forgetful(FakePipeline):
+        def generate(self, prompts, *, seeds, **options):
+            if 3 in seeds:
+                raise RuntimeError("RESOURCE_EXHAUSTED: no memory\nand pages more")
+            return super().generate(prompts, seeds=seeds, **options)
+
+    jobs_path = write(folder, {"id": "a", "task": "t2i", "prompt": "a", "seed": 0, "count": 5})
+    work(jobs_path, folder / "out", Forgetful(), batch=2)
+    assert lines_of(folder / "out")["a"]["error"] == "RESOURCE_EXHAUSTED: no memory"
+    assert [path.name for path in (folder / "out").iterdir()] == ["results.jsonl"]
+
+
+def test_an_interrupted_run_keeps_what_is_done_and_goes_on(folder):
+    rows = [{"id": f"j{i}", "task": "t2i", "prompt": f"p{i}", "seed": i} for i in range(6)]
+    jobs_path = write(folder, *rows)
+    with pytest.raises(KeyboardInterrupt):
+        work(jobs_path, folder / "out", FakePipeline(stops=("p4",)), batch=2)
+    assert list(lines_of(folder / "out")) == ["j0", "j1", "j2", "j3"]
+    with open(folder / "out/results.jsonl", "a") as file:
+        file.write('{"id": "j4", "status": "do')  # torn by a kill
+    results, pipeline = work(jobs_path, folder / "out", batch=2)
+    assert (results.earlier, pipeline.calls) == (4, [("t2i", [4, 5])])
+    assert list(lines_of(folder / "out")) == [f"j{i}" for i in range(6)]
+
+
+def test_a_disk_that_fills_up_stops_the_run(folder, monkeypatch):
+    def full(image, path, parameters):
+        if path.name == "j2.png":
+            raise OSError(f"cannot write {path}: No space left on device")
+        save_png(image, path, parameters)
+
+    save_png = job_runner.save_png
+    monkeypatch.setattr(job_runner, "save_png", full)
+    jobs_path = write(folder, *({"id": f"j{i}", "task": "t2i", "prompt": "p"} for i in range(40)))
+    pipeline = FakePipeline()
+    with pytest.raises(OSError, match="j2.png: No space left"):
+        work(jobs_path, folder / "out", pipeline, batch=2)
+    assert len(pipeline.calls) < 6  # it does not work on for nothing
+    assert list(lines_of(folder / "out"))[:2] == ["j0", "j1"] and "j2" not in lines_of(folder / "out")
+
+
+def test_reading_and_writing_go_on_beside_the_pipeline(folder, monkeypatch):
+    """The next batch is read while the pipeline works: here it refuses to end before that has happened."""
+    read = {name: threading.Event() for name in ("a", "b")}
+    load_images = job_runner.load_images
+
+    def load(samples):
+        read[samples[0].job.id].set()
+        return load_images(samples)
+
+    class Patient(FakePipeline):
+        def generate(self, prompts, **options):
+            assert read["b"].wait(timeout=10)
+            return super().generate(prompts, **options)
+
+    monkeypatch.setattr(job_runner, "load_images", load)
+    rows = [{"id": name, "task": "t2i", "prompt": name} for name in ("a", "b")]
+    results, _ = work(write(folder, *rows), folder / "out", Patient(), batch=1)
+    assert results.done == 2
+
+
+def test_output_folders_that_will_not_do(folder):
+    with pytest.raises(OSError, match="cannot write into .*red.png/out: Not a directory"):
+        Results(folder / "red.png/out")
+    (folder / "results.jsonl").write_text('{"loss": 1}\n{"loss": 2}\n')
+    with pytest.raises(ValueError, match=r"results.jsonl:1 is no line of results; choose another --output"):
+        Results(folder)
+
+
+def test_png_text_survives_any_language(folder):
+    parameters = {"prompt": "Ein Fuchs im Schnee – 雪の中の狐", "seed": 3}
+    image = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
+    job_runner.save_png(image, folder / "a.png", parameters)
+    with Image.open(folder / "a.png") as opened:
+        assert json.loads(opened.text["parameters"]) == parameters
+        np.testing.assert_array_equal(np.asarray(opened), np.asarray(image))
+    with pytest.raises(OSError, match="cannot write .*b.png"):
+        job_runner.save_png(image, folder / "none" / "b.png", parameters)
+
+
+def test_jobs_are_checked_without_jax():
+    code = "import sys, unialign_jax.jobs, unialign_jax.job_runner; sys.exit('jax' in sys.modules)"
+    root = Path(__file__).resolve().parents[1]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0

@@ -1,0 +1,301 @@
+"""Jobs through a pipeline, in full batches, into a folder.
+
+The folder gets ID.png (ID_0.png, ID_1.png, ... for a count) and results.jsonl: a line for each job, written as soon as
+the job is done. A job whose line is there with the same hash is not done again.
+"""
+
+import collections
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from unialign_jax.data.streams import to_rgb
+from unialign_jax.jobs import BadJob, Job, check_size, first_line
+
+log = logging.getLogger(__name__)
+
+RESULTS = "results.jsonl"
+# What the pipeline raises for a sample it cannot make: bad input, and JAX for want of memory.
+FAILURES = (ValueError, OSError, RuntimeError, MemoryError)
+
+
+class Sample(NamedTuple):
+    """One image or text of a job: number `index` of its count."""
+
+    job: Job
+    index: int
+
+    @property
+    def seed(self):
+        return self.job.seed + self.index
+
+
+def batches(jobs: Sequence[Job], batch: int, pipeline) -> list[list[Sample]]:
+    """All samples of the jobs, those of one shape together, in batches of at most `batch`, in order of appearance."""
+    groups = {}
+    for job in jobs:
+        group = groups.setdefault(shape_of(job, pipeline), [])
+        group.extend(Sample(job, index) for index in range(job.count))
+    return [group[i : i + batch] for group in groups.values() for i in range(0, len(group), batch)]
+
+
+def shape_of(job: Job, pipeline):
+    """What jobs must share to be done in one call of the pipeline, and in one forward."""
+    shape = [job.task, json.dumps(job.options, sort_keys=True)]
+    if job.task == "perceive":
+        shape.append(job.text)  # one call has one instruction
+    if job.task == "personalize":
+        shape.append(max(len(job.images), job.options.get("slots", 3)))
+    if job.task in ("edit", "perceive") and not ("height" in job.options or "width" in job.options):
+        # An edit has its image's size, at the nearest multiples.
+        shrink = min(1, pipeline.max_size / max(job.sizes[0]))
+        shape.append(tuple(round(side * shrink / pipeline.size_multiple) for side in job.sizes[0]))
+    return tuple(shape)
+
+
+def call(pipeline, samples: Sequence[Sample], images) -> list:
+    """The samples, which share a shape, as one call of the pipeline -> their images or texts.
+
+    Args: `images` has a list of PIL images for each sample.
+    """
+    first = samples[0].job
+    options = dict(first.options, seeds=[sample.seed for sample in samples])
+    texts = [sample.job.text for sample in samples]
+    if first.task == "caption":
+        return pipeline.caption([image for (image,) in images], **options)
+    if first.task == "vqa":
+        return pipeline.answer([image for (image,) in images], texts, **options)
+    options["negative_prompts"] = [sample.job.negative_prompt for sample in samples]
+    if first.task == "t2i":
+        return pipeline.generate(texts, **options)
+    if first.task == "personalize":
+        return pipeline.personalize(texts, images, **options)
+    if first.task == "edit":
+        return pipeline.edit(texts, [image for (image,) in images], **options)
+    return pipeline.perceive(options.pop("kind"), [image for (image,) in images], instruction=first.text, **options)
+
+
+def load_images(samples: Sequence[Sample]) -> list:
+    """A list of upright RGB images for each sample, or the error that its files gave."""
+
+    def load(path):
+        try:
+            with Image.open(path) as image:
+                return to_rgb(image)
+        except Exception as error:  # PIL's decoders raise many kinds on damaged bytes
+            return ValueError(f"image {path} cannot be read: {first_line(error)}")
+
+    opened = {path: load(path) for path in dict.fromkeys(path for sample in samples for path in sample.job.images)}
+    lists = [[opened[path] for path in sample.job.images] for sample in samples]
+    return [next((image for image in images if isinstance(image, Exception)), images) for images in lists]
+
+
+def attempt(pipeline, samples: Sequence[Sample], images) -> list:
+    """An image, a text or an error for each sample: where a batch fails, its samples are done one by one."""
+    outcomes = dict(zip(samples, images, strict=True))  # errors of loading stay
+    whole = [sample for sample in samples if not isinstance(outcomes[sample], Exception)]
+    try:
+        made = call(pipeline, whole, [outcomes[sample] for sample in whole]) if whole else []
+    except FAILURES as error:
+        if len(whole) > 1:
+            log.warning("a batch of %d failed and is done one by one (%s)", len(whole), first_line(error))
+            made = [attempt(pipeline, [sample], [outcomes[sample]])[0] for sample in whole]
+        else:
+            made = [error]
+    outcomes.update(zip(whole, made, strict=True))
+    return [outcomes[sample] for sample in samples]
+
+
+def make(job: Job, pipeline, batch: int) -> list:
+    """The images or the text of a single job. Raises what the pipeline raises, and ValueError for unreadable images."""
+    check_size(job, pipeline)
+    made = []
+    for samples in batches([job], batch, pipeline):
+        images = load_images(samples)
+        if isinstance(images[0], Exception):
+            raise images[0]
+        made += call(pipeline, samples, images)
+    return made
+
+
+def run(jobs: Sequence[Job], pipeline, results: "Results", batch: int, done: Callable[[], None] = lambda: None) -> None:
+    """Does the jobs in full batches, and records each as soon as it is done or has failed.
+
+    The images of the next batch are read, and those of the last are written, while the pipeline works.
+
+    Args:
+      jobs: what `Results.begin` returned.
+      pipeline: a `Pipeline`.
+      batch: samples in one call.
+      done: called after each job.
+    Raises OSError when a result cannot be written. Whatever stops it, what was done by then is recorded.
+    """
+
+    def record(*finished):
+        results.record(*finished)
+        done()
+
+    outcomes, seconds, able = collections.defaultdict(list), collections.Counter(), []
+    for job in jobs:
+        try:
+            check_size(job, pipeline)
+            able.append(job)
+        except ValueError as error:
+            record(job, [error], 0.0)
+    todo = batches(able, batch, pipeline)
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+        loading = reader.submit(load_images, todo[0]) if todo else None
+        writing = []
+        for number, samples in enumerate(todo):
+            images = loading.result()
+            if number + 1 < len(todo):
+                loading = reader.submit(load_images, todo[number + 1])
+            began = time.monotonic()
+            made = attempt(pipeline, samples, images)
+            share = (time.monotonic() - began) / len(samples)
+            for future in writing:  # at most one batch waits to be written; a full disk ends the run here
+                future.result()
+            writing = []
+            for sample, outcome in zip(samples, made, strict=True):
+                job = sample.job
+                outcomes[job.id].append(outcome)
+                seconds[job.id] += share
+                if len(outcomes[job.id]) == job.count:
+                    writing.append(writer.submit(record, job, outcomes.pop(job.id), seconds.pop(job.id)))
+        for future in writing:
+            future.result()
+
+
+# Keeping
+
+
+class Results:
+    """A folder of results and its results.jsonl.
+
+    A line has id, task, status ("done" or "failed"), files or text or error, seed, seconds (the job's share of its
+    batches' time), line (of the jobs file) and hash.
+
+    Attributes:
+      done, failed: jobs of this run; earlier: jobs that were done before it.
+    """
+
+    def __init__(self, directory, stamp: dict | None = None):
+        """Makes the folder. Args: `stamp` goes into every image's parameters, such as the model's name.
+
+        Raises OSError when it cannot be written, ValueError when its results.jsonl is something else.
+        """
+        self.directory = Path(directory)
+        self.path = self.directory / RESULTS
+        self._stamp = stamp or {}
+        self.done = self.failed = self.earlier = 0
+        check_writable(self.directory)
+        self._lines = {}
+        lines = self.path.read_bytes().split(b"\n") if self.path.exists() else []
+        for number, line in enumerate(lines, start=1):
+            try:
+                entry = json.loads(line)
+                if entry["status"] in ("done", "failed"):
+                    self._lines[entry["id"]] = entry
+            except (ValueError, TypeError, KeyError):
+                if line.strip() and number < len(lines):  # the last one, without its end, was torn by a kill
+                    raise ValueError(
+                        f"{self.path}:{number} is no line of results; choose another --output, or move the file away"
+                    ) from None
+
+    def begin(self, jobs: Sequence[Job | BadJob]) -> list[Job]:
+        """Opens results.jsonl for this run: keeps the lines of what is done, records the bad jobs, returns the others.
+
+        Lines of ids that `jobs` does not have are kept.
+        """
+        todo = [job for job in jobs if isinstance(job, BadJob) or not self._is_done(job)]
+        self.earlier = len(jobs) - len(todo)
+        for job in todo:
+            self._lines.pop(job.id, None)
+        partial = self.directory / f".{RESULTS}.partial"
+        partial.write_bytes(b"".join(map(_encode, self._lines.values())))
+        os.replace(partial, self.path)
+        for job in todo:
+            if isinstance(job, BadJob):
+                self._fail(job, job.error, {"id": job.id})
+        return [job for job in todo if isinstance(job, Job)]
+
+    def _is_done(self, job):
+        entry = self._lines.get(job.id, {})
+        is_same = entry.get("status") == "done" and entry.get("hash") == job.hash
+        return is_same and all((self.directory / name).is_file() for name in job.files)
+
+    def record(self, job: Job, outcomes: Sequence, seconds: float) -> None:
+        """Writes what became of a job: an image, a text or an error for each of its samples."""
+        entry = {"id": job.id, "task": job.task, "seed": job.seed, "seconds": round(seconds, 3), "hash": job.hash}
+        error = next((outcome for outcome in outcomes if isinstance(outcome, Exception)), None)
+        if error is not None:
+            self._fail(job, first_line(error), entry)
+            return
+        if job.files:
+            for number, (name, image) in enumerate(zip(job.files, outcomes, strict=True)):
+                save_png(image, self.directory / name, describe(image, Sample(job, number), self._stamp))
+            made = {"files": job.files}
+        else:
+            made = {"text": outcomes[0]}
+        self._append(job, {"id": job.id, "status": "done", **made, **entry})
+        self.done += 1
+
+    def _fail(self, job, error, entry):
+        log.warning("%s: job %s: %s", job.where, job.id, error)
+        self._append(job, {"id": job.id, "status": "failed", "error": error, **entry})
+        self.failed += 1
+
+    def _append(self, job, entry):
+        entry["line"] = int(job.where.rpartition(":")[2] or 0)
+        try:
+            with open(self.path, "ab") as file:
+                file.write(_encode(entry))
+        except OSError as error:
+            raise OSError(f"cannot write {self.path}: {error.strerror}") from None
+
+
+def _encode(entry) -> bytes:
+    return json.dumps(entry, ensure_ascii=False).encode() + b"\n"
+
+
+def check_writable(folder: Path) -> None:
+    """Makes the folder where it is not there. Raises OSError when nothing can be written into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"cannot write into {folder}: {error.strerror}") from None
+
+
+def describe(image: Image.Image, sample: Sample, stamp: dict) -> dict:
+    """What made an image: the pipeline's own account of it, the job's task and id, and the stamp."""
+    job = sample.job
+    made = json.loads(image.info.get("parameters", "{}"))
+    about = {"task": job.task, "id": job.id or None, "kind": job.options.get("kind")}
+    return made | {key: value for key, value in about.items() if value is not None} | stamp
+
+
+def save_png(image: Image.Image, path: Path, parameters: dict) -> None:
+    """Writes a PNG with its parameters as a text chunk; the file appears when it is whole.
+
+    Raises OSError in one line.
+    """
+    info = PngInfo()
+    info.add_text("parameters", json.dumps(parameters))
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        image.save(partial, "PNG", pnginfo=info)
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from None

@@ -1,0 +1,346 @@
+"""Jobs: what one asks of a model, checked before the model is opened; this module does not import JAX.
+
+A jobs file holds one JSON object a line. `TASKS` and `OPTIONS` say which keys a job may have, and which options
+launch/generate.py has. Image paths are relative to the file.
+
+    {"id": "cat", "task": "t2i", "prompt": "a cat on a mat", "seed": 7, "steps": 28}
+    {"task": "vqa", "image": "photos/1.jpg", "question": "What is on the mat?"}
+"""
+
+import collections
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from PIL import Image
+
+SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+SEEDS = 2**32
+TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a task reads: `texts` are the keys its text may have, the proper one first; `images`, the least and most."""
+
+    texts: tuple[str, ...]
+    images: tuple[int, int]
+    needs_text: bool = True
+
+
+TASKS = {
+    "t2i": Task(("prompt",), (0, 0)),
+    "edit": Task(("instruction", "prompt"), (1, 1)),
+    "perceive": Task(("instruction", "prompt"), (1, 1), needs_text=False),
+    "personalize": Task(("prompt", "instruction"), (1, 4)),
+    "caption": Task((), (1, 1)),
+    "vqa": Task(("question", "prompt"), (1, 1)),
+}
+IMAGE_TASKS = ("t2i", "edit", "perceive", "personalize")
+CONDITION_TASKS = ("edit", "perceive", "personalize")
+TEXT_TASKS = ("caption", "vqa")
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """A key that jobs of some tasks may have.
+
+    Attributes:
+      kind: "whole", "number", "text", "choice" or "interval" (two numbers from 0 to 1).
+      tasks: the tasks it belongs to.
+      help: for people.
+      low, high: the range of a number.
+      choices: of a "choice".
+    """
+
+    kind: str
+    tasks: tuple[str, ...]
+    help: str
+    low: float = -math.inf
+    high: float = math.inf
+    choices: tuple[str, ...] = ()
+
+    def check(self, name, value):
+        """The value if it is one; or else ValueError says what `name` was expected to be."""
+        if self.kind == "whole":
+            fits = isinstance(value, int) and not isinstance(value, bool) and self.low <= value <= self.high
+            expected = f"a whole number from {self.low} to {self.high}"
+        elif self.kind == "number":
+            fits = _is_number(value) and self.low <= value <= self.high
+            expected = f"a number from {self.low} to {self.high}" if self.high < math.inf else f"at least {self.low}"
+        elif self.kind == "interval":
+            fits = isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_number, value))
+            fits = fits and 0 <= value[0] <= value[1] <= 1
+            expected = "two numbers, 0 <= low <= high <= 1"
+        elif self.kind == "choice":
+            fits, expected = value in self.choices, f"one of {', '.join(self.choices)}"
+        else:
+            fits, expected = isinstance(value, str), "a text"
+        if not fits:
+            raise ValueError(f"{name} is {json.dumps(value)}, expected {expected}")
+        return value
+
+    def parse(self, text: str):
+        """A command line's text as the value that a jobs file would have; what cannot be one is left to `check`."""
+        try:
+            if self.kind == "whole":
+                return int(text)
+            if self.kind == "number":
+                return float(text)
+            if self.kind == "interval":
+                return [float(part) for part in text.split(",")]
+        except ValueError:
+            pass
+        return text
+
+
+# The ranges and choices are the pipeline's own (a test compares them), known here before it is opened. Sizes depend on
+# the model: see `check_size`.
+OPTIONS = {
+    "seed": Option("whole", tuple(TASKS), "of the random numbers; image i of a count has seed + i (0)", 0, SEEDS - 1),
+    "count": Option("whole", IMAGE_TASKS, "images of this job (1)", 1, 256),
+    "negative_prompt": Option("text", IMAGE_TASKS, "what guidance leads away from"),
+    "height": Option("whole", IMAGE_TASKS, "in pixels, a multiple of 16 (the model's; of an edit, its image's)", 1),
+    "width": Option("whole", IMAGE_TASKS, "likewise", 1),
+    "steps": Option("whole", tuple(TASKS), "of the sampler (t2i 28; with images 50; texts 32)", 1, 1000),
+    "guidance_scale": Option("number", IMAGE_TASKS, "of the text; 1 is without, at half the work (7)", 0, 100),
+    "guidance_interval": Option("interval", IMAGE_TASKS, "noise levels at which guidance acts (0,1)"),
+    "guidance_rescale": Option("number", IMAGE_TASKS, "takes back contrast that guidance adds (0)", 0, 1),
+    "image_guidance_scale": Option(
+        "number", CONDITION_TASKS, "of the images, apart from the text's (text guidance alone)", 0, 100
+    ),
+    "solver": Option("choice", IMAGE_TASKS, "of the flow (euler)", choices=("euler", "heun", "dpmpp_2m", "unipc")),
+    "shift": Option("number", IMAGE_TASKS, "of the noise levels (3)", 0.01, 100),
+    "kind": Option("choice", ("perceive",), "the map to make", choices=("canny", "depth", "pose")),
+    "slots": Option("whole", ("personalize",), "fewer references than this are repeated in turn (3)", 1, 4),
+    "max_tokens": Option("whole", TEXT_TASKS, "most tokens of the text (the model's text length)", 1, 4096),
+    "decoding": Option(
+        "choice",
+        TEXT_TASKS,
+        "in which order tokens are decided (ancestral)",
+        choices=("ancestral", "confidence", "entropy", "top_k"),
+    ),
+    "temperature": Option("number", TEXT_TASKS, "of the token distributions; 0 takes the most likely (1)", 0, 100),
+    "threshold": Option("number", TEXT_TASKS, "of the decoding confidence (0.9)", 0, 1),
+    "entropy_bound": Option("number", TEXT_TASKS, "of the decoding entropy (0.1)", 0),
+    "text_length": Option("whole", TEXT_TASKS, "tokens of the text stream (the model's)", 8, 4096),
+}
+BY_SAMPLE = ("seed", "count", "negative_prompt")  # may differ within a batch; the others are the batch's
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Job:
+    """A request that passed its checks.
+
+    Attributes:
+      id: names its files; `where`: "jobs.jsonl:3", for messages.
+      task, text: of TASKS; the prompt, instruction or question, None without.
+      images, sizes: paths, and the (width, height) of each as it is seen.
+      seed, count, negative_prompt: as in OPTIONS.
+      options: the others that were given; the pipeline knows their defaults.
+      hash: of all that the result depends on, the images' content included.
+    """
+
+    id: str
+    where: str
+    task: str
+    text: str | None
+    images: tuple[Path, ...]
+    sizes: tuple[tuple[int, int], ...]
+    seed: int
+    count: int
+    negative_prompt: str
+    options: dict
+    hash: str
+
+    @property
+    def files(self) -> list[str]:
+        """The names of its images; none for a text."""
+        if self.task in TEXT_TASKS:
+            return []
+        return [f"{self.id}.png"] if self.count == 1 else [f"{self.id}_{i}.png" for i in range(self.count)]
+
+
+@dataclasses.dataclass(frozen=True)
+class BadJob:
+    """A line of a jobs file that is no job, and why."""
+
+    id: str
+    where: str
+    error: str
+
+
+def read_jobs(path, model: str = "") -> list[Job | BadJob]:
+    """The jobs of a file, in its order; a line that is no job becomes a `BadJob`, blank lines are left out.
+
+    Args: `model` identifies the model, for the jobs' hashes.
+    Raises OSError for a file that cannot be read; ValueError when it has no jobs, or when two would write the same.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such jobs file")
+    jobs, writers = [], {}
+    for number, content in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        if not content.strip():
+            continue
+        job = _read_line(content, path, number, model)
+        for name in (job.id, *(job.files if isinstance(job, Job) else ())):
+            if name in writers:
+                what = f"the id {name!r}" if name == job.id else f"the file {name}"
+                raise ValueError(f"{path}: lines {writers[name]} and {number} have both {what}; give one another id")
+            writers[name] = number
+        jobs.append(job)
+    if not jobs:
+        raise ValueError(f"{path} has no jobs: expected one JSON object a line")
+    return jobs
+
+
+def _read_line(content, path, number, model):
+    name, where = f"{number:06d}", f"{path}:{number}"
+    try:
+        try:
+            fields = json.loads(content.decode(), object_pairs_hook=_object, parse_constant=_refuse_constant)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"is no JSON: {error.msg} at column {error.colno}") from None
+        except UnicodeDecodeError:
+            raise ValueError("is not UTF-8") from None
+        if not isinstance(fields, dict):
+            raise ValueError("expected a JSON object")
+        given = fields.pop("id", None)
+        if given is not None:
+            if not isinstance(given, str) or not SAFE_ID.fullmatch(given):
+                raise ValueError(
+                    f"id is {json.dumps(given)}, expected a file name of at most 100 letters, digits, . _ - without an "
+                    "ending, which begins with a letter or digit"
+                )
+            name = given
+        return make_job(fields, path.parent, id=name, where=where, model=model)
+    except ValueError as error:
+        return BadJob(name, where, first_line(error))
+
+
+def _object(pairs):
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        twice = next(key for key, count in collections.Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"has the key {twice!r} twice")
+    return fields
+
+
+def _refuse_constant(name):
+    raise ValueError(f"has {name}, which is no JSON number")
+
+
+def make_job(
+    fields: dict, folder, *, id: str = "", where: str = "", model: str = "", named: Callable[[str], str] = str
+) -> Job:
+    """A job from its keys and values.
+
+    Args:
+      fields: as in a line of a jobs file; what is None counts as not given.
+      folder: what image paths are relative to.
+      id, where, model: see `Job` and `read_jobs`.
+      named: how messages call a key.
+    Raises ValueError for a key or a value that the task does not take, a missing text, and images that are too few,
+    too many or unreadable.
+    """
+    fields = {key: value for key, value in fields.items() if value is not None}
+    task = fields.pop("task", None)
+    if not isinstance(task, str) or task not in TASKS:
+        found = "not given" if task is None else f"is {json.dumps(task)}"
+        raise ValueError(f"{named('task')} {found}, expected one of {', '.join(TASKS)}")
+    reads = TASKS[task]
+    text = _take_text(fields, task, reads, named)
+    paths = _take_images(fields, task, reads, named)
+    for key in fields:
+        if key not in OPTIONS or task not in OPTIONS[key].tasks:
+            known = [*reads.texts, *(("image", "images") if reads.images[1] else ())]
+            known += [name for name, option in OPTIONS.items() if task in option.tasks]
+            raise ValueError(f"{task} takes no {named(key)}; it takes {', '.join(dict.fromkeys(map(named, known)))}")
+    values = {key: OPTIONS[key].check(named(key), value) for key, value in fields.items()}
+    if task == "perceive" and "kind" not in values:
+        raise ValueError(f"{named('kind')} is not given, expected one of {', '.join(OPTIONS['kind'].choices)}")
+    seed, count = values.get("seed", 0), values.get("count", 1)
+    if seed + count > SEEDS:
+        raise ValueError(f"{named('seed')} is {seed}, too large for {count} images: the last seed is {SEEDS - 1}")
+    paths = tuple(Path(folder) / path for path in paths)
+    contents = [_inspect_image(path) for path in paths]
+    depends_on = {"task": task, "text": text, "images": [digest for digest, _ in contents], "model": model, **values}
+    return Job(
+        id=id,
+        where=where,
+        task=task,
+        text=text,
+        images=paths,
+        sizes=tuple(size for _, size in contents),
+        seed=seed,
+        count=count,
+        negative_prompt=values.get("negative_prompt", ""),
+        options={key: value for key, value in values.items() if key not in BY_SAMPLE},
+        hash=hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:16],
+    )
+
+
+def _take_text(fields, task, reads, named):
+    given = {key: fields.pop(key) for key in reads.texts if key in fields}
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(map(named, given))} are both given; {task} takes one text")
+    for key, text in given.items():
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{named(key)} is {json.dumps(text)}, expected a text that is not empty")
+        return text
+    if reads.texts and reads.needs_text:
+        raise ValueError(f"{named(reads.texts[0])} is not given; {task} needs one")
+    return None
+
+
+def _take_images(fields, task, reads, named):
+    low, high = reads.images
+    if not high:
+        return []
+    if "image" in fields and "images" in fields:
+        raise ValueError("image and images are both given, expected one of them")
+    paths = [fields.pop("image")] if "image" in fields else fields.pop("images", [])
+    if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
+        raise ValueError(f"{named('image')} is {json.dumps(paths)}, expected paths of image files")
+    if not low <= len(paths) <= high:
+        wanted = f"{low} to {high} images" if low < high else "1 image"
+        raise ValueError(f"{task} needs {wanted} ({named('image')}), {len(paths)} given")
+    return paths
+
+
+def _inspect_image(path) -> tuple[str, tuple[int, int]]:
+    """(hash of the file, (width, height) of the image as it is seen), from its header alone."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"image {path} cannot be read: {error.strerror}") from None
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            width, height = image.size
+            turned = "exif" in image.info and image.getexif().get(0x0112) in TURNED
+    except Exception:  # PIL's decoders raise many kinds on damaged bytes
+        raise ValueError(f"image {path} is no image that can be read") from None
+    return hashlib.sha256(content).hexdigest(), (height, width) if turned else (width, height)
+
+
+def check_size(job: Job, pipeline):
+    """Raises ValueError for a height or width that this pipeline's model does not make."""
+    multiple, largest = pipeline.size_multiple, pipeline.max_size
+    for name in ("height", "width"):
+        value = job.options.get(name, multiple)
+        if value % multiple or value > largest:
+            raise ValueError(f"{name} is {value}, expected a multiple of {multiple} up to {largest}")
+
+
+def first_line(error) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:500]
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
