@@ -1,0 +1,264 @@
+"""launch/generate.py as a user calls it: every task, a jobs file, what it prints, refuses and keeps."""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unialign_jax import Pipeline
+
+SCRIPT = Path(__file__).resolve().parents[1] / "launch/generate.py"
+
+
+@pytest.fixture(scope="module")
+def command():
+    spec = importlib.util.spec_from_file_location("generate_command", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_bundle):
+    return Pipeline.from_bundle(tiny_bundle, max_batch=2)
+
+
+@pytest.fixture
+def opened(command, pipeline, monkeypatch):
+    """The command opens the pipeline that the tests have: what is compiled once stays compiled."""
+    monkeypatch.setattr(command.Model, "open", lambda self: pipeline)
+    return pipeline
+
+
+@pytest.fixture
+def photo(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, size=(4, 4, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).resize((32, 32))
+    image.save(tmp_path / "photo.png")
+    return image
+
+
+def pixels(image):
+    if isinstance(image, Path):
+        with Image.open(image) as opened:
+            return np.asarray(opened.convert("RGB")).astype(int)
+    return np.asarray(image).astype(int)
+
+
+def run(command, *arguments):
+    """The command's exit status, also where argparse ends it."""
+    try:
+        return command.main([str(argument) for argument in arguments])
+    except SystemExit as stopped:
+        return stopped.code
+
+
+def test_jobs_of_every_task(command, opened, tiny_bundle, photo, tmp_path, capsys):
+    rows = [
+        {"id": "a", "task": "t2i", "prompt": "a red circle", "seed": 5, "steps": 2},
+        {"id": "e", "task": "edit", "instruction": "make it blue", "image": "photo.png", "steps": 2},
+        {"id": "p", "task": "perceive", "kind": "depth", "image": "photo.png", "steps": 2},
+        {"task": "draw"},
+        {"id": "r", "task": "personalize", "prompt": "it", "images": ["photo.png"], "slots": 1, "steps": 2},
+        {"id": "c", "task": "caption", "image": "photo.png", "steps": 2, "seed": 3},
+        {"id": "v", "task": "vqa", "question": "what colour?", "image": "photo.png", "steps": 2, "max_tokens": 4},
+        {"id": "b", "task": "t2i", "prompt": "a blue square", "seed": 6, "steps": 2},
+    ]
+    (tmp_path / "jobs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = [f"--bundle={tiny_bundle}", f"--jobs={tmp_path}/jobs.jsonl", f"--output={tmp_path}/out", "--batch=2"]
+    assert run(command, *arguments) == 1
+    assert f"7 of 8 jobs are done, 1 failed: {tmp_path}/out/results.jsonl" in capsys.readouterr().out
+    lines = {entry["id"]: entry for entry in map(json.loads, open(tmp_path / "out/results.jsonl"))}
+    assert [name for name, entry in lines.items() if entry["status"] == "failed"] == ["000004"]
+
+    images = opened.generate(["a red circle", "a blue square"], seeds=[5, 6], steps=2)
+    for name, image in zip("ab", images, strict=True):
+        np.testing.assert_array_equal(pixels(tmp_path / f"out/{name}.png"), pixels(image))
+    for name, (image,) in (
+        ("e", opened.edit("make it blue", photo, seeds=0, steps=2)),
+        ("p", opened.perceive("depth", photo, seeds=0, steps=2)),
+        ("r", opened.personalize("it", [photo], slots=1, seeds=0, steps=2)),
+    ):
+        np.testing.assert_array_equal(pixels(tmp_path / f"out/{name}.png"), pixels(image))
+    assert lines["c"]["text"] == opened.caption(photo, steps=2, seeds=3)[0]
+    assert lines["v"]["text"] == opened.answer(photo, "what colour?", steps=2, max_tokens=4, seeds=0)[0]
+
+    with Image.open(tmp_path / "out/p.png") as image:
+        parameters = json.loads(image.text["parameters"])
+    expected = {"task": "perceive", "kind": "depth", "id": "p", "seed": 0, "steps": 2, "solver": "euler", "height": 32}
+    expected |= {"guidance_scale": 7.0, "bundle": tiny_bundle.name, "quantize": None, "unialign_jax": "0.1.0"}
+    assert expected.items() <= parameters.items()
+    assert parameters["prompt"].startswith("Provide a detailed depth map")
+
+    assert run(command, *arguments) == 1  # the bad one is still bad
+    said = capsys.readouterr().out
+    assert "7 of 8 jobs are done already" in said and "7 of 8 jobs are done, 1 failed" in said
+
+
+def test_one_call_makes_what_a_job_makes(command, tiny_bundle, opened, tmp_path, capsys):
+    arguments = [f"--bundle={tiny_bundle}", "--task=t2i", "--prompt=a red circle", "--seed=4", "--steps=2", "--count=2"]
+    assert run(command, *arguments, f"--output={tmp_path}/new/fox.png") == 0
+    said = capsys.readouterr().out
+    assert f"wrote {tmp_path}/new/fox_0.png\nwrote {tmp_path}/new/fox_1.png\ndone in" in said
+    alone = opened.generate("a red circle", seeds=[4, 5], steps=2, images_per_prompt=2)
+    for number, image in enumerate(alone):
+        np.testing.assert_array_equal(pixels(tmp_path / f"new/fox_{number}.png"), pixels(image))
+    with Image.open(tmp_path / "new/fox_1.png") as image:
+        parameters = json.loads(image.text["parameters"])
+    assert (parameters["task"], parameters["seed"], "id" in parameters) == ("t2i", 5, False)
+
+
+def test_a_text_is_printed_and_written(command, tiny_bundle, opened, photo, tmp_path, capsys):
+    arguments = [f"--bundle={tiny_bundle}", "--task=caption", f"--image={tmp_path}/photo.png", "--steps=2", "--seed=3"]
+    (text,) = opened.caption(photo, steps=2, seeds=3)
+    assert run(command, *arguments) == 0
+    assert capsys.readouterr().out == text + "\n"
+    assert run(command, *arguments, f"--output={tmp_path}/caption.txt") == 0
+    assert (tmp_path / "caption.txt").read_text() == text + "\n"
+
+
+def test_how_the_bundle_is_opened(command, tiny_bundle):
+    arguments = ["--task=caption", "--image=x", "--batch=3", "--dtype=bfloat16", "--attention=xla"]
+    pipeline = command.Model(command.parse_arguments([f"--bundle={tiny_bundle}", *arguments])).open()
+    assert isinstance(pipeline, Pipeline) and pipeline.max_batch == 3
+    identity = lambda *more: command.Model(  # noqa: E731
+        command.parse_arguments([f"--bundle={tiny_bundle}", "--task=caption", *more])
+    ).identity
+    assert identity() == identity("--batch=3", "--low-memory", "--attention=xla")  # these change no result
+    assert len({identity(), identity("--dtype=bfloat16"), identity("--quantize=int8")}) == 3
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "give --task, or --jobs for many"),
+        (["--task=draw"], "invalid choice: 'draw'"),
+        (["--task=t2i", "--prompt=a"], "t2i needs --output, a name that ends in .png"),
+        (["--task=t2i", "--prompt=a", "--output=OUT/a.jpg"], "t2i needs --output, a name that ends in .png"),
+        (["--task=t2i", "--output=OUT/a.png"], "--prompt is not given; t2i needs one"),
+        (["--task=t2i", "--prompt=", "--output=OUT/a.png"], '--prompt is "", expected a text that is not empty'),
+        (["--task=t2i", "--prompt=a", "--max-tokens=3", "--output=OUT/a.png"], "t2i takes no --max-tokens; it takes"),
+        (["--task=t2i", "--prompt=a", "--kind=pose", "--output=OUT/a.png"], "t2i takes no --kind"),
+        (["--task=t2i", "--prompt=a", "--steps=many", "--output=OUT/a.png"], '--steps is "many", expected a whole'),
+        (["--task=t2i", "--prompt=a", "--guidance-interval=1", "--output=OUT/a.png"], "expected two numbers, 0 <= low"),
+        (["--task=t2i", "--prompt=a", "--height=36", "--output=OUT/a.png"], "height is 36, expected a multiple of 8"),
+        (["--task=t2i", "--prompt=a", "--output=OUT/photo.png/a.png"], "cannot write into"),
+        (["--task=t2i", "--prompt=a", "--output=OUT/folder.png"], "folder.png is a folder, expected the name"),
+        (["--task=caption", "--image=OUT/gone.png"], "gone.png cannot be read: No such file or directory"),
+        (["--task=caption", "--image=OUT/photo.png", "--image=OUT/photo.png"], "caption needs 1 image (--image), 2"),
+        (["--task=perceive", "--image=OUT/photo.png", "--output=OUT/a.png"], "--kind is not given, expected one of"),
+        (["--task=vqa", "--image=OUT/photo.png"], "--question is not given; vqa needs one"),
+        (["--task=t2i", "--prompt=a", "--batch=0"], "--batch is 0, expected at least 1"),
+        (["--jobs=OUT/jobs.jsonl"], "--jobs needs --output, a folder"),
+        (["--jobs=OUT/jobs.jsonl", "--steps=3", "--output=OUT/o"], "--steps goes into the lines of the jobs file"),
+        (["--jobs=OUT/gone.jsonl", "--output=OUT/o"], "gone.jsonl: there is no such jobs file"),
+        (["--jobs=OUT/jobs.jsonl", "--output=OUT/o"], "lines 1 and 2 have both the id 'x'"),
+        (["--jobs=OUT/one.jsonl", "--output=OUT/photo.png"], "cannot write into"),
+    ],
+)
+def test_errors_are_one_line(command, opened, tiny_bundle, photo, tmp_path, capsys, arguments, message):
+    (tmp_path / "folder.png").mkdir()
+    row = json.dumps({"id": "x", "task": "t2i", "prompt": "a"}) + "\n"
+    (tmp_path / "jobs.jsonl").write_text(row * 2)
+    (tmp_path / "one.jsonl").write_text(row)
+    before = sorted(tmp_path.rglob("*"))
+    arguments = [argument.replace("OUT", str(tmp_path)) for argument in arguments]
+    assert run(command, f"--bundle={tiny_bundle}", *arguments) in (1, 2)
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_bundle_that_will_not_do(command, tiny_bundle, tmp_path, capsys):
+    arguments = ["--task=t2i", "--prompt=a", f"--output={tmp_path}/a.png"]
+    lacking = shutil.copytree(tiny_bundle, tmp_path / "lacking")
+    content = json.loads((lacking / "config.json").read_text())
+    (lacking / "config.json").write_text(json.dumps(content | {"text_encoder": None}))
+    bare = shutil.copytree(tiny_bundle, tmp_path / "bare")
+    shutil.rmtree(bare / "tokenizer")
+    for bundle, message in (
+        (tmp_path / "nowhere", "there is no such bundle"),
+        (tmp_path, "is not a bundle"),
+        (lacking, "lacks text_encoder, it has transformer, autoencoder"),
+        (bare, "has no tokenizer"),
+    ):
+        assert run(command, f"--bundle={bundle}", *arguments) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+        jobs = tmp_path / "jobs.jsonl"
+        jobs.write_text('{"task": "t2i", "prompt": "a"}')
+        assert run(command, f"--bundle={bundle}", f"--jobs={jobs}", f"--output={tmp_path}/out") == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_keep_what_is_done(command, tiny_bundle, tmp_path, capsys, monkeypatch, number, status):
+    class Struck:
+        size_multiple, max_size = 16, 64
+
+        def generate(self, prompts, *, seeds, **options):
+            if "stop" in prompts:
+                os.kill(os.getpid(), number)
+            return [Image.new("RGB", (16, 16)) for _ in prompts]
+
+    monkeypatch.setattr(command.Model, "open", lambda self: Struck())
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    rows = [{"task": "t2i", "prompt": prompt} for prompt in ("a", "b", "stop", "c")]
+    (tmp_path / "jobs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = [f"--bundle={tiny_bundle}", f"--jobs={tmp_path}/jobs.jsonl", f"--output={tmp_path}/out", "--batch=1"]
+    assert run(command, *arguments) == status
+    assert capsys.readouterr().err == (
+        "interrupted: 2 of 4 jobs are done and kept; the same command goes on from there\n"
+    )
+    assert [json.loads(line)["id"] for line in open(tmp_path / "out/results.jsonl")] == ["000001", "000002"]
+    arguments = [f"--bundle={tiny_bundle}", "--task=t2i", "--prompt=stop", f"--output={tmp_path}/a.png"]
+    assert run(command, *arguments) == status
+    assert capsys.readouterr().err == "interrupted: nothing was written\n"
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+
+
+def test_memory_that_is_short_is_said(command, tiny_bundle, tmp_path, capsys, monkeypatch):
+    class Full:
+        size_multiple, max_size = 16, 64
+
+        def generate(self, prompts, **options):
+            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nand pages more")
+
+    monkeypatch.setattr(command.Model, "open", lambda self: Full())
+    assert run(command, f"--bundle={tiny_bundle}", "--task=t2i", "--prompt=a", f"--output={tmp_path}/a.png") == 1
+    assert capsys.readouterr().err == (
+        "error: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.; try a smaller --batch, --low-memory or "
+        "--quantize=int8\n"
+    )
+
+
+def test_help_teaches(command, capsys):
+    assert run(command, "--help") == 0
+    said = capsys.readouterr().out
+    for task in command.jobs.TASKS:
+        assert f"--task={task} " in said
+    for key in command.jobs.OPTIONS:
+        assert f"--{key.replace('_', '-')} " in said
+
+
+def test_runs_from_a_checkout(tmp_path):
+    """As a user calls it, from another folder, without the package installed."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    process = subprocess.run(
+        [sys.executable, str(SCRIPT), "--bundle=b", "--task=caption", "--image=none.png"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+    )
+    assert process.returncode == 1 and process.stdout == ""
+    assert process.stderr == "error: image none.png cannot be read: No such file or directory\n"
