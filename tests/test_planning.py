@@ -1,0 +1,111 @@
+"""Planning memory ahead of time: its arithmetic, the programs at tiny size, and the chip's compiler where it is."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from unialign_jax import bundle, planning
+from unialign_jax.planning import GIB, Memory
+
+ROOT = Path(__file__).resolve().parents[1]
+HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
+needs_libtpu = pytest.mark.skipif(not HAS_LIBTPU, reason="needs the TPU compiler: pip install 'libtpu==0.0.42.*'")
+
+RESIDENT = {"text_encoder": 9 * GIB, "transformer": 4 * GIB, "autoencoder": GIB}
+MEASURED = [
+    Memory("encode prompts", ("text_encoder",), inputs=0, outputs=GIB // 4, temporaries=GIB, code=GIB // 8),
+    Memory("sample", ("transformer",), inputs=GIB // 4, outputs=GIB // 2, temporaries=2 * GIB, code=GIB // 8),
+    Memory("decode images", ("autoencoder",), inputs=0, outputs=0, temporaries=8 * GIB, code=GIB // 4),
+]
+
+
+def test_peaks_count_what_is_there_at_that_moment():
+    # Code of all programs: 1/2. Everything resident: 14; each program adds its own and what was made before it.
+    assert planning.peaks(MEASURED, RESIDENT, low_memory=False) == [
+        int(GIB * (14 + 0.5 + 0.25 + 1)),
+        int(GIB * (14 + 0.5 + 0.25 + 0.25 + 0.5 + 2)),
+        int(GIB * (14 + 0.5 + 0.75 + 8)),
+    ]
+    assert planning.peaks(MEASURED, RESIDENT, low_memory=True) == [
+        int(GIB * (9 + 0.5 + 0.25 + 1)),
+        int(GIB * (4 + 0.5 + 0.25 + 0.25 + 0.5 + 2)),
+        int(GIB * (1 + 0.5 + 0.75 + 8)),
+    ]
+
+
+def test_table_ends_with_the_whole_task():
+    rows = planning.table(MEASURED, RESIDENT)
+    assert [row["program"] for row in rows] == ["encode prompts", "sample", "decode images", "whole task"]
+    assert rows[1]["parameters"] == 4 and rows[1]["temporaries"] == 2
+    assert rows[-1]["parameters"] == 14 and rows[-1]["peak"] == 23.25 and rows[-1]["peak_low_memory"] == 10.75
+    header, *_, last = planning.format_table(rows).splitlines()
+    assert header.split() == "program parameters inputs outputs temporaries code peak peak low memory".split()
+    assert last.split() == ["whole", "task", "14.00", "0.25", "0.50", "8.00", "0.50", "23.25", "10.75"]
+    assert len(header) == len(last)
+
+
+@pytest.mark.parametrize("task", planning.TASKS)
+def test_the_pipelines_own_programs_are_lowered(task, tiny_bundle):
+    """The tiny model's, on this machine's device: what is asked for in shapes is what the pipeline's functions take."""
+    config = bundle.read_config(tiny_bundle)
+    programs, params = planning.sampling_programs(
+        task, jax.devices()[0], config=config, size=32, batch=2, steps=3, dtype="float32", quantize="int8"
+    )
+    out = {
+        program.name: jax.tree.leaves(program.function.eval_shape(program.params, *program.inputs, **program.static))
+        for program in programs
+    }
+    if task == "caption":
+        assert list(out) == ["encode images", "write text"]
+        assert out["write text"][0].shape == (2, config.text_length)
+    else:
+        encoded = ["encode images"] if task == "edit" else []
+        assert list(out) == ["encode prompts", *encoded, "sample", "decode images"]
+        assert out["sample"][0].shape == (2, 8, 8, 48)
+        assert (out["decode images"][0].shape, out["decode images"][0].dtype) == ((2, 32, 32, 3), np.uint8)
+    assert params["text_encoder"]["layers"]["query"]["kernel"].qvalue.dtype == np.int8
+
+
+def test_measuring_on_this_machine(tiny_bundle):
+    """T5 of the tiny bundle on three texts, filled up to four: [4, 24] ids in, [4, 24, 32] out, all float32."""
+    config = bundle.read_config(tiny_bundle)
+    programs, params = planning.sampling_programs(
+        "t2i", jax.devices()[0], config=config, size=32, batch=2, steps=3, dtype="float32"
+    )
+    memory = planning.measure(programs[0])
+    assert (memory.inputs, memory.outputs) == (4 * 24 * 4, 4 * 24 * 32 * 4)
+    floats = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(params["text_encoder"]))
+    assert planning.resident_bytes(params["text_encoder"]) == 4 * floats
+
+
+def test_bad_arguments_are_said_in_a_line():
+    with pytest.raises(ValueError, match=r"^topology is 'v5e', expected a kind and a grid of chips, such as v5e:1x1"):
+        planning.topology_devices("v5e")
+    with pytest.raises(ValueError, match=r"^unknown task 'paint', expected one of t2i, edit, caption$"):
+        planning.sampling_programs("paint", jax.devices()[0])
+
+
+@pytest.mark.skipif(HAS_LIBTPU, reason="the TPU compiler is here")
+def test_without_the_compiler_the_command_says_what_to_install():
+    command = [sys.executable, ROOT / "launch/plan.py", "--task=t2i"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: the TPU compiler is not installed: pip install 'libtpu==")
+
+
+@needs_libtpu
+def test_the_chip_says_how_much_there_is_and_compiles_t5():
+    device = planning.topology_devices("v5e:1x1")[0]
+    assert planning.usable_bytes(device) == 15.75 * GIB
+    programs, params = planning.sampling_programs("t2i", device, quantize="int8")
+    memory = planning.measure(programs[0])
+    assert memory.outputs >= 256 * 4096 * 2
+    # 4.76 B parameters: a byte each, and two for the 32128 x 4096 of the token table.
+    assert 4.5 * GIB < planning.resident_bytes(params["text_encoder"]) < 4.65 * GIB
+    with pytest.raises(ValueError, match="^topology v5e:9x9x9"):
+        planning.topology_devices("v5e:9x9x9")
