@@ -13,7 +13,6 @@ import functools
 import json
 import logging
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -595,9 +594,8 @@ class Pipeline:
 
     def _open(self, images, what="image"):
         """PIL images or paths, one or a list -> upright RGB images, wholly decoded."""
-        if isinstance(images, Image.Image | str | Path):
+        if not isinstance(images, list | tuple):
             images = [images]
-        images = list(images)
         if not images:
             raise ValueError(f"no {what} was given, expected at least one")
         return [open_image(image, f"{what} {number}") for number, image in enumerate(images)]

@@ -1,6 +1,7 @@
 """SD3 in both of its layouts becomes a model whose image velocity is SD3's own, before any training."""
 
 import dataclasses
+import functools
 import shutil
 
 import jax
@@ -12,9 +13,12 @@ from safetensors.numpy import load_file, save_file
 from unialign_jax import bundle
 from unialign_jax.conversion.importing import convert_sd3
 from unialign_jax.data.tokenizer import load_tokenizer
+from unialign_jax.diffusion.flow import sampling_sigmas
 from unialign_jax.models.autoencoder import make_autoencoder
 from unialign_jax.models.mmdit import MMDiT, MMDiTConfig
 from unialign_jax.models.text_encoder import TextEncoder
+from unialign_jax.sampling import programs
+from unialign_jax.sampling.solvers import solver_table
 
 WIDTH, CHANNELS, TEXT_WIDTH = 128, 4, 24
 SIZES = [(8, 8), (6, 12)]
@@ -73,6 +77,51 @@ def test_the_image_velocity_is_sd3s_own(torch_models, loaded, size):
     model = MMDiT(in_float32(config.transformer))
     found = jax.jit(model.apply)({"params": params["transformer"]}, latents, text, sigma)
     assert_close(found.velocity, expected.transpose(0, 2, 3, 1))
+
+
+def test_28_guided_steps_equal_diffusers_loop(torch_models, loaded):
+    import torch
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    config, params = loaded
+    rng = np.random.default_rng(1)
+    texts = rng.standard_normal((2, 2, 7, TEXT_WIDTH)).astype(np.float32)  # negative and prompt, of two samples
+    seeds = np.array([3, 4], np.uint32)
+    noise = np.asarray(programs.initial_noise(seeds, (12, 8, CHANNELS)))
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(28)
+    latents = torch.from_numpy(np.ascontiguousarray(noise.transpose(0, 3, 1, 2)))
+    with torch.no_grad():
+        for timestep in scheduler.timesteps:
+            unconditional, conditional = (
+                torch_models.sd3(
+                    hidden_states=latents,
+                    encoder_hidden_states=torch.from_numpy(text),
+                    pooled_projections=torch.zeros(2, 2048),
+                    timestep=timestep.expand(2),
+                ).sample
+                for text in texts
+            )
+            velocity = unconditional + 7.0 * (conditional - unconditional)
+            latents = scheduler.step(velocity, timestep, latents).prev_sample
+    expected = latents.numpy().transpose(0, 2, 3, 1)
+
+    found = jax.jit(
+        functools.partial(programs.sample_images, MMDiT(in_float32(config.transformer))),
+        static_argnames=("mode", "latent_shape"),
+    )(
+        params["transformer"],
+        seeds,
+        solver_table("euler", sampling_sigmas(28)),
+        texts[1],
+        texts[0],
+        programs.Guidance(np.full(2, 7.0), np.zeros(2), np.zeros(2), np.ones(28, bool)),
+        mode="text",
+        latent_shape=(12, 8, CHANNELS),
+    )
+    assert np.abs(found - expected).max() < 1e-3 * np.abs(expected).max()
+    assert np.abs(noise - expected).max() > 0.1 * np.abs(expected).max()
 
 
 def test_what_sd3_lacks_follows_the_rule(torch_models, loaded):

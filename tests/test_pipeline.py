@@ -1,0 +1,271 @@
+"""Every task on a small bundle of random weights, against plain loops over the networks."""
+
+import json
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from unialign_jax import Pipeline, bundle
+from unialign_jax.diffusion.flow import sampling_sigmas
+from unialign_jax.models.autoencoder import Moments, denormalize, make_autoencoder, sample_latents
+from unialign_jax.models.mmdit import MMDiT
+from unialign_jax.models.text_encoder import TextEncoder
+
+SIDE = 32
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_bundle):
+    return Pipeline.from_bundle(tiny_bundle, max_batch=4)
+
+
+def picture(seed=0, size=(SIDE, SIDE)):
+    pixels = np.random.default_rng(seed).integers(0, 256, size=(size[1] // 8, size[0] // 8, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize(size)
+
+
+def plain_image(directory, tokenizer, prompt, seed, conditions=(), *, steps, scale):
+    """The reference's sampler, spelled out: each half of the guidance its own forward, adaLN made at every step."""
+    config, params = bundle.load(directory)
+    autoencoder = make_autoencoder(config.autoencoder)
+    network = jax.jit(lambda *inputs: MMDiT(config.transformer).apply({"params": params["transformer"]}, *inputs))
+
+    def encode(image):
+        pixels = np.asarray(image, np.float32)[None] / 127.5 - 1
+        moments = autoencoder.apply({"params": params["autoencoder"]}, pixels, method="encode")
+        return sample_latents(Moments(*moments), None, config.autoencoder)
+
+    def text(prompt):
+        ids = jnp.asarray(tokenizer.encode(prompt, config.text_length))[None]
+        return TextEncoder(config.text_encoder).apply({"params": params["text_encoder"]}, ids)
+
+    given = jnp.stack([encode(image)[0] for image in conditions])[None] if conditions else None
+    latents = jax.random.normal(jax.random.key(seed), (1, 8, 8, 48))
+    prompt, empty = text(prompt), text("")
+    sigmas = sampling_sigmas(steps)
+    for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+        conditional, unconditional = (
+            network(latents, text, jnp.full((1,), sigma), given).velocity for text in (prompt, empty)
+        )
+        latents = latents + (following - sigma) * (unconditional + scale * (conditional - unconditional))
+    raw = denormalize(latents, config.autoencoder)
+    image = autoencoder.apply({"params": params["autoencoder"]}, raw, method="decode")[0]
+    return np.clip((np.asarray(image) + 1) * 127.5 + 0.5, 0, 255).astype(np.uint8)
+
+
+def difference(a, b):
+    return np.abs(np.asarray(a, np.int32) - np.asarray(b, np.int32)).max()
+
+
+def test_generate_equals_a_plain_loop(pipeline, tiny_bundle):
+    (image,) = pipeline.generate("a red circle", steps=4, seeds=5)
+    expected = plain_image(tiny_bundle, pipeline.tokenizer, "a red circle", 5, steps=4, scale=7.0)
+    assert difference(image, expected) <= 1
+    assert np.std(expected) > 20  # not a flat or saturated field, in which anything would agree
+    parameters = json.loads(image.info["parameters"])
+    assert parameters["prompt"] == "a red circle" and parameters["seed"] == 5 and parameters["steps"] == 4
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_conditions_equal_a_plain_loop(count, pipeline, tiny_bundle):
+    references = [picture(i) for i in range(count)]
+    if count == 1:
+        (image,) = pipeline.edit("make it green", references, steps=3, seeds=2)
+    else:
+        (image,) = pipeline.personalize("make it green", references, steps=3, seeds=2)
+    expected = plain_image(tiny_bundle, pipeline.tokenizer, "make it green", 2, references, steps=3, scale=7.0)
+    assert difference(image, expected) <= 1
+    other = plain_image(tiny_bundle, pipeline.tokenizer, "make it green", 2, [picture(9)] * count, steps=3, scale=7.0)
+    assert difference(image, other) > 20  # the conditions matter
+
+
+def test_an_image_does_not_depend_on_its_batch(pipeline):
+    prompts, seeds = ["a red circle", "a blue square", "two green stars"], [3, 1, 4]
+    together = pipeline.generate(prompts, steps=3, seeds=seeds)
+    again = pipeline.generate(prompts, steps=3, seeds=seeds)
+    swapped = pipeline.generate(prompts[::-1], steps=3, seeds=seeds[::-1])[::-1]
+    alone = [pipeline.generate(prompt, steps=3, seeds=seed)[0] for prompt, seed in zip(prompts, seeds, strict=True)]
+    for i in range(3):
+        assert difference(together[i], again[i]) == 0
+        assert difference(together[i], swapped[i]) == 0
+        assert difference(together[i], alone[i]) <= 1
+    assert difference(together[0], together[1]) > 20
+    assert difference(together[0], pipeline.generate(prompts[0], steps=3, seeds=4)[0]) > 20
+
+
+def test_a_caption_does_not_depend_on_its_batch(pipeline):
+    images, seeds = [picture(i) for i in range(3)], [3, 1, 4]
+    together = pipeline.caption(images, steps=4, seeds=seeds)
+    assert pipeline.caption(images[::-1], steps=4, seeds=seeds[::-1])[::-1] == together
+    for image, seed, caption in zip(images, seeds, together, strict=True):
+        assert pipeline.caption(image, steps=4, seeds=seed) == [caption]
+    assert len(set(together)) == 3
+
+
+def likeliest(directory, image, ids):
+    """The text pass by hand: ids [L] with every mask replaced by the model's likeliest token."""
+    config, params = bundle.load(directory)
+    pixels = np.asarray(image, np.float32)[None] / 127.5 - 1
+    moments = make_autoencoder(config.autoencoder).apply({"params": {}}, pixels, method="encode")
+    latents = sample_latents(Moments(*moments), None, config.autoencoder)
+    text = TextEncoder(config.text_encoder).apply({"params": params["text_encoder"]}, ids[None])
+    output = MMDiT(config.transformer).apply({"params": params["transformer"]}, latents, text, jnp.zeros((1,)))
+    mask_id = config.transformer.vocab_size - 1
+    logits = np.array(output.text_logits)[0]
+    logits[:, mask_id] = -np.inf
+    return np.where(ids == mask_id, logits.argmax(axis=-1), ids)
+
+
+@pytest.mark.parametrize("cap", [None, 5])
+def test_captions_are_read_off_the_image_by_the_text_pass(cap, pipeline, tiny_bundle):
+    # Temperature 0 in a single step: the likeliest token at every position, all of them masked.
+    tokenizer = pipeline.tokenizer
+    ids = np.full(24, tokenizer.mask_id)
+    ids[cap or 24 :] = tokenizer.eos_id  # what a cap leaves out is end-of-text from the start
+    expected = tokenizer.decode(likeliest(tiny_bundle, picture(1), ids)).strip()
+    assert pipeline.caption(picture(1), steps=1, temperature=0, max_tokens=cap) == [expected]
+
+
+def test_answers_are_read_off_the_image_and_the_question(pipeline, tiny_bundle):
+    tokenizer, images = pipeline.tokenizer, [picture(0), picture(1)]
+    questions = ["is the circle red ?", "where is the star ?"]
+    expected = []
+    for image, question in zip(images, questions, strict=True):
+        prefix = tokenizer.token_ids(f"Q: {question} A: ")
+        ids = np.full(24, tokenizer.eos_id)
+        ids[: len(prefix)] = prefix
+        ids[len(prefix) : len(prefix) + 4] = tokenizer.mask_id
+        expected.append(tokenizer.decode(likeliest(tiny_bundle, image, ids)[len(prefix) :]).strip())
+    assert pipeline.answer(images, questions, steps=1, temperature=0, max_tokens=4) == expected
+
+
+def test_edits_keep_the_images_size(pipeline, caplog):
+    images = [picture(0, (50, 37)), picture(1, (32, 64)), picture(2, (600, 300))]
+    with caplog.at_level(logging.WARNING):
+        edited = pipeline.edit("make it green", images, steps=1)
+    assert [image.size for image in edited] == [(50, 37), (32, 64), (256, 128)]
+    assert "image 2 is 600 x 300 pixels" in caplog.text
+    (told,) = pipeline.edit("make it green", images[0], steps=1, height=32, width=32)
+    assert told.size == (32, 32)
+
+
+def test_values_compile_nothing(pipeline):
+    def programs():
+        return sum(f._cache_size() for f in (pipeline._sample, pipeline._describe, pipeline._encode_prompts))
+
+    image = picture()
+    pipeline.generate("a red circle", steps=2)
+    pipeline.caption(image, steps=2)
+    before = programs()
+    pipeline.generate("a blue square", steps=2, seeds=9, guidance_scale=3.0, shift=2.0, guidance_rescale=0.5)
+    pipeline.generate("a blue square", steps=2, solver="dpmpp_2m")
+    pipeline.caption(image, steps=7, temperature=0.5, seeds=3, max_tokens=3)
+    assert programs() == before
+
+
+def test_guidance_modes(pipeline):
+    make = lambda **options: pipeline.generate("a red circle", steps=3, **options)[0]  # noqa: E731
+    plain = make(guidance_scale=1.0)
+    # Outside of the interval guidance is off; an interval that holds no noise level is the conditional model alone.
+    assert difference(make(guidance_interval=(0.0, 0.001)), plain) <= 1
+    assert difference(make(guidance_interval=(0.0, 0.999)), make()) > 3
+    image = picture()
+    edit = lambda **options: pipeline.edit("make it green", image, steps=3, **options)[0]  # noqa: E731
+    # Both scales 1 leave the prediction under image and text.
+    assert difference(edit(image_guidance_scale=1.0, guidance_scale=1.0), edit(guidance_scale=1.0)) <= 1
+    assert difference(edit(image_guidance_scale=3.0), edit()) > 3
+
+
+def test_a_callback_sees_every_step_and_changes_nothing(pipeline):
+    steps = []
+    (image,) = pipeline.generate("a red circle", steps=3, seeds=1, callback=steps.append)
+    assert difference(image, pipeline.generate("a red circle", steps=3, seeds=1)[0]) <= 1
+    assert [(step.index, step.count, step.members) for step in steps] == [(i, 3, (0,)) for i in (1, 2, 3)]
+    # The last evaluation is followed by a step to noise level 0: what is predicted then is the result.
+    assert difference(steps[-1].images()[0], image) <= 1
+
+
+def test_low_memory_holds_one_component_and_changes_nothing(pipeline, tiny_bundle):
+    lean = Pipeline.from_bundle(tiny_bundle, low_memory=True)
+    assert difference(lean.generate("a red circle", steps=3)[0], pipeline.generate("a red circle", steps=3)[0]) == 0
+    assert set(lean._weights._resident) == {"autoencoder"}
+    assert lean.caption(picture(), steps=3) == pipeline.caption(picture(), steps=3)
+    assert set(lean._weights._resident) == {"transformer", "text_encoder"}
+
+
+def test_a_conversation_is_kept_undone_and_replayed(pipeline, tmp_path):
+    talk = pipeline.conversation(picture(), steps=2)
+    first = talk.edit("make it green")
+    second = talk.edit("add a star", seed=9)
+    assert difference(second, pipeline.edit("add a star", first, seeds=9, steps=2)[0]) == 0
+    assert [step.instruction for step in talk.edits] == ["make it green", "add a star"]
+    assert talk.undo() is first and talk.image is first
+    assert talk.redo() is second
+    again = talk.replay()
+    assert difference(again.image, second) == 0
+    assert difference(talk.replay(picture(3)).image, second) > 3
+    talk.save(tmp_path / "talk")
+    kept = json.loads((tmp_path / "talk/conversation.json").read_text())
+    assert [step["seeds"] for step in kept["edits"]] == [0, 9]
+    assert difference(Image.open(tmp_path / "talk/2.png"), second) == 0
+    talk.undo()
+    talk.undo()
+    with pytest.raises(ValueError, match="no edit to undo"):
+        talk.undo()
+
+
+def test_long_prompts_are_cut_with_a_warning(pipeline, caplog):
+    prompt = "a red circle and " * 12 + "a blue square"
+    with caplog.at_level(logging.WARNING):
+        pipeline.generate(prompt, steps=2)
+    assert "cut off" in caplog.text and "a blue square" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda p: p.generate(" "), "prompt 0 is empty"),
+        (lambda p: p.generate([]), "no prompt was given"),
+        (lambda p: p.generate("a", height=36), "height is 36, expected a multiple of 8 up to 256, such as 32"),
+        (lambda p: p.generate("a", width=1024), "width is 1024"),
+        (lambda p: p.generate("a", steps=0), "steps is 0, expected 1 to 1000"),
+        (lambda p: p.generate("a", guidance_scale=-1), "guidance_scale is -1"),
+        (lambda p: p.generate("a", guidance_scale=float("nan")), "guidance_scale is nan"),
+        (lambda p: p.generate("a", guidance_interval=(0.5, 0.1)), "0 <= low <= high <= 1"),
+        (lambda p: p.generate("a", solver="magic"), "expected one of euler"),
+        (lambda p: p.generate("a", seeds=[1, 2]), "2 seeds for 1 results"),
+        (lambda p: p.generate("a", seeds=-1), "seed is -1"),
+        (lambda p: p.generate(["a", "b"], negative_prompts=["c"] * 3), "2 prompts, but 3 negative prompts"),
+        (lambda p: p.edit(["a", "b"], [picture()] * 3), "2 instructions, but 3 images"),
+        (lambda p: p.edit("a", "/nowhere/image.png"), "image 0 .* cannot be read as an image"),
+        (lambda p: p.edit("a", 3), "image 0 is a int, expected a PIL image or a path"),
+        (lambda p: p.perceive("smell", picture()), "expected one of canny, depth, pose"),
+        (lambda p: p.personalize("a", [picture()] * 5), "has 5 references, expected 1 to 4"),
+        (lambda p: p.personalize(["a", "b"], [[picture()]]), "2 prompts, but 1 lists of references"),
+        (lambda p: p.caption(picture(), decoding="magic"), "expected one of ancestral"),
+        (lambda p: p.caption(picture(), max_tokens=0), "max_tokens is 0"),
+        (lambda p: p.caption([]), "no image was given"),
+        (lambda p: p.answer(picture(), ""), "question 0 is empty"),
+    ],
+)
+def test_bad_input_is_one_clear_line(call, message, pipeline):
+    with pytest.raises(ValueError, match=message) as error:
+        call(pipeline)
+    assert "\n" not in str(error.value)
+
+
+def test_a_bundle_must_have_what_the_task_needs(tiny_bundle, tmp_path):
+    config, params = bundle.load(tiny_bundle, components=["transformer", "text_encoder"])
+    lacking = bundle.BundleConfig(transformer=config.transformer, text_encoder=config.text_encoder)
+    bundle.save(tmp_path / "lacking", lacking, params, tokenizer=bundle.tokenizer_path(tiny_bundle))
+    with pytest.raises(ValueError, match="lacks autoencoder, which"):
+        Pipeline.from_bundle(tmp_path / "lacking").caption(picture())
+    bundle.save(tmp_path / "mute", lacking, params)
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        Pipeline.from_bundle(tmp_path / "mute")
+    with pytest.raises(FileNotFoundError):
+        Pipeline.from_bundle(tmp_path / "nothing")
