@@ -172,12 +172,12 @@ def generate(options) -> int:
     """One call of one task."""
     began = time.monotonic()
     job = jobs.make_job(options.fields, Path(), named=flag)
+    model = Model(options)
     output = Path(options.output) if options.output else None
     if output:
         job_runner.check_writable(output.parent)
         if output.is_dir():
             raise IsADirectoryError(f"{output} is a folder, expected the name of a file")
-    model = Model(options)
     made = job_runner.make(job, model.open(), options.batch)
     if job.task in jobs.TEXT_TASKS:
         print(made[0])

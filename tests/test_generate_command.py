@@ -129,9 +129,10 @@ def test_how_the_bundle_is_opened(command, tiny_bundle):
     arguments = ["--task=caption", "--image=x", "--batch=3", "--dtype=bfloat16", "--attention=xla"]
     pipeline = command.Model(command.parse_arguments([f"--bundle={tiny_bundle}", *arguments])).open()
     assert isinstance(pipeline, Pipeline) and pipeline.max_batch == 3
-    identity = lambda *more: command.Model(  # noqa: E731
-        command.parse_arguments([f"--bundle={tiny_bundle}", "--task=caption", *more])
-    ).identity
+
+    def identity(*more):
+        return command.Model(command.parse_arguments([f"--bundle={tiny_bundle}", "--task=caption", *more])).identity
+
     assert identity() == identity("--batch=3", "--low-memory", "--attention=xla")  # these change no result
     assert len({identity(), identity("--dtype=bfloat16"), identity("--quantize=int8")}) == 3
 

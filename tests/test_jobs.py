@@ -118,6 +118,10 @@ def test_every_task_reads(folder):
         ('["t2i"]', "expected a JSON object"),
         ('{"task": "t2i", "prompt": "a", "guidance_scale": NaN}', "has NaN, which is no JSON number"),
         ('{"task": "t2i", "prompt": "a", "prompt": "b"}', "has the key 'prompt' twice"),
+        ("[" * 100_000, "is nested too deeply"),
+        ({"task": "t2i", "prompt": "\ud800"}, 'prompt is "\\ud800", expected a text'),
+        ({"task": "t2i", "prompt": "a", "shift": 10**400}, "expected a number from 0.01 to 100"),
+        ({"task": "caption", "image": "red.png", "entropy_bound": 10**400}, "expected at least 0"),
         ({"prompt": "a"}, "task not given, expected one of t2i, edit"),
         ({"task": "draw", "prompt": "a"}, 'task is "draw", expected one of t2i'),
         ({"task": "t2i"}, "prompt is not given; t2i needs one"),
@@ -129,7 +133,7 @@ def test_every_task_reads(folder):
         ({"task": "edit", "prompt": "a", "instruction": "b", "image": "red.png"}, "instruction and prompt are both"),
         ({"task": "edit", "prompt": "a"}, "edit needs 1 image (image), 0 given"),
         ({"task": "edit", "prompt": "a", "image": "gone.png"}, "gone.png cannot be read: No such file"),
-        ({"task": "edit", "prompt": "a", "image": "text.png"}, "text.png is no image that can be read"),
+        ({"task": "edit", "prompt": "a", "image": "text.png"}, "text.png cannot be read: it is of no known format"),
         ({"task": "edit", "prompt": "a", "image": ["red.png"]}, "expected paths of image files"),
         ({"task": "personalize", "prompt": "a", "images": ["red.png"] * 5}, "needs 1 to 4 images (image), 5 given"),
         ({"task": "perceive", "image": "red.png"}, "kind is not given, expected one of canny, depth, pose"),
@@ -149,7 +153,7 @@ def test_what_is_no_job_is_said_in_one_line(folder, row, message):
     bad, good = read_jobs(write(folder, row, {"task": "t2i", "prompt": "fine"}))
     assert isinstance(bad, BadJob) and isinstance(good, Job)
     assert message in bad.error and "\n" not in bad.error
-    assert bad.id == "000001" and bad.where == f"{folder / 'jobs.jsonl'}:1"
+    assert (bad.id, bad.line, good.id, good.line) == ("000001", 1, "000002", 2)
 
 
 def test_bytes_that_are_no_text_spoil_their_line_alone(folder):
@@ -178,6 +182,7 @@ def test_a_hash_says_what_a_result_depends_on(folder):
 
     same = hash_of()
     assert hash_of(id="b") == same
+    assert hash_of(guidance_scale=7) == hash_of(guidance_scale=7.0)
     others = [hash_of(prompt="q"), hash_of(seed=1), hash_of(steps=3), hash_of(model="n"), hash_of(image="turned.jpg")]
     assert len({same, *others}) == 6
     (folder / "red.png").rename(folder / "crimson.png")
@@ -307,7 +312,8 @@ def test_what_is_done_is_not_done_again(folder):
 
 def test_one_bad_job_takes_no_other_down(folder, caplog):
     (folder / "cut.png").write_bytes((folder / "red.png").read_bytes()[:60])  # the header is whole, the pixels are not
-    rows = [{"task": "t2i", "prompt": "a"}, "{", {"task": "t2i", "prompt": "bad"}, {"task": "t2i", "prompt": "c"}]
+    rows = [{"task": "t2i", "prompt": prompt} for prompt in ("a", "b", "bad", "c")]
+    rows[1]["\ud800"] = "half a character"
     rows += [{"task": "edit", "prompt": "d", "image": name} for name in ("red.png", "cut.png", "red.png")]
     rows += [{"task": "t2i", "prompt": "e", "height": 40}]
     jobs_path = write(folder, *rows)
@@ -319,7 +325,7 @@ def test_one_bad_job_takes_no_other_down(folder, caplog):
     assert failed["000003"] == "bad cannot be drawn"
     assert "cut.png cannot be read" in failed["000006"]
     assert failed["000008"] == "height is 40, expected a multiple of 16 up to 64"
-    assert f"{jobs_path}:3: job 000003: bad cannot be drawn" in caplog.messages
+    assert "line 3, job 000003: bad cannot be drawn" in caplog.messages
     assert pipeline.calls == [("t2i", [0, 0, 0])] + [("t2i", [0])] * 3 + [("edit", [0, 0])]
 
     results, pipeline = work(jobs_path, folder / "out")  # tried again, now without its fault

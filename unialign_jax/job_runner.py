@@ -250,21 +250,21 @@ class Results:
         self.done += 1
 
     def _fail(self, job, error, entry):
-        log.warning("%s: job %s: %s", job.where, job.id, error)
+        log.warning("line %d, job %s: %s", job.line, job.id, error)
         self._append(job, {"id": job.id, "status": "failed", "error": error, **entry})
         self.failed += 1
 
     def _append(self, job, entry):
-        entry["line"] = int(job.where.rpartition(":")[2] or 0)
         try:
             with open(self.path, "ab") as file:
-                file.write(_encode(entry))
+                file.write(_encode(entry | {"line": job.line}))
         except OSError as error:
             raise OSError(f"cannot write {self.path}: {error.strerror}") from None
 
 
 def _encode(entry) -> bytes:
-    return json.dumps(entry, ensure_ascii=False).encode() + b"\n"
+    # A lone surrogate, which a bad line may hold, becomes its JSON escape.
+    return json.dumps(entry, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
 
 
 def check_writable(folder: Path) -> None:

@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 SEEDS = 2**32
@@ -66,7 +66,7 @@ class Option:
     choices: tuple[str, ...] = ()
 
     def check(self, name, value):
-        """The value if it is one; or else ValueError says what `name` was expected to be."""
+        """The value, numbers as floats, if it is one; or else ValueError says what `name` was expected to be."""
         if self.kind == "whole":
             fits = isinstance(value, int) and not isinstance(value, bool) and self.low <= value <= self.high
             expected = f"a whole number from {self.low} to {self.high}"
@@ -80,10 +80,12 @@ class Option:
         elif self.kind == "choice":
             fits, expected = value in self.choices, f"one of {', '.join(self.choices)}"
         else:
-            fits, expected = isinstance(value, str), "a text"
+            fits, expected = _is_text(value), "a text"
         if not fits:
             raise ValueError(f"{name} is {json.dumps(value)}, expected {expected}")
-        return value
+        if self.kind == "number":
+            return float(value)
+        return [float(number) for number in value] if self.kind == "interval" else value
 
     def parse(self, text: str):
         """A command line's text as the value that a jobs file would have; what cannot be one is left to `check`."""
@@ -138,7 +140,7 @@ class Job:
     """A request that passed its checks.
 
     Attributes:
-      id: names its files; `where`: "jobs.jsonl:3", for messages.
+      id: names its files; `line`: of the jobs file, counted from 1.
       task, text: of TASKS; the prompt, instruction or question, None without.
       images, sizes: paths, and the (width, height) of each as it is seen.
       seed, count, negative_prompt: as in OPTIONS.
@@ -147,7 +149,7 @@ class Job:
     """
 
     id: str
-    where: str
+    line: int
     task: str
     text: str | None
     images: tuple[Path, ...]
@@ -171,7 +173,7 @@ class BadJob:
     """A line of a jobs file that is no job, and why."""
 
     id: str
-    where: str
+    line: int
     error: str
 
 
@@ -188,7 +190,7 @@ def read_jobs(path, model: str = "") -> list[Job | BadJob]:
     for number, content in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if not content.strip():
             continue
-        job = _read_line(content, path, number, model)
+        job = _read_line(content, number, path.parent, model)
         for name in (job.id, *(job.files if isinstance(job, Job) else ())):
             if name in writers:
                 what = f"the id {name!r}" if name == job.id else f"the file {name}"
@@ -200,8 +202,8 @@ def read_jobs(path, model: str = "") -> list[Job | BadJob]:
     return jobs
 
 
-def _read_line(content, path, number, model):
-    name, where = f"{number:06d}", f"{path}:{number}"
+def _read_line(content, line, folder, model):
+    name = f"{line:06d}"
     try:
         try:
             fields = json.loads(content.decode(), object_pairs_hook=_object, parse_constant=_refuse_constant)
@@ -209,6 +211,8 @@ def _read_line(content, path, number, model):
             raise ValueError(f"is no JSON: {error.msg} at column {error.colno}") from None
         except UnicodeDecodeError:
             raise ValueError("is not UTF-8") from None
+        except RecursionError:
+            raise ValueError("is nested too deeply") from None
         if not isinstance(fields, dict):
             raise ValueError("expected a JSON object")
         given = fields.pop("id", None)
@@ -219,9 +223,9 @@ def _read_line(content, path, number, model):
                     "ending, which begins with a letter or digit"
                 )
             name = given
-        return make_job(fields, path.parent, id=name, where=where, model=model)
+        return make_job(fields, folder, id=name, line=line, model=model)
     except ValueError as error:
-        return BadJob(name, where, first_line(error))
+        return BadJob(name, line, first_line(error))
 
 
 def _object(pairs):
@@ -237,14 +241,14 @@ def _refuse_constant(name):
 
 
 def make_job(
-    fields: dict, folder, *, id: str = "", where: str = "", model: str = "", named: Callable[[str], str] = str
+    fields: dict, folder, *, id: str = "", line: int = 0, model: str = "", named: Callable[[str], str] = str
 ) -> Job:
     """A job from its keys and values.
 
     Args:
       fields: as in a line of a jobs file; what is None counts as not given.
       folder: what image paths are relative to.
-      id, where, model: see `Job` and `read_jobs`.
+      id, line, model: see `Job` and `read_jobs`.
       named: how messages call a key.
     Raises ValueError for a key or a value that the task does not take, a missing text, and images that are too few,
     too many or unreadable.
@@ -273,7 +277,7 @@ def make_job(
     depends_on = {"task": task, "text": text, "images": [digest for digest, _ in contents], "model": model, **values}
     return Job(
         id=id,
-        where=where,
+        line=line,
         task=task,
         text=text,
         images=paths,
@@ -291,7 +295,7 @@ def _take_text(fields, task, reads, named):
     if len(given) > 1:
         raise ValueError(f"{' and '.join(map(named, given))} are both given; {task} takes one text")
     for key, text in given.items():
-        if not isinstance(text, str) or not text.strip():
+        if not _is_text(text) or not text.strip():
             raise ValueError(f"{named(key)} is {json.dumps(text)}, expected a text that is not empty")
         return text
     if reads.texts and reads.needs_text:
@@ -324,8 +328,10 @@ def _inspect_image(path) -> tuple[str, tuple[int, int]]:
         with Image.open(io.BytesIO(content)) as image:
             width, height = image.size
             turned = "exif" in image.info and image.getexif().get(0x0112) in TURNED
-    except Exception:  # PIL's decoders raise many kinds on damaged bytes
-        raise ValueError(f"image {path} is no image that can be read") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"image {path} cannot be read: it is of no known format") from None
+    except Exception as error:  # PIL's decoders raise many kinds on damaged bytes
+        raise ValueError(f"image {path} cannot be read: {first_line(error)}") from None
     return hashlib.sha256(content).hexdigest(), (height, width) if turned else (width, height)
 
 
@@ -343,4 +349,9 @@ def first_line(error) -> str:
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def _is_text(value) -> bool:
+    """Whether a tokenizer can read it: JSON and the command line may bring halves of characters (lone surrogates)."""
+    return isinstance(value, str) and value.encode(errors="ignore").decode() == value
