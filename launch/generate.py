@@ -203,6 +203,8 @@ def run_jobs(options) -> int:
     try:
         if todo:
             pipeline = model.open()
+            if not options.low_memory:
+                pipeline.load()  # damaged weights are one error, not one for each job
             with tqdm(total=len(read), initial=len(read) - len(todo), unit="job", disable=None) as bar:
                 job_runner.run(todo, pipeline, results, options.batch, bar.update)
     except KeyboardInterrupt as stop:

@@ -174,6 +174,16 @@ class Pipeline:
             device=device,
         )
 
+    def load(self) -> None:
+        """Reads all weights now, not when a task first needs them.
+
+        Raises ValueError when they are damaged.
+        """
+        for name in ("text_encoder", "transformer", "autoencoder"):
+            if getattr(self.config, name) is not None:
+                with self._weights.use(name):
+                    pass
+
     # Images
 
     def generate(
