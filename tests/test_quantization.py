@@ -1,6 +1,7 @@
 """int8 weights and activations: against rounding in float64, and the models against themselves in float."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -74,6 +75,13 @@ def round_in_float64(kernel, axes):
     return np.rint(kernel / scale), scale
 
 
+@functools.cache
+def program(component, mode=None):
+    """`apply` of a component, compiled once for all tests; in floats, or in a mode."""
+    module = MODULES[component] if mode is None else quantize_module(MODULES[component], mode)
+    return jax.jit(module.apply)
+
+
 def is_quantized(leaf):
     return isinstance(leaf, qwix.QArray)
 
@@ -107,14 +115,13 @@ def test_kernels_become_int8_by_layer_and_channel(component, params):
 
 @pytest.mark.parametrize("component", MODULES)
 def test_int8_model_is_the_float_model_of_the_rounded_weights(component, params, inputs):
-    module, arrays = MODULES[component], inputs[component]
     rounded = bundle.flatten(params[component])
     for path, axes in QUANTIZED[component].items():
         layers = [np.multiply(*round_in_float64(kernel, axes)) for kernel in rounded[path]]
         rounded[path] = np.stack(layers).astype(np.float32)
-    expected = jax.jit(module.apply)({"params": bundle.unflatten(rounded)}, *arrays)
+    expected = program(component)({"params": bundle.unflatten(rounded)}, *inputs[component])
     quantized = quantize_params(params[component], "int8")
-    found = jax.jit(quantize_module(module, "int8").apply)({"params": quantized}, *arrays)
+    found = program(component, "int8")({"params": quantized}, *inputs[component])
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert relative_error(ours, theirs) < 1e-4  # a tie rounded the other way is 1e-5 here, a wrong scale is 1
 
@@ -128,10 +135,9 @@ def test_close_to_the_float_model(component, mode, params, inputs):
     independent: sqrt(12) x 0.6 % = 2 %, or 2.8 %. Half as much again is for what softmax and modulation enlarge;
     one bit fewer would double the errors.
     """
-    module, arrays = MODULES[component], inputs[component]
-    exact = jax.jit(module.apply)({"params": params[component]}, *arrays)
+    exact = program(component)({"params": params[component]}, *inputs[component])
     quantized = quantize_params(params[component], mode)
-    found = jax.jit(quantize_module(module, mode).apply)({"params": quantized}, *arrays)
+    found = program(component, mode)({"params": quantized}, *inputs[component])
     bound = {"int8": 0.03, "w8a8": 0.042}[mode]
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True):
         assert 1e-3 < relative_error(ours, theirs) < bound
@@ -159,11 +165,10 @@ def test_w8a8_multiplies_whole_numbers():
 def test_a_scanned_layer_dequantises_its_own_slice(mode, params, inputs):
     """The stacked kernels enter the program as int8, and no array of their size is ever made of floats."""
     quantized = abstract_quantized(params["transformer"], mode)
-    module = quantize_module(MODULES["transformer"], mode)
-    program = jax.jit(module.apply).lower({"params": quantized}, *inputs["transformer"]).as_text()
+    text = program("transformer", mode).lower({"params": quantized}, *inputs["transformer"]).as_text()
     for name in ("qkv", "out", "mlp_in", "mlp_out"):
         shape = "x".join(map(str, params["transformer"]["blocks"]["joint"]["image"][name]["kernel"].shape))
-        assert f"tensor<{shape}xi8>" in program and f"tensor<{shape}xf32>" not in program
+        assert f"tensor<{shape}xi8>" in text and f"tensor<{shape}xf32>" not in text
 
 
 def test_modulations_made_ahead(params, inputs):
@@ -173,7 +178,7 @@ def test_modulations_made_ahead(params, inputs):
     module = quantize_module(MODULES["transformer"], "int8")
     row = jax.tree.map(lambda table: table[0], block_modulations(module.config, quantized, sigma[:1]))
     ahead = jax.jit(module.apply)({"params": without_modulations(quantized)}, latents, text, None, modulations=row)
-    inside = jax.jit(module.apply)({"params": quantized}, latents, text, sigma)
+    inside = program("transformer", "int8")({"params": quantized}, latents, text, sigma)
     np.testing.assert_allclose(ahead.velocity, inside.velocity, rtol=1e-5, atol=1e-5)
 
 

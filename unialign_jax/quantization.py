@@ -118,10 +118,20 @@ def quantize_leaf(path, leaf, *, dtype=None, device=None):
     is read array by array, so that not even the host ever holds it unquantised.
     """
     axes = input_axes(path)
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        leaf = jax.device_put(leaf, jax.local_devices(backend="cpu")[0])
-        leaf = quantize_kernel(leaf, axes) if axes is not None else leaf.astype(dtype or leaf.dtype)
+    leaf = jax.device_put(leaf, host_device())
+    leaf = quantize_kernel(leaf, axes) if axes is not None else leaf.astype(dtype or leaf.dtype)
     return jax.device_put(leaf, device or jax.local_devices()[0])
+
+
+def host_device():
+    """JAX's device for the host's memory. Raises ValueError when JAX was told to do without it."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError as error:
+        raise ValueError(
+            f"quantisation needs JAX's CPU device beside {jax.default_backend()}: add cpu to JAX_PLATFORMS, "
+            f"such as JAX_PLATFORMS={jax.default_backend()},cpu ({str(error).splitlines()[0]})"
+        ) from None
 
 
 def quantize_params(params, mode, *, device=None):
