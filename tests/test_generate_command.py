@@ -206,6 +206,9 @@ def test_signals_keep_what_is_done(command, tiny_bundle, tmp_path, capsys, monke
     class Struck:
         size_multiple, max_size = 16, 64
 
+        def load(self):
+            pass
+
         def generate(self, prompts, *, seeds, **options):
             if "stop" in prompts:
                 os.kill(os.getpid(), number)
@@ -225,6 +228,19 @@ def test_signals_keep_what_is_done(command, tiny_bundle, tmp_path, capsys, monke
     assert run(command, *arguments) == status
     assert capsys.readouterr().err == "interrupted: nothing was written\n"
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+
+
+def test_damaged_weights_are_one_error(command, tiny_bundle, tmp_path, capsys):
+    damaged = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, damaged)
+    for path in (damaged / "transformer").rglob("*"):
+        if path.is_file() and path.stat().st_size > 10_000:
+            path.write_bytes(b"")
+    (tmp_path / "jobs.jsonl").write_text('{"task": "t2i", "prompt": "a"}\n{"task": "t2i", "prompt": "b"}\n')
+    assert run(command, f"--bundle={damaged}", f"--jobs={tmp_path}/jobs.jsonl", f"--output={tmp_path}/out") == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"error: {damaged}/transformer cannot be read")
+    assert (tmp_path / "out/results.jsonl").read_text() == ""
 
 
 def test_memory_that_is_short_is_said(command, tiny_bundle, tmp_path, capsys, monkeypatch):
