@@ -1,3 +1,4 @@
+import functools
 import itertools
 
 import jax
@@ -5,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unialign_jax.sampling.text import sample_text
+from unialign_jax.sampling.text import DECODINGS, sample_text
 
 LENGTH, VOCABULARY, MASK_ID = 3, 4, 3  # three real tokens and the mask
 NUM_SAMPLES = 20_000
@@ -20,6 +21,13 @@ LOGITS_TABLE = jnp.asarray(LOGITS, jnp.float32)
 
 def toy_logits(ids):
     return LOGITS_TABLE[ids[:, 0], ids[:, 1], ids[:, 2]]
+
+
+@functools.partial(jax.jit, static_argnames="decoding")
+def sample_toy(ids, keys, num_steps, decoding="ancestral", **options):
+    return sample_text(
+        toy_logits, ids, ids == MASK_ID, keys, num_steps=num_steps, mask_id=MASK_ID, decoding=decoding, **options
+    )
 
 
 def ancestral_distribution(start, num_steps):
@@ -45,14 +53,37 @@ def ancestral_distribution(start, num_steps):
     return {ids: p for ids, p in state.items() if p > 0}
 
 
-@pytest.mark.parametrize("start, num_steps", [((3, 3, 3), 1), ((3, 3, 3), 2), ((3, 3, 3), 8), ((3, 1, 3), 3)])
-def test_distribution_equals_the_step_by_step_sampler(start, num_steps):
-    expected = ancestral_distribution(start, num_steps)
+def toy_probabilities(ids, temperature=1.0):
+    """The model's distribution over the real tokens [position, token] in float64."""
+    table = np.exp(LOGITS[tuple(ids)][:, :MASK_ID] / temperature)
+    return table / table.sum(1, keepdims=True)
+
+
+def ordered_distribution(start, choose, temperature):
+    """The exact outcome of a sampler that at step k reveals the positions choose(probabilities, masked, k)."""
+    state, step = {tuple(start): 1.0}, 0
+    while any(MASK_ID in ids for ids in state):
+        after = {}
+        for ids, probability in state.items():
+            masked = [i for i, token in enumerate(ids) if token == MASK_ID]
+            chosen = choose(toy_probabilities(ids), masked, step) if masked else []
+            table = toy_probabilities(ids, temperature)
+            for tokens in itertools.product(range(MASK_ID), repeat=len(chosen)):
+                new = list(ids)
+                for i, token in zip(chosen, tokens, strict=True):
+                    new[i] = token
+                p = probability * np.prod([table[i, token] for i, token in zip(chosen, tokens, strict=True)])
+                after[tuple(new)] = after.get(tuple(new), 0) + p
+        state, step = after, step + 1
+    return state
+
+
+def check_distribution(expected, start, num_steps, **options):
+    """Chi-squared of NUM_SAMPLES samples against the exact probabilities of every outcome."""
     assert sum(expected.values()) == pytest.approx(1)
     ids = jnp.tile(jnp.array(start), (NUM_SAMPLES, 1))
     keys = jax.random.split(jax.random.key(num_steps), NUM_SAMPLES)
-    sample = jax.jit(lambda i, k: sample_text(toy_logits, i, i == 3, k, num_steps=num_steps, mask_id=MASK_ID))
-    sampled = np.asarray(sample(ids, keys))
+    sampled = np.asarray(sample_toy(ids, keys, num_steps, **options).ids)
 
     assert sampled.max() < MASK_ID
     found, counts = np.unique(sampled, axis=0, return_counts=True)
@@ -65,6 +96,11 @@ def test_distribution_equals_the_step_by_step_sampler(start, num_steps):
     assert chi_squared < freedom + 5 * np.sqrt(2 * freedom) + 10
 
 
+@pytest.mark.parametrize("start, num_steps", [((3, 3, 3), 1), ((3, 3, 3), 2), ((3, 3, 3), 8), ((3, 1, 3), 3)])
+def test_distribution_equals_the_step_by_step_sampler(start, num_steps):
+    check_distribution(ancestral_distribution(start, num_steps), start, num_steps)
+
+
 def test_the_distribution_depends_on_the_steps():
     # What gives the test above its power: 1, 2 and 8 steps are far apart compared with its tolerance.
     one, two, eight = (ancestral_distribution((3, 3, 3), n) for n in (1, 2, 8))
@@ -72,47 +108,183 @@ def test_the_distribution_depends_on_the_steps():
         assert sum((a[ids] - b[ids]) ** 2 / b[ids] for ids in b) * NUM_SAMPLES > 150
 
 
-def wide_logits(ids):
-    """A model of 16 tokens and a vocabulary of 11 (mask 10) in which every token sees its own row only."""
-    context = jnp.cumsum(ids * 7 % 11, axis=1) + jnp.sum(ids, axis=1, keepdims=True)
-    return jnp.sin(context[..., None] * (1 + jnp.arange(11.0)))
+# The orders of the other decodings, in plain loops: (probabilities [L, V], masked positions, step) -> positions.
 
 
-@jax.jit
-def sample_wide(ids, is_target, keys):
-    return sample_text(wide_logits, ids, is_target, keys, num_steps=6, mask_id=10)
+def by_confidence(threshold):
+    def choose(probabilities, masked, step):
+        surest = max(masked, key=lambda i: probabilities[i].max())
+        return [i for i in masked if probabilities[i].max() >= threshold or i == surest]
+
+    return choose
 
 
-def test_protected_tokens_stay_and_no_mask_is_left():
-    rng = np.random.default_rng(0)
-    ids = rng.integers(0, 10, size=(3, 16)).astype(np.int32)
-    is_target = rng.random((3, 16)) < 0.6
+def by_entropy(bound):
+    def choose(probabilities, masked, step):
+        entropy = {i: -sum(p * np.log(p) for p in probabilities[i] if p > 0) for i in masked}
+        chosen = []
+        for i in sorted(masked, key=entropy.get):
+            if chosen and sum(entropy[j] for j in chosen) > bound:  # with i, the sum less the largest, which is i
+                break
+            chosen.append(i)
+        return chosen
+
+    return choose
+
+
+def by_top_k(num_steps):
+    def choose(probabilities, masked, step):
+        count = int(np.ceil(len(masked) / (num_steps - step)))
+        return sorted(masked, key=lambda i: -probabilities[i].max())[:count]
+
+    return choose
+
+
+ORDERS = [
+    ("confidence", dict(threshold=0.5), by_confidence(0.5)),
+    ("confidence", dict(threshold=2.0), by_confidence(2.0)),  # one at a time
+    ("entropy", dict(entropy_bound=2.5), by_entropy(2.5)),
+    ("entropy", dict(entropy_bound=-1.0), by_entropy(-1.0)),  # one at a time
+    ("top_k", dict(num_steps=2), by_top_k(2)),
+    ("top_k", dict(num_steps=5), by_top_k(5)),
+]
+
+
+@pytest.mark.parametrize(
+    "decoding, options, choose",
+    [
+        ("confidence", dict(threshold=0.6), by_confidence(0.6)),
+        ("entropy", dict(entropy_bound=0.9), by_entropy(0.9)),
+        ("top_k", dict(num_steps=2), by_top_k(2)),
+    ],
+)
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_orders_have_the_exact_distribution(decoding, options, choose, temperature):
+    start, options = (3, 3, 3), {"num_steps": 2} | options
+    expected = ordered_distribution(start, choose, temperature)
+    check_distribution(expected, start, decoding=decoding, temperature=temperature, **options)
+
+
+WIDE_MASK, TRACES = 31, []
+
+
+def wide_logits(ids, library=jnp):
+    """A model of 16 tokens and a vocabulary of 32 (the last the mask) in which a token sees its own row only."""
+    context = library.cumsum(ids * 7 % 11, axis=1) + library.sum(ids, axis=1, keepdims=True)
+    # Some predictions are sure and others are not: probability falls as a power of the distance to a peak.
+    return -2 * library.log(1.01 - library.sin(context[..., None] * (1 + library.arange(32.0))))
+
+
+@functools.partial(jax.jit, static_argnames="decoding")
+def wide_program(ids, is_target, keys, decoding, **options):
+    TRACES.append(decoding)
+    return sample_text(wide_logits, ids, is_target, keys, mask_id=WIDE_MASK, decoding=decoding, **options)
+
+
+def sample_wide(
+    ids, is_target, keys, decoding="ancestral", num_steps=6, temperature=1.0, threshold=0.5, entropy_bound=2.5
+):
+    return wide_program(
+        ids,
+        is_target,
+        keys,
+        decoding,
+        num_steps=num_steps,
+        temperature=np.broadcast_to(np.float32(temperature), len(ids)),
+        threshold=threshold,
+        entropy_bound=entropy_bound,
+    )
+
+
+def wide_problem(seed):
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, WIDE_MASK, size=(3, 16)).astype(np.int32)
+    return ids, rng.random((3, 16)) < 0.7, jax.random.split(jax.random.key(seed), 3)
+
+
+@pytest.mark.parametrize("decoding, options, choose", ORDERS)
+def test_orders_equal_a_plain_loop_at_temperature_0(decoding, options, choose):
+    ids, is_target, keys = wide_problem(0)
+    sampled, evaluations = sample_wide(ids, is_target, keys, decoding, temperature=0.0, **options)
+
+    steps, expected = [], np.where(is_target, WIDE_MASK, ids)
+    for row in expected:
+        step = 0
+        while WIDE_MASK in row:
+            logits = wide_logits(row[None].astype(np.float64), np)[0, :, :WIDE_MASK]
+            probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+            for i in choose(probabilities, np.flatnonzero(row == WIDE_MASK), step):
+                row[i] = np.argmax(logits[i])
+            step += 1
+        steps.append(step)
+    np.testing.assert_array_equal(sampled, expected)
+    assert evaluations == max(steps)
+    # One at a time, or in fewer steps than there are tokens.
+    one_at_a_time = options.get("threshold", 0) > 1 or options.get("entropy_bound", 0) < 0
+    assert (sum(steps) == is_target.sum()) == one_at_a_time
+    assert decoding != "top_k" or evaluations == options["num_steps"]
+
+
+def test_temperature_0_is_the_most_likely_token_and_temperature_is_per_sample():
+    ids, is_target, keys = wide_problem(1)
+    is_target[:] = True
+    # In one step every token is drawn from the same prediction.
+    temperature = np.array([0.0, 1.0, 1e3], np.float32)
+    sampled = np.asarray(sample_wide(ids, is_target, keys, num_steps=1, temperature=temperature).ids)
+    likeliest = np.argmax(wide_logits(np.full((3, 16), WIDE_MASK), np)[..., :WIDE_MASK], axis=-1)
+    assert np.array_equal(sampled[0], likeliest[0])
+    assert 0 < np.mean(sampled[1] == likeliest[1]) < 1
+    assert len(np.unique(sampled[2])) > 4  # close to uniform
+    plain = sample_wide(ids, is_target, keys, num_steps=1).ids
+    np.testing.assert_array_equal(plain[1], sampled[1])
+    assert np.any(plain[0] != sampled[0])
+
+
+def test_other_values_do_not_retrace():
+    ids, is_target, keys = wide_problem(4)
+    first = {decoding: sample_wide(ids, is_target, keys, decoding).ids for decoding in DECODINGS}
+    traces = len(TRACES)
+    # Which of the decodings each value changes.
+    for options, changed in [
+        (dict(keys=keys[::-1]), DECODINGS),
+        (dict(num_steps=9), ("ancestral", "top_k")),
+        (dict(temperature=0.0), DECODINGS),
+        (dict(threshold=1.1), ("confidence",)),
+        (dict(entropy_bound=0.0), ("entropy",)),
+    ]:
+        for decoding in DECODINGS:
+            after = sample_wide(ids, is_target, **({"keys": keys} | options), decoding=decoding).ids
+            assert np.array_equal(first[decoding], after) == (decoding not in changed), (options, decoding)
+    assert len(TRACES) == traces
+
+
+@pytest.mark.parametrize("decoding", DECODINGS)
+def test_protected_tokens_stay_and_no_mask_is_left(decoding):
+    ids, is_target, keys = wide_problem(2)
     is_target[2] = False  # a sample with nothing to do
-    keys = jax.random.split(jax.random.key(0), 3)
-    sampled = np.asarray(sample_wide(ids, is_target, keys))
+    sampled = np.asarray(sample_wide(ids, is_target, keys, decoding).ids)
     assert sampled.dtype == np.int32
     np.testing.assert_array_equal(sampled[~is_target], ids[~is_target])
-    assert sampled.min() >= 0 and sampled.max() < 10
+    assert sampled.min() >= 0 and sampled.max() < WIDE_MASK
     # What stood at the targets is never read.
     ids[is_target] = 4
-    np.testing.assert_array_equal(sample_wide(ids, is_target, keys), sampled)
+    np.testing.assert_array_equal(sample_wide(ids, is_target, keys, decoding).ids, sampled)
 
 
-def test_a_sample_does_not_depend_on_its_batch():
-    rng = np.random.default_rng(1)
-    ids = rng.integers(0, 10, size=(3, 16)).astype(np.int32)
-    is_target = rng.random((3, 16)) < 0.7
-    keys = jax.random.split(jax.random.key(5), 3)
+@pytest.mark.parametrize("decoding", DECODINGS)
+def test_a_sample_does_not_depend_on_its_batch(decoding):
+    ids, is_target, keys = wide_problem(3)
+    is_target[1, 4:] = False  # done long before the others
 
     def sample(rows):
         rows = np.array(rows)
-        return np.asarray(sample_wide(ids[rows], is_target[rows], keys[rows]))
+        return np.asarray(sample_wide(ids[rows], is_target[rows], keys[rows], decoding).ids)
 
     together = sample([0, 1, 2])
     np.testing.assert_array_equal(sample([2, 0, 1]), together[[2, 0, 1]])
     np.testing.assert_array_equal(sample([1]), together[[1]])
     # And it does depend on its key.
-    other = sample_wide(ids, is_target, keys[::-1])
+    other = sample_wide(ids, is_target, keys[::-1], decoding).ids
     assert np.any(other[0] != together[0])
 
 
@@ -123,34 +295,31 @@ def test_forwards_only_where_something_is_revealed():
         jax.debug.callback(lambda: forwards.append(1))
         return wide_logits(ids)
 
-    def make_counter(num_steps):
-        sample = jax.jit(
-            lambda ids, is_target, keys: sample_text(
-                counted_logits, ids, is_target, keys, num_steps=num_steps, mask_id=10
-            )
-        )
+    @jax.jit
+    def sample(is_target, num_steps):
+        ids, keys = jnp.zeros((8, 16), jnp.int32), jax.random.split(jax.random.key(3), 8)
+        return sample_text(counted_logits, ids, is_target, keys, num_steps=num_steps, mask_id=WIDE_MASK)
 
-        def count(is_target):
-            forwards.clear()
-            ids, keys = np.zeros((8, 16), np.int32), jax.random.split(jax.random.key(3), 8)
-            sample(ids, is_target, keys).block_until_ready()
-            jax.effects_barrier()
-            return len(forwards)
-
-        return count
+    def count(is_target, num_steps):
+        forwards.clear()
+        evaluations = int(sample(is_target, num_steps).evaluations)
+        jax.effects_barrier()
+        assert evaluations == len(forwards)
+        return evaluations
 
     few, every, none = np.zeros((8, 16), bool), np.ones((8, 16), bool), np.zeros((8, 16), bool)
     few[3:5, :2] = True
-    in_64_steps, in_4_steps = make_counter(64), make_counter(4)
-    assert 1 <= in_64_steps(few) <= 4
-    assert in_64_steps(none) == 0
-    assert 32 < in_64_steps(every) <= 64
-    assert in_4_steps(every) == 4  # 128 tokens leave none of four steps empty
+    assert 1 <= count(few, 64) <= 4
+    assert count(none, 64) == 0
+    assert 32 < count(every, 64) <= 64
+    assert count(every, 4) == 4  # 128 tokens leave none of four steps empty
 
 
 def test_errors():
     ids, keys = jnp.zeros((2, 16), jnp.int32), jax.random.split(jax.random.key(0), 2)
     with pytest.raises(ValueError, match="num_steps is 0"):
-        sample_text(wide_logits, ids, ids == 0, keys, num_steps=0, mask_id=10)
+        sample_text(wide_logits, ids, ids == 0, keys, num_steps=0, mask_id=WIDE_MASK)
+    with pytest.raises(ValueError, match="'greedy'; expected one of ancestral, confidence, entropy, top_k"):
+        sample_text(wide_logits, ids, ids == 0, keys, num_steps=4, mask_id=WIDE_MASK, decoding="greedy")
     with pytest.raises(ValueError, match=r"\(2, 16\), \(2, 16\), \(1,\)"):
-        sample_text(wide_logits, ids, ids == 0, keys[:1], num_steps=4, mask_id=10)
+        sample_text(wide_logits, ids, ids == 0, keys[:1], num_steps=4, mask_id=WIDE_MASK)
