@@ -1,0 +1,106 @@
+#!/usr/bin/env bash
+# Trains on GPU nodes of a SLURM cluster.
+#
+#   bash launch/slurm/submit.sh --setup                 once, on the login node: makes the environment
+#   bash launch/slurm/submit.sh --nodes=4 --gpus=8 --time=24:00:00 --partition=gpu --name=stage1 \
+#     --config=configs/stage1.py --workdir=/shared/runs/stage1 -- --config.streams.text_to_image.path=/shared/data
+#   bash launch/slurm/submit.sh --stop=JOB --workdir=/shared/runs/stage1     saves, ends, is not queued again
+#
+# The job saves and is queued again before its time limit, until training has finished; the same command goes on with a run that
+# failed or was stopped. The repository, its environment and --workdir must be on a file system that all nodes see. Logs are in
+# WORKDIR/slurm: JOB.log, and JOB-processN.log of each process (0 tells the progress).
+#
+# Options: --nodes (1) --gpus (a node, 8) --time (24:00:00) --partition --account --cpus (a GPU, 8) --name (unialign) --notice (300:
+# seconds before the time limit at which it saves) --sbatch-flag=FLAG (repeatable, passed on) --dry-run (prints what would run).
+set -uo pipefail
+
+NODES=1 GPUS=8 TIME=24:00:00 CPUS=8 NAME=unialign NOTICE=300 PARTITION="" ACCOUNT="" CONFIG="" WORKDIR="" STOP="" SETUP="" DRY_RUN=""
+SBATCH_FLAGS=() TRAIN_FLAGS=()
+
+fail() {
+  echo "error: $*" >&2
+  exit 1
+}
+
+run() {
+  local problem
+  if [ -n "$DRY_RUN" ]; then
+    printf '%q ' "$@"
+    echo
+    return
+  fi
+  command -v "$1" >/dev/null || fail "$1 is not installed here: this is for a SLURM cluster's login node; look with --dry-run"
+  exec 3>&1
+  problem=$("$@" 2>&1 >&3) || fail "$1: $(tr -s '[:space:]' ' ' <<<"$problem")"
+  exec 3>&-
+}
+
+if [ $# -eq 0 ]; then set -- --help; fi
+while [ $# -gt 0 ]; do
+  case $1 in
+    --help | -h)
+      sed -n '2,15s/^# \{0,1\}//p' "$0"
+      exit
+      ;;
+    --nodes=*) NODES=${1#*=} ;;
+    --gpus=*) GPUS=${1#*=} ;;
+    --time=*) TIME=${1#*=} ;;
+    --partition=*) PARTITION=${1#*=} ;;
+    --account=*) ACCOUNT=${1#*=} ;;
+    --cpus=*) CPUS=${1#*=} ;;
+    --name=*) NAME=${1#*=} ;;
+    --notice=*) NOTICE=${1#*=} ;;
+    --config=*) CONFIG=${1#*=} ;;
+    --workdir=*) WORKDIR=${1#*=} ;;
+    --sbatch-flag=*) SBATCH_FLAGS+=("${1#*=}") ;;
+    --stop=*) STOP=${1#*=} ;;
+    --setup) SETUP=1 ;;
+    --dry-run) DRY_RUN=1 ;;
+    --)
+      shift
+      TRAIN_FLAGS=("$@")
+      break
+      ;;
+    *) fail "unknown option $1; --help explains" ;;
+  esac
+  shift
+done
+for key in NODES GPUS CPUS NOTICE; do [[ ${!key} =~ ^[1-9][0-9]*$ ]] || fail "--${key,,} is '${!key}', expected a number of at least 1"; done
+if [ -n "$WORKDIR" ]; then WORKDIR=$(realpath -m -- "$WORKDIR"); fi
+cd "$(dirname "$0")/../.." || exit 1
+
+if [ -n "$SETUP" ]; then
+  if [ -n "$DRY_RUN" ]; then
+    echo "make_environment requirements.txt launch/slurm/requirements.txt"
+    exit
+  fi
+  # shellcheck source=launch/environment.sh
+  source launch/environment.sh
+  make_environment requirements.txt launch/slurm/requirements.txt
+  exit
+fi
+
+[ -n "$WORKDIR" ] || fail "submit.sh needs --workdir, on a file system that all nodes see"
+logs=$WORKDIR/slurm
+
+if [ -n "$STOP" ]; then
+  [[ $STOP =~ ^[0-9]+$ ]] || fail "--stop is '$STOP', expected the number of a job"
+  # job.sh finds this mark when train.py has ended.
+  run touch "$logs/stop-$STOP"
+  run scancel --signal=TERM "$STOP"
+  exit
+fi
+
+[ -n "$CONFIG" ] || fail "submit.sh needs --config"
+if [ -z "$DRY_RUN" ]; then
+  [ -x .venv/bin/python ] || fail "there is no environment yet: bash launch/slurm/submit.sh --setup"
+  command -v squeue >/dev/null || fail "squeue is not installed here: this is for a SLURM cluster's login node; look with --dry-run"
+  queued=$(squeue --me --noheader "--name=$NAME" --format=%i 2>&1) || fail "squeue: $(tr -s '[:space:]' ' ' <<<"$queued")"
+  [ -z "$queued" ] || fail "a job named $NAME is queued or running already: $(tr '\n' ' ' <<<"$queued"); stop it, or give another --name"
+  mkdir -p "$logs" || fail "cannot make $logs"
+fi
+flags=("--job-name=$NAME" "--nodes=$NODES" "--ntasks-per-node=$GPUS" "--gpus-per-node=$GPUS" "--cpus-per-task=$CPUS" "--time=$TIME")
+flags+=("--signal=TERM@$NOTICE" "--output=$logs/%j.log" "--export=ALL,LOGS=$logs")
+if [ -n "$PARTITION" ]; then flags+=("--partition=$PARTITION"); fi
+if [ -n "$ACCOUNT" ]; then flags+=("--account=$ACCOUNT"); fi
+run sbatch "${flags[@]}" "${SBATCH_FLAGS[@]}" launch/slurm/job.sh "--config=$CONFIG" "--workdir=$WORKDIR" "${TRAIN_FLAGS[@]}"
