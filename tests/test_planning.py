@@ -88,6 +88,8 @@ def test_bad_arguments_are_said_in_a_line():
         planning.topology_devices("v5e")
     with pytest.raises(ValueError, match=r"^unknown task 'paint', expected one of t2i, edit, caption$"):
         planning.sampling_programs("paint", jax.devices()[0])
+    with pytest.raises(ValueError, match=r"^size is 500 and batch 1, expected a multiple of 16 up to 1024, and at least"):
+        planning.sampling_programs("t2i", jax.devices()[0], size=500)
 
 
 @pytest.mark.skipif(HAS_LIBTPU, reason="the TPU compiler is here")
@@ -99,7 +101,9 @@ def test_without_the_compiler_the_command_says_what_to_install():
 
 
 @needs_libtpu
-def test_the_chip_says_how_much_there_is_and_compiles_t5():
+def test_the_chip_says_how_much_there_is_and_compiles_t5(monkeypatch):
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     device = planning.topology_devices("v5e:1x1")[0]
     assert planning.usable_bytes(device) == 15.75 * GIB
     programs, params = planning.sampling_programs("t2i", device, quantize="int8")
