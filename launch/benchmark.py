@@ -2,10 +2,12 @@
 
     python launch/benchmark.py train --config=configs/stage1.py:tiny
     python launch/benchmark.py convert --scratch=/tmp/convert
+    python launch/benchmark.py sample --random=tiny --steps=4
 
 `train` runs the same number of optimizer steps twice: the bare compiled step on one batch that is already on the
 device, and the training loop with data, metrics and progress. Their ratio is what the loop costs.
 `convert` converts and loads files of the published sizes, filled at random: 2.1 B of SD3 and 4.8 B of T5.
+`sample` makes images and captions with a bundle or with random weights; see benchmark_sample.py.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import benchmark_convert  # beside this file
+import benchmark_sample
 
 
 def main():
@@ -37,15 +40,20 @@ def main():
     convert = commands.add_parser("convert", help="full-size weight conversions, memory and time")
     benchmark_convert.add_arguments(convert)
     convert.set_defaults(measure=benchmark_convert.benchmark_convert)
-    for command in (train, convert):
+    sample = commands.add_parser("sample", help="inference: images and captions, time by part, beside diffusers")
+    benchmark_sample.add_arguments(sample)
+    sample.set_defaults(measure=benchmark_sample.benchmark_sample)
+    for command in (train, convert, sample):
         command.add_argument("--output", type=Path, help="also write the figures to this JSON file")
     arguments = parser.parse_args()
     try:
-        figures = machine() | arguments.measure(arguments)
+        figures = arguments.measure(arguments)
+        figures = machine() | figures  # afterwards: it takes the device, which `sample` leaves to other processes
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    width = max(map(len, figures)) + 2
     for name, value in figures.items():
-        print(f"{name:32} {value:.4g}" if isinstance(value, float) else f"{name:32} {value}")
+        print(f"{name:{width}}{value:.4g}" if isinstance(value, float) else f"{name:{width}}{value}")
     if arguments.output:
         arguments.output.write_text(json.dumps(figures, indent=2) + "\n")
 
