@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from unialign_jax import sharding
+from unialign_jax import bundle, sharding
 from unialign_jax.models import presets
 from unialign_jax.models.mmdit import AlignmentHeads, MMDiT
 from unialign_jax.models.text_encoder import TextEncoder
@@ -50,18 +50,57 @@ def test_optimizer_moments_live_where_their_parameters_do():
 def test_an_axis_that_does_not_divide_stays_whole():
     mesh = sharding.make_mesh(1, 1, 8)
     spec = sharding.partition_spec("blocks/joint/image/qkv/kernel", (4, 128, 3, 4, 32), mesh)
-    assert spec == P(None, "fsdp", None, None, None)
+    assert spec == P(None, None, None, None, None)
+
+
+def test_the_state_is_split_over_axes_that_repeat_the_weights():
+    mesh = sharding.make_mesh(data=2, encoder=2, fsdp=2)
+    path, shape = "blocks/joint/image/mlp_in/kernel", (24, 1536, 6144)
+    assert sharding.partition_spec(path, shape, mesh) == P(None, "fsdp", None)
+    assert sharding.partition_spec(path, shape, mesh, state=True) == P(None, ("data", "encoder", "fsdp"), None)
+    # What does not come out even is split over fewer axes, the outermost left out first.
+    assert sharding.partition_spec(path, (24, 12, 6), mesh, state=True) == P(None, ("encoder", "fsdp"), None)
+    assert sharding.BATCH[0] == ("replica", "data", "encoder", "fsdp")
+
+
+def test_the_text_encoder_is_split_over_its_own_axis():
+    mesh = sharding.make_mesh(encoder=4, fsdp=1, tensor=2)
+    spec = sharding.partition_spec("layers/query/kernel", (24, 4096, 64, 64), mesh)
+    assert spec == P(None, None, ("encoder", "tensor"))
+    assert sharding.partition_spec("blocks/joint/image/qkv/kernel", (24, 1536, 3, 24, 64), mesh)[3] == "tensor"
+
+
+def test_computing_weights_are_whole_and_gradients_split():
+    mesh = sharding.make_mesh(data=4, fsdp=2)
+    path, weights = "blocks/joint/image/mlp_in/kernel", jnp.ones((1, 16, 8))
+    tree = bundle.unflatten({path: weights})
+    place = sharding.tree_shardings(tree, mesh, state=True)
+
+    def loss(tree, x):
+        computing = sharding.computing(tree, lambda path: jnp.bfloat16)
+        kernel = bundle.flatten(computing)[path]
+        return jnp.sum(x @ kernel[0]), kernel
+
+    x = jnp.arange(8 * 16.0).reshape(8, 16)
+    with jax.set_mesh(mesh):
+        step = jax.jit(jax.grad(loss, has_aux=True))
+        gradient, kernel = step(jax.device_put(tree, place), jax.device_put(x, sharding.batch_sharding(mesh)))
+    (gradient,) = jax.tree.leaves(gradient)
+    assert kernel.dtype == jnp.bfloat16 and kernel.sharding.shard_shape(kernel.shape) == (1, 8, 8)
+    assert gradient.dtype == jnp.float32 and gradient.sharding.shard_shape(gradient.shape) == (1, 2, 8)
+    expected = np.broadcast_to(np.asarray(x).sum(axis=0)[:, None], (16, 8))
+    np.testing.assert_allclose(gradient[0], expected, rtol=1e-2)
 
 
 @pytest.mark.parametrize(
     ("sizes", "devices", "expected"),
-    [((1, -1, 1), 8, (1, 8, 1)), ((2, -1, 2), 8, (2, 2, 2)), ((1, 1, 1), 1, (1, 1, 1))],
+    [((1, 1, 1, -1, 1), 8, (1, 1, 1, 8, 1)), ((2, 1, 1, -1, 2), 8, (2, 1, 1, 2, 2)), ((1,) * 5, 1, (1,) * 5)],
 )
 def test_a_free_axis_takes_what_is_left(sizes, devices, expected):
     assert sharding.complete_mesh_shape(sizes, devices) == expected
 
 
-@pytest.mark.parametrize("sizes", [(3, -1, 1), (1, 4, 1), (-1, -1, 1), (0, 8, 1)])
+@pytest.mark.parametrize("sizes", [(1, 3, 1, -1, 1), (1, 1, 1, 4, 1), (1, -1, 1, -1, 1), (1, 0, 1, 8, 1)])
 def test_a_mesh_that_does_not_come_out_even_is_refused(sizes):
     with pytest.raises(ValueError, match="mesh"):
         sharding.complete_mesh_shape(sizes, 8)

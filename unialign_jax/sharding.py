@@ -1,19 +1,33 @@
 """Where arrays live: the device mesh, and one table from parameter path to PartitionSpec.
 
-Mesh axes: `data` repeats the parameters, `fsdp` splits them (both split the batch), `tensor` splits heads and hidden
-widths. All axes are Auto: `jax.jit` with these shardings is what used to be called pjit.
+The mesh's axes all split the batch, except the last, and differ in what they do to weights:
+
+    replica   repeats all: a slice each, over the network between slices, or parts of one large slice
+    data      repeats the weights that compute, splits the state: masters, optimizer, average (ZeRO-1)
+    encoder   as data; but splits the frozen text encoder's heads and hidden widths (and not its batch)
+    fsdp      splits weights and state; a block's weights are gathered when the block runs
+    tensor    splits heads and hidden widths of weights and activations; not the batch
+
+On few chips the state decides and fsdp is right; on many, with few samples a chip, gathering weights in every pass
+would bound the step, and data is. All axes are Auto: `jax.jit` with these shardings is what used to be called pjit.
 """
 
+import functools
 import math
 import re
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-AXES = ("data", "fsdp", "tensor")
-BATCH = P(("data", "fsdp"))
+from unialign_jax.models.mesh import BATCH_AXES
+
+AXES = ("replica", "data", "encoder", "fsdp", "tensor")
+BATCH = P(BATCH_AXES)
+STATE_AXES = ("data", "encoder", "fsdp")  # what splits the state where "fsdp" splits the weights
+ENCODER = ("encoder", "tensor")
 
 # The first pattern found in a parameter's path ("/"-joined) gives its spec; a spec shorter than the shape leaves the
 # last axes whole. Parameters of scanned layers have the layer as their first axis. Optimizer moments and the EMA have
@@ -31,10 +45,10 @@ TABLE = (
     (r"image_head_modulation/kernel$", P("fsdp", None, "tensor")),
     (r"heads/(image|text)_(hidden|out)/kernel$", P("fsdp", "tensor")),
     # T5 encoder
-    (r"token_embedding$", P("tensor", "fsdp")),
-    (r"layers/(query|key|value|mlp_gate|mlp_up)/kernel$", P(None, "fsdp", "tensor")),
-    (r"layers/out/kernel$", P(None, "tensor", None, "fsdp")),
-    (r"layers/mlp_out/kernel$", P(None, "tensor", "fsdp")),
+    (r"token_embedding$", P(ENCODER, "fsdp")),
+    (r"layers/(query|key|value|mlp_gate|mlp_up)/kernel$", P(None, "fsdp", ENCODER)),
+    (r"layers/out/kernel$", P(None, ENCODER, None, "fsdp")),
+    (r"layers/mlp_out/kernel$", P(None, ENCODER, "fsdp")),
     # Teacher's vision tower
     (r"vision/layers/.*qkv/kernel$", P(None, "fsdp", None, "tensor", None)),
     (r"vision/merger_(hidden|out)/kernel$", P("fsdp", "tensor")),
@@ -43,28 +57,41 @@ TABLE = (
 )
 
 
-def make_mesh(data=1, fsdp=-1, tensor=1, devices=None) -> Mesh:
+def make_mesh(data=1, fsdp=-1, tensor=1, devices=None, *, replica=1, encoder=1) -> Mesh:
     """A mesh over all devices; one axis may be -1 and takes what the others leave.
 
+    With several TPU slices `replica` must be a multiple of their number: only it goes over the network between them.
     Raises ValueError when the axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = complete_mesh_shape((data, fsdp, tensor), len(devices))
+    sizes = complete_mesh_shape((replica, data, encoder, fsdp, tensor), len(devices))
     if math.prod(sizes) == 1:  # jax.make_mesh asks the topology of all devices, which one device does not need
-        return Mesh(np.array(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+        return Mesh(np.array(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1:
+        if sizes[0] % slices:
+            raise ValueError(f"mesh replica={sizes[0]}, but there are {slices} slices: give a multiple of {slices}")
+        inside = (sizes[0] // slices, *sizes[1:])
+        grid = mesh_utils.create_hybrid_device_mesh(inside, (slices,) + (1,) * (len(AXES) - 1), devices)
+        return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def complete_mesh_shape(sizes, device_count) -> tuple[int, ...]:
-    """Replaces a -1 in `sizes` by what `device_count` leaves for it; ValueError when it does not come out even."""
-    shape = "x".join(map(str, sizes))
+    """Replaces a -1 in `sizes`, those of AXES, by what `device_count` leaves for it; ValueError when it cannot."""
+    shape = ", ".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True) if size != 1) or "of one device"
     unknown = [i for i, size in enumerate(sizes) if size == -1]
     if len(unknown) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise ValueError(f"mesh {shape} (data x fsdp x tensor): sizes are positive, and at most one may be -1")
+        raise ValueError(f"mesh {shape}: sizes are positive, and at most one may be -1")
     known = math.prod(size for size in sizes if size != -1)
     if device_count % known or (not unknown and known != device_count):
-        raise ValueError(f"mesh {shape} (data x fsdp x tensor) does not fit {device_count} devices")
+        raise ValueError(f"mesh {shape} does not fit {device_count} devices")
     return tuple(device_count // known if size == -1 else size for size in sizes)
+
+
+def mesh_sizes(mesh: dict) -> tuple[int, ...]:
+    """A configuration's mesh, {axis: size}, in the order of AXES; an axis that is not named has size 1."""
+    return tuple(mesh.get(name, 1) for name in AXES)
 
 
 def path_string(path) -> str:
@@ -72,19 +99,30 @@ def path_string(path) -> str:
     return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
 
-def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """The table's spec for a parameter; an axis that the mesh does not divide evenly stays whole."""
+def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh, *, state=False) -> P:
+    """The table's spec for a parameter, or for its part of the `state`; axes that do not divide evenly are left out."""
     spec = next(spec for pattern, spec in TABLE if re.search(pattern, path))
     if len(spec) > len(shape):
         raise ValueError(f"{path} has shape {shape}, but the sharding table gives it {len(spec)} axes: {spec}")
-    fits = (axis is None or size % mesh.shape[axis] == 0 for axis, size in zip(spec, shape, strict=False))
-    return P(*(axis if fit else None for axis, fit in zip(spec, fits, strict=False)))
+    return P(*(_dividing(axes, size, mesh, state) for axes, size in zip(spec, shape, strict=False)))
 
 
-def tree_shardings(abstract_tree, mesh: Mesh):
+def _dividing(axes, size, mesh, state):
+    """What of a spec's entry splits `size` evenly: the last axes of it, as many as do."""
+    if state and axes == "fsdp":
+        axes = STATE_AXES
+    names = [axes] if isinstance(axes, str) else list(axes or ())
+    names = [name for name in names if mesh.shape[name] > 1]
+    while names and size % math.prod(mesh.shape[name] for name in names):
+        names.pop(0)
+    return tuple(names) if len(names) > 1 else names[0] if names else None
+
+
+def tree_shardings(abstract_tree, mesh: Mesh, *, state=False):
     """The NamedSharding of every leaf of a tree of arrays or ShapeDtypeStructs, by its path."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, partition_spec(path_string(path), leaf.shape, mesh)), abstract_tree
+        lambda path, leaf: NamedSharding(mesh, partition_spec(path_string(path), leaf.shape, mesh, state=state)),
+        abstract_tree,
     )
 
 
@@ -101,3 +139,42 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
+
+
+def computing(params, dtypes):
+    """The state's parameters as those that compute: in `dtypes`, and whole along the axes that split the state alone.
+
+    Gradients go the other way: reduced straight into the state's pieces (a reduce-scatter, where an all-reduce would
+    move twice as much), and then made float32. To be called inside jit, under `jax.set_mesh`; without a mesh it casts.
+
+    Args: `dtypes(path)` gives the dtype of the parameter at a path.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def convert(path, leaf):
+        path = path_string(path)
+        specs = None
+        if not mesh.empty:
+            specs = tuple(partition_spec(path, leaf.shape, mesh, state=state) for state in (False, True))
+        return _gather(leaf, jax.numpy.dtype(dtypes(path)), specs)
+
+    return jax.tree_util.tree_map_with_path(convert, params)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(leaf, dtype, specs):
+    leaf = leaf.astype(dtype)
+    return leaf if specs is None else jax.lax.with_sharding_constraint(leaf, specs[0])
+
+
+def _gather_forward(leaf, dtype, specs):
+    return _gather(leaf, dtype, specs), None
+
+
+def _gather_backward(dtype, specs, _, gradient):
+    if specs is not None:
+        gradient = jax.lax.with_sharding_constraint(gradient, specs[1])
+    return (gradient.astype(jax.numpy.float32),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)

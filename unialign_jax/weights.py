@@ -1,23 +1,14 @@
 """A bundle's parameters on their way to the device: which are there, and in which dtype."""
 
 import contextlib
-import re
 
 import jax
-import jax.numpy as jnp
 
 from unialign_jax import bundle
+from unialign_jax.models.precision import storage_dtype
 from unialign_jax.quantization import quantize_leaf
 
-# What the networks compute in float32 whatever their dtype is; the rest they round to it before they use it, so that
-# keeping it in that dtype changes no number.
-FLOAT32 = re.compile(r"(^|/)time_embed/|image_head_modulation/|relative_bias$|norm")
 QUANTIZED = ("transformer", "text_encoder")
-
-
-def storage_dtype(path: str, dtype):
-    """The dtype that the parameter at `path` is kept in for a network that computes in `dtype`."""
-    return jnp.dtype(jnp.float32 if FLOAT32.search(path) else dtype)
 
 
 def abstract_component(config: bundle.BundleConfig, name: str, dtype, sharding=None):

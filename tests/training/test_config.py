@@ -74,7 +74,7 @@ BAD_VALUES = [
     ("streams.text_to_image.weight", -1.0, "0 or more"),
     ("streams.text_to_image.kind", "video", "text_to_image, edit, perception, personalization, vqa"),
     ("streams.text_to_image.num_conditions", 2, "0 for text_to_image"),
-    ("mesh.tensor", 3, "mesh 1x-1x3 (data x fsdp x tensor) does not fit 8 devices"),
+    ("mesh.tensor", 3, "mesh fsdp=-1, tensor=3 does not fit 8 devices"),
     ("mesh.data", -1, "at most one may be -1"),
     ("mesh.data", 0, "sizes are positive"),
 ]

@@ -11,6 +11,8 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
+from unialign_jax.models.mesh import BATCH_AXES, HEAD_AXES, axes_that_divide
+
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
 SPLASH_LANES = 128  # the TPU kernel's block sizes are multiples of this
 SPLASH_MAX_BLOCK = 640  # 1,280 tokens (512 px, 256 text tokens) are two such blocks
@@ -33,7 +35,18 @@ def resolve_implementation(name, platform, dtype="bfloat16"):
     return "xla"
 
 
-def attention(query, key, value, *, implementation="xla", bias=None, scale=None, interpret=False):
+def attention(
+    query,
+    key,
+    value,
+    *,
+    implementation="xla",
+    bias=None,
+    scale=None,
+    interpret=False,
+    batch_axes=BATCH_AXES,
+    head_axes=HEAD_AXES,
+):
     """softmax(scale * query key^T + bias) value, every token reading every token.
 
     Args:
@@ -42,10 +55,11 @@ def attention(query, key, value, *, implementation="xla", bias=None, scale=None,
         "cudnn" (NVIDIA GPU, 16-bit inputs) or "splash" (TPU, Pallas); `resolve_implementation` knows "auto".
       bias: [H, N, N] added to the scaled scores of every sample, or None; only with "xla".
       scale: factor of the scores; None means 1 / sqrt(d).
+      batch_axes, head_axes: the mesh axes that split samples and heads.
       interpret: run the splash kernel in Pallas' interpreter, which is how it is tested without a TPU.
 
-    Returns [B, N, H, d] in the dtype of the inputs. Under `jax.set_mesh(mesh)` the work is split by hand: the
-    batch over the axes data and fsdp, the heads over tensor (an axis that does not divide is left out).
+    Returns [B, N, H, d] in the dtype of the inputs. Under `jax.set_mesh(mesh)` the work is split by hand over
+    those axes (one that does not divide is left out).
 
     Raises ValueError for an unknown implementation, a bias that it cannot take, and sizes that do not fit.
     """
@@ -76,18 +90,17 @@ def attention(query, key, value, *, implementation="xla", bias=None, scale=None,
         local = functools.partial(splash_attention, scale=scale, interpret=interpret)
     else:
         local = functools.partial(xla_attention, scale=scale)
-    return split_over_mesh(local, query, key, value, bias)
+    return split_over_mesh(local, query, key, value, bias, batch_axes, head_axes)
 
 
-def split_over_mesh(local, query, key, value, bias):
+def split_over_mesh(local, query, key, value, bias, batch_axes, head_axes):
     """Calls `local(query, key, value, bias)` on each device's own samples and heads; directly without a mesh.
 
     A Pallas kernel and a loop over samples are both opaque to XLA's partitioner: it would gather everything.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    sizes = {name: mesh.shape[name] for name in mesh.auto_axes if mesh.shape[name] > 1}
-    batch_axes = axes_that_divide(("data", "fsdp"), sizes, query.shape[0])
-    head_axes = axes_that_divide(("tensor",), sizes, query.shape[2])
+    batch_axes = axes_that_divide(batch_axes, mesh, query.shape[0])
+    head_axes = axes_that_divide(head_axes, mesh, query.shape[2])
     if not batch_axes and not head_axes:
         return local(query, key, value, bias)
     tokens_spec = jax.P(batch_axes or None, None, head_axes or None, None)
@@ -98,16 +111,6 @@ def split_over_mesh(local, query, key, value, bias):
         out_specs=tokens_spec,
         check_vma=False,  # a pallas_call does not say over which axes its result varies
     )(query, key, value, bias)
-
-
-def axes_that_divide(names, sizes, length):
-    """The mesh axes among `names` over which `length` splits evenly, taken in order."""
-    chosen, parts = [], 1
-    for name in names:
-        if name in sizes and length % (parts * sizes[name]) == 0:
-            chosen.append(name)
-            parts *= sizes[name]
-    return tuple(chosen)
 
 
 def xla_attention(query, key, value, bias, *, scale):

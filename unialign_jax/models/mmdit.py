@@ -16,13 +16,21 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from unialign_jax.models.attention import attention
+from unialign_jax.models.mesh import keep_batch_sharded
 
 XAVIER = nn.initializers.xavier_uniform()
 REMAT_POLICIES = {
     "block": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["block input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -30,7 +38,8 @@ REMAT_POLICIES = {
 class MMDiTConfig:
     """Architecture of the MM-DiT; the defaults are UniAlignment's 2 B model.
 
-    `remat` is "none", "dots" (keep the matmul outputs) or "block" (keep only what enters a block).
+    `remat` is what the backward pass finds instead of computing it again: "none" recomputes nothing, "dots" keeps the
+    matmul outputs, "block" only what enters a block, "offload" that too, but in the host's memory.
     `max_patches` is the side of SD3's positional grid, `base_patches` the side at which neighbours are one unit apart.
     """
 
@@ -147,15 +156,18 @@ def unpatchify(tokens, height, width, patch):
     return jnp.swapaxes(x, 2, 3).reshape(batch, height, width, -1)
 
 
-def keep_batch_sharded(x):
-    """Under a mesh, holds the batch axis split over (data, fsdp): XLA must move parameters, not activations.
+def first_of_pairs(x):
+    """[2B, ...] -> the rows 0, 2, ...; a reshape, so that a split batch stays split."""
+    return x.reshape(x.shape[0] // 2, 2, *x.shape[1:])[:, 0]
 
-    A batch that the mesh does not divide, such as a few samples drawn during training, is left alone.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
-        return x
-    return jax.lax.with_sharding_constraint(x, jax.P(("data", "fsdp")))
+
+def second_of_pairs(x):
+    return x.reshape(x.shape[0] // 2, 2, *x.shape[1:])[:, 1]
+
+
+def in_pairs(first, second):
+    """Two [B, ...] -> [2B, ...], row by row in turn."""
+    return jnp.stack([first, second], axis=1).reshape(2 * first.shape[0], *first.shape[1:])
 
 
 def dense(features, config, axis=-1, init=XAVIER, name=None):
@@ -202,6 +214,7 @@ class JointBlock(nn.Module):
 
     def __call__(self, image, text, time_embedding, vectors=None):
         """`vectors`: the modulation [1, 6, D] of both streams where it is known; or else it is made of time."""
+        image, text = checkpoint_name(image, "block input"), checkpoint_name(text, "block input")
         if vectors is None:
             vectors = self.image.modulate(time_embedding), self.text.modulate(time_embedding)
         image_modulation, text_modulation = map(Modulation.of, vectors)
@@ -258,6 +271,8 @@ class MMDiT(nn.Module):
         image sequence, with the same patch embedding, positions and modulation.
       modulations: one row of what `block_modulations` gives for the sigma of all samples. The weights that
         make modulations are then not read, and may be missing: `without_modulations(params)`.
+      paired: rows 2b and 2b + 1 are the image pass and the text pass of sample b, run as one forward; the outputs
+        have a row for each sample, velocity and image side from its image pass, logits and text side from the other.
 
     Raises ValueError when a size does not fit.
     """
@@ -265,7 +280,7 @@ class MMDiT(nn.Module):
     config: MMDiTConfig
 
     @nn.compact
-    def __call__(self, latents, text_embeddings, sigma, conditions=None, *, modulations=None):
+    def __call__(self, latents, text_embeddings, sigma, conditions=None, *, modulations=None, paired=False):
         c = self.config
         check_inputs(c, latents, text_embeddings, sigma, conditions, modulations)
         height, width = latents.shape[1:3]
@@ -305,6 +320,9 @@ class MMDiT(nn.Module):
             head_modulation = head_modulation_layer(c, name="image_head_modulation")(nn.silu(time_embedding))
         else:
             head_modulation = modulations.head[None]
+        if paired:
+            head_modulation, image, image_tap = (first_of_pairs(x) for x in (head_modulation, image, image_tap))
+            text, text_tap = second_of_pairs(text), second_of_pairs(text_tap)
         shift, scale = head_modulation[:, 0, None], head_modulation[:, 1, None]
         image_features = modulated_norm(image[:, :target_tokens], shift, scale, c.dtype)
         text_features = layer_norm(text).astype(c.dtype)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unialign_jax.models.attention import attention
+from unialign_jax.models.mesh import BATCH_AXES, ENCODER_BATCH_AXES, ENCODER_HEAD_AXES, keep_batch_sharded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,14 +75,22 @@ class Layer(nn.Module):
         # The missing 1/sqrt(d) of the scores sits in the initial queries instead.
         query = dense(heads, "query", fan=c.width * c.head_width)(hidden)
         key, value = dense(heads, "key")(hidden), dense(heads, "value")(hidden)
-        attended = attention(query, key, value, bias=bias, scale=1.0)
+        attended = attention(
+            query,
+            key,
+            value,
+            bias=bias,
+            scale=1.0,
+            batch_axes=ENCODER_BATCH_AXES,
+            head_axes=ENCODER_HEAD_AXES,
+        )
         x = x + dense(c.width, "out", axis=(-2, -1), fan=c.num_heads * c.head_width)(attended)
 
         hidden = rms_norm(c, "mlp_norm")(x)
         gate = nn.gelu(dense(c.mlp_width, "mlp_gate")(hidden), approximate=True)
         hidden = gate * dense(c.mlp_width, "mlp_up")(hidden)
         x = x + dense(c.width, "mlp_out", fan=c.mlp_width)(hidden)
-        return x, None
+        return keep_batch_sharded(x, ENCODER_BATCH_AXES), None
 
 
 class TextEncoder(nn.Module):
@@ -102,7 +111,8 @@ class TextEncoder(nn.Module):
         bias_init = nn.initializers.normal(c.width**-0.5)
         bias_table = self.param("relative_bias", bias_init, (c.num_buckets, c.num_heads))
 
-        x = jnp.take(table, ids, axis=0).astype(c.dtype)
+        x = jnp.take(table, keep_batch_sharded(ids, ENCODER_BATCH_AXES), axis=0).astype(c.dtype)
+        x = keep_batch_sharded(x, ENCODER_BATCH_AXES)
         buckets = relative_buckets(ids.shape[1], c.num_buckets, c.max_distance)
         bias = jnp.transpose(jnp.take(bias_table, buckets, axis=0), (2, 0, 1))  # [H, L, L]
         layers = nn.scan(
@@ -113,7 +123,7 @@ class TextEncoder(nn.Module):
             length=c.depth,
         )
         x, _ = layers(c, name="layers")(x, bias)
-        return rms_norm(c, "final_norm")(x)
+        return keep_batch_sharded(rms_norm(c, "final_norm")(x), BATCH_AXES)
 
 
 def with_mask_embedding(params, mask_embedding, mask_id):

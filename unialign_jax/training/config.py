@@ -16,7 +16,7 @@ from unialign_jax.models import presets
 from unialign_jax.models.autoencoder import AutoencoderConfig
 from unialign_jax.models.mmdit import REMAT_POLICIES, AlignmentHeadsConfig, MMDiTConfig
 from unialign_jax.models.text_encoder import TextEncoderConfig
-from unialign_jax.sharding import complete_mesh_shape
+from unialign_jax.sharding import complete_mesh_shape, mesh_sizes
 
 
 def stream(kind, path, weight=1.0, num_conditions=None) -> ConfigDict:
@@ -57,6 +57,7 @@ def paper_config(size="") -> ConfigDict:
             "min_mask_fraction": 1e-3,
             "prompt_dropout": 0.1,  # share of samples whose image pass reads the empty prompt
             "loss_weights": {"flow_matching": 1.0, "masked_text": 0.2, "cross_modal": 0.05, "intrinsic_modal": 0.1},
+            "one_forward": True,  # run both passes of a sample without conditions as one forward of two rows
             "flow_matching_form": "velocity",  # or "x0", the released checkpoint's
             "masked_text_normalization": "positions",  # or "maskable"
             "cross_modal": {"temperature": 0.07, "direction": "symmetric"},  # or "image_to_text", the paper's eq. 3
@@ -77,7 +78,8 @@ def paper_config(size="") -> ConfigDict:
             "streams": {},
             "data": {"num_threads": 16, "prefetch": 64, "max_bad_fraction": 0.01},
             # Machine
-            "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
+            # How many devices along each axis (unialign_jax/sharding.py says what each does); -1 is what is left.
+            "mesh": {"replica": 1, "data": 1, "encoder": 1, "fsdp": -1, "tensor": 1},
             "compilation_cache": "",  # a folder that keeps compiled programs between starts
             # What a run writes
             "log_every": 20,  # in batches of each stream
@@ -154,8 +156,9 @@ def config_problems(config: ConfigDict, device_count: int | None = None, host_co
     shards, mesh = 1, ""
     if device_count is not None:
         try:
-            data, fsdp, _ = complete_mesh_shape((config.mesh.data, config.mesh.fsdp, config.mesh.tensor), device_count)
-            shards, mesh = data * fsdp, f" x {data * fsdp} devices of the mesh's data and fsdp axes"
+            *batch_axes, _ = complete_mesh_shape(mesh_sizes(config.mesh), device_count)
+            shards = math.prod(batch_axes)
+            mesh = f" x {shards} devices of the mesh's axes that split the batch"
         except ValueError as error:
             problems.append(str(error))
     if config.batch_size >= 1 and config.accumulation >= 1:

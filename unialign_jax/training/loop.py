@@ -85,7 +85,9 @@ class Trainer:
         config = self.config
         key = jax.random.key(config.seed)
         with jax.set_mesh(self.mesh):
-            state = create_sharded(lambda k: init_state(self.networks, self.tx, config.ema_decay, k), self.mesh, key)
+            state = create_sharded(
+                lambda k: init_state(self.networks, self.tx, config.ema_decay, k), self.mesh, key, state=True
+            )
             if config.init_from:
                 params = self._load_params(state.params)
                 ema = jax.tree.map(lambda x: x.copy(), params["transformer"]) if config.ema_decay else {}

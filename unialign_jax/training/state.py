@@ -87,16 +87,16 @@ def init_state(networks: Networks, tx, ema_decay, key) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, ema, tx.init(params))
 
 
-def create_sharded(init, mesh, *args):
+def create_sharded(init, mesh, *args, state=False):
     """Runs `init(*args)` so that every leaf is made where the sharding table puts it, never whole on one device."""
-    shardings = sharding.tree_shardings(jax.eval_shape(init, *args), mesh)
+    shardings = sharding.tree_shardings(jax.eval_shape(init, *args), mesh, state=state)
     return jax.jit(init, out_shardings=shardings)(*args)
 
 
 def abstract_state(networks: Networks, tx, ema_decay, mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state, with nothing allocated."""
     shapes = jax.eval_shape(lambda: init_state(networks, tx, ema_decay, jax.random.key(0)))
-    return sharding.with_shardings(shapes, sharding.tree_shardings(shapes, mesh))
+    return sharding.with_shardings(shapes, sharding.tree_shardings(shapes, mesh, state=True))
 
 
 def abstract_frozen(networks: Networks, mesh) -> dict:

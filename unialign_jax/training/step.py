@@ -10,12 +10,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from unialign_jax import sharding
 from unialign_jax.diffusion import flow, masking
 from unialign_jax.losses.cross_modal import cross_modal_loss
 from unialign_jax.losses.flow_matching import flow_matching_loss
 from unialign_jax.losses.intrinsic_modal import intrinsic_modal_loss
 from unialign_jax.losses.masked_text import masked_text_loss
 from unialign_jax.models.autoencoder import Moments, sample_latents
+from unialign_jax.models.mmdit import in_pairs
+from unialign_jax.models.precision import storage_dtype
 from unialign_jax.training.optimizer import ema_update
 from unialign_jax.training.state import Networks, TrainState
 
@@ -75,6 +78,7 @@ def compute_losses(config, networks: Networks, kind: str, mask_id: int, eos_id: 
     Image pass: noisy target and clean conditions, clean prompt, sigma. Text pass: clean target, masked text, sigma 0.
     """
     transformer = networks.transformer
+    params = sharding.computing(params, lambda path: storage_dtype(path, transformer.config.dtype))
     batch_size = batch["image"].shape[0]
     latents, conditions = encode_images(networks, frozen, batch, named_key(key, "latents"))
 
@@ -102,15 +106,24 @@ def compute_losses(config, networks: Networks, kind: str, mask_id: int, eos_id: 
         )
         noise = jax.random.normal(named_key(key, "noise"), latents.shape)
         noisy = flow.interpolate(latents, noise, sigma)
-        image_pass = transformer.apply({"params": params["transformer"]}, noisy, prompt, sigma, conditions)
+    else:
+        (masked_text,) = encode_texts(networks, frozen, masked_ids)
+
+    weights, text_sigma = {"params": params["transformer"]}, jnp.zeros((batch_size,))
+    if has_image_pass(kind) and conditions is None and config.one_forward:
+        # Both passes have the same shapes: as one forward, each weight is read (and under FSDP gathered) once.
+        pairs = (in_pairs(noisy, latents), in_pairs(prompt, masked_text), in_pairs(sigma, text_sigma))
+        image_pass = text_pass = transformer.apply(weights, *pairs, paired=True)
+    else:
+        if has_image_pass(kind):
+            image_pass = transformer.apply(weights, noisy, prompt, sigma, conditions)
+        text_pass = transformer.apply(weights, latents, masked_text, text_sigma)
+
+    if has_image_pass(kind):
         losses["flow_matching"] = flow_matching_loss(
             image_pass.velocity, flow.velocity(latents, noise), sigma, form=config.flow_matching_form
         )
         metrics |= bucketed("flow_matching_by_sigma", losses["flow_matching"], sigma)
-    else:
-        (masked_text,) = encode_texts(networks, frozen, masked_ids)
-
-    text_pass = transformer.apply({"params": params["transformer"]}, latents, masked_text, jnp.zeros((batch_size,)))
     losses["masked_text"] = masked_text_loss(
         text_pass.text_logits,
         batch["text_ids"],
