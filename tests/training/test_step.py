@@ -165,6 +165,7 @@ def toy_networks(autoencoder):
         return image.mean(axis=1) @ variables["params"]["head"], text.mean(axis=1) @ variables["params"]["head"]
 
     stubs = [types.SimpleNamespace(apply=apply) for apply in (transform, align, encode)]
+    stubs[0].config = types.SimpleNamespace(dtype="float32")
     draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape) / 4  # noqa: E731
     transformer = {"image": draw(0, 12, 10), "text": draw(1, 8, 10), "logits": draw(2, 10, 512)}
     return Networks(*stubs, autoencoder), {"transformer": transformer, "heads": {"head": draw(3, 10, 16)}}
