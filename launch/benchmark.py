@@ -3,11 +3,13 @@
     python launch/benchmark.py train --config=configs/stage1.py:tiny
     python launch/benchmark.py convert --scratch=/tmp/convert
     python launch/benchmark.py sample --random=tiny --steps=4
+    python launch/benchmark.py options --bundle=bundles/tiny
 
 `train` runs the same number of optimizer steps twice: the bare compiled step on one batch that is already on the
 device, and the training loop with data, metrics and progress. Their ratio is what the loop costs.
 `convert` converts and loads files of the published sizes, filled at random: 2.1 B of SD3 and 4.8 B of T5.
 `sample` makes images and captions with a bundle or with random weights; see benchmark_sample.py.
+`options` says what the options of sampling cost, and how far each leads from the plain sampler.
 """
 
 import argparse
@@ -25,6 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import benchmark_convert  # beside this file
+import benchmark_options
 import benchmark_sample
 
 
@@ -43,7 +46,10 @@ def main():
     sample = commands.add_parser("sample", help="inference: images and captions, time by part, beside diffusers")
     benchmark_sample.add_arguments(sample)
     sample.set_defaults(measure=benchmark_sample.benchmark_sample)
-    for command in (train, convert, sample):
+    options = commands.add_parser("options", help="what the options of sampling cost and give")
+    benchmark_options.add_arguments(options)
+    options.set_defaults(measure=benchmark_options.benchmark_options)
+    for command in (train, convert, sample, options):
         command.add_argument("--output", type=Path, help="also write the figures to this JSON file")
     arguments = parser.parse_args()
     try:

@@ -1,0 +1,136 @@
+"""The `options` part of launch/benchmark.py: what the options of sampling cost and give.
+
+    python launch/benchmark.py options --bundle=bundles/tiny
+
+Makes the same images (prompts and seeds) with the plain sampler, Euler at 28 steps, and with one option changed at a
+time, and captions pictures in every decoding. Differences are root mean squares over all pixels, in 255ths: from the
+plain sampler's images, and from the solution of the flow (Euler at --solution-steps). Of captions it says how often the
+network ran.
+
+Prompts and pictures are those of the shapes world (data/shapes.py, a seed that training does not use), for a bundle of
+configs/stage1.py:tiny, or the lines of --prompts; then the pictures to caption are the ones made.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+PLAIN = "euler, 28 steps"
+VARIANTS = {
+    "euler, 20 steps": {"steps": 20},
+    "euler, 14 steps": {"steps": 14},
+    "euler, 10 steps": {"steps": 10},
+    "heun, 14 steps": {"solver": "heun", "steps": 14},
+    "dpmpp_2m, 28 steps": {"solver": "dpmpp_2m"},
+    "dpmpp_2m, 14 steps": {"solver": "dpmpp_2m", "steps": 14},
+    "dpmpp_2m, 10 steps": {"solver": "dpmpp_2m", "steps": 10},
+    "unipc, 28 steps": {"solver": "unipc"},
+    "unipc, 14 steps": {"solver": "unipc", "steps": 14},
+    "unipc, 10 steps": {"solver": "unipc", "steps": 10},
+    "guidance_interval=(0.2, 0.9)": {"guidance_interval": (0.2, 0.9)},
+    "guidance_rescale=0.7": {"guidance_rescale": 0.7},
+    "guidance_scale=1": {"guidance_scale": 1.0},
+}
+QUANTIZE = ("int8", "w8a8")
+DECODINGS = ("ancestral", "top_k", "confidence", "entropy")
+
+
+def add_arguments(parser):
+    parser.add_argument("--bundle", required=True, help="a bundle written by launch/convert.py")
+    parser.add_argument("--prompts", type=Path, help="a file of prompts, one a line")
+    parser.add_argument("--count", type=int, default=16, help="prompts of the shapes world, default %(default)s")
+    parser.add_argument("--guidance-scale", type=float, default=3.0, help="default %(default)s, which suits tiny")
+    parser.add_argument("--solution-steps", type=int, default=500, help="default %(default)s")
+    parser.add_argument("--rounds", type=int, default=5, help="calls of which the fastest counts, default %(default)s")
+
+
+def benchmark_options(arguments) -> dict[str, str]:
+    """{option: what it costs and gives}. Raises ValueError or OSError for arguments that do not fit."""
+    from unialign_jax import Pipeline, bundle
+
+    for name in ("count", "rounds"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name} is {getattr(arguments, name)}, expected at least 1")
+
+    size = bundle.read_config(arguments.bundle).image_size
+    prompts, pictures = read_inputs(arguments, size)
+
+    def open_pipeline(quantize=None):
+        return Pipeline.from_bundle(arguments.bundle, quantize=quantize, max_batch=len(prompts))
+
+    pipeline = open_pipeline()
+    options = {"guidance_scale": arguments.guidance_scale, "seeds": 0}
+
+    def maker(model=pipeline, **change):
+        return lambda: np.stack([np.asarray(i, np.float32) for i in model.generate(prompts, **options | change)])
+
+    make_plain = maker()
+    plain, solution = make_plain(), maker(steps=arguments.solution_steps)()
+    figures = {
+        "images": f"{len(prompts)} at once, {size} px, guidance {arguments.guidance_scale:g}",
+        PLAIN: f"{difference(plain, solution):.1f} from the solution",
+    }
+    makers = {name: maker(**change) for name, change in VARIANTS.items()}
+    makers |= {f"quantize={mode}": maker(open_pipeline(mode)) for mode in QUANTIZE}
+    for name, make in makers.items():
+        images = make()
+        # In turn, so that a busy moment of the machine meets both.
+        seconds = [(clock(make_plain), clock(make)) for _ in range(arguments.rounds)]
+        plain_seconds, own_seconds = map(min, zip(*seconds, strict=True))
+        figures[name] = (
+            f"{own_seconds / len(prompts):.4f} s an image, {plain_seconds / own_seconds:.2f} times the plain speed, "
+            f"{difference(images, plain):.1f} from plain, {difference(images, solution):.1f} from the solution"
+        )
+
+    pictures = pictures or pipeline.generate(prompts, **options)
+    for decoding in DECODINGS:
+        for steps in (32, 16, 8) if decoding in ("ancestral", "top_k") else (32,):
+            alone, together = (evaluations(pipeline, part, decoding, steps) for part in (pictures[:1], pictures))
+            figures[f"{decoding}, {steps} steps"] = f"{alone} evaluations for 1 caption, {together} for {len(pictures)}"
+    return figures
+
+
+def read_inputs(arguments, size):
+    """(prompts, pictures to caption or None)."""
+    if arguments.prompts:
+        prompts = [line for line in arguments.prompts.read_text().splitlines() if line.strip()]
+        if not prompts:
+            raise ValueError(f"{arguments.prompts} has no prompts, expected one a line")
+        return prompts, None
+    from PIL import Image
+
+    from unialign_jax.data.shapes import shapes_example
+
+    examples = [shapes_example("text_to_image", 1, index, image_size=size) for index in range(arguments.count)]
+    return [example.caption for example in examples], [Image.fromarray(example.image) for example in examples]
+
+
+def clock(function) -> float:
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def difference(a, b) -> float:
+    """Root mean square, in 255ths."""
+    return float(np.sqrt(np.mean(np.square(a - b))))
+
+
+def evaluations(pipeline, pictures, decoding, steps) -> int:
+    """How often the network ran on the batch of pictures."""
+    describe, samples = pipeline._describe, []
+
+    def watched(*args, **kwargs):
+        samples.append(describe(*args, **kwargs))
+        return samples[-1]
+
+    pipeline._describe = watched
+    try:
+        pipeline.caption(pictures, decoding=decoding, steps=steps)
+    finally:
+        pipeline._describe = describe
+    return sum(int(sample.evaluations) for sample in samples)
