@@ -148,6 +148,7 @@ def worker(side, function, settings) -> dict:
     with tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch) / "result.json"
         command = [sys.executable, str(program), function, json.dumps(settings), str(result)]
+        print(f"measuring {side}: {function} ...", file=sys.stderr, flush=True)
         if status := subprocess.run(command).returncode:
             hint = ", killed: out of memory?" if status == -9 else ""
             raise ValueError(f"{program.name} {function} failed with status {status}{hint}")
