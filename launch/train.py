@@ -7,11 +7,16 @@
 with its meaning in unialign_jax/training/config.py) can be set as --config.KEY=VALUE. The folder gets config.json,
 checkpoints/, metrics.jsonl, TensorBoard events and samples/. SIGTERM or Ctrl-C saves and stops; the same command goes
 on from there.
+
+On several hosts the same command runs on each: they find one another on a TPU slice and under SLURM's srun; elsewhere
+--coordinator, --num-processes and --process-id say how. When one of them is lost, all end; the same command goes on.
 """
 
 import argparse
 import logging
+import os
 import sys
+import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -43,7 +48,29 @@ def parse(arguments):
     parser.add_argument("--workdir", required=True, help="folder of the run; resumed when it holds a checkpoint")
     parser.add_argument("--noprogress", action="store_true", help="draw no progress bar")
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from, not just what it is")
-    return parser.parse_args(others), changes
+    several = parser.add_argument_group("several processes")
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is reached by the others")
+    several.add_argument("--num-processes", type=int, metavar="N", help="how many there are")
+    several.add_argument("--process-id", type=int, metavar="I", help="which one this is, from 0")
+    several.add_argument(
+        "--heartbeat-timeout", type=int, default=60, metavar="S", help="a process silent for so long is lost (60)"
+    )
+    several.add_argument("--start-timeout", type=int, default=300, metavar="S", help="wait for the others (300)")
+    several.add_argument(
+        "--stuck-timeout",
+        type=int,
+        default=1800,
+        metavar="S",
+        help="end when no step is done for so long (1800); 0: never",
+    )
+    options = parser.parse_args(others)
+    if len({value is None for value in (options.coordinator, options.num_processes, options.process_id)}) > 1:
+        parser.error("--coordinator, --num-processes and --process-id go together")
+    for name in ("heartbeat_timeout", "start_timeout", "stuck_timeout"):
+        least = 0 if name == "stuck_timeout" else 1
+        if getattr(options, name) < least:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected at least {least}")
+    return options, changes
 
 
 def main(arguments):
@@ -57,6 +84,19 @@ def main(arguments):
         from unialign_jax.training.stages import read_config
 
         config = read_config(options.config, changes)
+        from unialign_jax.training import distributed
+
+        several = distributed.start(
+            os.environ,
+            options.coordinator,
+            options.num_processes,
+            options.process_id,
+            heartbeat_timeout=options.heartbeat_timeout,
+            initialization_timeout=options.start_timeout,
+        )
+        if several:
+            train_together(config, options)
+            return
         from unialign_jax.training.loop import train
 
         train(config, options.workdir, progress=not options.noprogress)
@@ -66,6 +106,43 @@ def main(arguments):
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted")
+
+
+def train_together(config, options):
+    """Trains as one of several processes, and ends this one when it cannot go on, so that the others end too."""
+    import jax
+
+    from unialign_jax.training.distributed import LastWords
+    from unialign_jax.training.loop import train
+
+    who = f"process {jax.process_index()} of {jax.process_count()}"
+    again = "The same command goes on from the last checkpoint, on this or another number of processes"
+    last_words = LastWords(
+        f"error: {who} ended before the run did: another process was lost (the lines above say which), or this one was "
+        f"killed. {again}"
+    )
+    progress = not options.noprogress
+    try:
+        train(config, options.workdir, progress=progress, stuck_timeout=options.stuck_timeout)
+    except Exception as error:
+        expected = (ValueError, OSError, FloatingPointError, jax.errors.JaxRuntimeError)
+        if options.traceback or not isinstance(error, expected):
+            traceback.print_exc()
+        line = str(error)
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            line = f"{who} could not go on, most likely because another was lost: {line.splitlines()[0][:300]}. {again}"
+    except KeyboardInterrupt:
+        line = "interrupted"
+    except SystemExit:  # stopped and saved, as all the others
+        last_words.take_back()
+        raise
+    else:
+        last_words.take_back()
+        return
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    last_words.take_back()
+    # Not sys.exit: JAX would wait at the exit for the others, which wait for this process.
+    os._exit(1)
 
 
 if __name__ == "__main__":

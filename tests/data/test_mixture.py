@@ -114,17 +114,18 @@ def test_batches(streams):
     batches.close()
 
 
-@pytest.mark.parametrize("hosts", [2, 4])
-def test_host_slices_are_the_global_batch(streams, hosts):
+@pytest.mark.parametrize(
+    "hosts", [[range(4), range(4, 8)], [[0, 1], [2, 3], [4, 5], [6, 7]], [[0, 1, 4, 5], [2, 3, 6, 7]], [range(8)] * 2]
+)
+def test_hosts_read_their_rows_of_the_global_batch(streams, hosts):
     whole = Mixture(streams, seed=3, global_batch=8)
-    parts = [Mixture(streams, seed=3, global_batch=8, host_index=h, host_count=hosts) for h in range(hosts)]
+    parts = [Mixture(streams, seed=3, global_batch=8, rows=rows) for rows in hosts]
     for n in [0, 1, 2, 3, 17, 10_000_001]:
         name, expected = whole.batch(n)
-        slices = [part.batch(n) for part in parts]
-        assert {slice_name for slice_name, _ in slices} == {name}
-        assert all(len(batch["image"]) == 8 // hosts for _, batch in slices)
-        joined = {key: np.concatenate([batch[key] for _, batch in slices]) for key in expected}
-        assert_same_batch(joined, expected)
+        for rows, part in zip(hosts, parts, strict=True):
+            part_name, batch = part.batch(n)
+            assert part_name == name
+            assert_same_batch(batch, {key: value[list(rows)] for key, value in expected.items()})
 
 
 @pytest.mark.parametrize("start", [5, 10_000_000])
@@ -171,7 +172,7 @@ def test_every_epoch_holds_each_record_once(count, batch):
 def test_seed_and_name_make_the_order():
     def first(seed, name, others=()):
         mixture = Mixture([Numbers(name, 1000), *others], seed=seed, global_batch=50)
-        return tuple(mixture._batches[name][0]["number"])
+        return tuple(mixture._examples[name][index]["number"] for index in range(50))
 
     assert first(0, "a") == first(0, "a") == first(0, "a", [Numbers("b", 10)])
     assert first(0, "a") != first(1, "a") != first(0, "b")
@@ -209,16 +210,16 @@ def test_errors_in_a_record_reach_the_reader():
 
 
 def test_bad_mixtures(streams):
-    with pytest.raises(ValueError, match="global batch of 6 cannot be shared equally by 4 hosts"):
-        Mixture(streams, seed=0, global_batch=6, host_count=4)
+    with pytest.raises(ValueError, match="global_batch is 0, expected at least 1"):
+        Mixture(streams, seed=0, global_batch=0)
     with pytest.raises(ValueError, match="no stream to train on: 1 streams given"):
         Mixture([Numbers("a", 5, 0.0)], seed=0, global_batch=4)
     with pytest.raises(ValueError, match="no stream to train on: 0 streams"):
         Mixture([], seed=0, global_batch=4)
     with pytest.raises(ValueError, match="names must differ, found a, a"):
         Mixture([Numbers("a", 5), Numbers("a", 6)], seed=0, global_batch=4)
-    with pytest.raises(ValueError, match="host_index is 2, expected 0 to 1"):
-        Mixture(streams, seed=0, global_batch=4, host_index=2, host_count=2)
+    with pytest.raises(ValueError, match=r"this host's rows are \[3, 4\], expected some of 0 to 3"):
+        Mixture(streams, seed=0, global_batch=4, rows=[3, 4])
     with pytest.raises(ValueError, match="start is -1"):
         next(Mixture(streams, seed=0, global_batch=4).batches(-1))
     assert dataclasses.is_dataclass(streams[0].config)

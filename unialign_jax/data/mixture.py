@@ -18,7 +18,7 @@ class Mixture:
     Which stream gives batch n depends on (weights, n) alone; which of its records make it up, on (seed, stream's name,
     n). Nothing else is state: the position in the data is the step number. Each stream is shuffled anew every epoch,
     an epoch holds every record once, and batches run on over its end (so a data set may be smaller than a batch).
-    Host h of H reads slice h of every global batch; the slices in host order are the batch of one host.
+    A host reads those rows of every global batch that its devices need; they are the same on any number of hosts.
     """
 
     def __init__(
@@ -27,14 +27,13 @@ class Mixture:
         *,
         seed: int,
         global_batch: int,
-        host_index: int = 0,
-        host_count: int = 1,
+        rows: Sequence[int] | None = None,
     ):
         """Args: `streams` with their weights in their configs, those of weight 0 are dropped; `global_batch` is
-        examples per batch over all hosts.
+        examples per batch over all hosts; `rows` says which of them this host reads, all when None.
 
         Raises:
-          ValueError: no stream of positive weight, a name twice, or a batch that the hosts cannot share equally.
+          ValueError: no stream of positive weight, a name twice, or rows that are not in the batch.
         """
         import grain  # takes a second to import
 
@@ -44,21 +43,18 @@ class Mixture:
             raise ValueError(f"no stream to train on: {len(names)} streams given, none with a weight above 0")
         if len(set(names)) != len(names):
             raise ValueError(f"stream names must differ, found {', '.join(names)}")
-        if global_batch < 1 or host_count < 1 or global_batch % host_count:
-            raise ValueError(f"a global batch of {global_batch} cannot be shared equally by {host_count} hosts")
-        if not 0 <= host_index < host_count:
-            raise ValueError(f"host_index is {host_index}, expected 0 to {host_count - 1}")
+        if global_batch < 1:
+            raise ValueError(f"global_batch is {global_batch}, expected at least 1")
+        self._rows = [int(row) for row in (range(global_batch) if rows is None else rows)]
+        if not self._rows or min(self._rows) < 0 or max(self._rows) >= global_batch:
+            raise ValueError(f"this host's rows are {self._rows}, expected some of 0 to {global_batch - 1}")
         self.seed = seed
         self.global_batch = global_batch
         self._names = tuple(self.streams)
         self._shares = integer_weights([stream.config.weight for stream in self.streams.values()])
-        # Batches of one host's size: number k * H + h of them is host h's slice of global batch k.
-        self._batches = {
-            name: grain.MapDataset.source(stream)
-            .seed(_stream_seed(seed, name))
-            .shuffle()
-            .repeat()
-            .batch(global_batch // host_count)[host_index::host_count]
+        # Without end, so that row r of a stream's k-th batch is its number k * global_batch + r.
+        self._examples = {
+            name: grain.MapDataset.source(stream).seed(_stream_seed(seed, name)).shuffle().repeat()
             for name, stream in self.streams.items()
         }
 
@@ -68,14 +64,15 @@ class Mixture:
         return self._names[index], k
 
     def batch(self, n: int) -> tuple[str, dict[str, np.ndarray]]:
-        """(stream's name, this host's slice of batch n): every array has a leading axis of global_batch / hosts."""
+        """(stream's name, this host's rows of batch n): every array has a leading axis of the host's number of rows."""
         name, k = self.schedule(n)
-        return name, self._batches[name][k]
+        examples = [self._examples[name][k * self.global_batch + row] for row in self._rows]
+        return name, {key: np.stack([example[key] for example in examples]) for key in examples[0]}
 
     def batches(
         self, start: int = 0, *, num_threads: int = 4, prefetch: int = 4
     ) -> Iterator[tuple[int, str, dict[str, np.ndarray]]]:
-        """Yields (n, stream's name, this host's slice of batch n) for n = start, start + 1, ... without end.
+        """Yields (n, stream's name, this host's rows of batch n) for n = start, start + 1, ... without end.
 
         Args:
           start: the first n; starting at ten million costs as little as starting at 0.

@@ -15,6 +15,7 @@ import tensorstore as ts
 from orbax.checkpoint import v1 as ocp
 
 from unialign_jax.sharding import path_string
+from unialign_jax.training import distributed
 from unialign_jax.training.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class Checkpoints:
         damaged = []
         for step in reversed(self.steps()):
             directory = self.directory / str(step)
-            reason = damage(directory)
+            reason = agreed(damage(directory))
             if reason is None:
                 differences = _differences(_leaf_shapes(abstract_state._asdict()), _stored_shapes(directory))
                 if differences:
@@ -77,6 +78,7 @@ class Checkpoints:
                     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
                         raise
                     reason = _first_line(error)
+                reason = agreed(reason)
             if reason is None:
                 self._set_aside(damaged)
                 return TrainState(**loaded["state"])
@@ -91,21 +93,27 @@ class Checkpoints:
 
     def _set_aside(self, steps):
         """Makes room for these steps to be saved again, and keeps what is there."""
-        for step in steps:
+        for step in steps if jax.process_index() == 0 else ():
             kept, number = self.directory / f"damaged-{step}", 1
             while kept.exists():
                 number += 1
                 kept = self.directory / f"damaged-{step}-{number}"
             log.warning("%s/%d is kept as %s", self.directory, step, kept.name)
-            if jax.process_index() == 0:
-                (self.directory / str(step)).rename(kept)
+            (self.directory / str(step)).rename(kept)
         if steps:
+            distributed.wait_for_all("damaged checkpoints set aside")
             self._checkpointer.reload()
 
     def close(self):
         """Waits for the save under way, so that it is whole. Raises OSError when it cannot be written."""
         with _writing(self.directory):
             self._checkpointer.close()
+
+
+def agreed(reason: str | None) -> str | None:
+    """Why a checkpoint cannot be read, in this process or another: all must take the same one."""
+    elsewhere = distributed.anywhere(reason is not None)
+    return reason or ("another process cannot read it" if elsewhere else None)
 
 
 def damage(directory: Path) -> str | None:

@@ -128,12 +128,11 @@ def active_streams(config) -> dict[str, ConfigDict]:
     return {name: config.streams[name] for name in sorted(config.streams) if config.streams[name].weight > 0}
 
 
-def config_problems(config: ConfigDict, device_count: int | None = None, host_count: int = 1) -> list[str]:
+def config_problems(config: ConfigDict, device_count: int | None = None) -> list[str]:
     """All that is wrong with a configuration, one line each; empty when it can run.
 
     Args:
       device_count: what the mesh spans; None when it is not known, and then the mesh is not looked at.
-      host_count: processes that read data.
     """
     problems = _key_problems(config)
     if any(problem.startswith("missing") for problem in problems):
@@ -167,10 +166,6 @@ def config_problems(config: ConfigDict, device_count: int | None = None, host_co
             config.batch_size % parts == 0,
             f"batch_size {config.batch_size} is not divisible by {parts} (accumulation {config.accumulation}{mesh}): "
             f"the nearest that fits is {max(1, round(config.batch_size / parts)) * parts}",
-        )
-        expect(
-            config.batch_size % host_count == 0,
-            f"batch_size {config.batch_size} is not divisible by {host_count} hosts",
         )
     _check_networks(config, expect)
     _check_streams(config, expect)

@@ -22,7 +22,7 @@ from unialign_jax import bundle, sharding
 from unialign_jax.data.mixture import Mixture
 from unialign_jax.data.streams import Stream, StreamConfig
 from unialign_jax.data.tokenizer import load_tokenizer
-from unialign_jax.training import flops
+from unialign_jax.training import distributed, flops
 from unialign_jax.training.checkpoints import Checkpoints, load_params
 from unialign_jax.training.config import active_streams, build_configs, config_problems
 from unialign_jax.training.metrics import MetricsWriter, Throughput, to_means
@@ -48,19 +48,16 @@ class Trainer:
     def __init__(self, config: ConfigDict, devices=None):
         self.config = config
         devices = jax.devices() if devices is None else devices
-        problems = config_problems(config, len(devices), jax.process_count())
+        problems = config_problems(config, len(devices))
         if problems:
             raise ValueError("the configuration cannot run:\n  " + "\n  ".join(problems))
         self.mesh = sharding.make_mesh(**config.mesh, devices=devices)
 
         self.tokenizer = load_tokenizer(config.tokenizer or None)
         self.streams = open_streams(config, self.tokenizer)
+        self.rows = distributed.local_rows(sharding.batch_sharding(self.mesh), config.batch_size)
         self.mixture = Mixture(
-            list(self.streams.values()),
-            seed=config.seed,
-            global_batch=config.batch_size,
-            host_index=jax.process_index(),
-            host_count=jax.process_count(),
+            list(self.streams.values()), seed=config.seed, global_batch=config.batch_size, rows=self.rows
         )
         self.networks = Networks.create(*build_configs(config, self.mesh.devices.flat[0].platform))
         self.tx, self.schedule = make_optimizer(**config.optimizer)
@@ -153,9 +150,9 @@ class Trainer:
         return programs
 
     def put_batch(self, batch: dict[str, np.ndarray]):
-        """This host's slice of a batch -> the global arrays."""
-        place = sharding.batch_sharding(self.mesh)
-        return {key: jax.make_array_from_process_local_data(place, value) for key, value in batch.items()}
+        """This host's rows of a batch -> the global arrays."""
+        place, size = sharding.batch_sharding(self.mesh), self.config.batch_size
+        return {key: distributed.put_rows(place, size, self.rows, value) for key, value in batch.items()}
 
 
 def inherit_sources(config, workdir: Path) -> ConfigDict:
@@ -214,10 +211,14 @@ def open_streams(config, tokenizer) -> dict[str, Stream]:
 
 
 class StopRequest:
-    """Turns SIGTERM and SIGINT into a wish to stop after the step under way; a second signal acts at once."""
+    """Turns SIGTERM and SIGINT into a wish to stop after the step under way; a second signal acts at once.
+
+    With several processes all stop after the same step, whichever of them got the signal.
+    """
 
     def __init__(self):
         self.signal = None
+        self._vote = distributed.Vote() if jax.process_count() > 1 else None
 
     def __enter__(self):
         self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -231,13 +232,13 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def agreed(self, step: int) -> bool:
-        """Whether to stop after `step`; on several hosts all of them give the same answer."""
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self.signal is not None
+    def agreed(self) -> bool:
+        """Whether to stop here. To be asked at every step, by all processes: they give the same answer."""
+        if self._vote is None:
+            return self.signal is not None
+        chosen = self._vote(self.signal or 0)
+        self.signal = chosen or self.signal
+        return chosen > 0
 
 
 def write_config(config: ConfigDict, workdir: Path):
@@ -273,7 +274,7 @@ def _changes(before, after, prefix=""):
             yield f"{prefix}{key} from {old!r} to {new!r}"
 
 
-def train(config: ConfigDict, workdir, *, progress=True, devices=None) -> TrainState:
+def train(config: ConfigDict, workdir, *, progress=True, devices=None, stuck_timeout=0) -> TrainState:
     """Trains to `config.num_steps` in `workdir`, from its newest whole checkpoint if it has one.
 
     Args:
@@ -281,6 +282,7 @@ def train(config: ConfigDict, workdir, *, progress=True, devices=None) -> TrainS
       workdir: the run's folder, on a file system that all hosts see.
       progress: whether to draw a progress bar.
       devices: what the mesh spans; all devices when None.
+      stuck_timeout: seconds without a step after which the process ends itself; 0 waits for ever.
 
     Raises ValueError for a configuration or data that cannot run, FloatingPointError for a loss that is not finite,
     SystemExit (128 + signal) after a SIGTERM or SIGINT, once the state is saved.
@@ -303,7 +305,10 @@ def train(config: ConfigDict, workdir, *, progress=True, devices=None) -> TrainS
         sampler = Sampler(config, trainer.networks, trainer.mesh, trainer.streams, trainer.tokenizer, workdir)
         if int(state.step) < config.num_steps:
             programs = trainer.compile_steps()
-            state = run_steps(trainer, programs, state, frozen, checkpoints, sampler, workdir, stop, progress)
+            with distributed.ending_when_stuck(stuck_timeout) as alive:
+                state = run_steps(
+                    trainer, programs, state, frozen, checkpoints, sampler, workdir, stop, progress, alive
+                )
             checkpoints.save(state, int(state.step))
         else:
             log.info("%s is already at step %d of %d", workdir, int(state.step), config.num_steps)
@@ -322,14 +327,17 @@ def sampled_params(state: TrainState):
     return state.ema or state.params["transformer"]
 
 
-def run_steps(trainer, programs, state, frozen, checkpoints, sampler, workdir, stop, progress) -> TrainState:
+def run_steps(
+    trainer, programs, state, frozen, checkpoints, sampler, workdir, stop, progress, alive=lambda: None
+) -> TrainState:
     """The loop. A step's numbers are fetched while the next step runs, so that the device never waits for the host."""
     config = trainer.config
     step = int(state.step)
     recorder = Recorder(trainer, MetricsWriter(workdir, step), progress, step)
     batches = trainer.mixture.batches(step, num_threads=config.data.num_threads, prefetch=config.data.prefetch)
     with contextlib.closing(recorder), contextlib.closing(batches):
-        while step < config.num_steps and not stop.agreed(step):
+        while step < config.num_steps and not stop.agreed():
+            alive()
             began = time.perf_counter()
             _, name, batch = next(batches)
             recorder.throughput.add_wait(time.perf_counter() - began)
