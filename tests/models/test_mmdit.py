@@ -155,7 +155,7 @@ def test_untrained_network_predicts_zero_velocity_and_passes_its_input_through()
     np.testing.assert_allclose(out.text_tap, embedded, atol=1e-5)
 
 
-@pytest.mark.parametrize("remat", ["block", "dots"])
+@pytest.mark.parametrize("remat", ["block", "dots", "offload"])
 def test_remat_changes_no_gradient(remat):
     params, args = random_params(SMALL), inputs(SMALL)
 
