@@ -1,0 +1,220 @@
+"""Real processes over loopback, with gloo between their CPU devices."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from unialign_jax.training import distributed
+from unialign_jax.training.loop import train
+from unialign_jax.training.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+PATIENCE = 300  # seconds that a machine busy with other things may take
+
+
+@contextlib.contextmanager
+def processes(count, command, logs: Path):
+    """`count` processes of command(coordinator, process_id); none of them outlives the block."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    # Four compilations on two cores take as long as the optimisation they do; results differ by rounding.
+    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    environ = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "XLA_"))}
+    environ |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": quick}
+    started = []
+    try:
+        for index in range(count):
+            with open(f"{logs}.{index}.log", "w") as log:
+                arguments = [sys.executable, *command(coordinator, index)]
+                started.append(subprocess.Popen(arguments, stdout=log, stderr=subprocess.STDOUT, env=environ))
+        yield started
+    finally:
+        for process in started:
+            process.kill()  # stopped ones too
+            process.wait()
+
+
+def wait_until(condition, started, logs):
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        ended = [process.returncode for process in started if process.poll() is not None]
+        assert not ended and time.monotonic() < deadline, "\n".join(said(logs, i) for i in range(len(started)))
+        time.sleep(0.02)
+
+
+def said(logs, index) -> str:
+    return Path(f"{logs}.{index}.log").read_text()
+
+
+def rows(workdir):
+    with contextlib.suppress(FileNotFoundError, ValueError):  # not there, or its last line is being written
+        return read_metrics(workdir)
+    return []
+
+
+def test_many_processes_are_one_run_through_a_loss_and_a_stop(small_config, shapes_dir, tmp_path):
+    """Four processes, one killed; two go on, one gets SIGTERM; one goes on: the numbers of one that did it all."""
+    config = small_config(checkpoint__every=4, num_steps=1000)
+    workdir = tmp_path / "run"
+    overrides = ["num_steps=1000", "checkpoint.every=4", "data.num_threads=1", "samples.count=0"]
+    for key in ("batch_size", "image_size", "text_length", "log_every", "sigma.shift"):
+        overrides.append(f"{key}={config.to_dict()[key] if '.' not in key else config.sigma.shift}")
+    for group in ("model", "heads", "text_encoder"):
+        overrides += [f"{group}.{key}={value}" for key, value in config[group].items() if isinstance(value, int)]
+    overrides.append(f"streams.text_to_image.path={shapes_dir}/text_to_image")
+
+    def command(count, *mesh):
+        def arguments(coordinator, index):
+            yield from (ROOT / "launch" / "train.py", f"--config={ROOT}/configs/stage1.py:tiny", "--noprogress")
+            yield from (f"--workdir={workdir}", *(f"--config.{override}" for override in (*overrides, *mesh)))
+            yield from (f"--coordinator={coordinator}", f"--num-processes={count}", f"--process-id={index}")
+            yield "--heartbeat-timeout=60"
+
+        return arguments
+
+    # Data parallel and tensor parallel: two and two processes read the same rows.
+    four = tmp_path / "four"
+    with processes(4, command(4, "mesh.data=2", "mesh.fsdp=1", "mesh.tensor=2"), four) as started:
+        saved = workdir / "checkpoints" / "4"
+        wait_until(lambda: len(rows(workdir)) >= 6 and saved.is_dir(), started, four)
+        started[2].kill()
+        for index in (0, 1, 3):
+            assert started[index].wait(PATIENCE) != 0
+            last = said(four, index).splitlines()[-1]
+            assert last.startswith(f"error: process {index} of 4 ")
+            assert "another was lost" in last or "another process was lost" in last
+            assert "The same command goes on from the last checkpoint, on this or another number of processes" in last
+    of_four = rows(workdir)
+
+    two = tmp_path / "two"
+    with processes(2, command(2), two) as started:
+        wait_until(lambda: "resuming" in said(two, 0), started, two)
+        wait_until(lambda: 3 <= len(rows(workdir)) != len(of_four), started, two)
+        began = len(rows(workdir))
+        wait_until(lambda: len(rows(workdir)) > began + 2, started, two)
+        started[1].send_signal(signal.SIGTERM)
+        assert [process.wait(PATIENCE) for process in started] == [128 + signal.SIGTERM] * 2, said(two, 0)
+    stopped = rows(workdir)[-1]["step"]
+    assert all(f"stopped by SIGTERM at step {stopped}, saved" in said(two, index) for index in range(2))
+    assert (workdir / "checkpoints" / str(stopped)).is_dir()
+
+    config.num_steps = stopped + 2
+    train(config, workdir, progress=False, devices=jax.devices()[:1])
+    train(config, tmp_path / "whole", progress=False, devices=jax.devices()[:1])
+    whole = rows(tmp_path / "whole")
+    assert [row["step"] for row in rows(workdir)] == list(range(1, stopped + 3))
+    for found in (of_four, rows(workdir)):
+        for row, expected in zip(found, whole, strict=False):
+            for name in ("loss", "flow_matching", "masked_text", "cross_modal", "intrinsic_modal", "gradient_norm"):
+                message = f"step {row['step']} {name}"
+                np.testing.assert_allclose(row[name], expected[name], rtol=1e-5, atol=1e-5, err_msg=message)
+
+
+SILENT = """
+import os, sys, time
+from unialign_jax.training import distributed
+
+assert distributed.start(os.environ, sys.argv[1], 2, int(sys.argv[2]), heartbeat_timeout=5)
+distributed.LastWords("error: another process was lost")
+vote = distributed.Vote()
+while True:
+    vote(0)
+    print("step", flush=True)
+    time.sleep(0.05)
+"""
+
+
+@pytest.mark.parametrize("silent", [0, 1])
+def test_a_process_that_falls_silent_ends_the_others(silent, tmp_path):
+    """Stopped, not killed: its connections stay open, only its heartbeats are missing. Process 0 counts them."""
+    logs = tmp_path / "log"
+
+    def command(coordinator, index):
+        return "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{SILENT}", coordinator, str(index)
+
+    with processes(2, command, logs) as started:
+        wait_until(lambda: all(said(logs, index).count("step") > 2 for index in range(2)), started, logs)
+        started[silent].send_signal(signal.SIGSTOP)
+        other = 1 - silent
+        assert started[other].wait(PATIENCE) != 0
+        wait_until(lambda: "error: another process was lost" in said(logs, other), [], logs)
+        assert "JAX distributed service detected fatal errors" in said(logs, other)
+
+
+def test_nobody_waits_where_there_is_one_process():
+    assert not distributed.start({})
+    assert not distributed.start({}, "localhost:1", 1, 0)
+    job = {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}  # a shell within an allocation
+    assert not distributed.start(job)
+    assert not distributed.in_slurm_step(job | {"SLURM_STEP_NODELIST": "a", "SLURM_LOCALID": "0", "SLURM_NTASKS": "1"})
+    assert distributed.in_slurm_step(job | {"SLURM_STEP_NODELIST": "a[1-2]", "SLURM_LOCALID": "0"})
+    assert distributed.anywhere(True) and not distributed.anywhere(False)
+
+
+@pytest.mark.parametrize(
+    ("environ", "metadata", "expected"),
+    [
+        ({}, {}, False),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, {}, False),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, {}, True),
+        ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, {}, True),
+        ({}, {"worker-network-endpoints": "unknown:unknown:10.0.0.2"}, False),
+        ({}, {"worker-network-endpoints": "unknown:unknown:10.0.0.2,unknown:unknown:10.0.0.3"}, True),
+        ({}, {"worker-network-endpoints": "x:y:10.0.0.2", "tpu-env": "ZONE: 'a'\nMEGASCALE_NUM_SLICES: '4'\n"}, True),
+    ],
+)
+def test_when_a_tpu_host_is_one_of_several(environ, metadata, expected):
+    assert distributed.on_tpu_pod(environ, lambda name: metadata.get(name, "")) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("localhost:1", None, None), "go together"),
+        (("localhost", 2, 0), "expected HOST:PORT"),
+        (("localhost:1", 2, 2), "--process-id is 2, expected 0 to 1"),
+    ],
+)
+def test_arguments_that_do_not_go_together(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        distributed.start({}, *arguments)
+
+
+def test_rows_follow_from_the_devices_not_from_the_process_number():
+    """On a TPU the mesh follows the torus: a host's rows may be in pieces, and on several of its devices."""
+    pieces = {"a": (slice(6, 8),), "b": (slice(0, 2),), "c": (slice(6, 8),)}
+    host = SimpleNamespace(addressable_devices_indices_map=lambda shape: pieces)
+    mine = distributed.local_rows(host, 8)
+    np.testing.assert_array_equal(mine, [0, 1, 6, 7])
+
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2)[::-1], ("data", "tensor"))
+    sharding = NamedSharding(mesh, P("data"))
+    values = np.arange(8 * 3).reshape(8, 3)
+    everything = distributed.local_rows(sharding, 8)
+    np.testing.assert_array_equal(everything, range(8))
+    np.testing.assert_array_equal(distributed.put_rows(sharding, 8, everything, values), values)
+    # The one piece of code that picks a device's rows out of what the host has read:
+    host = SimpleNamespace()
+    found = {}
+
+    def collect(shape, _, piece):
+        found.update({name: piece(index) for name, index in pieces.items()})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "make_array_from_callback", collect)
+        distributed.put_rows(host, 8, mine, values[mine])
+    np.testing.assert_array_equal(found["a"], values[6:8])
+    np.testing.assert_array_equal(found["b"], values[:2])
