@@ -9,35 +9,54 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 DESCRIPTION = """\
-Compiles the programs of a task for a TPU chip, without the chip and without weights, and says what they need in its
-memory. Needs the TPU compiler beside jax: pip install 'libtpu==0.0.42.*' (for jax 0.10.2; best in an environment of its
-own). A full-size task takes a few minutes on two CPU cores.
+Compiles the programs of a sampling task for a TPU chip, or the training steps of a configuration for a TPU slice,
+without the chips and without weights or data, and says what they need there. Needs the TPU compiler beside jax:
+pip install 'libtpu==0.0.42.*' (for jax 0.10.2; best in an environment of its own). A full-size task takes a few minutes
+on two CPU cores.
 """
 EXAMPLES = """\
 examples
   python launch/plan.py --task=t2i --topology=v5e:1x1
   python launch/plan.py --task=caption --topology=v5e:1x1 --batch=8 --quantize=int8 --output=caption.json
+  python launch/plan.py --config=configs/stage1.py --topology=v4:4x4x4
+  python launch/plan.py --config=configs/stage1.py --topology=v5e-256 --config.mesh.data=64 --config.mesh.encoder=4
+  python launch/plan.py --config=configs/stage1.py --topology=v4-8 --search
 
-Exit status 0 when the task fits (with --low-memory: in that mode), 1 when it does not.
+Topologies are named by kind and grid, v4:4x4x4, or as on Google Cloud, v4-128 (cores, two a chip; of v5e and v6e
+chips). Exit status 0 when all fits (with --low-memory: in that mode), 1 when it does not.
 """
 
 
 def parse_arguments(argv):
+    """The command line -> its options, and the --config.KEY=VALUE changes as "KEY=VALUE"."""
+    argv = sys.argv[1:] if argv is None else [str(argument) for argument in argv]
+    changes = [argument.removeprefix("--config.") for argument in argv if argument.startswith("--config.")]
     parser = argparse.ArgumentParser(
-        description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--task", required=True, choices=("t2i", "edit", "caption"), help="what to do")
-    parser.add_argument("--topology", default="v5e:1x1", help="the chip, default %(default)s; sampling uses one")
-    parser.add_argument("--size", type=int, default=512, help="pixels a side, default %(default)s")
-    parser.add_argument("--batch", type=int, default=1, help="images at a time, default %(default)s")
-    parser.add_argument("--quantize", choices=("int8", "w8a8"), help="as in Pipeline.from_bundle")
-    parser.add_argument("--low-memory", action="store_true", help="ask whether it fits with low_memory")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--task", choices=("t2i", "edit", "caption"), help="sampling: what to do")
+    what.add_argument("--config", metavar="FILE", help="training: a stage file, and --config.KEY=VALUE for its keys")
+    parser.add_argument("--topology", default="v5e:1x1", help="the chips, default %(default)s; sampling uses one")
+    parser.add_argument("--num-slices", type=int, default=1, help="training: slices of that topology, default 1")
+    parser.add_argument("--stream", help="training: this stream only")
+    parser.add_argument(
+        "--search", action="store_true", help="training: find the largest micro-batch and cheapest remat that fit"
+    )
+    parser.add_argument("--dump", type=Path, metavar="DIR", help="training: keep the compiled steps' HLO text there")
+    parser.add_argument("--size", type=int, default=512, help="sampling: pixels a side, default %(default)s")
+    parser.add_argument("--batch", type=int, default=1, help="sampling: images at a time, default %(default)s")
+    parser.add_argument("--quantize", choices=("int8", "w8a8"), help="sampling: as in Pipeline.from_bundle")
+    parser.add_argument("--low-memory", action="store_true", help="sampling: ask whether it fits with low_memory")
     parser.add_argument("--output", type=Path, metavar="JSON", help="also write the figures to this file")
-    return parser.parse_args(argv)
+    return parser.parse_args([argument for argument in argv if not argument.startswith("--config.")]), changes
 
 
 def main(argv=None):
-    arguments = parse_arguments(argv)
+    arguments, changes = parse_arguments(argv)
     # There is no TPU to talk to, and no reason to keep another process from compiling.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -45,12 +64,73 @@ def main(argv=None):
 
     jax.config.update("jax_platforms", "cpu")
     try:
-        figures = plan(arguments)
+        figures = plan_training(arguments, changes) if arguments.config else plan(arguments)
         if arguments.output:
             arguments.output.write_text(json.dumps(figures, indent=2) + "\n")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     sys.exit(0 if figures["fits"] else 1)
+
+
+def plan_training(arguments, changes) -> dict:
+    from unialign_jax import planning
+    from unialign_jax.training import plan as training
+    from unialign_jax.training.config import active_streams
+    from unialign_jax.training.stages import read_config
+
+    config = read_config(arguments.config, changes)
+    names = list(active_streams(config))
+    if arguments.stream:
+        if arguments.stream not in names:
+            raise ValueError(f"unknown stream {arguments.stream!r}, expected one of {', '.join(names)}")
+        names = [arguments.stream]
+    devices = planning.topology_devices(arguments.topology, arguments.num_slices)
+    usable = planning.usable_bytes(devices[0])
+    if arguments.dump:
+        arguments.dump.mkdir(parents=True, exist_ok=True)
+
+    def compile_step(config, name):
+        print(f"compiling: {name}, remat {config.model.remat}, accumulation {config.accumulation}", file=sys.stderr)
+        dump = arguments.dump and arguments.dump / f"{config.name}-{name}.hlo"
+        return training.plan_step(config, devices, name, usable=usable, dump=dump)
+
+    if arguments.search:
+        config = training.search(config, training.heaviest_stream(config, names), compile_step, len(devices))
+        print(f"found: accumulation {config.accumulation}, remat {config.model.remat}", file=sys.stderr)
+    plans, misfits = [], []
+    for name in names:
+        try:
+            plans.append(compile_step(config, name))
+        except training.DoesNotFit as error:
+            misfits.append(str(error))
+    mesh = ", ".join(f"{axis}={size}" for axis, size in config.mesh.items() if size != 1) or "one device"
+    print(
+        f"{arguments.config} on {arguments.num_slices} x {arguments.topology} ({len(devices)} x "
+        f"{devices[0].device_kind}), mesh {mesh}, batch {config.batch_size}, accumulation {config.accumulation}, "
+        f"remat {config.model.remat}\n"
+    )
+    figures = training.report(config, plans)
+    if plans:
+        for title, rows in figures["tables"].items():
+            print(f"{title}\n{planning.format_table(rows)}\n")
+    for plan in plans:
+        verdict = "fits" if plan.fits else "DOES NOT FIT"
+        print(f"{plan.stream}: {verdict}: {plan.peak / planning.GIB:.2f} of {(usable or 0) / planning.GIB:.2f} GiB")
+    for line in misfits:
+        print(f"DOES NOT FIT: {line}")
+    return figures | {
+        "config": arguments.config,
+        "changes": changes,
+        "topology": arguments.topology,
+        "num_slices": arguments.num_slices,
+        "chips": len(devices),
+        "mesh": dict(config.mesh),
+        "batch_size": config.batch_size,
+        "accumulation": config.accumulation,
+        "remat": config.model.remat,
+        "misfits": misfits,
+        "fits": not misfits and all(plan.fits for plan in plans),
+    }
 
 
 def plan(arguments) -> dict:

@@ -84,7 +84,7 @@ def test_measuring_on_this_machine(tiny_bundle):
 
 
 def test_bad_arguments_are_said_in_a_line():
-    with pytest.raises(ValueError, match=r"^topology is 'v5e', expected a kind and a grid of chips, such as v5e:1x1"):
+    with pytest.raises(ValueError, match=r"^topology is 'v5e', expected such as v4:4x4x4 or v4-128, v5e-256"):
         planning.topology_devices("v5e")
     with pytest.raises(ValueError, match=r"^unknown task 'paint', expected one of t2i, edit, caption$"):
         planning.sampling_programs("paint", jax.devices()[0])

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 
-from unialign_jax import weights
+from unialign_jax import hardware, weights
 from unialign_jax.bundle import BundleConfig
 from unialign_jax.inputs import ImageSettings
 from unialign_jax.models import presets
@@ -50,18 +50,19 @@ class Memory:
     code: int
 
 
-def topology_devices(name) -> list:
-    """The devices of a TPU topology such as "v5e:1x1" or "v4:4x4x8", to compile for.
+def topology_devices(name, num_slices=1) -> list:
+    """The devices of a TPU topology such as "v5e:1x1" or "v4-128" (see `hardware.topology_name`), to compile for.
 
+    Args: `num_slices`: how many such slices.
     Raises ValueError when libtpu is missing or has no such topology.
     """
-    match = re.fullmatch(r"(v\w+):(\d+(?:x\d+)*)", name)
-    if not match:
-        raise ValueError(f"topology is {name!r}, expected a kind and a grid of chips, such as v5e:1x1 or v5p:2x2x1")
-    kind, grid = match.groups()
+    name = hardware.topology_name(name)
+    kind, grid = name.split(":")
     options = {}
     if math.prod(map(int, grid.split("x"))) == 1:
         options["chips_per_host_bounds"] = [1, 1, 1]
+    if num_slices > 1:
+        options["num_slices"] = num_slices
     if kind == "v4":
         options["chip_config_name"] = "megacore"  # or else each chip counts as two devices
     try:

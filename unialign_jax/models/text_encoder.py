@@ -70,6 +70,8 @@ class Layer(nn.Module):
                 features, axis=axis, use_bias=False, dtype=c.dtype, kernel_init=init, name=name
             )
 
+        # The weights are split over axes that elsewhere split the batch: held whole here, the tokens go to the weights.
+        x = keep_batch_sharded(x, ENCODER_BATCH_AXES)
         heads = (c.num_heads, c.head_width)
         hidden = rms_norm(c, "attention_norm")(x)
         # The missing 1/sqrt(d) of the scores sits in the initial queries instead.
@@ -85,6 +87,7 @@ class Layer(nn.Module):
             head_axes=ENCODER_HEAD_AXES,
         )
         x = x + dense(c.width, "out", axis=(-2, -1), fan=c.num_heads * c.head_width)(attended)
+        x = keep_batch_sharded(x, ENCODER_BATCH_AXES)
 
         hidden = rms_norm(c, "mlp_norm")(x)
         gate = nn.gelu(dense(c.mlp_width, "mlp_gate")(hidden), approximate=True)

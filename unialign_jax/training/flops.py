@@ -8,25 +8,15 @@ All functions return the FLOPs of ONE sample as a float. Configs are read by att
 models.mmdit, models.text_encoder and models.autoencoder.
 """
 
-TIME_FEATURES = 256  # sinusoids that the MM-DiT's time embedding reads
+from unialign_jax.hardware import find_chip
 
-# bf16 peak of one device with dense matmuls, in FLOP/s; the first name found in the device kind decides.
-PEAK_FLOPS = (
-    ("TPU v6", 918e12),
-    ("TPU v5 lite", 197e12),
-    ("TPU v5e", 197e12),
-    ("TPU v5", 459e12),
-    ("TPU v4", 275e12),
-    ("H100 PCIe", 756e12),
-    ("H100", 989e12),
-    ("H200", 989e12),
-    ("A100", 312e12),
-)
+TIME_FEATURES = 256  # sinusoids that the MM-DiT's time embedding reads
 
 
 def peak_flops(device_kind):
     """The bf16 peak in FLOP/s of a `jax.Device.device_kind`; None when unknown, as for a CPU."""
-    return next((peak for name, peak in PEAK_FLOPS if name in device_kind), None)
+    chip = find_chip(device_kind)
+    return chip and chip.peak
 
 
 def linear(tokens, width_in, width_out):

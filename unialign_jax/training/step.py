@@ -207,3 +207,33 @@ def make_train_step(config, networks: Networks, tx, schedule, kind: str, mask_id
         return TrainState(state.step + 1, params, ema, opt_state), metrics
 
     return train_step
+
+
+def batch_shapes(config, stream) -> dict[str, jax.ShapeDtypeStruct]:
+    """The global batch of a stream as `data.streams.Stream` describes it, from the configuration alone."""
+    side, length, width = config.image_size, config.text_length, config.heads.teacher_width
+    example = {
+        "image": ((side, side, 3), jnp.uint8),
+        "prompt_ids": ((length,), jnp.int32),
+        "text_ids": ((length,), jnp.int32),
+        "text_is_target": ((length,), jnp.bool_),
+        "replaced": ((), jnp.bool_),
+    }
+    if stream.num_conditions:
+        example["conditions"] = ((stream.num_conditions, side, side, 3), jnp.uint8)
+    if config.loss_weights.intrinsic_modal:
+        example |= {name: ((width,), jnp.float16) for name in ("teacher_image", "teacher_text")}
+    return {name: jax.ShapeDtypeStruct((config.batch_size, *shape), kind) for name, (shape, kind) in example.items()}
+
+
+def lower_train_step(step, mesh, state, frozen, batch):
+    """A train step for the shapes and shardings of its arguments, ready to compile; the state is donated.
+
+    Args: `state` and `frozen` are abstract and carry their shardings, `batch` is shapes, split here.
+    """
+    place = sharding.batch_sharding(mesh)
+    batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for name, x in batch.items()}
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    with jax.set_mesh(mesh):
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
+        return jitted.lower(state, frozen, batch)

@@ -1,0 +1,181 @@
+"""Plans of training: the roofline's arithmetic, names and links of slices, and the chips' compiler where it is."""
+
+import dataclasses
+import importlib.util
+
+import numpy as np
+import pytest
+
+from unialign_jax import hardware, planning
+from unialign_jax.collectives import Collective
+from unialign_jax.planning import GIB
+from unialign_jax.training import plan
+from unialign_jax.training.stages import read_config
+
+HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
+needs_libtpu = pytest.mark.skipif(not HAS_LIBTPU, reason="needs the TPU compiler: pip install 'libtpu==0.0.42.*'")
+V4, V5E = (next(chip for chip in hardware.CHIPS if chip.name == name) for name in ("v4", "v5e"))
+PLAN = plan.StepPlan(
+    stream="text_to_image",
+    chips=256,
+    batch_size=256,
+    accumulation=1,
+    remat="block",
+    parameters=GIB,
+    optimizer=2 * GIB,
+    frozen=3 * GIB,
+    batch=0,
+    temporaries=4 * GIB,
+    code=0,
+    usable=16 * GIB,
+    flops=20e12,
+    compute=0.10,
+    hbm=0.05,
+    ici_overlapped=0.08,
+    ici_exposed=0.02,
+    dcn=0.01,
+    peak_flops=200e12,
+    bytes_inside={"all-gather": 4e9},
+    bytes_across={"all-gather": 0.0},
+)
+
+
+def test_what_overlaps_counts_once_and_what_does_not_is_added():
+    assert PLAN.seconds == pytest.approx(0.10 + 0.02 + 0.01)
+    assert dataclasses.replace(PLAN, ici_overlapped=0.3).seconds == pytest.approx(0.3 + 0.02 + 0.01)
+    assert PLAN.mfu == pytest.approx(20e12 / 0.13 / 200e12)
+    assert PLAN.images_per_second == pytest.approx(256 / 0.13)
+    assert PLAN.peak == 10 * GIB and PLAN.fits
+    assert not dataclasses.replace(PLAN, usable=9 * GIB).fits
+
+
+def test_the_stage_is_the_streams_by_their_shares():
+    config = read_config("configs/stage2.py", ["streams.perception.weight=0", "streams.personalization.weight=0"])
+    slow = dataclasses.replace(PLAN, stream="edit", compute=0.20)
+    figures = plan.report(config, [PLAN, slow])
+    (stage,) = figures["tables"]["the stage"]
+    seconds = 0.75 * 0.13 + 0.25 * 0.23
+    assert stage["hours"] == pytest.approx(40_000 * seconds / 3600)
+    assert stage["chip-hours"] == pytest.approx(256 * stage["hours"])
+    assert stage["MFU %"] == pytest.approx(100 * 20e12 / seconds / 200e12)
+    assert [row["peak"] for row in figures["tables"]["memory"]] == [10.0, 10.0]
+    assert figures["tables"]["interconnect"][0]["all-gather"] == 4.0
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("v4:4x4x4", "v4:4x4x4"),
+        ("v4-8", "v4:2x2x1"),
+        ("v4-16", "v4:2x2x2"),
+        ("v4-128", "v4:4x4x4"),
+        ("v4-512", "v4:4x8x8"),
+        ("v5p-128", "v5p:4x4x4"),
+        ("v5p-8192", "v5p:16x16x16"),
+        ("v5litepod-256", "v5e:16x16"),
+        ("v5e-1", "v5e:1x1"),
+        ("v6e-8", "v6e:2x4"),
+    ],
+)
+def test_names_as_on_google_cloud(name, expected):
+    assert hardware.topology_name(name) == expected
+
+
+@pytest.mark.parametrize("name", ["v4-7", "v5e-512", "v5p-2", "v3-8", "h100-8", "v5e:", "v5e-0", "v6e-3"])
+def test_other_names_are_refused_in_a_line(name):
+    with pytest.raises(ValueError, match=f"^topology is '{name}'"):
+        hardware.topology_name(name)
+
+
+def test_chips_are_found_by_their_kind():
+    kinds = ["TPU v5 lite", "TPU v5", "TPU v6 lite", "NVIDIA H100 PCIe", "NVIDIA H200", "cpu"]
+    found = [hardware.find_chip(kind) for kind in kinds]
+    assert [chip and chip.name for chip in found] == ["v5e", "v5p", "v6e", "H100 PCIe", "H200", None]
+
+
+def grid(*sizes):
+    return np.stack(np.meshgrid(*(np.arange(size) for size in sizes), indexing="ij"), axis=-1).reshape(-1, len(sizes))
+
+
+def test_a_groups_links():
+    assert plan.group_bandwidth(V4, grid(4, 4, 4), (4, 4, 4)) == 2.7e11  # as "ICI for a gather over the whole slice"
+    assert plan.group_bandwidth(V5E, grid(16, 16), (16, 16)) == 1.8e11
+    assert plan.group_bandwidth(V5E, grid(4, 4), (4, 4)) == 0.9e11  # no ring
+    assert plan.group_bandwidth(V4, grid(1, 1, 4), (4, 4, 4)) == 0.9e11  # one ring of four
+    assert plan.group_bandwidth(V4, grid(1, 1, 4), (2, 2, 4)) == 0.45e11  # not of whole cubes: a line
+    assert plan.group_bandwidth(V5E, grid(2, 2), (16, 16)) == 0.9e11
+    assert plan.group_bandwidth(V5E, 2 * grid(8, 8), (16, 16)) == 0.9e11  # every second chip: links shared by two
+
+
+def test_overlapped_and_exposed_collectives():
+    devices = [type("Device", (), {"coords": (i, 0, 0)})() for i in range(4)]
+    groups = np.arange(4)[None]
+    both = [Collective("all-gather", "", 9_000_000, groups, 2, overlaps) for overlaps in (True, False)]
+    overlapped, exposed = plan.ici_seconds(both, V5E, devices, np.zeros(4, int))
+    assert overlapped == exposed == pytest.approx(2 * 3 * 9e6 / 4.5e10)
+
+
+def test_the_compilers_refusal_in_a_line():
+    message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 21.50G of 15.75G hbm. Exceeded by 5.75G."
+    assert plan.misfit("edit", message) == "the step of edit does not fit: it needs 21.50G of 15.75G"
+
+
+def test_the_search_asks_for_few_compilations():
+    config = read_config("configs/stage1.py", [])
+    asked = []
+
+    def compile_step(config, name):
+        asked.append((config.accumulation, config.model.remat))
+        rows = 256 // 64 // config.accumulation
+        held = rows * {"none": 8, "dots": 5, "block": 3}[config.model.remat]
+        if held > 20:
+            raise plan.DoesNotFit("no room")
+        return dataclasses.replace(PLAN, temporaries=held * GIB)
+
+    found = plan.search(config, "text_to_image", compile_step, 64)  # 4 rows a chip, and 6 GiB beside them, in 16
+    assert (found.accumulation, found.model.remat) == (2, "dots")
+    assert asked == [(1, "block"), (2, "block"), (2, "none"), (2, "dots")]
+    with pytest.raises(ValueError, match="^the step of text_to_image does not fit in any micro-batch on this mesh"):
+        plan.search(config, "text_to_image", lambda *_: dataclasses.replace(PLAN, usable=0), 64)
+
+
+def test_work_on_paper():
+    """pods.md's arithmetic: 17.9 TFLOP a sample of text_to_image; remat of all blocks adds a forward of both passes."""
+    from unialign_jax.training.config import build_configs
+    from unialign_jax.training.state import Networks
+
+    config = read_config("configs/stage1.py", [])
+    networks = Networks.create(*build_configs(config, "tpu"))
+    work = plan.step_work(config, networks, config.streams.text_to_image, 256)
+    assert work["model"] == pytest.approx(17.9e12, rel=0.02)
+    config.model.remat = "none"
+    none = plan.step_work(config, networks, config.streams.text_to_image, 256)
+    assert sum(work.values()) - sum(none.values()) == pytest.approx(3.95e12, rel=0.03)
+    assert none["matmul"] + none["attention"] / (1 + plan.ATTENTION_BACKWARD) * 3 == pytest.approx(none["model"])
+
+
+@needs_libtpu
+@pytest.mark.parametrize("topology", ["v5e:16x16", "v4:4x4x4", "v5p:4x4x4"])
+def test_stage1_fits_and_moves_what_arithmetic_says(topology, monkeypatch):
+    """The real step at global batch 256, minutes each: compute weights once in bf16, gradients as much, T5 in fours."""
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    devices = planning.topology_devices(topology)
+    changes = [f"mesh.data={len(devices) // 4}", "mesh.encoder=4", "mesh.fsdp=1"]
+    config = read_config("configs/stage1.py", changes)
+    step = plan.plan_step(config, devices, "text_to_image", usable=planning.usable_bytes(devices[0]))
+    assert step.fits
+    samples = 256 // len(devices)
+    expected = 2 * 2 * 2.10e9 + 48 * 2 * 3 / 4 * (4 * 2 * samples * 256 * 4096 * 2)
+    assert sum(step.bytes_inside.values()) == pytest.approx(expected, rel=0.15)
+    assert sum(step.bytes_across.values()) == 0
+
+
+@needs_libtpu
+def test_a_misfit_is_said_with_its_numbers(monkeypatch):
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    devices = planning.topology_devices("v5e:1x1")
+    config = read_config("configs/stage1.py", ["batch_size=1", "mesh.fsdp=1"])
+    with pytest.raises(plan.DoesNotFit, match=r"^the step of text_to_image does not fit: it needs [\d.]+G of 15\.75G"):
+        plan.plan_step(config, devices, "text_to_image")

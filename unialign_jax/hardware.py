@@ -1,0 +1,79 @@
+"""What the accelerators are on paper: one table of peaks, memories and networks, that planning and MFU read.
+
+Sources, for every number of the TPUs: Google Cloud's "TPU v4", "v5e", "v5p" and "v6e" system architecture pages (peak,
+memory, chips and network cards of a host) and "How to Scale Your Model" (jax-ml.github.io/scaling-book; links of the
+interconnect, DCN of a chip). v4's DCN is not in them: taken to be v5p's. GPUs: NVIDIA's data sheets, dense bf16.
+"""
+
+import dataclasses
+import math
+import re
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One kind of device; bandwidths are bytes/s, and 0 where this project has no use for them."""
+
+    name: str
+    kinds: tuple[str, ...]  # what `jax.Device.device_kind` contains
+    peak: float  # FLOP/s of dense bf16 matmuls
+    memory: float = 0  # bytes of HBM
+    memory_bandwidth: float = 0
+    link: float = 0  # of one interconnect link, one way
+    axes: int = 0  # of the torus; a chip has two links along each
+    wrap: int = 0  # an axis whose length is a multiple of this is a ring (where all of the slice's are, in 3-D)
+    network: float = 0  # between slices, one way, a chip's share of its host's
+    chips_a_host: int = 1
+    matrix_unit: int = 0  # rows of the systolic array: a matmul that sums over fewer leaves the rest idle
+    cores: int = 1  # that Google Cloud's names count: v4-8 is 4 chips
+
+
+CHIPS = (
+    Chip("v6e", ("TPU v6",), 918e12, 32e9, 1.64e12, 9e10, 2, 16, 12.5e9, 8, 256),
+    Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16e9, 8.1e11, 4.5e10, 2, 16, 3.125e9, 8, 128),
+    Chip("v5p", ("TPU v5",), 459e12, 95e9, 2.765e12, 9e10, 3, 4, 6.25e9, 4, 128, 2),
+    Chip("v4", ("TPU v4",), 275e12, 32e9, 1.2e12, 4.5e10, 3, 4, 6.25e9, 4, 128, 2),
+    Chip("H100 PCIe", ("H100 PCIe",), 756e12),
+    Chip("H100", ("H100",), 989e12),
+    Chip("H200", ("H200",), 989e12),
+    Chip("A100", ("A100",), 312e12),
+)
+
+
+def find_chip(device_kind: str) -> Chip | None:
+    """The chip of a `jax.Device.device_kind`; None when unknown, as for a CPU."""
+    return next((chip for chip in CHIPS if any(kind in device_kind for kind in chip.kinds)), None)
+
+
+def topology_name(name: str) -> str:
+    """A slice as the compiler names it, from that or from Google Cloud's name: "v4-128" -> "v4:4x4x4".
+
+    v4-N and v5p-N count cores, two a chip; v5e-N (v5litepod-N) and v6e-N count chips. The grid is the most cubic one
+    that the cloud offers by default: powers of two, the longest axis last.
+
+    Raises ValueError for anything else.
+    """
+    if re.fullmatch(r"(v4|v5e|v5p|v6e):\d+(x\d+){1,2}", name):
+        return name
+    match = re.fullmatch(r"(v4|v5litepod|v5e|v5p|v6e)-(\d+)", name)
+    if not match:
+        raise ValueError(f"topology is {name!r}, expected such as v4:4x4x4 or v4-128, v5e-256, v5p-128, v6e-64")
+    kind, number = "v5e" if match[1] == "v5litepod" else match[1], int(match[2])
+    chip = next(chip for chip in CHIPS if chip.name == kind)
+    chips = number // chip.cores
+    power = chips.bit_length() - 1
+    smallest, largest = (4, 4096) if chip.axes == 3 else (1, 256)
+    if number % chip.cores or chips != 2**power or not smallest <= chips <= largest:
+        counted = f"{chip.cores * smallest} to {chip.cores * largest}" + (" cores" if chip.cores > 1 else " chips")
+        raise ValueError(f"topology is {name!r}: {kind} slices named so have {counted}, a power of two")
+    sides = (
+        [2, 2, 1]
+        if chips == 4 and chip.axes == 3
+        else [2 ** ((power + axis) // chip.axes) for axis in range(chip.axes)]
+    )
+    return f"{kind}:{'x'.join(map(str, sides))}"
+
+
+def chips_of(topology: str) -> int:
+    """The number of chips of a slice "v4:4x4x4"."""
+    return math.prod(map(int, topology.split(":")[1].split("x")))
