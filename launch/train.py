@@ -86,7 +86,7 @@ def main(arguments):
         config = read_config(options.config, changes)
         from unialign_jax.training import distributed
 
-        several = distributed.start(
+        last_words = distributed.start(
             os.environ,
             options.coordinator,
             options.num_processes,
@@ -94,8 +94,8 @@ def main(arguments):
             heartbeat_timeout=options.heartbeat_timeout,
             initialization_timeout=options.start_timeout,
         )
-        if several:
-            train_together(config, options)
+        if last_words:
+            train_together(config, options, last_words)
             return
         from unialign_jax.training.loop import train
 
@@ -108,29 +108,21 @@ def main(arguments):
         sys.exit("interrupted")
 
 
-def train_together(config, options):
+def train_together(config, options, last_words):
     """Trains as one of several processes, and ends this one when it cannot go on, so that the others end too."""
-    import jax
-
-    from unialign_jax.training.distributed import LastWords
+    from unialign_jax.training.distributed import AGAIN, lost_another
     from unialign_jax.training.loop import train
 
-    who = f"process {jax.process_index()} of {jax.process_count()}"
-    again = "The same command goes on from the last checkpoint, on this or another number of processes"
-    last_words = LastWords(
-        f"error: {who} ended before the run did: another process was lost (the lines above say which), or this one was "
-        f"killed. {again}"
-    )
     progress = not options.noprogress
     try:
         train(config, options.workdir, progress=progress, stuck_timeout=options.stuck_timeout)
     except Exception as error:
-        expected = (ValueError, OSError, FloatingPointError, jax.errors.JaxRuntimeError)
-        if options.traceback or not isinstance(error, expected):
+        line, lost = str(error).strip(), lost_another(error)
+        if options.traceback or not (lost or isinstance(error, (ValueError, OSError, FloatingPointError))):
             traceback.print_exc()
-        line = str(error)
-        if isinstance(error, jax.errors.JaxRuntimeError):
-            line = f"{who} could not go on, most likely because another was lost: {line.splitlines()[0][:300]}. {again}"
+        if lost:
+            reason = line.splitlines()[0][:300]
+            line = f"this process cannot go on, most likely because another was lost ({reason}). {AGAIN}"
     except KeyboardInterrupt:
         line = "interrupted"
     except SystemExit:  # stopped and saved, as all the others

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
+AGAIN = "The same command goes on from the last checkpoint, on this or another number of processes"
 
 
 def start(
@@ -29,7 +30,7 @@ def start(
     heartbeat_timeout=60,
     initialization_timeout=300,
     shutdown_timeout=300,
-) -> bool:
+) -> "LastWords | None":
     """Joins the other processes of the run, if there are any; to be called before JAX touches a device.
 
     They are there when a coordinator is given, in a SLURM step of several tasks, and on a TPU slice of several hosts.
@@ -41,8 +42,9 @@ def start(
       initialization_timeout: seconds to wait for the others at the start.
       shutdown_timeout: seconds that a process which is done waits for the others.
 
-    Returns whether the run has several processes. Raises ValueError for arguments that do not go together, OSError when
-    the others cannot be reached.
+    Returns None where there is one process; else the last words of this one, to be taken back at a good end: JAX's
+    runtime ends it from within when another is lost or cannot be reached. Raises ValueError for arguments that do not
+    go together, OSError when the service cannot be started.
     """
     explicit = {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
     missing = [name for name, value in explicit.items() if value is None]
@@ -50,7 +52,7 @@ def start(
         raise ValueError("--coordinator=HOST:PORT, --num-processes and --process-id go together")
     if missing:
         if not (in_slurm_step(environ) or on_tpu_pod(environ)):
-            return False
+            return None
         explicit = {}  # JAX finds them out as we have
     else:
         if not re.fullmatch(r".+:\d+", coordinator):
@@ -60,7 +62,7 @@ def start(
                 f"--process-id is {process_id}, expected 0 to {num_processes - 1} (--num-processes less 1)"
             )
         if num_processes == 1:
-            return False
+            return None
         explicit["cluster_detection_method"] = "deactivate"
     # JAX's own notice of a preemption would take SIGTERM away from ours, and knows nothing of Ctrl-C.
     _set_if_known("jax_enable_preemption_service", False)
@@ -73,20 +75,24 @@ def start(
         "shutdown_timeout_seconds": shutdown_timeout,
     }
     known = inspect.signature(jax.distributed.initialize).parameters
+    last_words = LastWords(
+        "error: this process ended before the run did: another was lost or could not be reached (the lines above say "
+        f"more), or this one was killed. {AGAIN}"
+    )
     try:
         jax.distributed.initialize(**explicit, **{name: value for name, value in timeouts.items() if name in known})
     except RuntimeError as error:
-        where = f" at {coordinator}" if coordinator else ""
+        last_words.take_back()
         line = (str(error).splitlines() or [""])[0]
         raise OSError(
-            f"the other processes{where} cannot be reached within {initialization_timeout} s ({line}): "
-            "start train.py on all of them with the same --coordinator, and look at firewalls and proxies"
+            f"the processes of the run cannot find one another ({line}): start train.py on all of them, with the same "
+            "--coordinator if it is given, and look at ports, firewalls and proxies"
         ) from error
-    return True
+    return last_words
 
 
 def _set_if_known(option: str, value):
-    if hasattr(jax.config, option):
+    with contextlib.suppress(AttributeError):  # what a version of JAX does not know
         jax.config.update(option, value)
 
 
@@ -120,7 +126,7 @@ def _has_tpu() -> bool:
 def _metadata(name: str) -> str:
     request = urllib.request.Request(METADATA + name, headers={"Metadata-Flavor": "Google"})
     try:
-        with urllib.request.urlopen(request, timeout=5) as reply:
+        with urllib.request.urlopen(request, timeout=2) as reply:
             return reply.read().decode()
     except OSError:
         return ""
@@ -200,6 +206,15 @@ def put_rows(sharding: Sharding, batch_size: int, rows: np.ndarray, values: np.n
         return values[first : first + stop - start]
 
     return jax.make_array_from_callback(shape, sharding, piece)
+
+
+def lost_another(error: BaseException) -> bool:
+    """Whether an error comes from the runtime: in a run of several processes, most likely from one that is gone."""
+    chain = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    return any(isinstance(link, jax.errors.JaxRuntimeError) for link in chain)
 
 
 def anywhere(condition: bool) -> bool:
