@@ -2,6 +2,7 @@
 
 import json
 import logging
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +69,16 @@ def test_generate_equals_a_plain_loop(pipeline, tiny_bundle):
     assert np.std(expected) > 20  # not a flat or saturated field, in which anything would agree
     parameters = json.loads(image.info["parameters"])
     assert parameters["prompt"] == "a red circle" and parameters["seed"] == 5 and parameters["steps"] == 4
+
+
+def test_numbers_of_numpy_are_numbers(pipeline, tmp_path):
+    options = {"steps": np.int64(1), "guidance_scale": np.float32(3)}
+    (image,) = pipeline.personalize("a hat", picture(), **options)  # a single reference needs no list
+    assert json.loads(image.info["parameters"])["guidance_scale"] == 3
+    talk = pipeline.conversation(picture(), **options)
+    talk.edit("a hat")
+    talk.save(tmp_path)
+    assert json.loads((tmp_path / "conversation.json").read_text())["edits"][0]["steps"] == 1
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -197,6 +208,22 @@ def test_low_memory_holds_one_component_and_changes_nothing(pipeline, tiny_bundl
     assert set(lean._weights._resident) == {"transformer", "text_encoder"}
 
 
+def test_low_memory_frees_a_component_before_the_next_is_read(tiny_bundle):
+    lean = Pipeline.from_bundle(tiny_bundle, low_memory=True)
+    read, held, load = {}, [], lean._weights._load
+
+    def watched(name):
+        held.append((name, [other for other, leaf in read.items() if leaf() is not None]))
+        params = load(name)
+        if leaves := jax.tree.leaves(params):
+            read[name] = weakref.ref(leaves[0])
+        return params
+
+    lean._weights._load = watched
+    lean.generate("a red circle", steps=3)
+    assert held == [("text_encoder", []), ("transformer", []), ("autoencoder", [])]
+
+
 def test_a_conversation_is_kept_undone_and_replayed(pipeline, tmp_path):
     talk = pipeline.conversation(picture(), steps=2)
     first = talk.edit("make it green")
@@ -232,7 +259,20 @@ def test_long_prompts_are_cut_with_a_warning(pipeline, caplog):
         (lambda p: p.generate([]), "no prompt was given"),
         (lambda p: p.generate("a", height=36), "height is 36, expected a multiple of 8 up to 256, such as 32"),
         (lambda p: p.generate("a", width=1024), "width is 1024"),
-        (lambda p: p.generate("a", steps=0), "steps is 0, expected 1 to 1000"),
+        (lambda p: p.generate("a", steps=0), "steps is 0, expected a whole number from 1 to 1000"),
+        (lambda p: p.generate("a", steps=2.5), "steps is 2.5, expected a whole number"),
+        (lambda p: p.caption(picture(), max_tokens=2.5), "max_tokens is 2.5, expected a whole number"),
+        (lambda p: p.generate("a", images_per_prompt=1.5), "images_per_prompt is 1.5, expected a whole number"),
+        (lambda p: p.generate("a", height="32"), "height is '32', expected a multiple of 8"),
+        (lambda p: p.generate("a", width=32.0), "width is 32.0, expected a multiple of 8"),
+        (lambda p: p.edit("a", picture(), height=0), "height is 0, expected a multiple of 8"),
+        (lambda p: p.generate("a", seeds=1.5), "seeds is 1.5, expected a whole number"),
+        (lambda p: p.generate("a", seeds=[1.5]), r"seeds is \[1.5\], expected a whole number"),
+        (lambda p: p.generate("a", guidance_interval=None), "guidance_interval is None, expected two noise levels"),
+        (lambda p: p.generate("a", guidance_interval="ab"), "guidance_interval is 'ab', expected two noise levels"),
+        (lambda p: p.personalize("a", [picture()], slots=9), "slots is 9, expected a whole number from 1 to 4"),
+        (lambda p: p.conversation(picture()).edit("a", seeds=9), "a step of a conversation is one image"),
+        (lambda p: p.conversation(picture(), images_per_prompt=2).edit("a"), "a step of a conversation is one image"),
         (lambda p: p.generate("a", guidance_scale=-1), "guidance_scale is -1"),
         (lambda p: p.generate("a", guidance_scale=float("nan")), "guidance_scale is nan"),
         (lambda p: p.generate("a", guidance_interval=(0.5, 0.1)), "0 <= low <= high <= 1"),

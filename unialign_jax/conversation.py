@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 
@@ -49,6 +50,10 @@ class Conversation:
     def edit(self, instruction: str, *, seed: int | None = None, **options) -> Image.Image:
         """One more edit of the image as it stands; `options` are those of `Pipeline.edit`, for this step alone."""
         options = self._defaults | options
+        if "seeds" in options or options.get("images_per_prompt", 1) != 1:
+            raise ValueError(
+                "a step of a conversation is one image: its seed is edit(seed=), without images_per_prompt"
+            )
         options["seeds"] = len(self._edits) if seed is None else seed
         (image,) = self._pipeline.edit(instruction, self.image, **options)
         self._edits.append(Edit(instruction, options, image))
@@ -87,4 +92,6 @@ class Conversation:
             step.image.save(directory / f"{number}.png")
             options = {key: value for key, value in step.options.items() if key != "callback"}
             steps.append({"instruction": step.instruction, "image": f"{number}.png", **options})
-        (directory / "conversation.json").write_text(json.dumps({"original": "0.png", "edits": steps}, indent=2) + "\n")
+        (directory / "conversation.json").write_text(
+            json.dumps({"original": "0.png", "edits": steps}, indent=2, default=np.generic.item) + "\n"
+        )

@@ -43,7 +43,7 @@ class ImageSettings:
     shift: float
 
     def __post_init__(self):
-        check_range("steps", self.steps, 1, MAX_STEPS)
+        check_whole("steps", self.steps, 1, MAX_STEPS)
         check_range("guidance_scale", self.guidance_scale, 0, 100)
         check_range("guidance_rescale", self.guidance_rescale, 0, 1)
         check_range("shift", self.shift, 0.01, 100)
@@ -51,9 +51,10 @@ class ImageSettings:
             check_range("image_guidance_scale", self.image_guidance_scale, 0, 100)
         if self.solver not in SOLVERS:
             raise ValueError(f"solver is {self.solver!r}, expected one of {', '.join(SOLVERS)}")
-        interval = tuple(self.guidance_interval)
-        if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
-            raise ValueError(f"guidance_interval is {interval}, expected two noise levels, 0 <= low <= high <= 1")
+        interval = self.guidance_interval
+        numbers = [x for x in interval if isinstance(x, int | float | np.number)] if np.iterable(interval) else []
+        if not len(numbers) == 2 == len(interval) or not 0 <= numbers[0] <= numbers[1] <= 1:
+            raise ValueError(f"guidance_interval is {interval!r}, expected two noise levels, 0 <= low <= high <= 1")
 
     def table(self):
         return solver_table(self.solver, sampling_sigmas(self.steps, shift=self.shift))
@@ -89,12 +90,12 @@ class TextSettings:
     max_tokens: int | None
 
     def __post_init__(self):
-        check_range("steps", self.steps, 1, MAX_STEPS)
+        check_whole("steps", self.steps, 1, MAX_STEPS)
         check_range("temperature", self.temperature, 0, 100)
         check_range("threshold", self.threshold, 0, 1)
         check_range("entropy_bound", self.entropy_bound, 0, math.inf)
         if self.max_tokens is not None:
-            check_range("max_tokens", self.max_tokens, 1, MAX_TOKENS)
+            check_whole("max_tokens", self.max_tokens, 1, MAX_TOKENS)
         if self.decoding not in DECODINGS:
             raise ValueError(f"decoding is {self.decoding!r}, expected one of {', '.join(DECODINGS)}")
 
@@ -137,6 +138,8 @@ def check_seeds(seeds, count) -> list[int]:
     seeds = 0 if seeds is None else seeds
     if isinstance(seeds, int | np.integer):
         seeds = range(int(seeds), int(seeds) + count)
+    if not np.iterable(seeds) or not all(isinstance(seed, int | np.integer) for seed in seeds):
+        raise ValueError(f"seeds is {seeds!r}, expected a whole number, or one for each result")
     seeds = [int(seed) for seed in seeds]
     if len(seeds) != count:
         raise ValueError(f"{len(seeds)} seeds for {count} results: give one to each, or a single number")
@@ -149,4 +152,10 @@ def check_seeds(seeds, count) -> list[int]:
 def check_range(name, value, low, high):
     if not isinstance(value, int | float | np.number) or not low <= value <= high:
         raise ValueError(f"{name} is {value!r}, expected {low} to {high}")
+    return value
+
+
+def check_whole(name, value, low, high):
+    if not isinstance(value, int | np.integer) or not low <= value <= high:
+        raise ValueError(f"{name} is {value!r}, expected a whole number from {low} to {high}")
     return value

@@ -28,9 +28,9 @@ from unialign_jax.inputs import (
     ImageSettings,
     Picture,
     TextSettings,
-    check_range,
     check_seeds,
     check_texts,
+    check_whole,
     open_image,
     spread,
 )
@@ -51,6 +51,7 @@ PERCEPTION = {
     "pose": "Provide a detailed pose map of the people in the scene.",
 }
 MAX_REFERENCES = 4
+MAX_IMAGES = 2**16  # of one prompt
 
 
 class Pipeline:
@@ -261,7 +262,7 @@ class Pipeline:
         instructions, images = spread(check_texts(instructions, "instruction"), self._open(images), "instructions")
         pictures = []
         for number, (instruction, image) in enumerate(zip(instructions, images, strict=True)):
-            if height or width:
+            if height is not None or width is not None:
                 size = final = self._check_size(height, width)
                 source = fill_size(image, size[1], size[0])
             else:
@@ -310,6 +311,9 @@ class Pipeline:
         )
         single = isinstance(prompts, str)
         prompts = check_texts(prompts, "prompt")
+        if not isinstance(references, list | tuple):
+            references = [references]
+        check_whole("slots", slots, 1, MAX_REFERENCES)
         if single and not (len(references) == 1 and isinstance(references[0], list | tuple)):
             references = [references]
         if len(references) != len(prompts):
@@ -394,8 +398,7 @@ class Pipeline:
     def _render(self, task, pictures, settings, negatives, seeds, per_prompt, callback):
         """The pictures: texts first, then conditions, latents and pixels, each for all batches."""
         self._require(task, "transformer", "text_encoder", "autoencoder")
-        if per_prompt < 1:
-            raise ValueError(f"images_per_prompt is {per_prompt}, expected at least 1")
+        check_whole("images_per_prompt", per_prompt, 1, MAX_IMAGES)
         negatives = [negatives] * len(pictures) if isinstance(negatives, str) else list(negatives)
         if len(negatives) != len(pictures):
             raise ValueError(f"{len(pictures)} prompts, but {len(negatives)} negative prompts: give one to all or each")
@@ -439,6 +442,7 @@ class Pipeline:
                     )
                 sampled.append(latents)
             self._weights.settle(sampled)
+        del params  # in low-memory mode these weights leave before the autoencoder's come
 
         images = [None] * len(pictures)
         with self._weights.use("autoencoder") as params:
@@ -562,10 +566,13 @@ class Pipeline:
         self._require("an image", "transformer", "autoencoder")
         multiple, largest = self.size_multiple, self.max_size
         for name, value in (("height", height), ("width", width)):
-            if value is not None and (value % multiple or not multiple <= value <= largest):
-                below = min(largest, max(multiple, value // multiple * multiple))
+            if value is None:
+                continue
+            is_whole = isinstance(value, int | np.integer)
+            if not is_whole or value % multiple or not multiple <= value <= largest:
+                below = min(largest, max(multiple, value // multiple * multiple)) if is_whole else multiple
                 raise ValueError(
-                    f"{name} is {value}, expected a multiple of {multiple} up to {largest}, such as {below}"
+                    f"{name} is {value!r}, expected a multiple of {multiple} up to {largest}, such as {below}"
                 )
         return height or width or self.config.image_size, width or height or self.config.image_size
 
@@ -592,7 +599,7 @@ class Pipeline:
 
     def _check_text_length(self, length):
         length = self.config.text_length if length is None else length
-        return check_range("text_length", length, 8, MAX_TOKENS)
+        return check_whole("text_length", length, 8, MAX_TOKENS)
 
     def _warn_of_cut(self, text, room, what):
         ids = self.tokenizer.token_ids(text)
@@ -655,5 +662,5 @@ def finish(array, task, picture, seed, settings) -> Image.Image:
         "references": len(picture.conditions),
         **dataclasses.asdict(settings),
     }
-    image.info["parameters"] = json.dumps(parameters)
+    image.info["parameters"] = json.dumps(parameters, default=np.generic.item)
     return image
