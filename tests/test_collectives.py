@@ -8,6 +8,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from unialign_jax.collectives import read_collectives, read_groups, type_bytes
+from unialign_jax.models.mesh import dot_general_splitting
 from unialign_jax.sharding import make_mesh
 
 LOOP = """\
@@ -146,3 +147,21 @@ def test_a_program_of_eight_devices_moves_what_arithmetic_says():
     assert gathered == 6 * 3 / 4 * 16 * 16 * 4
     assert summed == 6 * 2 * 7 / 8 * 16 * 4
     assert {c.kind for c in found} == {"all-gather", "all-reduce"}
+
+
+@pytest.mark.parametrize("axis", [0, -1])
+def test_a_weights_gradient_is_reduced_into_pieces(axis):
+    mesh = make_mesh(replica=2, data=2, fsdp=2)
+    generator = np.random.default_rng(0)
+    x, weight = generator.normal(size=(16, 3, 8)), generator.normal(size=(8, 4))
+
+    def loss(x, weight, dot_general):
+        return jnp.sum(jnp.sin(dot_general(x, weight, (((2,), (0,)), ((), ())))))
+
+    expected = jax.grad(loss, (0, 1))(x, weight, jax.lax.dot_general)
+    with jax.set_mesh(mesh):
+        step = jax.jit(jax.grad(lambda x, weight: loss(x, weight, dot_general_splitting(axis)), (0, 1)))
+        found = step(x, weight)
+    assert found[1].sharding.shard_shape((8, 4)) == ((2, 4) if axis == 0 else (8, 1))
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)

@@ -9,7 +9,9 @@ The mesh's axes all split the batch, except the last, and differ in what they do
     tensor    splits heads and hidden widths of weights and activations; not the batch
 
 On few chips the state decides and fsdp is right; on many, with few samples a chip, gathering weights in every pass
-would bound the step, and data is. All axes are Auto: `jax.jit` with these shardings is what used to be called pjit.
+would bound the step, and data is. On TPUs an axis of the mesh should lie along one axis of the torus, for only there
+does the compiler reduce-scatter: replica=4, data=16, encoder=4 on v5e:16x16, replica=4, data=4, encoder=4 on v4:4x4x4.
+All axes are Auto: `jax.jit` with these shardings is what used to be called pjit.
 """
 
 import functools

@@ -161,7 +161,8 @@ def test_stage1_fits_and_moves_what_arithmetic_says(topology, monkeypatch):
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     devices = planning.topology_devices(topology)
-    changes = [f"mesh.data={len(devices) // 4}", "mesh.encoder=4", "mesh.fsdp=1"]
+    # Axes of the mesh along axes of the torus: only there does the compiler reduce-scatter.
+    changes = ["mesh.replica=4", f"mesh.data={len(devices) // 16}", "mesh.encoder=4", "mesh.fsdp=1"]
     config = read_config("configs/stage1.py", changes)
     step = plan.plan_step(config, devices, "text_to_image", usable=planning.usable_bytes(devices[0]))
     assert step.fits

@@ -19,7 +19,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from unialign_jax.models.attention import attention
-from unialign_jax.models.mesh import keep_batch_sharded
+from unialign_jax.models.mesh import dot_general_splitting, keep_batch_sharded
 
 XAVIER = nn.initializers.xavier_uniform()
 REMAT_POLICIES = {
@@ -170,8 +170,12 @@ def in_pairs(first, second):
     return jnp.stack([first, second], axis=1).reshape(2 * first.shape[0], *first.shape[1:])
 
 
-def dense(features, config, axis=-1, init=XAVIER, name=None):
-    return nn.DenseGeneral(features, axis=axis, dtype=config.dtype, kernel_init=init, name=name)
+def dense(features, config, axis=-1, init=XAVIER, name=None, split=0):
+    """`split`: along which axis of the weight its gradient is split, that of "fsdp" in the sharding table."""
+    dot_general = dot_general_splitting(split)
+    return nn.DenseGeneral(
+        features, axis=axis, dtype=config.dtype, kernel_init=init, dot_general=dot_general, name=name
+    )
 
 
 class StreamHalf(nn.Module):
@@ -183,9 +187,9 @@ class StreamHalf(nn.Module):
         c = self.config
         self.modulation = dense((6, c.width), c, init=nn.initializers.zeros)
         self.qkv = dense((3, c.num_heads, c.head_width), c)
-        self.out = dense(c.width, c, axis=(-2, -1))
+        self.out = dense(c.width, c, axis=(-2, -1), split=-1)
         self.mlp_in = dense(c.mlp_ratio * c.width, c)
-        self.mlp_out = dense(c.width, c)
+        self.mlp_out = dense(c.width, c, split=-1)
 
     def modulate(self, time_embedding):
         """[B, D] -> the stream's adaLN vectors, [B, 6, D]."""
@@ -327,7 +331,7 @@ class MMDiT(nn.Module):
         image_features = modulated_norm(image[:, :target_tokens], shift, scale, c.dtype)
         text_features = layer_norm(text).astype(c.dtype)
 
-        to_float32 = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+        to_float32 = functools.partial(dot_general_splitting(0), preferred_element_type=jnp.float32)
         patch_features = c.patch_size * c.patch_size * c.latent_channels
         velocity = nn.Dense(
             patch_features,
@@ -448,8 +452,9 @@ class AlignmentHeads(nn.Module):
             x = tap.astype(jnp.float32)
             if self.config.pool:
                 x = jnp.mean(x, axis=1)
-            x = nn.silu(nn.Dense(self.config.hidden_width, name=f"{name}_hidden")(x))
-            x = nn.Dense(self.config.teacher_width, name=f"{name}_out")(x)
+            dense = functools.partial(nn.Dense, dot_general=dot_general_splitting(0))
+            x = nn.silu(dense(self.config.hidden_width, name=f"{name}_hidden")(x))
+            x = dense(self.config.teacher_width, name=f"{name}_out")(x)
             return nn.silu(x) if self.config.final_silu else x
 
         return project(image_tap, "image"), project(text_tap, "text")
