@@ -66,9 +66,7 @@ def start(
         explicit["cluster_detection_method"] = "deactivate"
     # JAX's own notice of a preemption would take SIGTERM away from ours, and knows nothing of Ctrl-C.
     _set_if_known("jax_enable_preemption_service", False)
-    # On CPU, programs in flight at the same time would mix up their messages.
     _set_if_known("jax_cpu_collectives_implementation", "gloo")
-    _set_if_known("jax_cpu_enable_async_dispatch", False)
     timeouts = {
         "heartbeat_timeout_seconds": heartbeat_timeout,
         "initialization_timeout": initialization_timeout,
