@@ -44,6 +44,7 @@ def test_what_overlaps_counts_once_and_what_does_not_is_added():
     assert PLAN.seconds == pytest.approx(0.10 + 0.02 + 0.01)
     assert dataclasses.replace(PLAN, ici_overlapped=0.3).seconds == pytest.approx(0.3 + 0.02 + 0.01)
     assert PLAN.mfu == pytest.approx(20e12 / 0.13 / 200e12)
+    assert PLAN.mfu_overlapped == pytest.approx(20e12 / 0.10 / 200e12)
     assert PLAN.images_per_second == pytest.approx(256 / 0.13)
     assert PLAN.peak == 10 * GIB and PLAN.fits
     assert not dataclasses.replace(PLAN, usable=9 * GIB).fits

@@ -83,6 +83,12 @@ class StepPlan:
         return self.flops / self.seconds / self.peak_flops
 
     @property
+    def mfu_overlapped(self) -> float:
+        """The same if all communication could run beside the compute: what better overlap could reach."""
+        seconds = max(self.compute, self.hbm, self.ici_overlapped + self.ici_exposed, self.dcn)
+        return self.flops / seconds / self.peak_flops
+
+    @property
     def images_per_second(self) -> float:
         return self.batch_size / self.seconds
 
@@ -351,6 +357,7 @@ def report(config, plans: list[StepPlan]) -> dict:
                 "dcn": 1e3 * plan.dcn,
                 "step": 1e3 * plan.seconds,
                 "MFU %": 100 * plan.mfu,
+                "all overlapped %": 100 * plan.mfu_overlapped,
                 "images/s": plan.images_per_second,
             }
         )
