@@ -165,17 +165,22 @@ def test_edits_keep_the_images_size(pipeline, caplog):
 
 
 def test_values_compile_nothing(pipeline):
-    def programs():
-        return sum(f._cache_size() for f in (pipeline._sample, pipeline._describe, pipeline._encode_prompts))
+    compiled, image = [], picture()
 
-    image = picture()
+    def note(event, *_, **__):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
     pipeline.generate("a red circle", steps=2)
     pipeline.caption(image, steps=2)
-    before = programs()
+    compiled.clear()
     pipeline.generate("a blue square", steps=2, seeds=9, guidance_scale=3.0, shift=2.0, guidance_rescale=0.5)
-    pipeline.generate("a blue square", steps=2, solver="dpmpp_2m")
-    pipeline.caption(image, steps=7, temperature=0.5, seeds=3, max_tokens=3)
-    assert programs() == before
+    pipeline.generate("a blue square", steps=2, solver="dpmpp_2m", negative_prompts="a star")
+    pipeline.caption(picture(1), steps=7, temperature=0.5, seeds=3, max_tokens=3)
+    assert not compiled
+    pipeline.generate("a blue square", steps=5)
+    assert compiled  # the listener works
 
 
 def test_guidance_modes(pipeline):

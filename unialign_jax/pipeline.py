@@ -208,7 +208,8 @@ class Pipeline:
 
         Args:
           negative_prompts: what guidance leads away from; one for all, or one a prompt.
-          height, width: pixels, multiples of 16 up to 1024; the bundle's training size when None.
+          height, width: pixels, multiples of 16 up to 1024; the bundle's training size when neither is given, and a
+            square when one is.
           steps: steps of the solver (Heun evaluates the network twice in each but the last).
           guidance_scale: of the text; 1 switches guidance off, and halves the work.
           guidance_interval: the noise levels, 0 to 1, at which guidance acts (arXiv 2404.07724).
@@ -216,7 +217,8 @@ class Pipeline:
           seeds: one for every image; a number s stands for s, s + 1, ...; 0, 1, ... when None.
           solver: "euler", "heun", "dpmpp_2m" or "unipc".
           shift: of the noise levels; SD3 samples at 3.
-          callback: called with a `Step` after every evaluation of the network; the loop then runs step by step.
+          callback: called with a `Step` after every evaluation of the network; the loop then runs step by step, and
+            reads the weights of the modulations in each.
 
         Each image carries what made it, as JSON, in `image.info["parameters"]`.
         """
@@ -278,7 +280,11 @@ class Pipeline:
         """
         if kind not in PERCEPTION:
             raise ValueError(f"kind is {kind!r}, expected one of {', '.join(PERCEPTION)}")
-        return self.edit(instruction or PERCEPTION[kind], images, **options)
+        maps = self.edit(instruction or PERCEPTION[kind], images, **options)
+        for image in maps:
+            parameters = json.loads(image.info["parameters"])
+            image.info["parameters"] = json.dumps(parameters | {"task": "perceive", "kind": kind})
+        return maps
 
     def personalize(
         self,
@@ -321,9 +327,10 @@ class Pipeline:
         size = self._check_size(height, width)
         pictures = []
         for number, (prompt, images) in enumerate(zip(prompts, references, strict=True)):
+            count = len(images) if isinstance(images, list | tuple) else 1
+            if not 1 <= count <= MAX_REFERENCES:
+                raise ValueError(f"prompt {number} has {count} references, expected 1 to {MAX_REFERENCES}")
             images = self._open(images, f"prompt {number}, reference")
-            if len(images) > MAX_REFERENCES:
-                raise ValueError(f"prompt {number} has {len(images)} references, expected 1 to {MAX_REFERENCES}")
             images = [fill_size(image, size[1], size[0]) for image in images]
             images = tuple(images[i % len(images)] for i in range(max(len(images), slots)))
             pictures.append(Picture(prompt, size=size, conditions=images))
@@ -411,6 +418,8 @@ class Pipeline:
         table = settings.table()
         mode = settings.mode(bool(pictures[0].conditions))
         batches = self._batches([(picture.size, len(picture.conditions)) for picture in pictures])
+        if mode == "none":  # the negative prompt is not read
+            pictures = [dataclasses.replace(picture, negative=picture.prompt) for picture in pictures]
         rows, embeddings = self._encode_texts([text for p in pictures for text in (p.prompt, p.negative)])
         sources = self._encode_conditions(pictures)
 
@@ -425,8 +434,8 @@ class Pipeline:
                         [jnp.stack([sources[id(image)] for image in pictures[i].conditions]) for i in padded]
                     )
                 arguments = (
-                    embeddings[jnp.array([rows[pictures[i].prompt] for i in padded])],
-                    embeddings[jnp.array([rows[pictures[i].negative] for i in padded])],
+                    embeddings[[rows[pictures[i].prompt] for i in padded]],
+                    embeddings[[rows[pictures[i].negative] for i in padded]],
                     guidance,
                     conditions,
                 )
@@ -465,7 +474,7 @@ class Pipeline:
         return image_sampler.latents(state)
 
     def _encode_texts(self, texts):
-        """({text: row}, T5 embeddings [rows, L, D]) with each different text encoded once."""
+        """({text: row}, T5 embeddings [rows, L, D] on the host) with each different text encoded once."""
         rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
         length = self.config.text_length
         for text in rows:
@@ -473,11 +482,11 @@ class Pipeline:
         ids = np.stack([self.tokenizer.encode(text, length) for text in rows])
         with self._weights.use("text_encoder") as params:
             parts = [
-                self._encode_prompts(params["text_encoder"], ids[np.array(padded)])[: len(members)]
+                (len(members), self._encode_prompts(params["text_encoder"], ids[np.array(padded)]))
                 for members, padded in self._batches([None] * len(ids))
             ]
-            self._weights.settle(parts)
-        return rows, jnp.concatenate(parts)
+            # On the host, where picking rows compiles nothing, however many texts there are.
+            return rows, np.concatenate([np.asarray(part)[:count] for count, part in parts])
 
     def _encode_conditions(self, pictures):
         """{id of a PIL image: its latents [h, w, C]} of all condition images."""
@@ -503,6 +512,7 @@ class Pipeline:
         self._require("a text", "transformer", "text_encoder", "autoencoder")
         first = np.argmax(is_target, axis=1)
         if settings.max_tokens is not None:  # what is beyond stays end-of-text
+            check_whole("max_tokens", settings.max_tokens, 1, ids.shape[1])
             is_target = is_target & (np.arange(ids.shape[1]) < (first + settings.max_tokens)[:, None])
         seeds = np.array(check_seeds(seeds, len(images)), np.uint32)
         side = self.config.image_size
@@ -659,7 +669,7 @@ def finish(array, task, picture, seed, settings) -> Image.Image:
         "seed": seed,
         "height": height,
         "width": width,
-        "references": len(picture.conditions),
+        "references": len({id(image) for image in picture.conditions}),  # those that fill the slots up do not count
         **dataclasses.asdict(settings),
     }
     image.info["parameters"] = json.dumps(parameters, default=np.generic.item)
