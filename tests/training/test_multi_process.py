@@ -178,6 +178,16 @@ def test_nobody_waits_where_there_is_one_process():
     assert distributed.anywhere(True) and not distributed.anywhere(False)
 
 
+def test_a_lost_process_is_told_from_other_errors():
+    lost = ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
+    saving = OSError("the checkpoint could not be written")
+    assert not distributed.lost_another(saving)
+    saving.__cause__ = lost
+    assert distributed.lost_another(lost) and distributed.lost_another(saving)
+    assert distributed.lost_another(jax.errors.JaxRuntimeError("UNAVAILABLE: Socket closed"))
+    assert not distributed.lost_another(ValueError("stream vqa: record 3 cannot be decoded"))
+
+
 @pytest.mark.parametrize(
     ("environ", "metadata", "expected"),
     [

@@ -212,7 +212,9 @@ def lost_another(error: BaseException) -> bool:
     while error is not None and error not in chain:
         chain.append(error)
         error = error.__cause__ or error.__context__
-    return any(isinstance(link, jax.errors.JaxRuntimeError) for link in chain)
+    # What fails while a program is started, rather than when its result is asked for, comes as a ValueError.
+    status = re.compile("(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ")
+    return any(isinstance(link, jax.errors.JaxRuntimeError) or status.match(str(link)) for link in chain)
 
 
 def anywhere(condition: bool) -> bool:
