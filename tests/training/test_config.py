@@ -94,7 +94,7 @@ def test_batch_by_devices_and_accumulation():
     config.update({"batch_size": 24, "accumulation": 2, "mesh": {"data": 2, "fsdp": -1, "tensor": 1}})
     (problem,) = config_problems(config, device_count=8)
     assert problem == (
-        "batch_size 24 is not divisible by 16 (accumulation 2 x 8 devices of the mesh's data and fsdp axes): "
+        "batch_size 24 is not divisible by 16 (accumulation 2 x 8 devices of the mesh's axes that split the batch): "
         "the nearest that fits is 32"
     )
     config.mesh.tensor = 2  # the tensor axis does not split the batch
