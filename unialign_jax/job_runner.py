@@ -250,6 +250,7 @@ class Results:
         self.done += 1
 
     def _fail(self, job, error, entry):
+        error = error.encode(errors="backslashreplace").decode()  # a bad line may hold halves of characters
         log.warning("line %d, job %s: %s", job.line, job.id, error)
         self._append(job, {"id": job.id, "status": "failed", "error": error, **entry})
         self.failed += 1

@@ -37,7 +37,7 @@ from unialign_jax.training.state import (
     init_frozen,
     init_state,
 )
-from unialign_jax.training.step import has_image_pass, make_train_step
+from unialign_jax.training.step import has_image_pass, lower_train_step, make_train_step
 
 log = logging.getLogger(__name__)
 
@@ -124,21 +124,10 @@ class Trainer:
 
     def compile_step(self, name: str):
         """The stream's train step as one executable: it cannot compile again, and refuses another shape."""
-        local = self.streams[name][0]
-        batch = {
-            key: jax.ShapeDtypeStruct(
-                (self.config.batch_size, *value.shape), value.dtype, sharding=sharding.batch_sharding(self.mesh)
-            )
-            for key, value in local.items()
-        }
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
-        with jax.set_mesh(self.mesh):
-            jitted = jax.jit(
-                self.step_function(name),
-                donate_argnums=0,
-                out_shardings=(shardings, sharding.replicated(self.mesh)),
-            )
-            return jitted.lower(self.abstract_state, self.abstract_frozen, batch).compile()
+        size = self.config.batch_size
+        batch = {k: jax.ShapeDtypeStruct((size, *v.shape), v.dtype) for k, v in self.streams[name][0].items()}
+        step = self.step_function(name)
+        return lower_train_step(step, self.mesh, self.abstract_state, self.abstract_frozen, batch).compile()
 
     def compile_steps(self) -> dict[str, jax.stages.Compiled]:
         """The executable of every stream."""
