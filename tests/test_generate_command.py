@@ -202,7 +202,7 @@ def test_a_bundle_that_will_not_do(command, tiny_bundle, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_keep_what_is_done(command, tiny_bundle, tmp_path, capsys, monkeypatch, number, status):
+def test_signals_keep_what_is_done(command, tiny_bundle, tmp_path, capsys, monkeypatch, request, number, status):
     class Struck:
         size_multiple, max_size = 16, 64
 
@@ -215,6 +215,8 @@ def test_signals_keep_what_is_done(command, tiny_bundle, tmp_path, capsys, monke
             return [Image.new("RGB", (16, 16)) for _ in prompts]
 
     monkeypatch.setattr(command.Model, "open", lambda self: Struck())
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell starts us with it ignored
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     rows = [{"task": "t2i", "prompt": prompt} for prompt in ("a", "b", "stop", "c")]
     (tmp_path / "jobs.jsonl").write_text("\n".join(map(json.dumps, rows)))
