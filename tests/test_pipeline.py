@@ -186,6 +186,7 @@ def test_values_compile_nothing(pipeline):
 def test_guidance_modes(pipeline):
     make = lambda **options: pipeline.generate("a red circle", steps=3, **options)[0]  # noqa: E731
     plain = make(guidance_scale=1.0)
+    assert json.loads(plain.info["parameters"])["negative_prompt"] == ""
     # Outside of the interval guidance is off; an interval that holds no noise level is the conditional model alone.
     assert difference(make(guidance_interval=(0.0, 0.001)), plain) <= 1
     assert difference(make(guidance_interval=(0.0, 0.999)), make()) > 3

@@ -418,9 +418,10 @@ class Pipeline:
         table = settings.table()
         mode = settings.mode(bool(pictures[0].conditions))
         batches = self._batches([(picture.size, len(picture.conditions)) for picture in pictures])
-        if mode == "none":  # the negative prompt is not read
-            pictures = [dataclasses.replace(picture, negative=picture.prompt) for picture in pictures]
-        rows, embeddings = self._encode_texts([text for p in pictures for text in (p.prompt, p.negative)])
+        prompts = [picture.prompt for picture in pictures]
+        # Without guidance the negative prompt is not read, and so T5 need not read it.
+        opposed = prompts if mode == "none" else [picture.negative for picture in pictures]
+        rows, embeddings = self._encode_texts([*prompts, *opposed])
         sources = self._encode_conditions(pictures)
 
         sampled = []
@@ -434,8 +435,8 @@ class Pipeline:
                         [jnp.stack([sources[id(image)] for image in pictures[i].conditions]) for i in padded]
                     )
                 arguments = (
-                    embeddings[[rows[pictures[i].prompt] for i in padded]],
-                    embeddings[[rows[pictures[i].negative] for i in padded]],
+                    embeddings[[rows[prompts[i]] for i in padded]],
+                    embeddings[[rows[opposed[i]] for i in padded]],
                     guidance,
                     conditions,
                 )

@@ -233,10 +233,7 @@ def compute_seconds(work, chip, head_width) -> float:
 
 def hbm_bytes(config, state, frozen, mesh, temporaries) -> float:
     """The least that a chip reads and writes of its memory in a step; see the module's formula."""
-    weights = 2 * sum(
-        math.prod(leaf.shape) / math.prod(mesh.shape[axis] for axis in ("tensor",))
-        for leaf in jax.tree.leaves(state.params)
-    )
+    weights = 2 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params)) / mesh.shape["tensor"]
     passes = 2 + RECOMPUTED[config.model.remat][0]
     repeated = config.accumulation * (passes * weights + held_bytes(frozen))
     return repeated + 2 * weights + 2 * held_bytes(state) + 2 * temporaries
