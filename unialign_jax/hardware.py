@@ -77,3 +77,12 @@ def topology_name(name: str) -> str:
 def chips_of(topology: str) -> int:
     """The number of chips of a slice "v4:4x4x4"."""
     return math.prod(map(int, topology.split(":")[1].split("x")))
+
+
+def rings(name: str, sides) -> list[bool]:
+    """Which axes of a slice's grid close to rings; of 3-D tori only whole cubes have the links for it."""
+    chip = next(chip for chip in CHIPS if chip.name == name)
+    closed = [size % chip.wrap == 0 for size in sides[: chip.axes]]
+    if chip.axes == 3:
+        closed = [all(closed)] * 3
+    return closed + [False] * (3 - len(closed))

@@ -63,6 +63,9 @@ def topology_devices(name, num_slices=1) -> list:
         options["chips_per_host_bounds"] = [1, 1, 1]
     if num_slices > 1:
         options["num_slices"] = num_slices
+    sides = list(map(int, grid.split("x")))
+    if any(rings := hardware.rings(kind, sides)):
+        options["wrap"] = rings
     if kind == "v4":
         options["chip_config_name"] = "megacore"  # or else each chip counts as two devices
     try:

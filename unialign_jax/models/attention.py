@@ -159,8 +159,7 @@ def splash_attention(query, key, value, bias, *, scale, interpret):
             block_kv=block,
             block_q_dkv=block,
             block_kv_dkv=block,
-            block_q_dq=block,
-            block_kv_dq=block,
+            use_fused_bwd_kernel=True,  # makes the scores once for all three gradients
         ),
         head_shards=1,
         q_seq_shards=1,

@@ -19,6 +19,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from unialign_jax.models.attention import attention
+from unialign_jax.models.late_reduction import reduces_late, scan_reducing_late
 from unialign_jax.models.mesh import dot_general_splitting, keep_batch_sharded
 
 XAVIER = nn.initializers.xavier_uniform()
@@ -310,15 +311,25 @@ class MMDiT(nn.Module):
             vectors = modulations.image[:, None], modulations.text[:, None]
         image, text = keep_batch_sharded(image), keep_batch_sharded(text)
 
-        layers = nn.scan(
-            Layer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, 0, nn.broadcast),
-            length=c.depth,
-        )(c, name="blocks")
         carry = (image, text, jnp.zeros_like(image[:, :target_tokens]), jnp.zeros_like(text))
-        (image, text, image_tap, text_tap), _ = layers(carry, jnp.arange(c.depth), vectors, time_embedding)
+        mesh = jax.sharding.get_abstract_mesh()
+        training = modulations is None and not self.is_initializing()
+        if training and c.remat != "offload" and reduces_late(mesh, latents.shape[0]):
+
+            def layer(params, index, carry, time_embedding):
+                return Layer(c, parent=None).apply({"params": params}, carry, index, None, time_embedding)[0]
+
+            blocks = self.variables["params"]["blocks"]
+            image, text, image_tap, text_tap = scan_reducing_late(layer, blocks, carry, time_embedding, "blocks")
+        else:
+            layers = nn.scan(
+                Layer,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, 0, nn.broadcast),
+                length=c.depth,
+            )(c, name="blocks")
+            (image, text, image_tap, text_tap), _ = layers(carry, jnp.arange(c.depth), vectors, time_embedding)
 
         if modulations is None:
             head_modulation = head_modulation_layer(c, name="image_head_modulation")(nn.silu(time_embedding))

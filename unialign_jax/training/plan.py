@@ -32,8 +32,8 @@ from unialign_jax.training.state import Networks, abstract_frozen, abstract_stat
 from unialign_jax.training.step import batch_shapes, has_image_pass, lower_train_step, make_train_step
 
 MATMUL_SHARE = 0.85  # of peak that large matmuls reach, an assumption
-# Matmuls of an attention kernel in units of the two of its forward pass: splash's backward makes the scores twice.
-ATTENTION_BACKWARD = 3.5
+# Matmuls of the backward kernel in units of the two of the forward: the scores again, and four gradients.
+ATTENTION_BACKWARD = 2.5
 # A policy's recomputation in the backward pass: a whole forward of the blocks, or of attention alone.
 RECOMPUTED = {"none": (0, 0), "dots": (0, 1), "block": (1, 1), "offload": (1, 1)}
 SEARCHED_REMAT = ("none", "dots", "block")  # from what computes least to what holds least
@@ -243,8 +243,17 @@ def ici_seconds(collectives: list[Collective], chip, devices, slice_of) -> tuple
     """Seconds on the interconnect of a slice: (of what overlaps with other work, of what does not)."""
     coordinates = np.array([getattr(device, "coords", (0, 0, 0)) for device in devices])
     shape = coordinates.max(axis=0) + 1
-    seconds = [0.0, 0.0]
+    seconds, permutes = [0.0, 0.0], {}
     for collective in collectives:
+        if collective.kind == "collective-permute":
+            inside = slice_of[collective.groups[:, 0]] == slice_of[collective.groups[:, 1]]
+            flows = link_flows(chip, coordinates[collective.groups[inside]], shape)
+            busy = {way: collective.times * collective.sent * count / chip.link for way, count in flows.items()}
+            if collective.overlaps:  # in flight together, so that each way along each axis is busy by itself
+                permutes = {way: permutes.get(way, 0.0) + busy.get(way, 0.0) for way in permutes | busy}
+            else:
+                seconds[1] += max(busy.values(), default=0.0)
+            continue
         inside = collective.received - collective.received_across(slice_of)
         if inside > 0:
             # Groups of several slices exchange inside each: the part of the first group in its first slice.
@@ -252,7 +261,7 @@ def ici_seconds(collectives: list[Collective], chip, devices, slice_of) -> tuple
             group = group[slice_of[group] == slice_of[group[0]]]
             bandwidth = group_bandwidth(chip, coordinates[group], shape)
             seconds[0 if collective.overlaps else 1] += inside / bandwidth
-    return seconds[0], seconds[1]
+    return seconds[0] + max(permutes.values(), default=0.0), seconds[1]
 
 
 def group_bandwidth(chip, coordinates, shape) -> float:
@@ -265,17 +274,35 @@ def group_bandwidth(chip, coordinates, shape) -> float:
     An axis gives a link in one direction, or in both where the group is the whole of an axis that closes to a ring;
     a group that takes every n-th chip shares its links with n - 1 others.
     """
-    wraps = [size % chip.wrap == 0 for size in shape[: chip.axes]]
-    if chip.axes == 3:  # only slices of whole cubes have the optical links that close the rings
-        wraps = [all(wraps)] * 3
+    rings = hardware.rings(chip.name, shape)
     total = 0.0
     for axis in range(chip.axes):
         places = np.unique(coordinates[:, axis])
         if len(places) > 1:
             stride = (places[-1] - places[0]) / (len(places) - 1)
-            ring = wraps[axis] and len(places) * stride == shape[axis]
+            ring = rings[axis] and len(places) * stride == shape[axis]
             total += chip.link * (2 if ring else 1) / stride
     return total or chip.link
+
+
+def link_flows(chip, pairs, shape) -> dict[tuple[int, int], int]:
+    """Messages on the busiest link of each way, {(axis, +1 or -1): count}, when each goes the shortest way.
+
+    Args: `pairs`: int [pairs, 2, axes], from where to where; routed along one axis after the other.
+    """
+    rings = hardware.rings(chip.name, shape)
+    links = {}
+    for start, end in np.asarray(pairs):
+        place = start.copy()
+        for axis in range(chip.axes):
+            steps = int(end[axis] - start[axis])
+            if rings[axis] and 2 * abs(steps) > shape[axis]:
+                steps -= int(np.sign(steps)) * int(shape[axis])
+            for _ in range(abs(steps)):
+                link = (axis, int(np.sign(steps)), *place)
+                links[link] = links.get(link, 0) + 1
+                place[axis] = (place[axis] + np.sign(steps)) % shape[axis]
+    return {way: max(n for link, n in links.items() if link[:2] == way) for way in {link[:2] for link in links}}
 
 
 def heaviest_stream(config, names) -> str:

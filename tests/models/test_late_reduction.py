@@ -1,0 +1,87 @@
+"""Gradients that are summed a layer late are those of a plain scan on one device."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unialign_jax import sharding
+from unialign_jax.models.late_reduction import reduces_late, ring, scan_reducing_late
+
+DEPTH, BATCH, WIDTH = 3, 16, 32  # the first round, the last and one between; 32 so that 8 parts come out even
+
+
+def layer(params, index, carry, shared):
+    """Leaves of several shapes, split along the first axis, the last, or not at all; weights used in two places."""
+    block = params["joint"]
+    hidden = jnp.tanh(carry["x"] @ block["image"]["mlp_in"]["kernel"] + block["image"]["mlp_in"]["bias"])
+    x = carry["x"] + hidden @ block["image"]["mlp_out"]["kernel"] + shared
+    text = (
+        carry["text"] @ block["text"]["mlp_out"]["kernel"]
+        + index * jnp.mean(hidden, axis=-1, keepdims=True) * block["text"]["odd"]
+    )
+    return {"x": x, "text": text + x @ block["text"]["mlp_out"]["kernel"]}
+
+
+def inputs():
+    rng = np.random.default_rng(0)
+    array = lambda *shape: jnp.asarray(rng.normal(size=shape) / 4, jnp.float32)  # noqa: E731
+    params = {
+        "joint": {
+            "image": {
+                "mlp_in": {"kernel": array(DEPTH, WIDTH, 2 * WIDTH), "bias": array(DEPTH, 2 * WIDTH)},
+                "mlp_out": {"kernel": array(DEPTH, 2 * WIDTH, WIDTH)},
+            },
+            "text": {"mlp_out": {"kernel": array(DEPTH, WIDTH, WIDTH)}, "odd": array(DEPTH, WIDTH)},
+        }
+    }
+    return params, {"x": array(BATCH, WIDTH), "text": array(BATCH, WIDTH)}, array(BATCH, WIDTH)
+
+
+def plain_scan(params, carry, shared):
+    step = lambda carry, inputs: (layer(inputs[1], inputs[0], carry, shared), None)  # noqa: E731
+    return jax.lax.scan(step, carry, (jnp.arange(DEPTH), params))[0]
+
+
+def loss(scan):
+    return lambda *arguments: sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(scan(*arguments)))
+
+
+@pytest.mark.parametrize(
+    "shape", [{"data": 8}, {"data": 4, "encoder": 2}, {"replica": 2, "data": 2, "encoder": 2}], ids=str
+)
+def test_gradients_are_those_of_one_device(shape):
+    arguments = inputs()
+    expected_loss, expected = jax.value_and_grad(loss(plain_scan), argnums=(0, 1, 2))(*arguments)
+    mesh = sharding.make_mesh(fsdp=1, **shape)
+    assert reduces_late(mesh, BATCH)
+    late = loss(lambda params, carry, shared: scan_reducing_late(layer, params, carry, shared, "blocks"))
+    with jax.set_mesh(mesh):
+        found_loss, found = jax.jit(jax.value_and_grad(late, argnums=(0, 1, 2)))(*arguments)
+        compared = jax.jit(late)(*arguments)
+    np.testing.assert_allclose(found_loss, expected_loss, rtol=1e-5)
+    np.testing.assert_allclose(compared, expected_loss, rtol=1e-5)
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(y, x, rtol=1e-5, atol=1e-5, err_msg=sharding.path_string(path))
+    # Each device holds its part of the sum, as of the state.
+    kernel = found[0]["joint"]["image"]["mlp_in"]["kernel"]
+    parts = shape.get("data", 1) * shape.get("encoder", 1)
+    assert kernel.sharding.shard_shape(kernel.shape) == (DEPTH, WIDTH // parts, 2 * WIDTH)
+
+
+@pytest.mark.parametrize("direction", [1, -1])
+def test_a_ring_is_a_reduce_scatter(direction):
+    mesh = sharding.make_mesh(data=8, fsdp=1)
+    x = np.random.default_rng(1).normal(size=(8, 8, 3)).astype(np.float32)  # [device, part, numbers]
+    reduce = jax.shard_map(
+        lambda x: ring(x[0], "data", direction), mesh=mesh, in_specs=jax.P("data"), out_specs=jax.P("data")
+    )
+    np.testing.assert_allclose(reduce(x).reshape(8, 3), x.sum(axis=0), rtol=1e-5, atol=1e-6)
+
+
+def test_not_where_weights_are_split_or_samples_do_not_divide():
+    assert not reduces_late(sharding.make_mesh(data=2, fsdp=4), 16)
+    assert not reduces_late(sharding.make_mesh(data=4, fsdp=1, tensor=2), 16)
+    assert not reduces_late(sharding.make_mesh(data=8, fsdp=1), 12)
+    assert not reduces_late(sharding.make_mesh(replica=8, fsdp=1), 16)
+    assert not reduces_late(jax.sharding.get_abstract_mesh(), 16)
