@@ -5,6 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from unialign_jax.models.mesh import gather_rows
+
 
 @functools.partial(jax.jit, static_argnames=("direction",))
 def cross_modal_loss(image_features_BND, text_features_BLD, *, temperature=0.07, direction="symmetric"):
@@ -35,9 +37,10 @@ def cross_modal_loss(image_features_BND, text_features_BLD, *, temperature=0.07,
 
     image_BD = _pool_and_normalize(image_features_BND)
     text_BD = _pool_and_normalize(text_features_BLD)
+    all_text_BD = gather_rows(text_BD)
     # Full precision: a TPU would round the inputs to bfloat16, and 1/temperature magnifies the error.
-    similarity_BB = jnp.matmul(image_BD, text_BD.T, precision=jax.lax.Precision.HIGHEST) / temperature
-    own = jnp.diagonal(similarity_BB)
+    similarity_BB = jnp.matmul(image_BD, all_text_BD.T, precision=jax.lax.Precision.HIGHEST) / temperature
+    own = jnp.sum(image_BD * text_BD, axis=-1) / temperature
     image_to_text = jax.nn.logsumexp(similarity_BB, axis=1) - own
     if direction == "image_to_text":
         return image_to_text

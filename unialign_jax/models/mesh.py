@@ -29,6 +29,25 @@ def keep_batch_sharded(x, axes=BATCH_AXES):
     return jax.lax.with_sharding_constraint(x, jax.P(chosen or None))
 
 
+@jax.custom_vjp
+def gather_rows(x):
+    """Under a mesh that splits the batch axis of x, all its rows on every device, by one all-gather."""
+    axes = axes_that_divide(BATCH_AXES, jax.sharding.get_abstract_mesh(), x.shape[0])
+    if not axes:
+        return x
+
+    def gather(rows):
+        for name in reversed(axes):  # over several at once the TPU's compiler would sum zeros and rows, twice the bytes
+            rows = jax.lax.all_gather(rows, name, tiled=True)
+        return rows
+
+    return jax.shard_map(gather, in_specs=jax.P(axes), out_specs=jax.P(), check_vma=False)(x)
+
+
+# The cotangent is a sum over devices of which each wants its own rows.
+gather_rows.defvjp(lambda x: (gather_rows(x), None), lambda _, cotangent: (keep_batch_sharded(cotangent),))
+
+
 def axes_that_divide(names, mesh, length):
     """The axes among `names`, larger than 1 and Auto, over which `length` splits evenly, taken in order."""
     chosen, parts = [], 1
