@@ -74,6 +74,7 @@ def main(argv=None):
 
 def plan_training(arguments, changes) -> dict:
     from unialign_jax import planning
+    from unialign_jax.training import meshes
     from unialign_jax.training import plan as training
     from unialign_jax.training.config import active_streams
     from unialign_jax.training.stages import read_config
@@ -103,12 +104,14 @@ def plan_training(arguments, changes) -> dict:
             plans.append(compile_step(config, name))
         except training.DoesNotFit as error:
             misfits.append(str(error))
-    mesh = ", ".join(f"{axis}={size}" for axis, size in config.mesh.items() if size != 1) or "one device"
     print(
         f"{arguments.config} on {arguments.num_slices} x {arguments.topology} ({len(devices)} x "
-        f"{devices[0].device_kind}), mesh {mesh}, batch {config.batch_size}, accumulation {config.accumulation}, "
-        f"remat {config.model.remat}\n"
+        f"{devices[0].device_kind}), batch {config.batch_size}, accumulation {config.accumulation}, "
+        f"remat {config.model.remat}"
     )
+    for line in sorted({f"mesh {meshes.format_mesh(plan.mesh)}: {plan.mesh_reason}" for plan in plans}):
+        print(line)
+    print()
     figures = training.report(config, plans)
     if plans:
         for title, rows in figures["tables"].items():
@@ -124,7 +127,7 @@ def plan_training(arguments, changes) -> dict:
         "topology": arguments.topology,
         "num_slices": arguments.num_slices,
         "chips": len(devices),
-        "mesh": dict(config.mesh),
+        "mesh": plans[0].mesh if plans else dict(config.mesh),
         "batch_size": config.batch_size,
         "accumulation": config.accumulation,
         "remat": config.model.remat,

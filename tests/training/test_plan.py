@@ -18,6 +18,8 @@ V4, V5E = (next(chip for chip in hardware.CHIPS if chip.name == name) for name i
 PLAN = plan.StepPlan(
     stream="text_to_image",
     chips=256,
+    mesh={"replica": 4, "data": 16, "encoder": 4, "fsdp": 1, "tensor": 1},
+    mesh_reason="as given",
     batch_size=256,
     accumulation=1,
     remat="block",
@@ -162,11 +164,10 @@ def test_stage1_fits_and_moves_what_arithmetic_says(topology, monkeypatch):
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     devices = planning.topology_devices(topology)
-    # Axes of the mesh along axes of the torus: only there does the compiler reduce-scatter.
-    changes = ["mesh.replica=4", f"mesh.data={len(devices) // 16}", "mesh.encoder=4", "mesh.fsdp=1"]
-    config = read_config("configs/stage1.py", changes)
+    config = read_config("configs/stage1.py", [])
     step = plan.plan_step(config, devices, "text_to_image", usable=planning.usable_bytes(devices[0]))
     assert step.fits
+    assert step.mesh == {"replica": 4, "data": len(devices) // 16, "encoder": 4, "fsdp": 1, "tensor": 1}
     samples = 256 // len(devices)
     expected = 2 * 2 * 2.10e9 + 48 * 2 * 3 / 4 * (4 * 2 * samples * 256 * 4096 * 2)
     assert sum(step.bytes_inside.values()) == pytest.approx(expected, rel=0.15)
@@ -178,6 +179,6 @@ def test_a_misfit_is_said_with_its_numbers(monkeypatch):
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     devices = planning.topology_devices("v5e:1x1")
-    config = read_config("configs/stage1.py", ["batch_size=1", "mesh.fsdp=1"])
+    config = read_config("configs/stage1.py", ["batch_size=1"])
     with pytest.raises(plan.DoesNotFit, match=r"^the step of text_to_image does not fit: it needs [\d.]+G of 15\.75G"):
         plan.plan_step(config, devices, "text_to_image")

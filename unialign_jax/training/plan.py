@@ -27,6 +27,7 @@ from unialign_jax.collectives import KINDS, Collective, read_collectives
 from unialign_jax.planning import GIB
 from unialign_jax.training import flops
 from unialign_jax.training.config import active_streams, build_configs, config_problems
+from unialign_jax.training.meshes import mesh_for
 from unialign_jax.training.optimizer import make_optimizer
 from unialign_jax.training.state import Networks, abstract_frozen, abstract_state
 from unialign_jax.training.step import batch_shapes, has_image_pass, lower_train_step, make_train_step
@@ -45,6 +46,8 @@ class StepPlan:
 
     stream: str
     chips: int
+    mesh: dict  # {axis: size}
+    mesh_reason: str
     batch_size: int
     accumulation: int
     remat: str
@@ -110,8 +113,9 @@ def plan_step(config, devices, name: str, *, usable=None, dump=None, chip=None) 
     problems = config_problems(config, len(devices))
     if problems:
         raise ValueError("the configuration cannot run:\n  " + "\n  ".join(problems))
-    mesh = sharding.make_mesh(**config.mesh, devices=devices)
     networks = Networks.create(*build_configs(config, devices[0].platform))
+    choice = mesh_for(config, devices, networks)
+    mesh = sharding.make_mesh(**choice.sizes, devices=devices)
     tx, schedule = make_optimizer(**config.optimizer)
     state = abstract_state(networks, tx, config.ema_decay, mesh)
     frozen = abstract_frozen(networks, mesh)
@@ -149,6 +153,8 @@ def plan_step(config, devices, name: str, *, usable=None, dump=None, chip=None) 
     return StepPlan(
         stream=name,
         chips=len(devices),
+        mesh=choice.sizes,
+        mesh_reason=choice.reason,
         batch_size=config.batch_size,
         accumulation=config.accumulation,
         remat=config.model.remat,
