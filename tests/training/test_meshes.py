@@ -54,7 +54,7 @@ def test_the_mesh_of_a_slice(name, slices, expected):
 def test_other_devices_split_all(kind):
     devices = [types.SimpleNamespace(device_kind=kind, coords=(0, 0, 0)) for _ in range(6)]
     machine = meshes.read_machine(devices)
-    assert meshes.format_mesh(meshes.choose_mesh(machine, 6, 1, NEEDS).sizes) == "fsdp=6"
+    assert meshes.format_mesh(meshes.choose_mesh(machine, 6, 1, None).sizes) == "fsdp=6"
 
 
 def test_the_torus_is_read_from_coordinates():

@@ -120,26 +120,17 @@ def test_overlapped_and_exposed_collectives():
 
 def test_the_compilers_refusal_in_a_line():
     message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 21.50G of 15.75G hbm. Exceeded by 5.75G."
-    assert plan.misfit("edit", message) == "the step of edit does not fit: it needs 21.50G of 15.75G"
-
-
-def test_the_search_asks_for_few_compilations():
-    config = read_config("configs/stage1.py", [])
-    asked = []
-
-    def compile_step(config, name):
-        asked.append((config.accumulation, config.model.remat))
-        rows = 256 // 64 // config.accumulation
-        held = rows * {"none": 8, "dots": 5, "block": 3}[config.model.remat]
-        if held > 20:
-            raise plan.DoesNotFit("no room")
-        return dataclasses.replace(PLAN, temporaries=held * GIB)
-
-    found = plan.search(config, "text_to_image", compile_step, 64)  # 4 rows a chip, and 6 GiB beside them, in 16
-    assert (found.accumulation, found.model.remat) == (2, "dots")
-    assert asked == [(1, "block"), (2, "block"), (2, "none"), (2, "dots")]
-    with pytest.raises(ValueError, match="^the step of text_to_image does not fit in any micro-batch on this mesh"):
-        plan.search(config, "text_to_image", lambda *_: dataclasses.replace(PLAN, usable=0), 64)
+    error = plan.misfit("edit", message)
+    assert str(error) == "the step of edit does not fit: it needs 21.50G of 15.75G"
+    assert error.needed == 21.5 * GIB
+    message = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (43.25G) exceeds "
+        "available HBM (15.75G)."
+    )
+    error = plan.misfit("edit", message)
+    assert str(error) == "the step of edit does not fit: it needs 43.25G of 15.75G, for temporaries alone"
+    assert error.needed == 43.25 * GIB
+    assert plan.misfit("edit", "RESOURCE_EXHAUSTED: no room").needed is None
 
 
 def test_work_on_paper():

@@ -76,15 +76,19 @@ def is_open(mesh: dict[str, int]) -> bool:
     return not any(mesh.values())
 
 
-def mesh_for(config, devices, networks: Networks) -> Choice:
+def mesh_for(config, devices, networks: Networks, needs: Needs | None = None) -> Choice:
     """The mesh of a configuration on some devices: as it says, or chosen.
 
-    Raises ValueError for one that does not fit the devices.
+    Args: `needs`: of `read_needs`, which is asked when they are not given.
+    Raises ValueError for a mesh that does not fit the devices.
     """
     if not is_open(config.mesh):
         sizes = complete_mesh_shape(mesh_sizes(config.mesh), len(devices))
         return Choice(dict(zip(AXES, sizes, strict=True)), "as given")
-    return choose_mesh(read_machine(devices), config.batch_size, config.accumulation, read_needs(config, networks))
+    machine = read_machine(devices)
+    if machine.chip and needs is None:
+        needs = read_needs(config, networks)
+    return choose_mesh(machine, config.batch_size, config.accumulation, needs)
 
 
 def read_machine(devices) -> Machine:
@@ -101,8 +105,11 @@ def read_machine(devices) -> Machine:
     return Machine(len(devices), kind, chip, grid, slices)
 
 
-def choose_mesh(machine: Machine, batch_size: int, accumulation: int, needs: Needs) -> Choice:
-    """The mesh for a machine that trains with `batch_size` samples a step in `accumulation` micro-batches."""
+def choose_mesh(machine: Machine, batch_size: int, accumulation: int, needs: Needs | None) -> Choice:
+    """The mesh for a machine that trains with `batch_size` samples a step in `accumulation` micro-batches.
+
+    Only a machine whose chip is known asks for the `needs`.
+    """
     if machine.chip is None:
         place = f"chosen for {machine.devices} x {machine.kind}"
         return Choice(_split(machine.devices, machine.slices), f"{place}, weights and state are split over all")

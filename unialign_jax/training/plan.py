@@ -37,7 +37,6 @@ MATMUL_SHARE = 0.85  # of peak that large matmuls reach, an assumption
 ATTENTION_BACKWARD = 3.5
 # A policy's recomputation in the backward pass: a whole forward of the blocks, or of attention alone.
 RECOMPUTED = {"none": (0, 0), "dots": (0, 1), "block": (1, 1), "offload": (1, 1)}
-SEARCHED_REMAT = ("none", "dots", "block")  # from what computes least to what holds least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +96,11 @@ class StepPlan:
 
 
 class DoesNotFit(ValueError):
-    """The compiler could not place the step in the chip's memory."""
+    """The compiler could not place the step in the chip's memory; `needed` is the bytes it says, or None."""
+
+    def __init__(self, message: str, needed: int | None = None):
+        super().__init__(message)
+        self.needed = needed
 
 
 def plan_step(config, devices, name: str, *, usable=None, dump=None, chip=None) -> StepPlan:
@@ -128,7 +131,7 @@ def plan_step(config, devices, name: str, *, usable=None, dump=None, chip=None) 
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise DoesNotFit(misfit(name, str(error))) from None
+        raise misfit(name, str(error)) from None
     text = compiled.as_text()
     if dump:
         dump.write_text(text)
@@ -177,12 +180,17 @@ def plan_step(config, devices, name: str, *, usable=None, dump=None, chip=None) 
     )
 
 
-def misfit(name, message) -> str:
+def misfit(name, message) -> DoesNotFit:
     """The compiler's refusal in one line, with its numbers."""
     flat = " ".join(message.split())
-    match = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", flat)
-    numbers = f"{match[1]} of {match[2]}" if match else flat[:200]
-    return f"the step of {name} does not fit: it needs {numbers}"
+    whole = re.search(r"Used ([\d.]+[KMGT]) of ([\d.]+\w) hbm", flat)
+    part = re.search(r"HLO temporaries \(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+\w)\)", flat)
+    match = whole or part
+    if not match:
+        return DoesNotFit(f"the step of {name} does not fit: {flat[:200]}")
+    needed = round(float(match[1][:-1]) * 2 ** (10 * (1 + "KMGT".index(match[1][-1]))))
+    alone = "" if whole else ", for temporaries alone"
+    return DoesNotFit(f"the step of {name} does not fit: it needs {match[1]} of {match[2]}{alone}", needed)
 
 
 def held_bytes(tree) -> int:
@@ -282,47 +290,6 @@ def group_bandwidth(chip, coordinates, shape) -> float:
             ring = wraps[axis] and len(places) * stride == shape[axis]
             total += chip.link * (2 if ring else 1) / stride
     return total or chip.link
-
-
-def heaviest_stream(config, names) -> str:
-    """Of some streams the one with the most condition images, which takes the most memory."""
-    return max(names, key=lambda name: (config.streams[name].num_conditions, name))
-
-
-def search(config, name, compile_step, chips):
-    """The configuration with the fewest micro-batches, and for these the remat policy that computes least, that fit.
-
-    Fewer micro-batches come first: each gathers the weights, reads them and reduces their gradients anew.
-
-    Args: `compile_step(config, name)` -> StepPlan, or raises DoesNotFit.
-    Raises ValueError when nothing fits.
-    """
-
-    def fits(accumulation, remat):
-        trial = config.copy_and_resolve_references()
-        trial.accumulation, trial.model.remat = accumulation, remat
-        try:
-            return trial if compile_step(trial, name).fits else None
-        except DoesNotFit:
-            return None
-
-    *batch_axes, _ = sharding.complete_mesh_shape(sharding.mesh_sizes(config.mesh), chips)
-    rows = config.batch_size // math.prod(batch_axes)  # of one chip
-    counts = [count for count in range(1, rows + 1) if rows % count == 0]
-    # Where "block" fits is monotonous in the micro-batch: halve the list.
-    first, last, best = 0, len(counts) - 1, None
-    while first <= last:
-        middle = (first + last) // 2 if best or first else 0  # the whole batch at once first: often it fits
-        if trial := fits(counts[middle], "block"):
-            best, last = trial, middle - 1
-        else:
-            first = middle + 1
-    if best is None:
-        raise ValueError(f"the step of {name} does not fit in any micro-batch on this mesh, even with remat block")
-    for remat in SEARCHED_REMAT[:-1]:
-        if trial := fits(best.accumulation, remat):
-            return trial
-    return best
 
 
 def report(config, plans: list[StepPlan]) -> dict:
