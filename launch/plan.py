@@ -106,11 +106,13 @@ def write_report(arguments):
 
 
 def plan_all(arguments, changes) -> list[str]:
+    from unialign_jax import planning
     from unialign_jax.training import sweep
     from unialign_jax.training.stages import read_config
 
     config = read_config(arguments.config, changes)
     names = arguments.topologies.split(",") if arguments.topologies else sweep.TOPOLOGIES
+    planning.topology_devices("v5e-1")  # without the TPU compiler, one error and not one for each slice
     return sweep.sweep(config, arguments.config, names, arguments.output)
 
 
