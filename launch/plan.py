@@ -2,11 +2,13 @@
 
 import argparse
 import json
+import math
 import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 DESCRIPTION = """\
 Compiles the programs of a sampling task for a TPU chip, or the training steps of a configuration for a TPU slice,
@@ -21,9 +23,16 @@ examples
   python launch/plan.py --config=configs/stage1.py --topology=v4:4x4x4
   python launch/plan.py --config=configs/stage1.py --topology=v5e-256 --config.mesh.data=64 --config.mesh.encoder=4
   python launch/plan.py --config=configs/stage1.py --topology=v4-8 --search
+  python launch/plan.py --config=configs/stage1.py --all --output=plans --topologies=v4-128,v5e-256,4xv5e-256
+  python launch/plan.py --report=plans
+
+--all plans every slice that docs/tpu.md tells of (hours; --topologies names some of them), each with the micro-batches
+and remat that suit it, one file a plan. What is in the folder is not compiled again: the same command goes on, and
+several processes share the work by different --topologies. --report writes the tables of docs/tpu.md from the folder.
 
 Topologies are named by kind and grid, v4:4x4x4, or as on Google Cloud, v4-128 (cores, two a chip; of v5e and v6e
-chips). Exit status 0 when all fits (with --low-memory: in that mode), 1 when it does not.
+chips). Exit status 0 when all fits (with --low-memory: in that mode), 1 when it does not; of --all, where a misfit is a
+result, 1 when something could not be planned.
 """
 
 
@@ -40,11 +49,19 @@ def parse_arguments(argv):
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--task", choices=("t2i", "edit", "caption"), help="sampling: what to do")
     what.add_argument("--config", metavar="FILE", help="training: a stage file, and --config.KEY=VALUE for its keys")
+    what.add_argument("--report", type=Path, metavar="DIR", help="docs/tpu.md and its plot from the plans of --all")
     parser.add_argument("--topology", default="v5e:1x1", help="the chips, default %(default)s; sampling uses one")
     parser.add_argument("--num-slices", type=int, default=1, help="training: slices of that topology, default 1")
     parser.add_argument("--stream", help="training: this stream only")
     parser.add_argument(
-        "--search", action="store_true", help="training: find the largest micro-batch and cheapest remat that fit"
+        "--search", action="store_true", help="training: find the micro-batches and the remat that are fastest and fit"
+    )
+    parser.add_argument(
+        "--all", action="store_true", help="training: --search on many slices, into the folder --output"
+    )
+    parser.add_argument("--topologies", metavar="A,B", help="with --all: these only, such as v4-128,4xv5e-256")
+    parser.add_argument(
+        "--docs", type=Path, metavar="DIR", default=ROOT / "docs", help="with --report: where tpu.md is"
     )
     parser.add_argument("--dump", type=Path, metavar="DIR", help="training: keep the compiled steps' HLO text there")
     parser.add_argument("--size", type=int, default=512, help="sampling: pixels a side, default %(default)s")
@@ -52,7 +69,12 @@ def parse_arguments(argv):
     parser.add_argument("--quantize", choices=("int8", "w8a8"), help="sampling: as in Pipeline.from_bundle")
     parser.add_argument("--low-memory", action="store_true", help="sampling: ask whether it fits with low_memory")
     parser.add_argument("--output", type=Path, metavar="JSON", help="also write the figures to this file")
-    return parser.parse_args([argument for argument in argv if not argument.startswith("--config.")]), changes
+    arguments = parser.parse_args([argument for argument in argv if not argument.startswith("--config.")])
+    if arguments.all and not (arguments.config and arguments.output):
+        parser.error("--all needs --config=FILE and --output=DIR")
+    if arguments.topologies and not arguments.all:
+        parser.error("--topologies goes with --all; of one there is --topology")
+    return arguments, changes
 
 
 def main(argv=None):
@@ -64,6 +86,10 @@ def main(argv=None):
 
     jax.config.update("jax_platforms", "cpu")
     try:
+        if arguments.report:
+            return write_report(arguments)
+        if arguments.all:
+            sys.exit(1 if plan_all(arguments, changes) else 0)
         figures = plan_training(arguments, changes) if arguments.config else plan(arguments)
         if arguments.output:
             arguments.output.write_text(json.dumps(figures, indent=2) + "\n")
@@ -72,8 +98,27 @@ def main(argv=None):
     sys.exit(0 if figures["fits"] else 1)
 
 
+def write_report(arguments):
+    from unialign_jax.training import plan_report
+
+    plan_report.write_report(arguments.report, arguments.docs)
+    print(f"wrote {arguments.docs / 'tpu.md'} and {arguments.docs / plan_report.PLOT}")
+
+
+def plan_all(arguments, changes) -> list[str]:
+    from unialign_jax import planning
+    from unialign_jax.training import sweep
+    from unialign_jax.training.stages import read_config
+
+    config = read_config(arguments.config, changes)
+    names = arguments.topologies.split(",") if arguments.topologies else sweep.TOPOLOGIES
+    planning.topology_devices("v5e-1")  # without the TPU compiler, one error and not one for each slice
+    return sweep.sweep(config, arguments.config, names, arguments.output)
+
+
 def plan_training(arguments, changes) -> dict:
     from unialign_jax import planning
+    from unialign_jax.training import meshes, search
     from unialign_jax.training import plan as training
     from unialign_jax.training.config import active_streams
     from unialign_jax.training.stages import read_config
@@ -94,21 +139,32 @@ def plan_training(arguments, changes) -> dict:
         dump = arguments.dump and arguments.dump / f"{config.name}-{name}.hlo"
         return training.plan_step(config, devices, name, usable=usable, dump=dump)
 
+    searched = {}
     if arguments.search:
-        config = training.search(config, training.heaviest_stream(config, names), compile_step, len(devices))
+        heaviest = search.heaviest_stream(config, names)
+        ordered = search.candidates(config, devices, heaviest)
+        found = search.search(
+            ordered, usable or math.inf, lambda candidate: compile_step(candidate.applied_to(config), heaviest)
+        )
+        if found.plan is None:
+            raise ValueError(f"{found.misfit}, and no other micro-batch or remat needs less")
+        searched[heaviest] = found.plan
+        config.accumulation, config.model.remat = found.plan.accumulation, found.plan.remat
         print(f"found: accumulation {config.accumulation}, remat {config.model.remat}", file=sys.stderr)
     plans, misfits = [], []
     for name in names:
         try:
-            plans.append(compile_step(config, name))
+            plans.append(searched.get(name) or compile_step(config, name))
         except training.DoesNotFit as error:
             misfits.append(str(error))
-    mesh = ", ".join(f"{axis}={size}" for axis, size in config.mesh.items() if size != 1) or "one device"
     print(
         f"{arguments.config} on {arguments.num_slices} x {arguments.topology} ({len(devices)} x "
-        f"{devices[0].device_kind}), mesh {mesh}, batch {config.batch_size}, accumulation {config.accumulation}, "
-        f"remat {config.model.remat}\n"
+        f"{devices[0].device_kind}), batch {config.batch_size}, accumulation {config.accumulation}, "
+        f"remat {config.model.remat}"
     )
+    for line in sorted({f"mesh {meshes.format_mesh(plan.mesh)}: {plan.mesh_reason}" for plan in plans}):
+        print(line)
+    print()
     figures = training.report(config, plans)
     if plans:
         for title, rows in figures["tables"].items():
@@ -124,7 +180,7 @@ def plan_training(arguments, changes) -> dict:
         "topology": arguments.topology,
         "num_slices": arguments.num_slices,
         "chips": len(devices),
-        "mesh": dict(config.mesh),
+        "mesh": plans[0].mesh if plans else dict(config.mesh),
         "batch_size": config.batch_size,
         "accumulation": config.accumulation,
         "remat": config.model.remat,

@@ -125,6 +125,30 @@ def test_what_crosses_slices():
     assert scattered.received_across(np.array([0, 0, 1, 1])) == 64
 
 
+def test_transfers_between_slices():
+    """As the TPU's compiler writes them for four slices: here in a loop of 24 rounds, of 128 bytes each."""
+    lines = """\
+  %token = token[] after-all()
+  %sent = (f32[4,8]{1,0}, u32[], token[]) send(%held, %token), channel_id=8, is_host_transfer=true, \
+frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",\
+_xla_host_transfer_rendezvous="psum.150_0",_xla_megascale_reduce_operation="SUM",\
+_xla_megascale_target="SLICESx{0:7}",_xla_megascale_transfer_type="KIND"}
+  ROOT %next"""
+    for slices, count in (("{1,2,3,4}", 4), ("{1:3}", 3), ("{1,4:6}", 4)):
+        for kind, factor in (
+            ("ALL_REDUCE", 2 * (count - 1) / count),
+            ("ALL_GATHER", count - 1),
+            ("REDUCE_SCATTER", (count - 1) / count),
+            ("ONE_TO_ONE", 1),
+        ):
+            text = LOOP.replace("  ROOT %next", lines.replace("SLICES", slices).replace("KIND", kind), 1)
+            (found,) = (c for c in read_collectives(text.replace(" NOTE", "")) if c.between_slices)
+            assert (found.name, found.times) == ("psum.150_0", 24)
+            assert found.received == found.received_across(np.zeros(8, int)) == pytest.approx(24 * 128 * factor)
+    with pytest.raises(ValueError, match="^this transfer between slices cannot be read"):
+        read_collectives(text.replace(" NOTE", "").replace("ONE_TO_ONE", "SOME"))
+
+
 def test_a_program_of_eight_devices_moves_what_arithmetic_says():
     """A scan of six rounds: each gathers a [16, 8] float32 weight over four devices and sums [8] over all eight."""
     mesh = make_mesh(data=2, fsdp=4)

@@ -3,6 +3,9 @@
 Bytes are those that one device receives, with the algorithms that move least: of n devices in a group, all-gather of
 pieces p receives (n - 1) p, reduce-scatter of s bytes (n - 1) / n s, all-reduce both, 2 (n - 1) / n s, all-to-all
 (n - 1) / n s, collective-permute s. Groups that span slices send between slices what each device then holds alone.
+
+For several slices the TPU's compiler writes the program of one, in which what goes between slices is a send to the host
+and a receive from it, with a note to the runtime (megascale) of which collective over which slices that is.
 """
 
 import dataclasses
@@ -13,6 +16,14 @@ import re
 import numpy as np
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+# What the runtime between slices calls them.
+_BETWEEN_SLICES = {
+    "ALL_GATHER": "all-gather",
+    "REDUCE_SCATTER": "reduce-scatter",
+    "ALL_REDUCE": "all-reduce",
+    "ALL_TO_ALL": "all-to-all",
+    "ONE_TO_ONE": "collective-permute",
+}
 _WIDTH = {"pred": 8, "bf16": 16, "token": 0}  # bits; of others the digits in the name say it, "f32", "s8", "f8e4m3fn"
 _ARRAY = re.compile(r"\b(pred|token|bf16|[fsuc]\d+\w*)\[([\d,]*)\]")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+)(?: \(.*)? \{(?: *//.*)?$")
@@ -33,7 +44,8 @@ class Collective:
     """One collective of the program, and how often a call of the program runs it.
 
     `sent` is the bytes that go into it on one device, `groups` the devices that exchange, int [groups, size]
-    (positions in the device assignment, so in `mesh.devices.flat`), of a permute its pairs [pairs, 2].
+    (positions in the device assignment, so in `mesh.devices.flat`), of a permute its pairs [pairs, 2]. Where it is
+    `between_slices`, each device exchanges with its like in other slices, and `groups` are these slices.
     """
 
     kind: str
@@ -42,6 +54,7 @@ class Collective:
     groups: np.ndarray
     times: int
     overlaps: bool  # it runs beside other work: it has a start and an end, or is split over fusions
+    between_slices: bool = False
 
     @property
     def received(self) -> float:
@@ -61,6 +74,8 @@ class Collective:
 
         With s slices in a group, each piece crosses once for every other slice, and is passed on inside.
         """
+        if self.between_slices:
+            return self.received
         slices = slice_of[self.groups]
         if self.kind == "collective-permute":
             return self.times * self.sent * float(np.mean(slices[:, 0] != slices[:, 1]))
@@ -85,6 +100,7 @@ def read_collectives(text: str) -> list[Collective]:
     def sends(name):
         return any(
             instruction.opcode.removesuffix("-start") in KINDS
+            or _crosses(instruction)
             or any(sends(called) for called in called_computations(instruction) if called in computations)
             for instruction in computations[name].values()
         )
@@ -101,6 +117,8 @@ def read_collectives(text: str) -> list[Collective]:
                 key = (kind, channel[1]) if channel and _is_chained(instruction) else len(found)
                 if key not in found or found[key].times > times:
                     found[key] = collective
+            elif _crosses(instruction):
+                found[len(found)] = _transfer(instruction, computation, times)
             elif instruction.opcode == "while":
                 body = re.search(r"body=%?([\w.\-]+)", instruction.line)[1]
                 if sends(body):
@@ -194,6 +212,28 @@ def trip_count(loop: Instruction, computations) -> int:
 
 def _is_chained(instruction) -> bool:
     return "chain_id=" in instruction.line
+
+
+def _crosses(instruction) -> bool:
+    return instruction.opcode == "send" and "_xla_megascale_transfer_type=" in instruction.line
+
+
+def _transfer(instruction, computation, times):
+    """The collective between slices that a send begins; its receive says the same."""
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.line)[1]
+    target = re.search(r'_xla_megascale_target="\{([\d,:]+)\}', instruction.line)
+    if kind not in _BETWEEN_SLICES or not target:
+        raise ValueError(f"this transfer between slices cannot be read: {instruction.line[:400]}")
+    slices = []  # "1,2,5:8"
+    for part in target[1].split(","):
+        first, _, last = part.partition(":")
+        slices += range(int(first), int(last or first) + 1)
+    if kind == "ONE_TO_ONE":
+        slices = slices[:1] * 2  # from one, to another
+    name = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', instruction.line)
+    sent = type_bytes(computation[instruction.operands[0]].type)
+    groups = np.array([slices])
+    return Collective(_BETWEEN_SLICES[kind], name[1] if name else "", sent, groups, times, True, between_slices=True)
 
 
 def _collective(kind, instruction, computation, times, overlaps, fused):

@@ -1,13 +1,14 @@
-"""What the accelerators are on paper: one table of peaks, memories and networks, that planning and MFU read.
-
-Sources, for every number of the TPUs: Google Cloud's "TPU v4", "v5e", "v5p" and "v6e" system architecture pages (peak,
-memory, chips and network cards of a host) and "How to Scale Your Model" (jax-ml.github.io/scaling-book; links of the
-interconnect, DCN of a chip). v4's DCN is not in them: taken to be v5p's. GPUs: NVIDIA's data sheets, dense bf16.
-"""
+"""What the accelerators are on paper: one table of peaks, memories and networks, that planning and MFU read."""
 
 import dataclasses
 import math
 import re
+
+SOURCES = (
+    'Google Cloud\'s "TPU v4", "v5e", "v5p" and "v6e" system architecture pages (peak, memory, chips and network cards '
+    'of a host) and "How to Scale Your Model", jax-ml.github.io/scaling-book (links of the interconnect, DCN of a '
+    "chip). v4's DCN is not in them: taken to be v5p's. GPUs: NVIDIA's data sheets, dense bf16."
+)
 
 
 @dataclasses.dataclass(frozen=True)

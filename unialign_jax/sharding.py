@@ -10,7 +10,7 @@ The mesh's axes all split the batch, except the last, and differ in what they do
 
 On few chips the state decides and fsdp is right; on many, with few samples a chip, gathering weights in every pass
 would bound the step, and data is. On TPUs an axis of the mesh should lie along one axis of the torus, for only there
-does the compiler reduce-scatter: replica=4, data=16, encoder=4 on v5e:16x16, replica=4, data=4, encoder=4 on v4:4x4x4.
+does the compiler reduce-scatter: `training/meshes.py` chooses replica=4, data=16, encoder=4 on v5e:16x16.
 All axes are Auto: `jax.jit` with these shardings is what used to be called pjit.
 """
 
@@ -67,16 +67,17 @@ def make_mesh(data=1, fsdp=-1, tensor=1, devices=None, *, replica=1, encoder=1) 
     """
     devices = jax.devices() if devices is None else devices
     sizes = complete_mesh_shape((replica, data, encoder, fsdp, tensor), len(devices))
-    if math.prod(sizes) == 1:  # jax.make_mesh asks the topology of all devices, which one device does not need
-        return Mesh(np.array(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices > 1:
-        if sizes[0] % slices:
-            raise ValueError(f"mesh replica={sizes[0]}, but there are {slices} slices: give a multiple of {slices}")
-        inside = (sizes[0] // slices, *sizes[1:])
-        grid = mesh_utils.create_hybrid_device_mesh(inside, (slices,) + (1,) * (len(AXES) - 1), devices)
-        return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    if sizes[0] % slices:
+        raise ValueError(f"mesh replica={sizes[0]}, but there are {slices} slices: give a multiple of {slices}")
+    if math.prod(sizes) == 1:  # no use in asking for the topology of all devices
+        grid = np.array(devices).reshape(sizes)
+    elif slices > 1:
+        inside, across = (sizes[0] // slices, *sizes[1:]), (slices,) + (1,) * (len(AXES) - 1)
+        grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
+    else:
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def complete_mesh_shape(sizes, device_count) -> tuple[int, ...]:
@@ -92,8 +93,8 @@ def complete_mesh_shape(sizes, device_count) -> tuple[int, ...]:
 
 
 def mesh_sizes(mesh: dict) -> tuple[int, ...]:
-    """A configuration's mesh, {axis: size}, in the order of AXES; an axis that is not named has size 1."""
-    return tuple(mesh.get(name, 1) for name in AXES)
+    """A configuration's mesh, {axis: size}, in the order of AXES; an axis that is not named, or is 0, has size 1."""
+    return tuple(mesh.get(name, 0) or 1 for name in AXES)
 
 
 def path_string(path) -> str:

@@ -74,9 +74,8 @@ BAD_VALUES = [
     ("streams.text_to_image.weight", -1.0, "0 or more"),
     ("streams.text_to_image.kind", "video", "text_to_image, edit, perception, personalization, vqa"),
     ("streams.text_to_image.num_conditions", 2, "0 for text_to_image"),
-    ("mesh.tensor", 3, "mesh fsdp=-1, tensor=3 does not fit 8 devices"),
-    ("mesh.data", -1, "at most one may be -1"),
-    ("mesh.data", 0, "sizes are positive"),
+    ("mesh.tensor", 3, "mesh tensor=3 does not fit 8 devices"),
+    ("mesh.data", -2, "sizes are positive"),
 ]
 
 
@@ -98,6 +97,24 @@ def test_batch_by_devices_and_accumulation():
         "the nearest that fits is 32"
     )
     config.mesh.tensor = 2  # the tensor axis does not split the batch
+    assert config_problems(config, device_count=8) == []
+
+
+def test_a_mesh_is_open_or_given():
+    config = load_stage(f"{ROOT}/configs/stage1.py:tiny")
+    assert config_problems(config, device_count=8) == []
+    (problem,) = config_problems(config, device_count=16)  # whatever is chosen splits the batch over all
+    assert problem.startswith("batch_size 8 is not divisible by 16 (accumulation 1 x 16 devices")
+    config.mesh.fsdp = -1
+    assert config_problems(config, device_count=8) == []
+    config.mesh.data = -1
+    assert config_problems(config, device_count=8) == [
+        "mesh data=-1, fsdp=-1: sizes are positive, and at most one may be -1"
+    ]
+    config.mesh.update({"replica": 2, "data": 2, "encoder": 0, "fsdp": 0})
+    assert config_problems(config, device_count=4) == []
+    assert config_problems(config, device_count=8) == ["mesh replica=2, data=2 does not fit 8 devices"]
+    config.mesh.update({"replica": 1, "data": 1, "encoder": 1, "fsdp": -1, "tensor": 1})  # as runs before had it
     assert config_problems(config, device_count=8) == []
 
 

@@ -18,6 +18,8 @@ V4, V5E = (next(chip for chip in hardware.CHIPS if chip.name == name) for name i
 PLAN = plan.StepPlan(
     stream="text_to_image",
     chips=256,
+    mesh={"replica": 4, "data": 16, "encoder": 4, "fsdp": 1, "tensor": 1},
+    mesh_reason="as given",
     batch_size=256,
     accumulation=1,
     remat="block",
@@ -118,26 +120,17 @@ def test_overlapped_and_exposed_collectives():
 
 def test_the_compilers_refusal_in_a_line():
     message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 21.50G of 15.75G hbm. Exceeded by 5.75G."
-    assert plan.misfit("edit", message) == "the step of edit does not fit: it needs 21.50G of 15.75G"
-
-
-def test_the_search_asks_for_few_compilations():
-    config = read_config("configs/stage1.py", [])
-    asked = []
-
-    def compile_step(config, name):
-        asked.append((config.accumulation, config.model.remat))
-        rows = 256 // 64 // config.accumulation
-        held = rows * {"none": 8, "dots": 5, "block": 3}[config.model.remat]
-        if held > 20:
-            raise plan.DoesNotFit("no room")
-        return dataclasses.replace(PLAN, temporaries=held * GIB)
-
-    found = plan.search(config, "text_to_image", compile_step, 64)  # 4 rows a chip, and 6 GiB beside them, in 16
-    assert (found.accumulation, found.model.remat) == (2, "dots")
-    assert asked == [(1, "block"), (2, "block"), (2, "none"), (2, "dots")]
-    with pytest.raises(ValueError, match="^the step of text_to_image does not fit in any micro-batch on this mesh"):
-        plan.search(config, "text_to_image", lambda *_: dataclasses.replace(PLAN, usable=0), 64)
+    error = plan.misfit("edit", message)
+    assert str(error) == "the step of edit does not fit: it needs 21.50G of 15.75G"
+    assert error.needed == 21.5 * GIB
+    message = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (43.25G) exceeds "
+        "available HBM (15.75G)."
+    )
+    error = plan.misfit("edit", message)
+    assert str(error) == "the step of edit does not fit: it needs 43.25G of 15.75G, for temporaries alone"
+    assert error.needed == 43.25 * GIB
+    assert plan.misfit("edit", "RESOURCE_EXHAUSTED: no room").needed is None
 
 
 def test_work_on_paper():
@@ -162,11 +155,10 @@ def test_stage1_fits_and_moves_what_arithmetic_says(topology, monkeypatch):
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     devices = planning.topology_devices(topology)
-    # Axes of the mesh along axes of the torus: only there does the compiler reduce-scatter.
-    changes = ["mesh.replica=4", f"mesh.data={len(devices) // 16}", "mesh.encoder=4", "mesh.fsdp=1"]
-    config = read_config("configs/stage1.py", changes)
+    config = read_config("configs/stage1.py", [])
     step = plan.plan_step(config, devices, "text_to_image", usable=planning.usable_bytes(devices[0]))
     assert step.fits
+    assert step.mesh == {"replica": 4, "data": len(devices) // 16, "encoder": 4, "fsdp": 1, "tensor": 1}
     samples = 256 // len(devices)
     expected = 2 * 2 * 2.10e9 + 48 * 2 * 3 / 4 * (4 * 2 * samples * 256 * 4096 * 2)
     assert sum(step.bytes_inside.values()) == pytest.approx(expected, rel=0.15)
@@ -178,6 +170,6 @@ def test_a_misfit_is_said_with_its_numbers(monkeypatch):
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     devices = planning.topology_devices("v5e:1x1")
-    config = read_config("configs/stage1.py", ["batch_size=1", "mesh.fsdp=1"])
+    config = read_config("configs/stage1.py", ["batch_size=1"])
     with pytest.raises(plan.DoesNotFit, match=r"^the step of text_to_image does not fit: it needs [\d.]+G of 15\.75G"):
         plan.plan_step(config, devices, "text_to_image")

@@ -17,6 +17,7 @@ from unialign_jax.models.autoencoder import AutoencoderConfig
 from unialign_jax.models.mmdit import REMAT_POLICIES, AlignmentHeadsConfig, MMDiTConfig
 from unialign_jax.models.text_encoder import TextEncoderConfig
 from unialign_jax.sharding import complete_mesh_shape, mesh_sizes
+from unialign_jax.training.meshes import is_open
 
 
 def stream(kind, path, weight=1.0, num_conditions=None) -> ConfigDict:
@@ -78,8 +79,9 @@ def paper_config(size="") -> ConfigDict:
             "streams": {},
             "data": {"num_threads": 16, "prefetch": 64, "max_bad_fraction": 0.01},
             # Machine
-            # How many devices along each axis (unialign_jax/sharding.py says what each does); -1 is what is left.
-            "mesh": {"replica": 1, "data": 1, "encoder": 1, "fsdp": -1, "tensor": 1},
+            # How many devices along each axis (unialign_jax/sharding.py says what each does). All 0: chosen for the
+            # machine (training/meshes.py). As soon as one is given the zeros are ones; -1 is what the others leave.
+            "mesh": {"replica": 0, "data": 0, "encoder": 0, "fsdp": 0, "tensor": 0},
             "compilation_cache": "",  # a folder that keeps compiled programs between starts
             # What a run writes
             "log_every": 20,  # in batches of each stream
@@ -155,8 +157,7 @@ def config_problems(config: ConfigDict, device_count: int | None = None) -> list
     shards, mesh = 1, ""
     if device_count is not None:
         try:
-            *batch_axes, _ = complete_mesh_shape(mesh_sizes(config.mesh), device_count)
-            shards = math.prod(batch_axes)
+            shards = batch_shards(config.mesh, device_count)
             mesh = f" x {shards} devices of the mesh's axes that split the batch"
         except ValueError as error:
             problems.append(str(error))
@@ -197,6 +198,17 @@ def config_problems(config: ConfigDict, device_count: int | None = None) -> list
     for key, allowed in choices.items():
         expect(_get(config, key) in allowed, f"{key} is {_get(config, key)!r}, expected one of {', '.join(allowed)}")
     return problems
+
+
+def batch_shards(mesh: dict[str, int], device_count: int) -> int:
+    """Into how many parts a configuration's mesh splits a batch: a chosen one into as many as there are devices.
+
+    Raises ValueError for a mesh that does not fit.
+    """
+    if is_open(mesh):
+        return device_count
+    *batch_axes, _ = complete_mesh_shape(mesh_sizes(mesh), device_count)
+    return math.prod(batch_axes)
 
 
 def _check_networks(config, expect):

@@ -25,6 +25,7 @@ from unialign_jax.data.tokenizer import load_tokenizer
 from unialign_jax.training import distributed, flops
 from unialign_jax.training.checkpoints import Checkpoints, load_params
 from unialign_jax.training.config import active_streams, build_configs, config_problems
+from unialign_jax.training.meshes import mesh_for
 from unialign_jax.training.metrics import MetricsWriter, Throughput, to_means
 from unialign_jax.training.optimizer import make_optimizer
 from unialign_jax.training.samples import Sampler
@@ -51,7 +52,9 @@ class Trainer:
         problems = config_problems(config, len(devices))
         if problems:
             raise ValueError("the configuration cannot run:\n  " + "\n  ".join(problems))
-        self.mesh = sharding.make_mesh(**config.mesh, devices=devices)
+        self.networks = Networks.create(*build_configs(config, devices[0].platform))
+        choice = mesh_for(config, devices, self.networks)
+        self.mesh = sharding.make_mesh(**choice.sizes, devices=devices)
 
         self.tokenizer = load_tokenizer(config.tokenizer or None)
         self.streams = open_streams(config, self.tokenizer)
@@ -59,11 +62,11 @@ class Trainer:
         self.mixture = Mixture(
             list(self.streams.values()), seed=config.seed, global_batch=config.batch_size, rows=self.rows
         )
-        self.networks = Networks.create(*build_configs(config, self.mesh.devices.flat[0].platform))
         self.tx, self.schedule = make_optimizer(**config.optimizer)
         self.abstract_state = abstract_state(self.networks, self.tx, config.ema_decay, self.mesh)
         self.abstract_frozen = abstract_frozen(self.networks, self.mesh)
         self.sample_flops = {name: self._sample_flops(stream) for name, stream in self.streams.items()}
+        log.info("%s", choice)
 
     def _sample_flops(self, stream):
         return flops.training_sample_flops(

@@ -27,6 +27,7 @@ from unialign_jax.collectives import KINDS, Collective, read_collectives
 from unialign_jax.planning import GIB
 from unialign_jax.training import flops
 from unialign_jax.training.config import active_streams, build_configs, config_problems
+from unialign_jax.training.meshes import mesh_for
 from unialign_jax.training.optimizer import make_optimizer
 from unialign_jax.training.state import Networks, abstract_frozen, abstract_state
 from unialign_jax.training.step import batch_shapes, has_image_pass, lower_train_step, make_train_step
@@ -36,7 +37,6 @@ MATMUL_SHARE = 0.85  # of peak that large matmuls reach, an assumption
 ATTENTION_BACKWARD = 2.5
 # A policy's recomputation in the backward pass: a whole forward of the blocks, or of attention alone.
 RECOMPUTED = {"none": (0, 0), "dots": (0, 1), "block": (1, 1), "offload": (1, 1)}
-SEARCHED_REMAT = ("none", "dots", "block")  # from what computes least to what holds least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +45,8 @@ class StepPlan:
 
     stream: str
     chips: int
+    mesh: dict  # {axis: size}
+    mesh_reason: str
     batch_size: int
     accumulation: int
     remat: str
@@ -94,7 +96,11 @@ class StepPlan:
 
 
 class DoesNotFit(ValueError):
-    """The compiler could not place the step in the chip's memory."""
+    """The compiler could not place the step in the chip's memory; `needed` is the bytes it says, or None."""
+
+    def __init__(self, message: str, needed: int | None = None):
+        super().__init__(message)
+        self.needed = needed
 
 
 def plan_step(config, devices, name: str, *, usable=None, dump=None, chip=None) -> StepPlan:
@@ -110,8 +116,9 @@ def plan_step(config, devices, name: str, *, usable=None, dump=None, chip=None) 
     problems = config_problems(config, len(devices))
     if problems:
         raise ValueError("the configuration cannot run:\n  " + "\n  ".join(problems))
-    mesh = sharding.make_mesh(**config.mesh, devices=devices)
     networks = Networks.create(*build_configs(config, devices[0].platform))
+    choice = mesh_for(config, devices, networks)
+    mesh = sharding.make_mesh(**choice.sizes, devices=devices)
     tx, schedule = make_optimizer(**config.optimizer)
     state = abstract_state(networks, tx, config.ema_decay, mesh)
     frozen = abstract_frozen(networks, mesh)
@@ -124,7 +131,7 @@ def plan_step(config, devices, name: str, *, usable=None, dump=None, chip=None) 
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise DoesNotFit(misfit(name, str(error))) from None
+        raise misfit(name, str(error)) from None
     text = compiled.as_text()
     if dump:
         dump.write_text(text)
@@ -149,6 +156,8 @@ def plan_step(config, devices, name: str, *, usable=None, dump=None, chip=None) 
     return StepPlan(
         stream=name,
         chips=len(devices),
+        mesh=choice.sizes,
+        mesh_reason=choice.reason,
         batch_size=config.batch_size,
         accumulation=config.accumulation,
         remat=config.model.remat,
@@ -171,12 +180,17 @@ def plan_step(config, devices, name: str, *, usable=None, dump=None, chip=None) 
     )
 
 
-def misfit(name, message) -> str:
+def misfit(name, message) -> DoesNotFit:
     """The compiler's refusal in one line, with its numbers."""
     flat = " ".join(message.split())
-    match = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", flat)
-    numbers = f"{match[1]} of {match[2]}" if match else flat[:200]
-    return f"the step of {name} does not fit: it needs {numbers}"
+    whole = re.search(r"Used ([\d.]+[KMGT]) of ([\d.]+\w) hbm", flat)
+    part = re.search(r"HLO temporaries \(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+\w)\)", flat)
+    match = whole or part
+    if not match:
+        return DoesNotFit(f"the step of {name} does not fit: {flat[:200]}")
+    needed = round(float(match[1][:-1]) * 2 ** (10 * (1 + "KMGT".index(match[1][-1]))))
+    alone = "" if whole else ", for temporaries alone"
+    return DoesNotFit(f"the step of {name} does not fit: it needs {match[1]} of {match[2]}{alone}", needed)
 
 
 def held_bytes(tree) -> int:
@@ -245,6 +259,8 @@ def ici_seconds(collectives: list[Collective], chip, devices, slice_of) -> tuple
     shape = coordinates.max(axis=0) + 1
     seconds, permutes = [0.0, 0.0], {}
     for collective in collectives:
+        if collective.between_slices:
+            continue
         if collective.kind == "collective-permute":
             inside = slice_of[collective.groups[:, 0]] == slice_of[collective.groups[:, 1]]
             flows = link_flows(chip, coordinates[collective.groups[inside]], shape)
@@ -303,47 +319,6 @@ def link_flows(chip, pairs, shape) -> dict[tuple[int, int], int]:
                 links[link] = links.get(link, 0) + 1
                 place[axis] = (place[axis] + np.sign(steps)) % shape[axis]
     return {way: max(n for link, n in links.items() if link[:2] == way) for way in {link[:2] for link in links}}
-
-
-def heaviest_stream(config, names) -> str:
-    """Of some streams the one with the most condition images, which takes the most memory."""
-    return max(names, key=lambda name: (config.streams[name].num_conditions, name))
-
-
-def search(config, name, compile_step, chips):
-    """The configuration with the fewest micro-batches, and for these the remat policy that computes least, that fit.
-
-    Fewer micro-batches come first: each gathers the weights, reads them and reduces their gradients anew.
-
-    Args: `compile_step(config, name)` -> StepPlan, or raises DoesNotFit.
-    Raises ValueError when nothing fits.
-    """
-
-    def fits(accumulation, remat):
-        trial = config.copy_and_resolve_references()
-        trial.accumulation, trial.model.remat = accumulation, remat
-        try:
-            return trial if compile_step(trial, name).fits else None
-        except DoesNotFit:
-            return None
-
-    *batch_axes, _ = sharding.complete_mesh_shape(sharding.mesh_sizes(config.mesh), chips)
-    rows = config.batch_size // math.prod(batch_axes)  # of one chip
-    counts = [count for count in range(1, rows + 1) if rows % count == 0]
-    # Where "block" fits is monotonous in the micro-batch: halve the list.
-    first, last, best = 0, len(counts) - 1, None
-    while first <= last:
-        middle = (first + last) // 2 if best or first else 0  # the whole batch at once first: often it fits
-        if trial := fits(counts[middle], "block"):
-            best, last = trial, middle - 1
-        else:
-            first = middle + 1
-    if best is None:
-        raise ValueError(f"the step of {name} does not fit in any micro-batch on this mesh, even with remat block")
-    for remat in SEARCHED_REMAT[:-1]:
-        if trial := fits(best.accumulation, remat):
-            return trial
-    return best
 
 
 def report(config, plans: list[StepPlan]) -> dict:

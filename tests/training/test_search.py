@@ -1,0 +1,137 @@
+"""The search for what fits and is fastest: against machines whose memory does not follow the arithmetic."""
+
+import dataclasses
+import types
+
+import pytest
+
+from unialign_jax.planning import GIB
+from unialign_jax.training import plan, search
+from unialign_jax.training.search import Candidate
+from unialign_jax.training.stages import read_config
+
+STEP = plan.StepPlan(
+    stream="text_to_image",
+    chips=64,
+    mesh={"replica": 1, "data": 1, "encoder": 1, "fsdp": 64, "tensor": 1},
+    mesh_reason="as given",
+    batch_size=256,
+    accumulation=1,
+    remat="block",
+    parameters=0,
+    optimizer=0,
+    frozen=0,
+    batch=0,
+    temporaries=0,
+    code=0,
+    usable=16 * GIB,
+    flops=20e12,
+    compute=0.1,
+    hbm=0.0,
+    ici_overlapped=0.0,
+    ici_exposed=0.0,
+    dcn=0.0,
+    peak_flops=200e12,
+    bytes_inside={},
+    bytes_across={},
+)
+# Four rows a chip and 6 GiB beside them; seconds as recomputation and more micro-batches make them.
+PER_ROW = {"none": 8, "dots": 5, "block": 3, "offload": 1}
+EXTRA = {"none": 0, "dots": 4, "block": 22, "offload": 22}
+ORDERED = sorted(
+    (
+        Candidate(count, remat, (6 + 4 // count * PER_ROW[remat]) * GIB, 100 + EXTRA[remat] + 10 * count)
+        for count in (1, 2, 4)
+        for remat in PER_ROW
+    ),
+    key=lambda candidate: (candidate.remat == "offload", candidate.seconds),
+)
+
+
+def compiler(needs, asked, numbers=True):
+    """Stands in for the TPU's: `needs` gives the real GiB of a candidate."""
+
+    def compile_step(candidate):
+        asked.append((candidate.accumulation, candidate.remat))
+        held = round(needs(candidate) * GIB)
+        if held > 16 * GIB:
+            raise plan.DoesNotFit("no room", held if numbers else None)
+        return dataclasses.replace(STEP, accumulation=candidate.accumulation, remat=candidate.remat, temporaries=held)
+
+    return compile_step
+
+
+def arithmetic(candidate):
+    return candidate.need / GIB
+
+
+def best(needs):
+    """By asking for all of them."""
+    return next(((c.accumulation, c.remat) for c in ORDERED if needs(c) <= 16), None)
+
+
+def test_the_order_on_paper():
+    assert [(c.accumulation, c.remat) for c in ORDERED[:5]] == [
+        (1, "none"), (1, "dots"), (2, "none"), (2, "dots"), (1, "block")
+    ]  # fmt: skip
+    assert [c.remat for c in ORDERED[-3:]] == ["offload"] * 3
+
+
+@pytest.mark.parametrize(
+    ("needs", "expected"),
+    [
+        # As on paper: 6 + 2 x 5 just fits, and those before it need 26, 22 and more.
+        (arithmetic, [(2, "dots")]),
+        # Less than on paper: 38 x 0.75 and 26 x 0.75 are still out of reach, 22 x 0.75 = 16.5 is worth asking.
+        (lambda c: 0.75 * arithmetic(c), [(2, "dots"), (2, "none")]),
+        # Far less: the fastest of all.
+        (lambda c: 0.4 * arithmetic(c), [(2, "dots"), (1, "none")]),
+        # More: the refusal says how much, so that (1, "block"), 18, is passed over, and then (4, "none"), 14 x 1.3.
+        (lambda c: 1.1 * arithmetic(c), [(2, "dots"), (4, "none")]),
+        (lambda c: 1.3 * arithmetic(c), [(2, "dots"), (2, "block")]),
+    ],
+)
+def test_the_search_asks_for_few_compilations(needs, expected):
+    asked = []
+    found = search.search(ORDERED, 16 * GIB, compiler(needs, asked))
+    assert asked == expected
+    assert (found.plan.accumulation, found.plan.remat) == best(needs)
+    assert [(entry["accumulation"], entry["remat"]) for entry in found.tried] == asked
+    assert all(entry["fits"] == (entry["bytes"] <= 16 * GIB) for entry in found.tried)
+
+
+def test_offload_comes_last():
+    asked = []
+    needs = lambda c: arithmetic(c) + 9  # noqa: E731  # the least of the others needs 18
+    found = search.search(ORDERED, 16 * GIB, compiler(needs, asked))
+    assert (found.plan.accumulation, found.plan.remat) == best(needs) == (4, "offload")
+    assert len(asked) <= 4 and asked[-1] == (4, "offload")
+
+
+@pytest.mark.parametrize("numbers", [True, False])
+def test_where_nothing_fits_the_least_is_asked_for(numbers):
+    asked = []
+    found = search.search(ORDERED, 16 * GIB, compiler(lambda c: 40, asked, numbers))
+    assert found.plan is None and found.misfit == "no room"
+    assert asked[-1] == (4, "offload")
+    assert found.tried[-1] == {
+        "accumulation": 4, "remat": "offload", "bytes": 40 * GIB if numbers else None, "fits": False
+    }  # fmt: skip
+
+
+def test_the_candidates_of_the_full_model():
+    """v5e-64, four rows a chip: three numbers of micro-batches, four policies."""
+    device = lambda i: types.SimpleNamespace(  # noqa: E731
+        device_kind="TPU v5 lite", platform="tpu", coords=(i % 8, i // 8, 0), slice_index=0
+    )
+    config = read_config("configs/stage1.py", [])
+    ordered = search.candidates(config, [device(i) for i in range(64)], "text_to_image")
+    assert len(ordered) == 12 and [c.remat for c in ordered[-3:]] == ["offload"] * 3
+    found = {(c.accumulation, c.remat): c for c in ordered}
+    # Remat of all blocks adds a forward of both passes, 3.95 TFLOP of matmuls and attention a sample.
+    slower = found[1, "block"].seconds - found[1, "none"].seconds
+    assert 4 * 3.95e12 / (0.85 * 197e12) < slower < 1.3 * 4 * 3.95e12 / (0.85 * 197e12)
+    # A micro-batch more moves the weights and their gradients: 8.5 GB, over two axes of no ring, 9e10 bytes/s.
+    assert found[2, "dots"].seconds - found[1, "dots"].seconds == pytest.approx(2 * 2 * 2.12e9 / 9e10, rel=0.01)
+    assert found[1, "dots"].need > found[2, "dots"].need > found[4, "dots"].need > found[4, "block"].need
+    assert ordered.index(found[1, "none"]) == 0

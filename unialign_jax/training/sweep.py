@@ -1,0 +1,178 @@
+"""Plans of a configuration for many TPU slices, one JSON file for each shape of step and slice.
+
+The folder is the state of the sweep: what is in it is not compiled again, so a sweep that was broken off goes on, and
+several processes share one by taking different slices. Streams whose steps have the same shapes share their plans,
+also those of another stage's configuration. Batches grow with the slice: at least a sample a chip.
+"""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from unialign_jax import hardware, planning
+from unialign_jax.training import plan, search
+from unialign_jax.training.config import active_streams, flat_items
+from unialign_jax.training.step import has_image_pass
+
+TOPOLOGIES = (
+    *(f"v4-{2**n}" for n in range(3, 10)),
+    *(f"v5e-{2**n}" for n in (0, *range(2, 9))),
+    "4xv5e-256",
+    *(f"v5p-{2**n}" for n in range(3, 14)),
+    *(f"v6e-{2**n}" for n in range(3, 9)),
+)
+# What of a configuration changes what is compiled. Mesh, accumulation, remat and batch are the plan's to choose.
+SECTIONS = ("model", "heads", "text_encoder", "autoencoder", "mesh")
+KEYS = ("batch_size", "image_size", "text_length", "one_forward")
+
+
+def split_name(topology: str) -> tuple[int, str]:
+    """ "4xv5e-256" -> (4, "v5e-256"), a number of slices and one of them; ValueError for what is no slice's name."""
+    match = re.fullmatch(r"(?:([1-9]\d*)x)?(v.+)", topology)
+    hardware.topology_name(match[2] if match else topology)
+    return int(match[1] or 1), match[2]
+
+
+def shape_of(config, stream) -> str:
+    """The name of what is compiled for a stream: passes, condition images, and the losses that add something."""
+    image_pass = has_image_pass(stream.kind)
+    losses = ["masked_text", "intrinsic_modal", *(["flow_matching", "cross_modal"] if image_pass else [])]
+    absent = [f"no-{loss}" for loss in sorted(losses) if not config.loss_weights[loss]]
+    return "-".join([f"image{stream.num_conditions}-text" if image_pass else "text", *absent])
+
+
+def program_of(config) -> dict:
+    """What two sweeps must have in common to share a folder."""
+    found = {f"{section}.{key}": value for section in SECTIONS for key, value in flat_items(config[section])}
+    found |= {key: config[key] for key in KEYS}
+    found |= {"average": config.ema_decay > 0, "optimizer.freeze": config.optimizer.freeze}
+    del found["model.remat"]
+    return json.loads(json.dumps(found))  # as it comes back from a file
+
+
+def sweep(config, reference: str, topologies, folder: Path, *, plan_row: Callable | None = None) -> list[str]:
+    """Fills `folder` with the plans of a configuration's streams; returns what went wrong, a line for each.
+
+    A slice on which nothing fits is a result, not an error.
+
+    Args:
+      reference: the configuration's name as the user gave it.
+      topologies: names of slices, such as "v4-128" and "4xv5e-256".
+      plan_row: (config, stream's name, topology) -> the JSON of a row; tests give their own.
+
+    Raises ValueError for an unknown topology, and for a folder that has plans of another configuration.
+    """
+    for topology in topologies:
+        split_name(topology)
+    folder.mkdir(parents=True, exist_ok=True)
+    program, shapes = program_of(config), {}
+    for name, stream in active_streams(config).items():
+        shapes.setdefault(shape_of(config, stream), name)
+    stage = {"name": config.name, "config": reference, "num_steps": config.num_steps, "batch_size": config.batch_size}
+    stage["streams"] = {
+        name: {"shape": shape_of(config, stream), "weight": stream.weight}
+        for name, stream in active_streams(config).items()
+    }
+    for row in read_rows(folder):
+        check_program(folder, row, program)
+    write_json(folder / f"stage-{config.name}.json", stage)
+
+    errors = []
+    for topology in topologies:
+        for shape, name in shapes.items():
+            path = folder / f"plan-{shape}-{topology}.json"
+            if path.exists():
+                print(f"{path} is there", file=sys.stderr)
+                continue
+            try:
+                row = (plan_row or compile_row)(config, name, topology)
+            except (ValueError, jax.errors.JaxRuntimeError) as error:
+                errors.append(f"{name} on {topology}: {str(error).strip().splitlines()[0][:300]}")
+                print(f"error: {errors[-1]}", file=sys.stderr)
+                continue
+            write_json(path, row | {"shape": shape, "topology": topology, "program": program})
+            print(f"{path}: {describe(row)}", file=sys.stderr)
+    return errors
+
+
+def read_rows(folder: Path) -> list[dict]:
+    """All plans of a folder. Raises ValueError naming a file that cannot be read."""
+    return [read_json(path) for path in sorted(folder.glob("plan-*.json"))]
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it, and the sweep makes it again") from error
+
+
+def check_program(folder, row, program):
+    """Raises ValueError when a folder's plan is one of another model or batch."""
+    for key in sorted(row["program"].keys() | program.keys()):
+        found, expected = row["program"].get(key), program.get(key)
+        if found != expected:
+            raise ValueError(
+                f"{folder} has plans of another configuration ({key} is {found!r} there, {expected!r} here): "
+                "name another folder"
+            )
+
+
+def write_json(path: Path, content: dict):
+    scratch = path.with_suffix(f".{os.getpid()}")
+    scratch.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(scratch, path)
+
+
+def describe(row: dict) -> str:
+    if row["step"] is None:
+        return f"DOES NOT FIT: {row['misfit']}"
+    step = plan.StepPlan(**row["step"])
+    return (
+        f"accumulation {step.accumulation}, remat {step.remat}, {step.peak / planning.GIB:.2f} GiB, "
+        f"{1e3 * step.seconds:.0f} ms, MFU {100 * step.mfu:.0f}%"
+    )
+
+
+def compile_row(config, name: str, topology: str) -> dict:
+    """Searches the best plan of one stream on one slice, compiling; the search's result as JSON."""
+    slices, one = split_name(topology)
+    devices = planning.topology_devices(one, slices)
+    usable = planning.usable_bytes(devices[0])
+    alone = config.copy_and_resolve_references()
+    alone.batch_size = max(config.batch_size, len(devices))
+    for other, stream in alone.streams.items():
+        stream.weight = float(other == name)
+
+    def compile_step(candidate):
+        print(
+            f"compiling: {name} on {topology}, accumulation {candidate.accumulation}, remat {candidate.remat}",
+            file=sys.stderr,
+        )
+        return plan.plan_step(candidate.applied_to(alone), devices, name, usable=usable)
+
+    found = search.search(search.candidates(alone, devices, name), usable or math.inf, compile_step)
+    return {
+        "chip": hardware.find_chip(devices[0].device_kind).name,
+        "chips": len(devices),
+        "slices": slices,
+        "batch_size": alone.batch_size,
+        "usable": usable,
+        "step": found.plan and dataclasses.asdict(found.plan),
+        "misfit": found.misfit,
+        "tried": found.tried,
+        "made": {
+            "date": datetime.date.today().isoformat(),
+            "jax": jax.__version__,
+            "libtpu": importlib.metadata.version("libtpu"),
+        },
+    }
