@@ -175,9 +175,7 @@ def to_torch(x):
 def assert_close(found, expected, name):
     found, expected = np.asarray(found), np.asarray(expected)
     assert found.shape == expected.shape, name
-    np.testing.assert_allclose(
-        found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max(), err_msg=name
-    )
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max(), err_msg=name)
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -244,6 +244,4 @@ def conv(config, features, name, kernel=3, strides=1, padding="SAME"):
 
 def norm(config, name):
     """Group norm in float32, result too: the convolution that follows casts."""
-    return nn.GroupNorm(
-        config.norm_groups, epsilon=1e-6, dtype=jnp.float32, use_fast_variance=False, name=name
-    )
+    return nn.GroupNorm(config.norm_groups, epsilon=1e-6, dtype=jnp.float32, use_fast_variance=False, name=name)

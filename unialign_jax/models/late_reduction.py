@@ -109,7 +109,7 @@ def depths(params):
 
 
 class Packing:
-    """One layer's gradients as two arrays [parts, tiles, 8, 128], half of the bytes each, for rings in both directions.
+    """One layer's gradients as two arrays [parts, tiles, 8, 128], half of the bytes each, for a ring in each direction.
 
     A leaf that the state splits into `parts` along one axis is cut there, and part i of all leaves stands in row i.
     Other leaves, such as biases, stay as they are, the "rest".
@@ -123,9 +123,10 @@ class Packing:
         self.axes = [list(spec).index(wanted) - 1 if wanted in spec else None for spec in jax.tree.leaves(specs)]
         split = [i for i, axis in enumerate(self.axes) if axis is not None]
         sizes = {i: math.prod(self.leaves[i].shape) for i in split}
-        self.halves = [[], []]
+        halves = [], []
         for i in sorted(split, key=sizes.get, reverse=True):  # the next largest to the emptier half
-            min(self.halves, key=lambda half: sum(sizes[j] for j in half)).append(i)
+            min(halves, key=lambda half: sum(sizes[j] for j in half)).append(i)
+        self.halves = [half for half in halves if half]
         self.specs = jax.tree.unflatten(
             self.tree,
             [jax.P() if axis is None else jax.P(*[None] * (axis + 1), wanted) for axis in self.axes],
@@ -163,10 +164,9 @@ class Packing:
 
 
 def reduce_rings(halves, axis_names):
-    """Two arrays [parts, ...] -> this device's part of their sums over the axes, the one clockwise, the other not."""
-    halves = list(halves)
+    """Up to two arrays [parts, ...] -> this device's part of their sums over the axes, each the other way round."""
     for name in axis_names:
-        halves = [ring(half, name, direction) for half, direction in zip(halves, (1, -1), strict=True)]
+        halves = [ring(half, name, direction) for half, direction in zip(halves, (1, -1), strict=False)]
     return [half[0] for half in halves]
 
 

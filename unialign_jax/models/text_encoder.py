@@ -66,9 +66,7 @@ class Layer(nn.Module):
 
         def dense(features, name, axis=-1, fan=c.width):
             init = nn.initializers.normal(fan**-0.5)
-            return nn.DenseGeneral(
-                features, axis=axis, use_bias=False, dtype=c.dtype, kernel_init=init, name=name
-            )
+            return nn.DenseGeneral(features, axis=axis, use_bias=False, dtype=c.dtype, kernel_init=init, name=name)
 
         # The weights are split over axes that elsewhere split the batch: held whole here, the tokens go to the weights.
         x = keep_batch_sharded(x, ENCODER_BATCH_AXES)
