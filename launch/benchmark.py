@@ -4,12 +4,16 @@
     python launch/benchmark.py convert --scratch=/tmp/convert
     python launch/benchmark.py sample --random=tiny --steps=4
     python launch/benchmark.py options --bundle=bundles/tiny
+    python launch/benchmark.py step --micro-batches=1,2,4,8 --remat=none,dots,block
+    python launch/benchmark.py memory
 
 `train` runs the same number of optimizer steps twice: the bare compiled step on one batch that is already on the
 device, and the training loop with data, metrics and progress. Their ratio is what the loop costs.
 `convert` converts and loads files of the published sizes, filled at random: 2.1 B of SD3 and 4.8 B of T5.
 `sample` makes images and captions with a bundle or with random weights; see benchmark_sample.py.
 `options` says what the options of sampling cost, and how far each leads from the plain sampler.
+`step` measures the training step alone: time, MFU and memory at several settings, and the share of each part.
+`memory` puts the plan's memory of a training step beside that of a run.
 """
 
 import argparse
@@ -27,8 +31,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import benchmark_convert  # beside this file
+import benchmark_memory
 import benchmark_options
 import benchmark_sample
+import benchmark_step
 
 
 def main():
@@ -49,7 +55,13 @@ def main():
     options = commands.add_parser("options", help="what the options of sampling cost and give")
     benchmark_options.add_arguments(options)
     options.set_defaults(measure=benchmark_options.benchmark_options)
-    for command in (train, convert, sample, options):
+    step = commands.add_parser("step", help="the training step alone: time, MFU, memory, and its parts")
+    benchmark_step.add_arguments(step)
+    step.set_defaults(measure=benchmark_step.benchmark_step)
+    memory = commands.add_parser("memory", help="the plan's memory of a training step beside a run's")
+    benchmark_memory.add_arguments(memory)
+    memory.set_defaults(measure=benchmark_memory.benchmark_memory)
+    for command in (train, convert, sample, options, step, memory):
         command.add_argument("--output", type=Path, help="also write the figures to this JSON file")
     arguments = parser.parse_args()
     try:
@@ -57,11 +69,22 @@ def main():
         figures = machine() | figures  # afterwards: it takes the device, which `sample` leaves to other processes
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    width = max(map(len, figures)) + 2
-    for name, value in figures.items():
-        print(f"{name:{width}}{value:.4g}" if isinstance(value, float) else f"{name:{width}}{value}")
+    show(figures)
     if arguments.output:
         arguments.output.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def show(figures):
+    """Prints figures one a line, tables (lists of rows) with their names above them."""
+    from unialign_jax.planning import format_table
+
+    width = max(map(len, figures)) + 2
+    for name, value in figures.items():
+        if isinstance(value, list):
+            rows = [{key: "-" if cell is None else cell for key, cell in row.items()} for row in value]
+            print(f"\n{name}\n{format_table(rows)}\n")
+        else:
+            print(f"{name:{width}}{value:.4g}" if isinstance(value, float) else f"{name:{width}}{value}")
 
 
 def machine() -> dict:

@@ -144,11 +144,19 @@ def not_measured(why) -> str:
 
 def worker(side, function, settings) -> dict:
     """What `function` of this file (or of the one for diffusers) returns, called in a process of its own."""
-    program = Path(__file__).with_name({"ours": "benchmark_sample.py", "diffusers": "benchmark_diffusers.py"}[side])
+    program = {"ours": "benchmark_sample.py", "diffusers": "benchmark_diffusers.py"}[side]
+    print(f"measuring {side}: {function} ...", file=sys.stderr, flush=True)
+    return call_alone(Path(__file__).with_name(program), function, settings)
+
+
+def call_alone(program, function, settings) -> dict:
+    """What the file `program` writes when it is called as FUNCTION SETTINGS RESULT, both JSON, in a process of its own.
+
+    Raises ValueError when it fails.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch) / "result.json"
         command = [sys.executable, str(program), function, json.dumps(settings), str(result)]
-        print(f"measuring {side}: {function} ...", file=sys.stderr, flush=True)
         if status := subprocess.run(command).returncode:
             hint = ", killed: out of memory?" if status == -9 else ""
             raise ValueError(f"{program.name} {function} failed with status {status}{hint}")

@@ -58,12 +58,13 @@ class StepPlan:
     code: int
     usable: int | None
     flops: float
-    compute: float
-    hbm: float
-    ici_overlapped: float
-    ici_exposed: float
-    dcn: float
-    peak_flops: float
+    # From here the roofline, None where hardware.py does not know the chip's networks, as of CPUs and GPUs.
+    compute: float | None
+    hbm: float | None
+    ici_overlapped: float | None
+    ici_exposed: float | None
+    dcn: float | None
+    peak_flops: float | None
     bytes_inside: dict  # {kind of collective: bytes received from this slice}
     bytes_across: dict  # from other slices
 
@@ -152,7 +153,17 @@ def plan_step(config, devices, name: str, *, usable=None, dump=None, chip=None) 
         between = collective.received_across(slice_of)
         across[collective.kind] += between
         inside[collective.kind] += collective.received - between
-    overlapped, exposed = ici_seconds(collectives, chip, list(mesh.devices.flat), slice_of)
+    roofline = dict.fromkeys(("compute", "hbm", "ici_overlapped", "ici_exposed", "dcn", "peak_flops"))
+    if chip and chip.memory_bandwidth:
+        overlapped, exposed = ici_seconds(collectives, chip, list(mesh.devices.flat), slice_of)
+        roofline = {
+            "compute": compute_seconds(work, chip, config.model.head_width),
+            "hbm": hbm_bytes(config, state, frozen, mesh, memory.temp_size_in_bytes) / chip.memory_bandwidth,
+            "ici_overlapped": overlapped,
+            "ici_exposed": exposed,
+            "dcn": sum(across.values()) / chip.network if chip.network else 0.0,
+            "peak_flops": chip.peak,
+        }
     return StepPlan(
         stream=name,
         chips=len(devices),
@@ -169,14 +180,9 @@ def plan_step(config, devices, name: str, *, usable=None, dump=None, chip=None) 
         code=memory.generated_code_size_in_bytes,
         usable=usable,
         flops=work["model"],
-        compute=compute_seconds(work, chip, config.model.head_width),
-        hbm=hbm_bytes(config, state, frozen, mesh, memory.temp_size_in_bytes) / chip.memory_bandwidth,
-        ici_overlapped=overlapped,
-        ici_exposed=exposed,
-        dcn=sum(across.values()) / chip.network if chip.network else 0.0,
-        peak_flops=chip.peak,
         bytes_inside=inside,
         bytes_across=across,
+        **roofline,
     )
 
 

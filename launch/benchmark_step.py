@@ -1,0 +1,557 @@
+"""The `step` part of launch/benchmark.py: the training step alone, on the devices at hand, and what its parts take.
+
+    python launch/benchmark.py step --micro-batches=1,2,4,8 --remat=none,dots,block --output=step.json
+    python launch/benchmark.py step --micro-batches=4 --accumulation=4 --profile=/tmp/trace
+    python launch/benchmark.py step --config=configs/stage1.py:tiny --micro-batches=4
+
+Every micro-batch (samples of one device at a time) is tried with every remat policy, each in a process of its own, and
+has a row: compiling, seconds of a step, TFLOP/s and MFU of a device (FLOPs by training/flops.py), images a second, the
+highest memory, and that which the compiler had planned. One that does not fit has a row that says so. Of the setting
+with most images a second the parts are then compiled and measured apart: T5, VAE, the MM-DiT with its losses forward,
+and forward and backward, the optimizer with the average, and attention alone; and matmuls of the blocks' shapes one
+after another, which is what the step could reach. Weights are random and made on the devices; no data is read.
+"""
+
+import functools
+import os
+import re
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmark_sample import answer, batch_sizes, call_alone, jax_matmul, not_measured  # beside this file
+
+PROFILED_STEPS = 3
+FAILED = "failed"  # how the outcome of a setting begins that broke for another reason than memory
+
+
+def add_arguments(parser):
+    parser.add_argument("--config", default="configs/stage1.py", help="stage file, default %(default)s")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a configuration key")
+    parser.add_argument("--devices", type=int, help="how many of those here to use, default all")
+    parser.add_argument("--stream", help="whose step, default the first of the configuration")
+    parser.add_argument("--micro-batches", default="1,2,4,8", help="samples of one device to try, default %(default)s")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of a step, default %(default)s")
+    parser.add_argument("--remat", help="policies to try, such as none,dots,block; default the configuration's")
+    parser.add_argument("--attention", help="auto, xla, cudnn or splash, default the configuration's")
+    parser.add_argument("--steps", type=int, default=5, help="steps of one measurement, default %(default)s")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements; medians count, default %(default)s")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before the first, default %(default)s")
+    parser.add_argument("--no-parts", action="store_true", help="do not measure the parts of the best setting")
+    parser.add_argument("--profile", type=Path, metavar="DIR", help="keep a trace of three steps of each setting there")
+
+
+def benchmark_step(arguments) -> dict:
+    """{figure: value}, of which some are tables. Raises ValueError for bad options, and when nothing was measured."""
+    from unialign_jax.training.config import active_streams, config_problems
+    from unialign_jax.training.stages import read_config
+
+    config = read_config(arguments.config, arguments.set)
+    streams = list(active_streams(config))
+    stream = arguments.stream or streams[0]
+    if stream not in streams:
+        raise ValueError(f"--stream is {stream!r}, expected one of {', '.join(streams)}")
+    for name in ("devices", "accumulation", "steps", "rounds", "warmup"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} is {value}, expected at least 1")
+    sizes = sorted(batch_sizes("--micro-batches", arguments.micro_batches))
+    policies = (arguments.remat or config.model.remat).split(",")
+    attention = arguments.attention or config.model.attention
+    for policy in policies:
+        config.model.update({"remat": policy, "attention": attention})
+        if problems := config_problems(config):
+            raise ValueError("the configuration cannot run:\n  " + "\n  ".join(problems))
+
+    rows, tried = [], []
+    for remat in policies:
+        too_large = None
+        for size in sizes:
+            trace = arguments.profile and str(arguments.profile / f"micro-batch-{size}-remat-{remat}")
+            settings = {
+                "config": arguments.config,
+                "changes": [*arguments.set, f"model.remat={remat}", f"model.attention={attention}"],
+                "stream": stream,
+                "devices": arguments.devices,
+                "micro_batch": size,
+                "accumulation": arguments.accumulation,
+                "steps": arguments.steps,
+                "rounds": arguments.rounds,
+                "warmup": arguments.warmup,
+                "profile": trace,
+            }
+            if too_large:
+                row = unmeasured(f"not tried: {too_large} was out of memory")
+            else:
+                row = measure_alone(settings)
+                too_large = size if row["outcome"].startswith("out of memory") else None
+            rows.append({"micro-batch": size, "remat": remat} | row)
+            tried.append(settings)
+    measured = [i for i, row in enumerate(rows) if row["images/s"]]
+    if not measured:
+        raise ValueError("no setting could be measured: " + "; ".join(sorted({row["outcome"] for row in rows})))
+    best = max(measured, key=lambda i: rows[i]["images/s"])
+    figures = {
+        "config": " ".join([arguments.config, *arguments.set]),
+        "step": f"of {stream}, {config.image_size} px, {config.text_length} tokens, attention {attention}, "
+        f"accumulation {arguments.accumulation}",
+        "settings": rows,
+    }
+    if not arguments.no_parts:
+        print("measuring the parts of the best ...", file=sys.stderr, flush=True)
+        try:
+            settings = tried[best] | {"step_seconds": rows[best]["step, ms"] / 1e3}
+            figures |= call_alone(Path(__file__), "parts", settings)
+        except ValueError as error:  # the settings' rows are worth having
+            figures["parts"] = not_measured(error)
+    return figures
+
+
+def measure_alone(settings) -> dict:
+    print(f"measuring {settings['micro_batch']} a device, {settings['changes'][-2]} ...", file=sys.stderr, flush=True)
+    try:
+        return call_alone(Path(__file__), "whole", settings)
+    except ValueError as error:  # the other settings are worth having
+        return unmeasured(f"{FAILED}: {error}")
+
+
+def unmeasured(outcome) -> dict:
+    columns = ("compile, s", "step, ms", "least, ms", "TFLOP/s", "MFU %", "images/s", "peak GB", "planned GB", "loss")
+    return dict.fromkeys(columns) | {"outcome": outcome}
+
+
+# What runs in a process of its own
+
+
+class Setup:
+    """A configuration's training step on some devices: its program, and its arguments made out of nothing."""
+
+    def __init__(self, config, stream, devices):
+        from unialign_jax import sharding
+        from unialign_jax.training.config import active_streams, build_configs, config_problems
+        from unialign_jax.training.optimizer import make_optimizer
+        from unialign_jax.training.state import Networks, abstract_frozen, abstract_state
+        from unialign_jax.training.step import batch_shapes
+
+        if problems := config_problems(config, len(devices)):
+            raise ValueError("the configuration cannot run:\n  " + "\n  ".join(problems))
+        self.config, self.stream = config, active_streams(config)[stream]
+        self.mesh = sharding.make_mesh(**config.mesh, devices=devices)
+        self.networks = Networks.create(*build_configs(config, devices[0].platform))
+        self.tx, self.schedule = make_optimizer(**config.optimizer)
+        self.state = abstract_state(self.networks, self.tx, config.ema_decay, self.mesh)
+        self.frozen = abstract_frozen(self.networks, self.mesh)
+        self.batch = batch_shapes(config, self.stream)
+        self.ids = (config.model.vocab_size - 1, 1)  # of mask and end of text: any serve, they change no shape
+
+    def compile_step(self):
+        from unialign_jax.training.step import lower_train_step, make_train_step
+
+        step = make_train_step(self.config, self.networks, self.tx, self.schedule, self.stream.kind, *self.ids)
+        return lower_train_step(step, self.mesh, self.state, self.frozen, self.batch).compile()
+
+    def compile_makers(self):
+        """Programs that make the state, the frozen networks and a batch, at random, where they belong."""
+        import jax
+
+        from unialign_jax import sharding
+        from unialign_jax.training.state import init_frozen, init_state
+
+        def shardings(tree):
+            return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+        key = jax.random.key(self.config.seed)
+        make_state = functools.partial(init_state, self.networks, self.tx, self.config.ema_decay, key)
+        makers = (
+            (make_state, shardings(self.state)),
+            (functools.partial(init_frozen, self.networks), shardings(self.frozen)),
+            (functools.partial(random_batch, self.batch), sharding.batch_sharding(self.mesh)),
+        )
+        with jax.set_mesh(self.mesh):
+            return [jax.jit(make, out_shardings=place).lower().compile() for make, place in makers]
+
+    def make(self):
+        return tuple(maker() for maker in self.compile_makers())
+
+
+def random_batch(shapes):
+    """A batch of random pixels, ids and features of these shapes; every token may be masked."""
+    import jax
+    import jax.numpy as jnp
+
+    def draw(key, leaf):
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            return jax.random.normal(key, leaf.shape, leaf.dtype)
+        return jax.random.randint(key, leaf.shape, 0, 256, leaf.dtype)
+
+    keys = jax.random.split(jax.random.key(1), len(shapes))
+    flags = {"text_is_target": True, "replaced": False}
+    return {
+        name: jnp.full(leaf.shape, flags[name]) if name in flags else draw(key, leaf)
+        for key, (name, leaf) in zip(keys, shapes.items(), strict=True)
+    }
+
+
+def open_setup(settings) -> Setup:
+    # Before jax starts: more than the three quarters of a GPU's memory that it takes by default.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    import jax
+
+    from unialign_jax import sharding
+    from unialign_jax.training.stages import read_config
+
+    config = read_config(settings["config"], settings["changes"])
+    devices = jax.devices()[: settings["devices"]]
+    *batch_axes, _ = sharding.complete_mesh_shape(sharding.mesh_sizes(config.mesh), len(devices))
+    config.accumulation = settings["accumulation"]
+    config.batch_size = settings["micro_batch"] * settings["accumulation"]
+    for size in batch_axes:
+        config.batch_size *= size
+    return Setup(config, settings["stream"], devices)
+
+
+def whole(settings) -> dict:
+    """The row of a setting, but for what names it."""
+    import jax
+
+    try:
+        return measure_step(open_setup(settings), settings)
+    except jax.errors.JaxRuntimeError as error:
+        if not re.search("RESOURCE_EXHAUSTED|Out of memory", str(error)):
+            raise
+        return unmeasured("out of memory: " + " ".join(str(error).split())[:200])
+
+
+def measure_step(setup, settings) -> dict:
+    import jax
+
+    from unialign_jax.training.flops import peak_flops
+    from unialign_jax.training.metrics import memory_use, to_means
+
+    began = time.perf_counter()
+    program = setup.compile_step()
+    compile_seconds = time.perf_counter() - began
+    memory = program.memory_analysis()
+    state, frozen, batch = setup.make()
+
+    def step():
+        nonlocal state
+        state, metrics = program(state, frozen, batch)
+        return metrics
+
+    loss = to_means(jax.device_get(step()))["loss"]
+    seconds = seconds_a_call(step, settings["rounds"], settings["steps"], settings["warmup"])
+    if settings["profile"]:
+        with jax.profiler.trace(settings["profile"]):
+            jax.block_until_ready([step() for _ in range(PROFILED_STEPS)])
+    median = statistics.median(seconds)
+    rate = step_flops(setup) / median
+    peak = peak_flops(setup.mesh.devices.flat[0].device_kind)
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    planned = held + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    return {
+        "compile, s": compile_seconds,
+        "step, ms": 1e3 * median,
+        "least, ms": 1e3 * min(seconds),
+        "TFLOP/s": rate / 1e12,
+        "MFU %": 100 * rate / peak if peak else None,
+        "images/s": setup.config.batch_size / median,
+        "peak GB": memory_use().get("device_peak_gb"),
+        "planned GB": planned / 1e9,
+        "loss": loss,
+        "outcome": "measured",
+    }
+
+
+def seconds_a_call(call, rounds, calls, warmup=1) -> list[float]:
+    """Seconds of a call in each of some rounds of calls, after each of which the device is waited for."""
+    import jax
+
+    def run(count):
+        began = time.perf_counter()
+        for _ in range(count):
+            result = call()
+        jax.block_until_ready(result)
+        return (time.perf_counter() - began) / count
+
+    run(warmup)
+    return [run(calls) for _ in range(rounds)]
+
+
+def step_flops(setup) -> float:
+    """The model's FLOPs of a step on one device."""
+    from unialign_jax.training.plan import step_work
+
+    return step_work(setup.config, setup.networks, setup.stream, setup.mesh.size)["model"]
+
+
+def part_flops(setup) -> dict[str, float]:
+    """The model's FLOPs of each part in a step on one device."""
+    from unialign_jax.training import flops
+
+    config, networks = setup.config, setup.networks
+    model, latents = networks.transformer.config, config.image_size // networks.autoencoder.config.downsample_factor
+    forward = attention = 0.0
+    for conditions, tokens, image_pass in pass_tokens(setup):
+        forward += flops.mmdit_forward(
+            model,
+            latent_size=(latents, latents),
+            text_length=config.text_length,
+            num_conditions=conditions,
+            velocity_head=image_pass,
+            text_head=not image_pass,
+        )
+        attention += model.depth * flops.attention(tokens, model.width)
+    if config.loss_weights.intrinsic_modal:
+        heads = networks.heads.config
+        pooled = {} if heads.pool else {"image_tokens": (latents // model.patch_size) ** 2}
+        pooled |= {} if heads.pool else {"text_tokens": config.text_length}
+        forward += flops.alignment_heads_forward(heads, width=model.width, **pooled)
+    text = flops.text_encoder_forward(networks.text_encoder.config, text_length=config.text_length)
+    image = flops.autoencoder_encode(networks.autoencoder.config, image_size=config.image_size)
+    parts = {
+        "T5 encode": len(pass_tokens(setup)) * text,
+        "VAE encode": (1 + setup.stream.num_conditions) * image,
+        "MM-DiT and losses: forward": forward,
+        "MM-DiT and losses: forward and backward": 3 * forward,
+        "optimizer and average": 0.0,
+        "attention: forward": attention,
+        "attention: forward and backward": 3 * attention,
+    }
+    return {name: work * config.batch_size / setup.mesh.size for name, work in parts.items()}
+
+
+def pass_tokens(setup) -> list[tuple[int, int, bool]]:
+    """(condition images, tokens, whether it is the image pass) of each pass over a sample."""
+    from unialign_jax.training.step import has_image_pass
+
+    config, conditions = setup.config, setup.stream.num_conditions
+    patch = config.autoencoder.downsample_factor * config.model.patch_size
+    image = (config.image_size // patch) ** 2
+    passes = (
+        [(conditions, (1 + conditions) * image + config.text_length, True)] if has_image_pass(setup.stream.kind) else []
+    )
+    return [*passes, (0, image + config.text_length, False)]
+
+
+class Given:
+    """Stands for a frozen network whose output is given in the place of its parameters."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def apply(self, variables, *_, **__):
+        return variables["params"]
+
+
+# The parts that are the step; the others are inside these.
+WHOLE = ("T5 encode", "VAE encode", "MM-DiT and losses: forward and backward", "optimizer and average")
+
+
+def parts(settings) -> dict:
+    """The parts' seconds, work and share of the step, and the machine's matmuls."""
+    import jax
+
+    from unialign_jax.training.flops import peak_flops
+
+    setup = open_setup(settings)
+    step_seconds = settings["step_seconds"]
+    peak = peak_flops(setup.mesh.devices.flat[0].device_kind)
+    with jax.set_mesh(setup.mesh):
+        seconds = part_seconds(setup, lambda call: statistics.median(seconds_a_call(call, settings["rounds"], 5)))
+    work = part_flops(setup)
+
+    def row(name, took, done):
+        rate = done / took if done else None
+        return {
+            "part": name,
+            "ms a step": 1e3 * took,
+            "share %": 100 * took / step_seconds,
+            "TFLOP": done / 1e12,
+            "TFLOP/s": rate and rate / 1e12,
+            "MFU %": 100 * rate / peak if rate and peak else None,
+        }
+
+    rows = [row(name, seconds[name], work[name]) for name in work]
+    rest = step_seconds - sum(seconds[name] for name in WHOLE)
+    rows += [row("what the step takes beyond its parts", rest, 0.0), row("step", step_seconds, step_flops(setup))]
+    chain, dtype = block_matmuls(setup, settings["micro_batch"], settings["rounds"]), setup.config.model.dtype
+    square = jax_matmul(dtype)
+    return {
+        "parts": rows,
+        f"matmuls of the blocks' shapes, {dtype}, TFLOP/s": chain / 1e12,
+        f"large square matmul, {dtype}, TFLOP/s": square / 1e12,
+        "step / matmuls of the blocks' shapes": step_flops(setup) / step_seconds / chain,
+        "step / large square matmul": step_flops(setup) / step_seconds / square,
+    }
+
+
+def part_seconds(setup, measure) -> dict[str, float]:
+    """Seconds in a step of every part that `part_flops` names, each a program of its own; to be called in the mesh.
+
+    Args: `measure(call)` -> seconds of a call that returns arrays.
+    """
+    import jax
+
+    from unialign_jax import sharding
+    from unialign_jax.training.step import compute_losses, encode_images, encode_texts, has_image_pass
+
+    config, networks, kind = setup.config, setup.networks, setup.stream.kind
+    count = config.accumulation
+    state, frozen, batch = setup.make()
+    batch = jax.tree.map(lambda x: x[::count], batch)
+    batch = jax.device_put(batch, sharding.batch_sharding(setup.mesh))
+    key = jax.random.key(0)
+    ids = [batch["prompt_ids"]] * has_image_pass(kind) + [batch["text_ids"]]
+
+    encode_text = jax.jit(lambda frozen, ids: encode_texts(networks, frozen, *ids))
+    encode_image = jax.jit(lambda frozen, batch: encode_images(networks, frozen, batch, key))
+    seconds = {name: count * measure(call) for name, call in attention_calls(setup).items()}
+    seconds["T5 encode"] = count * measure(lambda: encode_text(frozen, ids))
+    seconds["VAE encode"] = count * measure(lambda: encode_image(frozen, batch))
+
+    # The step's own passes and losses, with what the encoders gave in the place of the encoders.
+    given = networks._replace(
+        text_encoder=Given(networks.text_encoder.config), autoencoder=Given(networks.autoencoder.config)
+    )
+    outputs = jax.jit(functools.partial(encoder_outputs, networks))(frozen, batch, ids)
+
+    def losses(params, outputs, batch):
+        return compute_losses(config, given, kind, *setup.ids, params, outputs, batch, key)
+
+    place = jax.tree.map(lambda leaf: leaf.sharding, setup.state)
+    forward = jax.jit(losses)
+    backward = jax.jit(jax.grad(losses, has_aux=True), out_shardings=(place.params, sharding.replicated(setup.mesh)))
+    seconds["MM-DiT and losses: forward"] = count * measure(lambda: forward(state.params, outputs, batch))
+    seconds["MM-DiT and losses: forward and backward"] = count * measure(
+        lambda: backward(state.params, outputs, batch)[1]
+    )
+    gradients, _ = backward(state.params, outputs, batch)
+    update = jax.jit(functools.partial(optimize, config, setup.tx), donate_argnums=0, out_shardings=(place, None))
+
+    def optimizer():
+        nonlocal state
+        state, norms = update(state, gradients)
+        return norms
+
+    seconds["optimizer and average"] = measure(optimizer)
+    return seconds
+
+
+def encoder_outputs(networks, frozen, batch, ids):
+    """What the frozen networks give to the step, in its order: moments of all images, embeddings of all texts."""
+    import jax.numpy as jnp
+
+    images = batch["image"][:, None]
+    if "conditions" in batch:
+        images = jnp.concatenate([images, batch["conditions"]], axis=1)
+    pixels = images.reshape(-1, *images.shape[2:]).astype(jnp.float32) / 127.5 - 1
+    texts = jnp.stack(ids, axis=1).reshape(-1, ids[0].shape[1])
+    return {
+        "autoencoder": networks.autoencoder.apply({"params": frozen["autoencoder"]}, pixels, method="encode"),
+        "text_encoder": networks.text_encoder.apply({"params": frozen["text_encoder"]}, texts),
+    }
+
+
+def optimize(config, tx, state, gradients):
+    """The end of a step, as training/step.py has it: (new state, the norms that it reports)."""
+    import jax.numpy as jnp
+    import optax
+
+    from unialign_jax.training.optimizer import ema_update
+    from unialign_jax.training.state import TrainState
+
+    updates, opt_state = tx.update(gradients, state.opt_state, state.params)
+    params, ema = optax.apply_updates(state.params, updates), state.ema
+    if config.ema_decay:
+        decay = jnp.minimum(config.ema_decay, (1 + state.step) / (10 + state.step))
+        ema = ema_update(ema, params["transformer"], decay, state.step)
+    norms = [optax.global_norm(tree) for tree in (gradients, updates, params)]
+    return TrainState(state.step + 1, params, ema, opt_state), norms
+
+
+def attention_calls(setup) -> dict:
+    """Attention as all blocks run it in a micro-batch, all in one program: forward, and forward and backward."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding
+
+    from unialign_jax.models.attention import attention
+    from unialign_jax.models.mesh import BATCH_AXES, HEAD_AXES
+
+    model = setup.networks.transformer.config
+    rows = setup.config.batch_size // setup.config.accumulation
+    shapes = [(rows, tokens, model.num_heads, model.head_width) for _, tokens, _ in pass_tokens(setup)]
+    if len(set(shapes)) == 1:  # run as one forward
+        shapes = [(rows * len(shapes), *shapes[0][1:])]
+    place = NamedSharding(setup.mesh, jax.P(BATCH_AXES, None, HEAD_AXES))
+
+    @functools.partial(jax.jit, out_shardings=place)
+    def make():
+        keys = jax.random.split(jax.random.key(2), 3)
+        return [[jax.random.normal(k, shape, jnp.dtype(model.dtype)) for k in keys] for shape in shapes]
+
+    attend = functools.partial(attention, implementation=model.attention)
+
+    @jax.jit
+    def forward(passes):
+        def block(passes, _):
+            return [[attend(*qkv), *qkv[1:]] for qkv in passes], None
+
+        return jax.lax.scan(block, passes, length=model.depth)[0]
+
+    @jax.jit
+    def backward(passes):
+        def both_ways(qkv):
+            attended, pull = jax.vjp(attend, *qkv)
+            return [x + gradient for x, gradient in zip(qkv, pull(attended), strict=True)]
+
+        return jax.lax.scan(lambda passes, _: ([both_ways(qkv) for qkv in passes], None), passes, length=model.depth)[0]
+
+    passes = make()
+    return {
+        "attention: forward": lambda: forward(passes),
+        "attention: forward and backward": lambda: backward(passes),
+    }
+
+
+def block_matmuls(setup, samples, rounds) -> float:
+    """FLOP/s of one device in matmuls of the blocks' shapes, each on the output of the one before, without the rest."""
+    import jax
+    import jax.numpy as jnp
+
+    model, config = setup.networks.transformer.config, setup.config
+    dtype, width, hidden = jnp.dtype(model.dtype), model.width, model.mlp_ratio * model.width
+    text = samples * config.text_length * len(pass_tokens(setup))
+    image = samples * sum(tokens - config.text_length for _, tokens, _ in pass_tokens(setup))
+    # Queries, keys and values; the same backwards, to return to the width; output; MLP.
+    sides = [(width, 3 * width), (3 * width, width), (width, width), (width, hidden), (hidden, width)]
+
+    def normal(key, *shape):
+        return (jax.random.normal(key, shape) * shape[-2] ** -0.5).astype(dtype)
+
+    @jax.jit
+    def make():
+        key = jax.random.key(3)
+        weights = [[normal(key, model.depth, *side) for side in sides] for _ in range(2)]
+        return [normal(key, image, width), normal(key, text, width)], weights
+
+    @jax.jit
+    def chain(streams, weights):
+        def block(streams, weights):
+            return [functools.reduce(jnp.matmul, own, x) for x, own in zip(streams, weights, strict=True)], None
+
+        return jax.lax.scan(block, streams, weights)[0]
+
+    with jax.default_device(jax.local_devices()[0]):
+        streams, weights = make()
+        seconds = min(seconds_a_call(lambda: chain(streams, weights), rounds, 3))
+    work = 2 * (image + text) * model.depth * sum(a * b for a, b in sides)
+    return work / seconds
+
+
+if __name__ == "__main__":
+    answer((whole, parts))
