@@ -1,4 +1,4 @@
-"""The plan's memory against a real run: 8 virtual CPU devices in a process of their own."""
+"""The plan's memory against a real run: two virtual CPU devices in a process of their own."""
 
 import argparse
 import importlib
@@ -32,7 +32,7 @@ def test_the_plan_is_what_a_run_takes(memory, monkeypatch):
     parser = argparse.ArgumentParser()
     memory.add_arguments(parser)
     changes = [f"--set={change}" for change in SMALLER]
-    arguments = parser.parse_args([*changes, "--mesh=fsdp=8", "--remat=none"])
+    arguments = parser.parse_args([*changes, "--devices=2", "--mesh=fsdp=2", "--remat=none"])
     ((row,),) = memory.benchmark_memory(arguments).values()
     # Under fsdp the float32 state is held once, as masters, two moments and an average: by hand, without biases, the
     # blocks' 36 D^2, the text's ends, the patches', three of modulation and time; and the heads, which have no average.

@@ -57,8 +57,8 @@ def heaviest_stream(config, names) -> str:
 def candidates(config, devices, name: str) -> list[Candidate]:
     """All ways to run the stream `name`, the fastest on paper first, those of LAST at the end.
 
-    A step's time is its compute, recomputation included, and for each micro-batch what gathers the weights and reduces
-    their gradients.
+    A step's time is its compute, recomputation included, and for each micro-batch what moves the weights and does not
+    run beside compute: gathering them once, or under fsdp twice and reducing their gradients.
     """
     networks = Networks.create(*build_configs(config, devices[0].platform))
     stream = active_streams(config)[name]
