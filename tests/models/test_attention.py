@@ -82,7 +82,8 @@ def test_xla_keeps_no_scores_for_the_backward_pass():
     assert memory.temp_size_in_bytes < 10 * 2**20
 
 
-@pytest.mark.parametrize("tokens", [128, 200])  # 200 is not a multiple of the block: it is padded to 256
+# 200 is not a multiple of the block and padded to 256; 700 takes two blocks, each with a part of the queries' gradient.
+@pytest.mark.parametrize("tokens", [128, 200, 700])
 def test_splash_equals_xla_forward_and_backward(tokens):
     inputs = make_inputs((2, tokens, 2, 64))
     expected = output_and_gradients(inputs, implementation="xla")
