@@ -157,7 +157,7 @@ def test_work_on_paper():
     from unialign_jax.training.config import build_configs
     from unialign_jax.training.state import Networks
 
-    config = read_config("configs/stage1.py", [])
+    config = read_config("configs/stage1.py", ["model.remat=block"])
     networks = Networks.create(*build_configs(config, "tpu"))
     work = plan.step_work(config, networks, config.streams.text_to_image, 256)
     assert work["model"] == pytest.approx(17.9e12, rel=0.02)
