@@ -483,7 +483,7 @@ def attention_calls(setup) -> dict:
     model = setup.networks.transformer.config
     rows = setup.config.batch_size // setup.config.accumulation
     shapes = [(rows, tokens, model.num_heads, model.head_width) for _, tokens, _ in pass_tokens(setup)]
-    if len(set(shapes)) == 1:  # run as one forward
+    if len(set(shapes)) == 1 and setup.config.one_forward:
         shapes = [(rows * len(shapes), *shapes[0][1:])]
     place = NamedSharding(setup.mesh, jax.P(BATCH_AXES, None, HEAD_AXES))
 
