@@ -22,7 +22,7 @@ from benchmark_sample import answer, call_alone  # beside this file
 
 STEPS = 2
 PATIENCE = 300  # seconds
-# Stage 1 made so small that a few GB hold it and so large that the runtime's own memory does not count: 46 M trained
+# Stage 1 made so small that a few GB hold it and so large that the runtime's own memory does not count: 47 M trained
 # parameters, with T5, VAE and average, and of their state about as much as of activations.
 MEDIUM = (
     "image_size=256",

@@ -132,6 +132,7 @@ class Setup:
     def __init__(self, config, stream, devices):
         from unialign_jax import sharding
         from unialign_jax.training.config import active_streams, build_configs, config_problems
+        from unialign_jax.training.meshes import mesh_for
         from unialign_jax.training.optimizer import make_optimizer
         from unialign_jax.training.state import Networks, abstract_frozen, abstract_state
         from unialign_jax.training.step import batch_shapes
@@ -139,8 +140,8 @@ class Setup:
         if problems := config_problems(config, len(devices)):
             raise ValueError("the configuration cannot run:\n  " + "\n  ".join(problems))
         self.config, self.stream = config, active_streams(config)[stream]
-        self.mesh = sharding.make_mesh(**config.mesh, devices=devices)
         self.networks = Networks.create(*build_configs(config, devices[0].platform))
+        self.mesh = sharding.make_mesh(**mesh_for(config, devices, self.networks).sizes, devices=devices)
         self.tx, self.schedule = make_optimizer(**config.optimizer)
         self.state = abstract_state(self.networks, self.tx, config.ema_decay, self.mesh)
         self.frozen = abstract_frozen(self.networks, self.mesh)
@@ -200,16 +201,13 @@ def open_setup(settings) -> Setup:
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     import jax
 
-    from unialign_jax import sharding
+    from unialign_jax.training.config import batch_shards
     from unialign_jax.training.stages import read_config
 
     config = read_config(settings["config"], settings["changes"])
     devices = jax.devices()[: settings["devices"]]
-    *batch_axes, _ = sharding.complete_mesh_shape(sharding.mesh_sizes(config.mesh), len(devices))
     config.accumulation = settings["accumulation"]
-    config.batch_size = settings["micro_batch"] * settings["accumulation"]
-    for size in batch_axes:
-        config.batch_size *= size
+    config.batch_size = settings["micro_batch"] * settings["accumulation"] * batch_shards(config.mesh, len(devices))
     return Setup(config, settings["stream"], devices)
 
 
@@ -485,7 +483,7 @@ def attention_calls(setup) -> dict:
     model = setup.networks.transformer.config
     rows = setup.config.batch_size // setup.config.accumulation
     shapes = [(rows, tokens, model.num_heads, model.head_width) for _, tokens, _ in pass_tokens(setup)]
-    if len(set(shapes)) == 1:  # run as one forward
+    if len(set(shapes)) == 1 and setup.config.one_forward:
         shapes = [(rows * len(shapes), *shapes[0][1:])]
     place = NamedSharding(setup.mesh, jax.P(BATCH_AXES, None, HEAD_AXES))
 

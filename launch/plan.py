@@ -21,7 +21,7 @@ examples
   python launch/plan.py --task=t2i --topology=v5e:1x1
   python launch/plan.py --task=caption --topology=v5e:1x1 --batch=8 --quantize=int8 --output=caption.json
   python launch/plan.py --config=configs/stage1.py --topology=v4:4x4x4
-  python launch/plan.py --config=configs/stage1.py --topology=v5e-256 --config.mesh.data=64 --config.mesh.encoder=4
+  python launch/plan.py --config=configs/stage1.py --topology=v5e-256 --config.mesh.fsdp=-1
   python launch/plan.py --config=configs/stage1.py --topology=v4-8 --search
   python launch/plan.py --config=configs/stage1.py --all --output=plans --topologies=v4-128,v5e-256,4xv5e-256
   python launch/plan.py --report=plans
@@ -68,7 +68,9 @@ def parse_arguments(argv):
     parser.add_argument("--batch", type=int, default=1, help="sampling: images at a time, default %(default)s")
     parser.add_argument("--quantize", choices=("int8", "w8a8"), help="sampling: as in Pipeline.from_bundle")
     parser.add_argument("--low-memory", action="store_true", help="sampling: ask whether it fits with low_memory")
-    parser.add_argument("--output", type=Path, metavar="JSON", help="also write the figures to this file")
+    parser.add_argument(
+        "--output", type=Path, metavar="JSON", help="also write the figures to this file; with --all: the plans' folder"
+    )
     arguments = parser.parse_args([argument for argument in argv if not argument.startswith("--config.")])
     if arguments.all and not (arguments.config and arguments.output):
         parser.error("--all needs --config=FILE and --output=DIR")
@@ -136,7 +138,8 @@ def plan_training(arguments, changes) -> dict:
 
     def compile_step(config, name):
         print(f"compiling: {name}, remat {config.model.remat}, accumulation {config.accumulation}", file=sys.stderr)
-        dump = arguments.dump and arguments.dump / f"{config.name}-{name}.hlo"
+        how = f"accumulation-{config.accumulation}-remat-{config.model.remat}"
+        dump = arguments.dump and arguments.dump / f"{config.name}-{name}-{how}.hlo"
         return training.plan_step(config, devices, name, usable=usable, dump=dump)
 
     searched = {}

@@ -63,11 +63,12 @@ def make_mesh(data=1, fsdp=-1, tensor=1, devices=None, *, replica=1, encoder=1) 
     """A mesh over all devices; one axis may be -1 and takes what the others leave.
 
     With several TPU slices `replica` must be a multiple of their number: only it goes over the network between them.
+    On GPUs the devices of a host are neighbours, so that `replica`, or the first axis there is, goes between hosts.
     Raises ValueError when the axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = complete_mesh_shape((replica, data, encoder, fsdp, tensor), len(devices))
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    slices = count_slices(devices)
     if sizes[0] % slices:
         raise ValueError(f"mesh replica={sizes[0]}, but there are {slices} slices: give a multiple of {slices}")
     if math.prod(sizes) == 1:  # no use in asking for the topology of all devices
@@ -78,6 +79,13 @@ def make_mesh(data=1, fsdp=-1, tensor=1, devices=None, *, replica=1, encoder=1) 
     else:
         grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def count_slices(devices) -> int:
+    """Of how many TPU slices these devices are; of GPUs, where JAX gives each host a slice_index, 1."""
+    if devices[0].platform != "tpu":
+        return 1
+    return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def complete_mesh_shape(sizes, device_count) -> tuple[int, ...]:

@@ -50,17 +50,28 @@ def test_the_mesh_of_a_slice(name, slices, expected):
     assert np.prod(list(choice.sizes.values())) == machine.devices
 
 
-@pytest.mark.parametrize("kind", ["cpu", "NVIDIA H200", "TPU v9"])
-def test_other_devices_split_all(kind):
-    devices = [types.SimpleNamespace(device_kind=kind, coords=(0, 0, 0)) for _ in range(6)]
-    machine = meshes.read_machine(devices)
-    assert meshes.format_mesh(meshes.choose_mesh(machine, 6, 1, None).sizes) == "fsdp=6"
+@pytest.mark.parametrize(
+    ("kind", "platform", "expected"),
+    [
+        ("cpu", "cpu", "fsdp=6"),
+        ("NVIDIA H200", "gpu", "fsdp=6"),
+        ("TPU v9", "tpu", "replica=2, fsdp=3"),  # between slices only replicas
+    ],
+)
+def test_other_devices_split_all(kind, platform, expected):
+    """On two hosts: JAX calls each host of GPUs a slice."""
+    shared = {"device_kind": kind, "platform": platform}
+    devices = [type("Device", (), shared | {"id": i, "slice_index": i // 3})() for i in range(6)]
+    choice = meshes.choose_mesh(meshes.read_machine(devices), 6, 1, None)
+    assert meshes.format_mesh(choice.sizes) == expected
+    if platform != "tpu":
+        assert list(sharding.make_mesh(**choice.sizes, devices=devices).devices.flat) == devices
 
 
 def test_the_torus_is_read_from_coordinates():
     def devices(*coordinates, slices=1):
         return [
-            types.SimpleNamespace(device_kind="TPU v4", coords=place, slice_index=index)
+            types.SimpleNamespace(device_kind="TPU v4", platform="tpu", coords=place, slice_index=index)
             for index in range(slices)
             for place in coordinates
         ]

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ def memory(monkeypatch):
     return importlib.import_module("benchmark_memory")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's count of a process's memory is Linux's")
 def test_the_plan_is_what_a_run_takes(memory, monkeypatch):
     # Half the time of compiling; where buffers lie is decided before.
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")

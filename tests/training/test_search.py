@@ -119,6 +119,12 @@ def test_where_nothing_fits_the_least_is_asked_for(numbers):
     }  # fmt: skip
 
 
+def test_a_plan_above_what_there_is_is_told_as_a_misfit():
+    found = search.search(ORDERED, 16 * GIB, lambda _: dataclasses.replace(STEP, temporaries=round(16.5 * GIB)))
+    assert found.plan is None
+    assert found.misfit == "the step of text_to_image does not fit: it needs 16.50 of 16.00 GiB"
+
+
 def test_the_candidates_of_the_full_model():
     """v5e-64, four rows a chip: three numbers of micro-batches, four policies."""
     device = lambda i: types.SimpleNamespace(  # noqa: E731
@@ -135,3 +141,6 @@ def test_the_candidates_of_the_full_model():
     assert found[2, "dots"].seconds - found[1, "dots"].seconds == pytest.approx(2 * 2.12e9 / 9e10, rel=0.01)
     assert found[1, "dots"].need > found[2, "dots"].need > found[4, "dots"].need > found[4, "block"].need
     assert ordered.index(found[1, "none"]) == 0
+    config.batch_size = 32
+    with pytest.raises(ValueError, match="batch_size 32 is not divisible by 64"):
+        search.candidates(config, [device(i) for i in range(64)], "text_to_image")

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from unialign_jax import hardware
-from unialign_jax.sharding import AXES, complete_mesh_shape, mesh_sizes
+from unialign_jax.sharding import AXES, complete_mesh_shape, count_slices, mesh_sizes
 from unialign_jax.training.state import Networks, init_frozen, init_params
 
 ENCODER = 4  # chips that share a text encoder
@@ -95,9 +95,9 @@ def read_machine(devices) -> Machine:
     """Finds the torus in the devices' coordinates."""
     kind = devices[0].device_kind
     chip = hardware.find_chip(kind)
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    slices = count_slices(devices)
     if chip is None or not chip.axes:
-        return Machine(len(devices), kind)
+        return Machine(len(devices), kind, slices=slices)
     coordinates = np.array([device.coords for device in devices])[:, : chip.axes]
     grid = tuple(int(side) for side in np.ptp(coordinates, axis=0) + 1)
     if math.prod(grid) * slices != len(devices):  # some chips of a slice, or two devices a chip

@@ -11,8 +11,9 @@ from collections.abc import Callable
 import numpy as np
 
 from unialign_jax import hardware
+from unialign_jax.planning import GIB
 from unialign_jax.training import meshes
-from unialign_jax.training.config import active_streams, batch_shards, build_configs
+from unialign_jax.training.config import active_streams, batch_shards, build_configs, config_problems
 from unialign_jax.training.plan import DoesNotFit, StepPlan, compute_seconds, group_bandwidth, step_work
 from unialign_jax.training.state import Networks
 
@@ -59,7 +60,13 @@ def candidates(config, devices, name: str) -> list[Candidate]:
 
     A step's time is its compute, recomputation included, and for each micro-batch what moves the weights and does not
     run beside compute: gathering them once, or under fsdp twice and reducing their gradients.
+
+    Raises ValueError for a configuration that cannot run there in any number of micro-batches.
     """
+    whole = config.copy_and_resolve_references()
+    whole.accumulation = 1
+    if problems := config_problems(whole, len(devices)):
+        raise ValueError("the configuration cannot run:\n  " + "\n  ".join(problems))
     networks = Networks.create(*build_configs(config, devices[0].platform))
     stream = active_streams(config)[name]
     needs = meshes.read_needs(config, networks)
@@ -110,7 +117,9 @@ def search(ordered: list[Candidate], usable: int, compile_step: Callable[[Candid
         except DoesNotFit as error:
             misfit, measured, fits = str(error), error.needed, False
         else:
-            misfit = misfit if fits else f"{answer.stream} needs {answer.peak} bytes of {usable}"
+            if not fits:
+                numbers = f"{answer.peak / GIB:.2f} of {usable / GIB:.2f} GiB"
+                misfit = f"the step of {answer.stream} does not fit: it needs {numbers}"
         tried.append({"accumulation": chosen.accumulation, "remat": chosen.remat, "bytes": measured, "fits": fits})
         if fits:
             best, plan = ordered.index(chosen), answer

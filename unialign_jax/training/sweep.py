@@ -30,7 +30,7 @@ TOPOLOGIES = (
     *(f"v5p-{2**n}" for n in range(3, 14)),
     *(f"v6e-{2**n}" for n in range(3, 9)),
 )
-# What of a configuration changes what is compiled. Mesh, accumulation, remat and batch are the plan's to choose.
+# What of a configuration changes what is compiled; accumulation and remat are the plan's to choose.
 SECTIONS = ("model", "heads", "text_encoder", "autoencoder", "mesh")
 KEYS = ("batch_size", "image_size", "text_length", "one_forward")
 
