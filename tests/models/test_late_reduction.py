@@ -76,6 +76,34 @@ def test_gradients_are_those_of_one_device(shape, width):
     assert kernel.sharding.shard_shape(kernel.shape) == (DEPTH, width // parts, 2 * width)
 
 
+def test_weights_are_not_kept_a_second_time_for_the_backward_pass():
+    params, carry, shared = inputs(32)
+    mesh = sharding.make_mesh(data=8, fsdp=1)
+
+    def kept(*arguments):
+        return jax.vjp(lambda *a: scan_reducing_late(layer, *a, "blocks"), *arguments)[1]
+
+    with jax.set_mesh(mesh):
+        residuals = [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(kept, params, carry, shared))]
+    weights = {leaf.shape for leaf in jax.tree.leaves(params)}
+    assert weights <= set(residuals)  # once, as they came
+    assert any(shape[:2] == (8, DEPTH) for shape in residuals)  # by device and layer: what the layer keeps
+    assert not any(shape[:2] == (8, DEPTH) and shape[1:] in weights for shape in residuals)
+
+
+def test_sums_in_bfloat16_stay_near_one_devices():
+    """Both round activations alike; a sum over 4 x 2 devices is then rounded at 4 hops more, by 2^-9 of it at most."""
+    low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), inputs(32))
+    expected = jax.grad(loss(plain_scan))(*low)
+    late = loss(lambda *a: scan_reducing_late(layer, *a, "blocks"))
+    with jax.set_mesh(sharding.make_mesh(data=4, encoder=2, fsdp=1)):
+        found = jax.jit(jax.grad(late))(*low)
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(found), strict=True):
+        assert y.dtype == jnp.bfloat16
+        error = np.linalg.norm(np.float32(y) - np.float32(x)) / np.linalg.norm(np.float32(x))
+        assert error < 0.02, sharding.path_string(path)
+
+
 @pytest.mark.parametrize("direction", [1, -1])
 def test_a_ring_is_a_reduce_scatter(direction):
     mesh = sharding.make_mesh(data=8, fsdp=1)

@@ -1,5 +1,6 @@
 """The mesh for a machine: what fits, by hand, and what lies along the torus."""
 
+import dataclasses
 import importlib.util
 import types
 
@@ -45,7 +46,7 @@ def slice_of(name, slices=1):
 )
 def test_the_mesh_of_a_slice(name, slices, expected):
     machine = slice_of(name, slices)
-    choice = meshes.choose_mesh(machine, max(256, machine.devices), 1, NEEDS)
+    choice = meshes.choose_mesh(machine, max(256, machine.devices), 1, "block", NEEDS)
     assert meshes.format_mesh(choice.sizes) == expected
     assert np.prod(list(choice.sizes.values())) == machine.devices
 
@@ -62,7 +63,7 @@ def test_other_devices_split_all(kind, platform, expected):
     """On two hosts: JAX calls each host of GPUs a slice."""
     shared = {"device_kind": kind, "platform": platform}
     devices = [type("Device", (), shared | {"id": i, "slice_index": i // 3})() for i in range(6)]
-    choice = meshes.choose_mesh(meshes.read_machine(devices), 6, 1, None)
+    choice = meshes.choose_mesh(meshes.read_machine(devices), 6, 1, "block", None)
     assert meshes.format_mesh(choice.sizes) == expected
     if platform != "tpu":
         assert list(sharding.make_mesh(**choice.sizes, devices=devices).devices.flat) == devices
@@ -97,9 +98,10 @@ def test_bytes_a_chip_by_hand():
 
 def test_smaller_micro_batches_make_room_for_repeated_weights():
     machine = slice_of("v5e-64")  # 4 samples a chip: 11.5 GB, half of 33.6 / 32 more, and 0.6 a sample, of 16
-    tight = NEEDS.__class__(**vars(NEEDS) | {"activations": {"block": 1.5e9}})
-    assert meshes.choose_mesh(machine, 256, 1, tight).sizes["fsdp"] == 64
-    choice = meshes.choose_mesh(machine, 256, 2, tight)
+    tight = dataclasses.replace(NEEDS, activations={"dots": 2.2e9, "block": 1.5e9})
+    assert meshes.choose_mesh(machine, 256, 1, "block", tight).sizes["fsdp"] == 64
+    assert meshes.choose_mesh(machine, 256, 2, "dots", tight).sizes["fsdp"] == 64
+    choice = meshes.choose_mesh(machine, 256, 2, "block", tight)
     assert choice.sizes == {"replica": 2, "data": 8, "encoder": 4, "fsdp": 1, "tensor": 1}
     assert str(choice) == (
         "mesh replica=2, data=8, encoder=4: chosen for 8x8 v5e, weights are repeated and the state is split: "

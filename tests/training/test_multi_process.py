@@ -100,7 +100,8 @@ def test_many_processes_are_one_run_through_a_loss_and_a_stop(small_config, shap
     of_four = rows(workdir)
 
     two = tmp_path / "two"
-    with processes(2, command(2), two) as started:
+    # The state split, and gradients in rings between the processes.
+    with processes(2, command(2, "mesh.data=2"), two) as started:
         wait_until(lambda: "resuming" in said(two, 0), started, two)
         wait_until(lambda: 3 <= len(rows(workdir)) != len(of_four), started, two)
         began = len(rows(workdir))

@@ -130,7 +130,7 @@ def test_the_candidates_of_the_full_model():
     device = lambda i: types.SimpleNamespace(  # noqa: E731
         device_kind="TPU v5 lite", platform="tpu", coords=(i % 8, i // 8, 0), slice_index=0
     )
-    config = read_config("configs/stage1.py", [])
+    config = read_config("configs/stage1.py", ["mesh.replica=2", "mesh.data=8", "mesh.encoder=4"])
     ordered = search.candidates(config, [device(i) for i in range(64)], "text_to_image")
     assert len(ordered) == 12 and [c.remat for c in ordered[-3:]] == ["offload"] * 3
     found = {(c.accumulation, c.remat): c for c in ordered}

@@ -154,8 +154,8 @@ class Packing:
         for half, indices in zip(halves, self.halves, strict=True):
             flat, start = half.reshape(half.shape[0], -1), 0
             for i in indices:
-                first, *others = jnp.moveaxis(jnp.empty(self.leaves[i].shape), self.axes[i], 0).shape
-                shape = (first // self.parts, *others)
+                others = list(self.leaves[i].shape)
+                shape = (others.pop(self.axes[i]) // self.parts, *others)
                 piece = flat[:, start : start + math.prod(shape)].reshape(-1, *shape)
                 leaves[i] = jnp.moveaxis(piece, 1, self.axes[i] + 1)
                 start += math.prod(shape)

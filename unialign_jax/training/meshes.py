@@ -2,8 +2,8 @@
 
 All of `config.mesh` 0, the default, leaves it open. Then the devices of anything but a known TPU slice split weights
 and state (`fsdp`), which needs least memory. On a TPU slice the weights that compute are repeated, and only the state
-is split (ZeRO-1), as soon as that fits by the arithmetic below with remat "block": gathering weights in every pass
-would bound a step of few samples a chip. Each axis that gradients are scattered over lies along one axis of the torus:
+is split (ZeRO-1), as soon as that fits by the arithmetic below: gathering weights in every pass would bound a step of
+few samples a chip. Each axis that gradients are scattered over lies along one axis of the torus:
 
     data      the longest axis
     encoder   up to 4 along another: the frozen text encoder's all-reduces grow with it
@@ -88,7 +88,7 @@ def mesh_for(config, devices, networks: Networks, needs: Needs | None = None) ->
     machine = read_machine(devices)
     if machine.chip and needs is None:
         needs = read_needs(config, networks)
-    return choose_mesh(machine, config.batch_size, config.accumulation, needs)
+    return choose_mesh(machine, config.batch_size, config.accumulation, config.model.remat, needs)
 
 
 def read_machine(devices) -> Machine:
@@ -105,7 +105,7 @@ def read_machine(devices) -> Machine:
     return Machine(len(devices), kind, chip, grid, slices)
 
 
-def choose_mesh(machine: Machine, batch_size: int, accumulation: int, needs: Needs | None) -> Choice:
+def choose_mesh(machine: Machine, batch_size: int, accumulation: int, remat: str, needs: Needs | None) -> Choice:
     """The mesh for a machine that trains with `batch_size` samples a step in `accumulation` micro-batches.
 
     Only a machine whose chip is known asks for the `needs`.
@@ -120,7 +120,7 @@ def choose_mesh(machine: Machine, batch_size: int, accumulation: int, needs: Nee
 
     sizes = repeating(machine.grid, machine.slices)
     samples = batch_size / accumulation / machine.devices
-    need = estimate(needs, sizes, samples, "block")
+    need = estimate(needs, sizes, samples, remat)
     figures = f"by arithmetic {need / 1e9:.1f} of {machine.chip.memory / 1e9:.0f} GB a chip"
     if need <= machine.chip.memory:
         return Choice(sizes, f"{place}, weights are repeated and the state is split: {figures}")
