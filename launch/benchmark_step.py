@@ -395,7 +395,7 @@ def part_seconds(setup, measure) -> dict[str, float]:
     import jax
 
     from unialign_jax import sharding
-    from unialign_jax.training.step import compute_losses, encode_images, encode_texts, has_image_pass
+    from unialign_jax.training.step import compute_losses, encode_images, encode_texts, has_image_pass, update_state
 
     config, networks, kind = setup.config, setup.networks, setup.stream.kind
     count = config.accumulation
@@ -428,7 +428,7 @@ def part_seconds(setup, measure) -> dict[str, float]:
         lambda: backward(state.params, outputs, batch)[1]
     )
     gradients, _ = backward(state.params, outputs, batch)
-    update = jax.jit(functools.partial(optimize, config, setup.tx), donate_argnums=0, out_shardings=(place, None))
+    update = jax.jit(functools.partial(update_state, config, setup.tx), donate_argnums=0, out_shardings=(place, None))
 
     def optimizer():
         nonlocal state
@@ -452,23 +452,6 @@ def encoder_outputs(networks, frozen, batch, ids):
         "autoencoder": networks.autoencoder.apply({"params": frozen["autoencoder"]}, pixels, method="encode"),
         "text_encoder": networks.text_encoder.apply({"params": frozen["text_encoder"]}, texts),
     }
-
-
-def optimize(config, tx, state, gradients):
-    """The end of a step, as training/step.py has it: (new state, the norms that it reports)."""
-    import jax.numpy as jnp
-    import optax
-
-    from unialign_jax.training.optimizer import ema_update
-    from unialign_jax.training.state import TrainState
-
-    updates, opt_state = tx.update(gradients, state.opt_state, state.params)
-    params, ema = optax.apply_updates(state.params, updates), state.ema
-    if config.ema_decay:
-        decay = jnp.minimum(config.ema_decay, (1 + state.step) / (10 + state.step))
-        ema = ema_update(ema, params["transformer"], decay, state.step)
-    norms = [optax.global_norm(tree) for tree in (gradients, updates, params)]
-    return TrainState(state.step + 1, params, ema, opt_state), norms
 
 
 def attention_calls(setup) -> dict:

@@ -157,7 +157,8 @@ def test_another_architecture_as_a_process(finished, shapes_dir):
     data = f"--config.streams.text_to_image.path={shapes_dir}/text_to_image"
     code, out, err = command(f"--config={STAGE}", f"--workdir={finished}", data, "--config.heads.teacher_width=16")
     assert (code, out) == (1, "")
-    (line,) = err.splitlines()
+    mesh, line = err.splitlines()
+    assert "mesh fsdp=" in mesh or "mesh of one device" in mesh
     assert line.startswith(f"error: {finished}/checkpoints/6 holds another architecture than this configuration: ")
     assert "expected (" in line and "more leaves. Choose another --workdir" in line
     assert contents(finished) == before

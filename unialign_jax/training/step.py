@@ -188,25 +188,28 @@ def make_train_step(config, networks: Networks, tx, schedule, kind: str, mask_id
     def train_step(state: TrainState, frozen, batch):
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         metrics, gradients = accumulate(state.params, frozen, batch, key)
-        updates, opt_state = tx.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = state.ema
-        if config.ema_decay:
-            # A shorter memory at first: the average of a short run must not be full of its random start.
-            ramp = (1 + state.step) / (10 + state.step)
-            decay = jnp.minimum(config.ema_decay, ramp)
-            ema = ema_update(ema, params["transformer"], decay, state.step)
-        single = {
-            "gradient_norm": optax.global_norm(gradients),
-            "update_norm": optax.global_norm(updates),
-            "parameter_norm": optax.global_norm(params),
+        after, norms = update_state(config, tx, state, gradients)
+        single = norms | {
             "learning_rate": schedule(state.step),
             "replaced_records": jnp.sum(batch["replaced"]),
         }
         metrics |= {name: jnp.stack([jnp.asarray(value, jnp.float32), 1.0]) for name, value in single.items()}
-        return TrainState(state.step + 1, params, ema, opt_state), metrics
+        return after, metrics
 
     return train_step
+
+
+def update_state(config, tx, state: TrainState, gradients):
+    """The end of a step: the state after it, and the norms of gradients, updates and new parameters by name."""
+    updates, opt_state = tx.update(gradients, state.opt_state, state.params)
+    params, ema = optax.apply_updates(state.params, updates), state.ema
+    if config.ema_decay:
+        # A shorter memory at first: the average of a short run must not be full of its random start.
+        ramp = (1 + state.step) / (10 + state.step)
+        ema = ema_update(ema, params["transformer"], jnp.minimum(config.ema_decay, ramp), state.step)
+    trees = {"gradient_norm": gradients, "update_norm": updates, "parameter_norm": params}
+    norms = {name: optax.global_norm(tree) for name, tree in trees.items()}
+    return TrainState(state.step + 1, params, ema, opt_state), norms
 
 
 def batch_shapes(config, stream) -> dict[str, jax.ShapeDtypeStruct]:
