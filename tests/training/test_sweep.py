@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 from PIL import Image
@@ -203,6 +204,9 @@ def test_the_tables_by_hand(folder):
     assert (total["images/s"], total["hours"], total["chip-hours"]) == ("1,138", "2.50", "640")
     assert "v5p-1024" not in page.partition("### stage2")[2].partition("### Scaling")[0]
     assert "Compiled 2026-11-21 (jax 0.10.2, libtpu 0.0.42.1)" in page
+    (missing,) = re.findall(r"Not compiled yet: ([^.]*)\.", page)
+    missing = missing.replace("\n", " ").split(", ")
+    assert len(missing) == 33 - 4 and "v5e-8" not in missing and missing[0] == "v4-8"
 
 
 def test_the_assumptions_are_those_that_planning_reads(folder):

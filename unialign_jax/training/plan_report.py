@@ -11,7 +11,7 @@ from unialign_jax import hardware
 from unialign_jax.planning import GIB
 from unialign_jax.training.meshes import format_mesh
 from unialign_jax.training.plan import MATMUL_SHARE, StepPlan
-from unialign_jax.training.sweep import read_json, read_rows
+from unialign_jax.training.sweep import TOPOLOGIES, read_json, read_rows
 
 BEGIN = "<!-- plans: written by python launch/plan.py --report, not by hand -->"
 END = "<!-- end of plans -->"
@@ -66,6 +66,9 @@ def markdown(rows: list[dict], stages: list[dict]) -> str:
         "chips; hours are those of the stage's samples. `python launch/plan.py --config=FILE --all --output=DIR` "
         "compiles, `--report=DIR` writes this part."
     ]
+    missing = [name for name in TOPOLOGIES if name not in {row["topology"] for row in rows}]
+    if missing:
+        parts.append(f"Not compiled yet: {', '.join(missing)}.")
     for stage in stages:
         parts += stage_part(rows, stage)
     parts += [
