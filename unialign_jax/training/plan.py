@@ -8,8 +8,9 @@ compute   the model's FLOPs and those of recomputation at MATMUL_SHARE of the pe
 HBM       a lower bound: compute weights read by each pass over them, gradients written and read, the state read and
           written, temporaries written and read once
 ICI       bytes that a chip receives, by collective, over the links that its group has: each axis of the torus that the
-          group spans, both ways where it closes to a ring. Overlapped is what the compiler runs beside other work (it
-          has a start and an end, or is split over fusions), exposed the rest
+          group spans, both ways where it closes to a ring. A permute takes its shortest way; overlapped ones share
+          the links of a way along an axis, and different ways and axes run at once. Overlapped is what the compiler
+          runs beside other work (it has a start and an end, or is split over fusions), exposed the rest
 DCN       bytes between slices over a chip's share of its host's network, never overlapped
 
 These are arithmetic, not measurements.
