@@ -142,6 +142,7 @@ class Setup:
         self.config, self.stream = config, active_streams(config)[stream]
         self.networks = Networks.create(*build_configs(config, devices[0].platform))
         self.mesh = sharding.make_mesh(**mesh_for(config, devices, self.networks).sizes, devices=devices)
+        self.networks = self.networks.on(self.mesh)
         self.tx, self.schedule = make_optimizer(**config.optimizer)
         self.state = abstract_state(self.networks, self.tx, config.ema_decay, self.mesh)
         self.frozen = abstract_frozen(self.networks, self.mesh)

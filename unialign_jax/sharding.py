@@ -24,6 +24,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from unialign_jax import hardware
 from unialign_jax.models.mesh import BATCH_AXES
 
 AXES = ("replica", "data", "encoder", "fsdp", "tensor")
@@ -86,6 +87,24 @@ def count_slices(devices) -> int:
     if devices[0].platform != "tpu":
         return 1
     return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def lines(mesh: Mesh) -> tuple[str, ...]:
+    """The axes of a mesh whose first and last devices are no neighbours in a TPU slice's torus; others are rings."""
+    chip = hardware.find_chip(mesh.devices.flat[0].device_kind)
+    if chip is None or not chip.axes:
+        return ()
+    places = np.array([device.coords[: chip.axes] for device in mesh.devices.flat])
+    sides = np.ptp(places, axis=0) + 1
+    closed = hardware.rings(chip.name, sides)[: chip.axes]
+    places = places.reshape(*mesh.devices.shape, chip.axes)
+    found = []
+    for number, name in enumerate(mesh.axis_names):
+        along = np.moveaxis(places, number, 0).reshape(mesh.shape[name], -1, chip.axes)[:, 0]
+        steps = np.abs(along[0] - along[-1])
+        if np.where(closed, np.minimum(steps, sides - steps), steps).sum() > 1:
+            found.append(name)
+    return tuple(found)
 
 
 def complete_mesh_shape(sizes, device_count) -> tuple[int, ...]:

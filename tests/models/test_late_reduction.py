@@ -1,12 +1,15 @@
 """Gradients that are summed a layer late are those of a plain scan on one device."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from unialign_jax import sharding
-from unialign_jax.models.late_reduction import reduces_late, ring, scan_reducing_late
+from unialign_jax.models.late_reduction import line, reduces_late, ring, scan_reducing_late
 
 DEPTH, BATCH = 3, 16  # the first round, the last and one between
 
@@ -48,21 +51,23 @@ def loss(scan):
 
 
 @pytest.mark.parametrize(
-    ("shape", "width"),
+    ("shape", "width", "lines"),
     [
-        ({"data": 8}, 32),
-        ({"data": 8}, 30),  # which 8 does not divide: nothing is split
-        ({"data": 4, "encoder": 2}, 32),
-        ({"replica": 2, "data": 2, "encoder": 2}, 32),
+        ({"data": 8}, 32, ()),
+        ({"data": 8}, 32, ("data",)),
+        ({"data": 8}, 30, ()),  # which 8 does not divide: nothing is split
+        ({"data": 4, "encoder": 2}, 32, ()),
+        ({"data": 2, "encoder": 4}, 32, ("encoder",)),
+        ({"replica": 2, "data": 2, "encoder": 2}, 32, ()),
     ],
     ids=str,
 )
-def test_gradients_are_those_of_one_device(shape, width):
+def test_gradients_are_those_of_one_device(shape, width, lines):
     arguments = inputs(width)
     expected_loss, expected = jax.value_and_grad(loss(plain_scan), argnums=(0, 1, 2))(*arguments)
     mesh = sharding.make_mesh(fsdp=1, **shape)
     assert reduces_late(mesh, BATCH)
-    late = loss(lambda params, carry, shared: scan_reducing_late(layer, params, carry, shared, "blocks"))
+    late = loss(lambda params, carry, shared: scan_reducing_late(layer, params, carry, shared, "blocks", lines))
     with jax.set_mesh(mesh):
         found_loss, found = jax.jit(jax.value_and_grad(late, argnums=(0, 1, 2)))(*arguments)
         compared = jax.jit(late)(*arguments)
@@ -104,14 +109,26 @@ def test_sums_in_bfloat16_stay_near_one_devices():
         assert error < 0.02, sharding.path_string(path)
 
 
-@pytest.mark.parametrize("direction", [1, -1])
-def test_a_ring_is_a_reduce_scatter(direction):
+@pytest.mark.parametrize(
+    ("form", "closing"),
+    [
+        (functools.partial(ring, direction=1), True),
+        (functools.partial(ring, direction=-1), True),
+        (line, False),
+    ],
+    ids=["forward", "backward", "line"],
+)
+def test_rings_and_lines_are_reduce_scatters(form, closing):
     mesh = sharding.make_mesh(data=8, fsdp=1)
     x = np.random.default_rng(1).normal(size=(8, 8, 3)).astype(np.float32)  # [device, part, numbers]
     reduce = jax.shard_map(
-        lambda x: ring(x[0], "data", direction), mesh=mesh, in_specs=jax.P("data"), out_specs=jax.P("data")
+        lambda x: form(x[0], name="data"), mesh=mesh, in_specs=jax.P("data"), out_specs=jax.P("data")
     )
     np.testing.assert_allclose(reduce(x).reshape(8, 3), x.sum(axis=0), rtol=1e-5, atol=1e-6)
+    # Only neighbours send to one another, and the ends only on a ring.
+    pairs = re.findall(r"\((\d+), ?(\d+)\)", str(jax.make_jaxpr(reduce)(x)))
+    apart = {abs(int(source) - int(target)) for source, target in pairs}
+    assert apart == ({1, 7} if closing else {1})
 
 
 def test_not_where_weights_are_split_or_samples_do_not_divide():

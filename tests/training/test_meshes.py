@@ -147,3 +147,6 @@ def test_axes_that_scatter_lie_along_the_torus(name, slices, monkeypatch):
     for axis in ("data", "encoder"):
         first = np.moveaxis(places, sharding.AXES.index(axis), 0).reshape(mesh.shape[axis], -1, 3)[:, 0]
         assert np.count_nonzero(np.ptp(first, axis=0)) == 1, axis
+    expected = {"v4-32": ("data",), "v4-64": ("data", "encoder"), "v5e-256": ("encoder",), "v6e-256": ("encoder",)}
+    expected |= {"v5p-512": (), "v5p-2048": ("encoder",)}
+    assert tuple(axis for axis in sharding.lines(mesh) if axis != "replica") == expected[name]

@@ -2,7 +2,8 @@
 
 Autodiff of a scan sums the gradients of a layer's weights where it makes them, and the next layer waits: the TPU's
 compiler runs reduce-scatters alone. Here the backward pass keeps a layer's gradients for one round and sums them while
-it computes those of the layer before; and as a ring of permutes, which the compiler runs beside compute.
+it computes those of the layer before; and as a ring of permutes, which the compiler runs beside compute. It does not
+where the ends of a ring are no neighbours, so that a line of devices sends both ways and leaves the ends apart.
 """
 
 import functools
@@ -23,7 +24,7 @@ def reduces_late(mesh, batch_size) -> bool:
     return whole and splits_state and list(axes_that_divide(BATCH_AXES, mesh, batch_size)) == used
 
 
-def scan_reducing_late(layer, params, carry, shared, path):
+def scan_reducing_late(layer, params, carry, shared, path, lines=()):
     """carry = layer(params[i], i, carry, shared) for each i; see above for its gradient. To be run under a mesh.
 
     Args:
@@ -31,6 +32,7 @@ def scan_reducing_late(layer, params, carry, shared, path):
       params: tree of [depth, ...], whole on every device.
       carry, shared: trees of arrays whose first axis is the batch, split over all axes of the mesh that split batches.
       path: of `params` in the sharding table, which says along which axis a leaf of the state is split.
+      lines: of `sharding.lines`, the axes of the mesh that are no rings.
 
     Returns the last carry. The gradient of a leaf comes split as the table splits the state.
     """
@@ -67,7 +69,7 @@ def scan_reducing_late(layer, params, carry, shared, path):
             of_weights, cotangent, more = jax.tree.unflatten(kept_params["tree"], leaves)(cotangent)
             of_shared = jax.tree.map(jnp.add, of_shared, more)
             packed, rest = packing.pack(of_weights)
-            return (cotangent, of_shared, packed), (reduce_rings(late, scattered), rest)
+            return (cotangent, of_shared, packed), (reduce_scatter(late, scattered, lines), rest)
 
         zeros = jax.tree.map(jnp.zeros_like, shared)
         inputs = params, [leaf[0] for leaf in residuals]
@@ -75,7 +77,7 @@ def scan_reducing_late(layer, params, carry, shared, path):
             step, (cotangent, zeros, packing.zeros()), inputs, reverse=True
         )
         # Round i summed the gradients of layer i + 1.
-        last = reduce_rings(last, scattered)
+        last = reduce_scatter(last, scattered, lines)
         pieces = [jnp.concatenate([first[None], later[:-1]]) for first, later in zip(last, pieces, strict=True)]
         if "replica" in used:
             pieces = [jax.lax.psum(piece, "replica") for piece in pieces]
@@ -163,21 +165,47 @@ class Packing:
         return jax.tree.unflatten(self.tree, leaves)
 
 
-def reduce_rings(halves, axis_names):
-    """Up to two arrays [parts, ...] -> this device's part of their sums over the axes, each the other way round."""
+def reduce_scatter(halves, axis_names, lines=()):
+    """Up to two arrays [parts, ...] -> this device's part of their sums over the axes; each another way round a ring."""
     for name in axis_names:
-        halves = [ring(half, name, direction) for half, direction in zip(halves, (1, -1), strict=False)]
+        if name in lines:
+            halves = [line(half, name) for half in halves]
+        else:
+            halves = [ring(half, name, direction) for half, direction in zip(halves, (1, -1), strict=False)]
     return [half[0] for half in halves]
 
 
 def ring(x, name, direction):
     """reduce-scatter of the first axis over the devices of the mesh axis `name`, each sending to one neighbour."""
+    x, own = cut(x, name)
+    return travel(x, name, direction, closed=True) + own
+
+
+def line(x, name):
+    """The same where the ends are no neighbours: sums come from both sides, with twice the bytes of a ring."""
+    x, own = cut(x, name)
+    return travel(x, name, 1, closed=False) + travel(x, name, -1, closed=False) + own
+
+
+def cut(x, name):
+    """x as [devices, ...], a piece for each device of the axis, and this device's."""
+    x = x.reshape(jax.lax.axis_size(name), -1, *x.shape[1:])
+    return x, jax.lax.dynamic_index_in_dim(x, jax.lax.axis_index(name), keepdims=False)
+
+
+def travel(x, name, direction, closed):
+    """What comes to this device of its part, from all others on a closed ring, on a line from those on one side.
+
+    Each hop sends a sum one device on, and the part that it is of is added there. On a line nothing comes to the
+    first device, which is zeros; a sum that reaches the last without having met its device ends there.
+    """
     size = jax.lax.axis_size(name)
     device = jax.lax.axis_index(name)
-    x = x.reshape(size, -1, *x.shape[1:])
     part = lambda hop: jax.lax.dynamic_index_in_dim(x, (device - direction * (1 + hop)) % size, keepdims=False)  # noqa: E731
-    neighbours = [(i, (i + direction) % size) for i in range(size)]
+    neighbours = [(i, (i + direction) % size) for i in range(size) if closed or 0 <= i + direction < size]
     total = part(0)
     for hop in range(1, size):
-        total = jax.lax.ppermute(total, name, neighbours) + part(hop)
+        total = jax.lax.ppermute(total, name, neighbours)
+        if hop < size - 1:
+            total += part(hop)
     return total

@@ -279,10 +279,12 @@ class MMDiT(nn.Module):
       paired: rows 2b and 2b + 1 are the image pass and the text pass of sample b, run as one forward; the outputs
         have a row for each sample, velocity and image side from its image pass, logits and text side from the other.
 
-    Raises ValueError when a size does not fit.
+    `lines`, of `sharding.lines`, are those axes of the mesh that are no rings; they change how gradients travel, and
+    nothing else. Raises ValueError when a size does not fit.
     """
 
     config: MMDiTConfig
+    lines: tuple[str, ...] = ()
 
     @nn.compact
     def __call__(self, latents, text_embeddings, sigma, conditions=None, *, modulations=None, paired=False):
@@ -320,7 +322,9 @@ class MMDiT(nn.Module):
                 return Layer(c, parent=None).apply({"params": params}, carry, index, None, time_embedding)[0]
 
             blocks = self.variables["params"]["blocks"]
-            image, text, image_tap, text_tap = scan_reducing_late(layer, blocks, carry, time_embedding, "blocks")
+            image, text, image_tap, text_tap = scan_reducing_late(
+                layer, blocks, carry, time_embedding, "blocks", self.lines
+            )
         else:
             layers = nn.scan(
                 Layer,

@@ -55,6 +55,7 @@ class Trainer:
         self.networks = Networks.create(*build_configs(config, devices[0].platform))
         choice = mesh_for(config, devices, self.networks)
         self.mesh = sharding.make_mesh(**choice.sizes, devices=devices)
+        self.networks = self.networks.on(self.mesh)
 
         self.tokenizer = load_tokenizer(config.tokenizer or None)
         self.streams = open_streams(config, self.tokenizer)

@@ -34,6 +34,10 @@ class Networks(NamedTuple):
     ) -> "Networks":
         return cls(MMDiT(model), AlignmentHeads(heads), TextEncoder(text_encoder), make_autoencoder(autoencoder))
 
+    def on(self, mesh) -> "Networks":
+        """The same networks, which know how a mesh lies in its torus: for a training step that is fast there."""
+        return self._replace(transformer=self.transformer.clone(lines=sharding.lines(mesh)))
+
 
 class TrainState(NamedTuple):
     """All that an optimizer step changes, and so all that a checkpoint holds.
