@@ -166,7 +166,7 @@ class Packing:
 
 
 def reduce_scatter(halves, axis_names, lines=()):
-    """Up to two arrays [parts, ...] -> this device's part of their sums over the axes; each another way round a ring."""
+    """Up to two arrays [parts, ...] -> this device's part of their sums over the axes; round a ring one each way."""
     for name in axis_names:
         if name in lines:
             halves = [line(half, name) for half in halves]
