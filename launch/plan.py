@@ -28,7 +28,8 @@ examples
 
 --all plans every slice that docs/tpu.md tells of (hours; --topologies names some of them), each with the micro-batches
 and remat that suit it, one file a plan. What is in the folder is not compiled again: the same command goes on, and
-several processes share the work by different --topologies. --report writes the tables of docs/tpu.md from the folder.
+several processes share the work by different --topologies. After a change of the code that compiles, name another
+folder. --report writes the tables of docs/tpu.md from the folder.
 
 Topologies are named by kind and grid, v4:4x4x4, or as on Google Cloud, v4-128 (cores, two a chip; of v5e and v6e
 chips). Exit status 0 when all fits (with --low-memory: in that mode), 1 when it does not; of --all, where a misfit is a
@@ -74,6 +75,10 @@ def parse_arguments(argv):
     arguments = parser.parse_args([argument for argument in argv if not argument.startswith("--config.")])
     if arguments.all and not (arguments.config and arguments.output):
         parser.error("--all needs --config=FILE and --output=DIR")
+    if arguments.all:
+        own = ("topology", "num_slices", "stream", "search", "dump")
+        if given := [name for name in own if getattr(arguments, name) != parser.get_default(name)]:
+            parser.error(f"--{given[0].replace('_', '-')} is not for --all, which takes --topologies=A,B")
     if arguments.topologies and not arguments.all:
         parser.error("--topologies goes with --all; of one there is --topology")
     return arguments, changes

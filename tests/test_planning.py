@@ -93,6 +93,19 @@ def test_bad_arguments_are_said_in_a_line():
 
 
 @pytest.mark.skipif(HAS_LIBTPU, reason="the TPU compiler is here")
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--all", "--config=FILE"], "--all needs --config=FILE and --output=DIR"),
+        (["--all", "--config=FILE", "--output=DIR", "--num-slices=2"], "--num-slices is not for --all"),
+        (["--config=FILE", "--topologies=v4-8"], "--topologies goes with --all"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(arguments, expected):
+    done = subprocess.run([sys.executable, ROOT / "launch/plan.py", *arguments], capture_output=True, text=True)
+    assert done.returncode == 2 and expected in done.stderr
+
+
 def test_without_the_compiler_the_command_says_what_to_install():
     command = [sys.executable, ROOT / "launch/plan.py", "--task=t2i"]
     result = subprocess.run(command, capture_output=True, text=True)

@@ -131,7 +131,13 @@ def test_folders_of_something_else_are_refused(tmp_path):
     with pytest.raises(ValueError, match="^topology is 'v7-8'"):
         sweep.sweep(config, "configs/stage1.py", ["v4-8", "v7-8"], tmp_path / "new", plan_row=Compiler())
     assert not (tmp_path / "new").exists()
-    (tmp_path / "plan-image0-text-v5e-256.json").write_text("{")
+    path = tmp_path / "plan-image0-text-v5e-256.json"
+    row = json.loads(path.read_text())
+    del row["step"]["dcn"]
+    path.write_text(json.dumps(row))
+    with pytest.raises(ValueError, match=r"plan-image0-text-v5e-256.json is of other code \(dcn\): name another"):
+        plan_report.read_folder(tmp_path)
+    path.write_text("{")
     with pytest.raises(ValueError, match=r"plan-image0-text-v5e-256.json is damaged .* remove it"):
         plan_report.read_folder(tmp_path)
     with pytest.raises(ValueError, match="has no plans: python launch/plan.py"):

@@ -105,8 +105,13 @@ def sweep(config, reference: str, topologies, folder: Path, *, plan_row: Callabl
 
 
 def read_rows(folder: Path) -> list[dict]:
-    """All plans of a folder. Raises ValueError naming a file that cannot be read."""
-    return [read_json(path) for path in sorted(folder.glob("plan-*.json"))]
+    """All plans of a folder. Raises ValueError naming a file that cannot be read, or is of other code."""
+    rows = {path: read_json(path) for path in sorted(folder.glob("plan-*.json"))}
+    figures = {field.name for field in dataclasses.fields(plan.StepPlan)}
+    for path, row in rows.items():
+        if row["step"] and (differing := figures ^ row["step"].keys()):
+            raise ValueError(f"{path} is of other code ({min(differing)}): name another folder, or remove it")
+    return list(rows.values())
 
 
 def read_json(path: Path) -> dict:
