@@ -35,6 +35,13 @@ Topologies are named by kind and grid, v4:4x4x4, or as on Google Cloud, v4-128 (
 chips). Exit status 0 when all fits (with --low-memory: in that mode), 1 when it does not; of --all, where a misfit is a
 result, 1 when something could not be planned.
 """
+# Which options go with which of the four things to do.
+TAKES = {
+    "all": ("config", "topologies", "output"),
+    "report": ("docs",),
+    "config": ("topology", "num_slices", "stream", "search", "dump", "output"),
+    "task": ("topology", "size", "batch", "quantize", "low_memory", "output"),
+}
 
 
 def parse_arguments(argv):
@@ -75,12 +82,13 @@ def parse_arguments(argv):
     arguments = parser.parse_args([argument for argument in argv if not argument.startswith("--config.")])
     if arguments.all and not (arguments.config and arguments.output):
         parser.error("--all needs --config=FILE and --output=DIR")
-    if arguments.all:
-        own = ("topology", "num_slices", "stream", "search", "dump")
-        if given := [name for name in own if getattr(arguments, name) != parser.get_default(name)]:
-            parser.error(f"--{given[0].replace('_', '-')} is not for --all, which takes --topologies=A,B")
-    if arguments.topologies and not arguments.all:
-        parser.error("--topologies goes with --all; of one there is --topology")
+    mode = next(mode for mode in TAKES if getattr(arguments, mode))
+    given = [name for name, value in vars(arguments).items() if value != parser.get_default(name)]
+    if refused := [name for name in given if name not in (mode, *TAKES[mode])]:
+        taken = ", ".join(f"--{name.replace('_', '-')}" for name in TAKES[mode])
+        parser.error(f"--{refused[0].replace('_', '-')} does not go with --{mode}, which takes {taken}")
+    if changes and not arguments.config:
+        parser.error(f"--config.KEY=VALUE does not go with --{mode}")
     return arguments, changes
 
 

@@ -92,13 +92,15 @@ def test_bad_arguments_are_said_in_a_line():
         planning.sampling_programs("t2i", jax.devices()[0], size=500)
 
 
-@pytest.mark.skipif(HAS_LIBTPU, reason="the TPU compiler is here")
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         (["--all", "--config=FILE"], "--all needs --config=FILE and --output=DIR"),
-        (["--all", "--config=FILE", "--output=DIR", "--num-slices=2"], "--num-slices is not for --all"),
-        (["--config=FILE", "--topologies=v4-8"], "--topologies goes with --all"),
+        (["--all", "--config=FILE", "--output=DIR", "--num-slices=2"], "--num-slices does not go with --all"),
+        (["--config=FILE", "--topologies=v4-8"], "--topologies does not go with --config, which takes --topology, "),
+        (["--task=t2i", "--search"], "--search does not go with --task"),
+        (["--task=t2i", "--config.image_size=256"], "--config.KEY=VALUE does not go with --task"),
+        (["--report=DIR", "--output=FILE"], "--output does not go with --report, which takes --docs"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(arguments, expected):
@@ -106,6 +108,7 @@ def test_options_that_do_not_go_together_are_refused(arguments, expected):
     assert done.returncode == 2 and expected in done.stderr
 
 
+@pytest.mark.skipif(HAS_LIBTPU, reason="the TPU compiler is here")
 def test_without_the_compiler_the_command_says_what_to_install():
     command = [sys.executable, ROOT / "launch/plan.py", "--task=t2i"]
     result = subprocess.run(command, capture_output=True, text=True)

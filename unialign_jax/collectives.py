@@ -83,9 +83,8 @@ class Collective:
         size = self.groups.shape[1]
         if count == 1 or size == 1:
             return 0.0
-        inside = size // count
         # The whole is n pieces; a device fetches (count - 1) pieces, the others of its slice fetch the rest for it.
-        return self.received * (count - 1) / (size - 1) if inside > 1 else self.received
+        return self.received * (count - 1) / (size - 1)
 
 
 def read_collectives(text: str) -> list[Collective]:

@@ -24,16 +24,15 @@ class Chip:
     axes: int = 0  # of the torus; a chip has two links along each
     wrap: int = 0  # an axis whose length is a multiple of this is a ring (where all of the slice's are, in 3-D)
     network: float = 0  # between slices, one way, a chip's share of its host's
-    chips_a_host: int = 1
     matrix_unit: int = 0  # rows of the systolic array: a matmul that sums over fewer leaves the rest idle
     cores: int = 1  # that Google Cloud's names count: v4-8 is 4 chips
 
 
 CHIPS = (
-    Chip("v6e", ("TPU v6",), 918e12, 32e9, 1.64e12, 9e10, 2, 16, 12.5e9, 8, 256),
-    Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16e9, 8.1e11, 4.5e10, 2, 16, 3.125e9, 8, 128),
-    Chip("v5p", ("TPU v5",), 459e12, 95e9, 2.765e12, 9e10, 3, 4, 6.25e9, 4, 128, 2),
-    Chip("v4", ("TPU v4",), 275e12, 32e9, 1.2e12, 4.5e10, 3, 4, 6.25e9, 4, 128, 2),
+    Chip("v6e", ("TPU v6",), 918e12, 32e9, 1.64e12, 9e10, 2, 16, 12.5e9, 256),
+    Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16e9, 8.1e11, 4.5e10, 2, 16, 3.125e9, 128),
+    Chip("v5p", ("TPU v5",), 459e12, 95e9, 2.765e12, 9e10, 3, 4, 6.25e9, 128, 2),
+    Chip("v4", ("TPU v4",), 275e12, 32e9, 1.2e12, 4.5e10, 3, 4, 6.25e9, 128, 2),
     Chip("H100 PCIe", ("H100 PCIe",), 756e12),
     Chip("H100", ("H100",), 989e12),
     Chip("H200", ("H200",), 989e12),

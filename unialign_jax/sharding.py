@@ -115,7 +115,9 @@ def complete_mesh_shape(sizes, device_count) -> tuple[int, ...]:
         raise ValueError(f"mesh {shape}: sizes are positive, and at most one may be -1")
     known = math.prod(size for size in sizes if size != -1)
     if device_count % known or (not unknown and known != device_count):
-        raise ValueError(f"mesh {shape} does not fit {device_count} devices")
+        raise ValueError(
+            f"mesh {shape} does not fit {device_count} devices: sizes multiply to that, and one may be -1, the rest"
+        )
     return tuple(device_count // known if size == -1 else size for size in sizes)
 
 

@@ -113,7 +113,9 @@ def test_a_mesh_is_open_or_given():
     ]
     config.mesh.update({"replica": 2, "data": 2, "encoder": 0, "fsdp": 0})
     assert config_problems(config, device_count=4) == []
-    assert config_problems(config, device_count=8) == ["mesh replica=2, data=2 does not fit 8 devices"]
+    assert config_problems(config, device_count=8) == [
+        "mesh replica=2, data=2 does not fit 8 devices: sizes multiply to that, and one may be -1, the rest"
+    ]
     config.mesh.update({"replica": 1, "data": 1, "encoder": 1, "fsdp": -1, "tensor": 1})  # as runs before had it
     assert config_problems(config, device_count=8) == []
 

@@ -144,3 +144,10 @@ def test_the_candidates_of_the_full_model():
     config.batch_size = 32
     with pytest.raises(ValueError, match="batch_size 32 is not divisible by 64"):
         search.candidates(config, [device(i) for i in range(64)], "text_to_image")
+
+
+def test_the_heaviest_stream():
+    config = read_config("configs/stage3.py", [])
+    assert search.heaviest_stream(config, ["text_to_image", "vqa"]) == "text_to_image"
+    assert search.heaviest_stream(config, ["edit", "text_to_image", "vqa"]) == "edit"
+    assert search.heaviest_stream(config, list(config.streams)) == "personalization"

@@ -52,7 +52,7 @@ class Compiler:
         chips = slices * hardware.chips_of(hardware.topology_name(one))
         chip = one.partition("-")[0]
         if topology == "v6e-64":
-            raise ValueError("the compiler fell over\nin many lines")
+            raise ValueError("the compiler fell over:\n  in many lines")
         row = {"chip": chip, "chips": chips, "slices": slices, "batch_size": max(256, chips), "usable": 16 * GIB}
         row |= {"made": MADE}
         if chips == 8:
@@ -114,7 +114,7 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path, capsys):
             for name in ("edit", "personalization", "text_to_image")
         ),
     ]
-    assert errors[0] == "edit on v6e-64: the compiler fell over" and len(errors) == 3
+    assert errors[0] == "edit on v6e-64: the compiler fell over: in many lines" and len(errors) == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         *(f"plan-image{i}-text-v5e-{chips}.json" for i in (0, 1, 3) for chips in (256, 8)),
         "stage-stage1.json",
@@ -137,6 +137,9 @@ def test_folders_of_something_else_are_refused(tmp_path):
     path.write_text(json.dumps(row))
     with pytest.raises(ValueError, match=r"plan-image0-text-v5e-256.json is of other code \(dcn\): name another"):
         plan_report.read_folder(tmp_path)
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="plan-image0-text-v5e-256.json is no plan of a sweep: remove it"):
+        plan_report.read_folder(tmp_path)
     path.write_text("{")
     with pytest.raises(ValueError, match=r"plan-image0-text-v5e-256.json is damaged .* remove it"):
         plan_report.read_folder(tmp_path)
@@ -150,6 +153,9 @@ def test_the_slices_of_the_sweep():
         sweep.TOPOLOGIES
     )
     assert "v5e-2" not in sweep.TOPOLOGIES
+    names = ["v5litepod-256", "v5e:16x16", "4xv5e:16x16", "1xv4-8", "2xv4-8", "v4:2x2x12"]
+    usual = ["v5e-256", "v5e-256", "4xv5e-256", "v4-8", "2xv4-8", "v4:2x2x12"]
+    assert list(map(sweep.usual_name, names)) == usual
     for name in sweep.TOPOLOGIES:
         slices, one = sweep.split_name(name)
         assert slices * hardware.chips_of(hardware.topology_name(one)) <= 4096
@@ -208,7 +214,9 @@ def test_the_tables_by_hand(folder):
     assert cells(page, "stage2", ["v5e-256", "256", "edit, perception"])["step ms"] == "325"
     total = cells(page, "stage2", ["v5e-256", "256"])
     assert (total["images/s"], total["hours"], total["chip-hours"]) == ("1,138", "2.50", "640")
-    assert "v5p-1024" not in page.partition("### stage2")[2].partition("### Scaling")[0]
+    stage2 = page.partition("### stage2")[2].partition("### Scaling")[0]
+    assert "v5p-1024" not in stage2 and "not all streams of this stage are compiled" in stage2
+    assert "not all streams" not in page.partition("### stage2")[0]
     assert "Compiled 2026-11-21 (jax 0.10.2, libtpu 0.0.42.1)" in page
     (missing,) = re.findall(r"Not compiled yet: ([^.]*)\.", page)
     missing = missing.replace("\n", " ").split(", ")

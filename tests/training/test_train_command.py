@@ -145,7 +145,7 @@ def test_missing_data_and_a_mesh_that_does_not_fit_as_processes(tmp_path):
     assert (code, out) == (1, "")
     assert err.splitlines() == [
         "error: the configuration cannot run:",
-        "  mesh tensor=3 does not fit 1 devices",
+        "  mesh tensor=3 does not fit 1 devices: sizes multiply to that, and one may be -1, the rest",
         "  batch_size 7 is not divisible by 2 (accumulation 2): the nearest that fits is 8",
     ]
     assert not (tmp_path / "run").exists()

@@ -5,12 +5,13 @@
 compute   the model's FLOPs and those of recomputation at MATMUL_SHARE of the peak; attention at head_width /
           matrix_unit of that, for its sums over the head width leave the rest of the matrix unit idle, and with what
           its backward kernels compute twice
-HBM       a lower bound: compute weights read by each pass over them, gradients written and read, the state read and
-          written, temporaries written and read once
+HBM       compute weights read by each pass over them, gradients written and read, the state read and written,
+          temporaries written and read once: what is written and read again in between is not seen
 ICI       bytes that a chip receives, by collective, over the links that its group has: each axis of the torus that the
           group spans, both ways where it closes to a ring. A permute takes its shortest way; overlapped ones share
-          the links of a way along an axis, and different ways and axes run at once. Overlapped is what the compiler
-          runs beside other work (it has a start and an end, or is split over fusions), exposed the rest
+          the links of a way along an axis, and the two ways run at once. Overlapped is what the compiler runs beside
+          other work (it has a start and an end, or is split over fusions), exposed the rest; of the sums of the
+          blocks' gradients (late_reduction.py) also what is longer than the backward pass of the blocks, and the last
 DCN       bytes between slices over a chip's share of its host's network, never overlapped
 
 These are arithmetic, not measurements.
@@ -38,6 +39,9 @@ MATMUL_SHARE = 0.85  # of peak that large matmuls reach, an assumption
 ATTENTION_BACKWARD = 2.5
 # A policy's recomputation in the backward pass: a whole forward of the blocks, or of attention alone.
 RECOMPUTED = {"none": (0, 0), "dots": (0, 1), "block": (1, 1), "offload": (1, 1)}
+
+# The permutes of late_reduction.py inside its scan, without the sum of the last block's gradients after it.
+IN_BLOCKS = re.compile(r"shard_map/while/body/.*ppermute$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,9 +161,11 @@ def plan_step(config, devices, name: str, *, usable=None, dump=None, chip=None) 
         inside[collective.kind] += collective.received - between
     roofline = dict.fromkeys(("compute", "hbm", "ici_overlapped", "ici_exposed", "dcn", "peak_flops"))
     if chip and chip.memory_bandwidth:
-        overlapped, exposed = ici_seconds(collectives, chip, list(mesh.devices.flat), slice_of)
+        head_width = config.model.head_width
+        backward = compute_seconds(work["backward"], chip, head_width)
+        overlapped, exposed = ici_seconds(collectives, chip, list(mesh.devices.flat), slice_of, backward)
         roofline = {
-            "compute": compute_seconds(work, chip, config.model.head_width),
+            "compute": compute_seconds(work, chip, head_width),
             "hbm": hbm_bytes(config, state, frozen, mesh, memory.temp_size_in_bytes) / chip.memory_bandwidth,
             "ici_overlapped": overlapped,
             "ici_exposed": exposed,
@@ -206,8 +212,11 @@ def held_bytes(tree) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def step_work(config, networks, stream, chips) -> dict[str, float]:
-    """FLOPs of a step on one chip: the "model"'s, and as done, with recomputation, in "matmul" and in "attention"."""
+def step_work(config, networks, stream, chips) -> dict:
+    """FLOPs of a step on one chip: the "model"'s, and as done, with recomputation, in "matmul" and in "attention".
+
+    "backward" has those two of the blocks' backward pass alone.
+    """
     model, text_encoder = networks.transformer.config, networks.text_encoder.config
     image_pass = has_image_pass(stream.kind)
     sample = flops.training_sample_flops(
@@ -241,10 +250,15 @@ def step_work(config, networks, stream, chips) -> dict[str, float]:
     ]
     blocks, attention = RECOMPUTED[config.model.remat]
     samples = config.batch_size / chips
+    forward_matmul = sum(whole) - forward_attention
     return {
         "model": samples * sample,
-        "matmul": samples * (sample - 3 * forward_attention + blocks * (sum(whole) - forward_attention)),
+        "matmul": samples * (sample - 3 * forward_attention + blocks * forward_matmul),
         "attention": samples * forward_attention * (1 + ATTENTION_BACKWARD + attention),
+        "backward": {
+            "matmul": samples * (2 + blocks) * forward_matmul,
+            "attention": samples * forward_attention * (ATTENTION_BACKWARD + attention),
+        },
     }
 
 
@@ -254,18 +268,22 @@ def compute_seconds(work, chip, head_width) -> float:
 
 
 def hbm_bytes(config, state, frozen, mesh, temporaries) -> float:
-    """The least that a chip reads and writes of its memory in a step; see the module's formula."""
+    """What a chip reads and writes of its memory in a step; see the module's formula."""
     weights = 2 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params)) / mesh.shape["tensor"]
     passes = 2 + RECOMPUTED[config.model.remat][0]
     repeated = config.accumulation * (passes * weights + held_bytes(frozen))
     return repeated + 2 * weights + 2 * held_bytes(state) + 2 * temporaries
 
 
-def ici_seconds(collectives: list[Collective], chip, devices, slice_of) -> tuple[float, float]:
-    """Seconds on the interconnect of a slice: (of what overlaps with other work, of what does not)."""
+def ici_seconds(collectives: list[Collective], chip, devices, slice_of, backward) -> tuple[float, float]:
+    """Seconds on the interconnect of a slice: (of what overlaps with other work, of what does not).
+
+    Args: `backward`: seconds of compute in the backward pass of the blocks, beside which their gradients are summed.
+    """
     coordinates = np.array([getattr(device, "coords", (0, 0, 0)) for device in devices])
     shape = coordinates.max(axis=0) + 1
-    seconds, permutes = [0.0, 0.0], {}
+    seconds = [0.0, 0.0]
+    in_blocks, after_blocks, other = {}, {}, {}  # overlapped permutes, {way: seconds}
     for collective in collectives:
         if collective.between_slices:
             continue
@@ -273,10 +291,13 @@ def ici_seconds(collectives: list[Collective], chip, devices, slice_of) -> tuple
             inside = slice_of[collective.groups[:, 0]] == slice_of[collective.groups[:, 1]]
             flows = link_flows(chip, coordinates[collective.groups[inside]], shape)
             busy = {way: collective.times * collective.sent * count / chip.link for way, count in flows.items()}
-            if collective.overlaps:  # in flight together, so that each way along each axis is busy by itself
-                permutes = {way: permutes.get(way, 0.0) + busy.get(way, 0.0) for way in permutes | busy}
-            else:
+            if not collective.overlaps:
                 seconds[1] += max(busy.values(), default=0.0)
+                continue
+            ours = collective.name.endswith("/ppermute")
+            together = other if not ours else in_blocks if IN_BLOCKS.search(collective.name) else after_blocks
+            for way, time in busy.items():
+                together[way] = together.get(way, 0.0) + time
             continue
         inside = collective.received - collective.received_across(slice_of)
         if inside > 0:
@@ -285,7 +306,15 @@ def ici_seconds(collectives: list[Collective], chip, devices, slice_of) -> tuple
             group = group[slice_of[group] == slice_of[group[0]]]
             bandwidth = group_bandwidth(chip, coordinates[group], shape)
             seconds[0 if collective.overlaps else 1] += inside / bandwidth
-    return seconds[0] + max(permutes.values(), default=0.0), seconds[1]
+    summing = both_ways(in_blocks)
+    hidden = min(summing, backward)
+    return seconds[0] + both_ways(other) + hidden, seconds[1] + both_ways(after_blocks) + summing - hidden
+
+
+def both_ways(busy: dict[tuple[int, int], float]) -> float:
+    """Seconds of permutes {(axis, +1 or -1): seconds}: one axis after the other, both ways along it at once."""
+    axes = {axis for axis, _ in busy}
+    return sum(max(busy.get((axis, way), 0.0) for way in (1, -1)) for axis in axes)
 
 
 def group_bandwidth(chip, coordinates, shape) -> float:
@@ -369,7 +398,7 @@ def report(config, plans: list[StepPlan]) -> dict:
             }
         )
     tables = {"memory": memory, "interconnect": network, "roofline (arithmetic, not measured)": speed}
-    if plans:
+    if {plan.stream for plan in plans} == streams.keys():
         seconds = sum(streams[plan.stream].weight / total * plan.seconds for plan in plans)
         work = sum(streams[plan.stream].weight / total * plan.flops for plan in plans)
         hours = config.num_steps * seconds / 3600

@@ -115,6 +115,8 @@ def stage_part(rows, stage) -> list[str]:
             whole = {} if several else stage_cells(stage, planned[row["topology"]])
             speeds.append(first | speed_cells(row["step"]) | whole)
     parts.append(table(speeds) if speeds else "Nothing fits.")
+    if len(planned) < len(by_slice):
+        parts.append("Of the other slices not all streams of this stage are compiled.")
     if several:
         totals = (label(next(iter(found.values()))) | stage_cells(stage, found) for found in planned.values())
         parts += [

@@ -16,6 +16,7 @@ from unialign_jax.training import meshes
 from unialign_jax.training.config import active_streams, batch_shards, build_configs, config_problems
 from unialign_jax.training.plan import DoesNotFit, StepPlan, compute_seconds, group_bandwidth, step_work
 from unialign_jax.training.state import Networks
+from unialign_jax.training.step import has_image_pass
 
 POLICIES = ("none", "dots", "block")
 LAST = ("offload",)  # tried where none of those fits: what it costs to go to the host's memory and back is not known
@@ -51,8 +52,9 @@ class Found:
 
 
 def heaviest_stream(config, names) -> str:
-    """Of some streams the one with the most condition images, which takes the most memory."""
-    return max(names, key=lambda name: (config.streams[name].num_conditions, name))
+    """Of some streams the one that takes the most memory: with the most condition images, or else an image pass."""
+    streams = config.streams
+    return max(names, key=lambda name: (streams[name].num_conditions, has_image_pass(streams[name].kind), name))
 
 
 def candidates(config, devices, name: str) -> list[Candidate]:

@@ -42,6 +42,15 @@ def split_name(topology: str) -> tuple[int, str]:
     return int(match[1] or 1), match[2]
 
 
+def usual_name(topology: str) -> str:
+    """The name that the tables have for a slice, if they have one: "v5e:16x16" -> "v5e-256"."""
+    slices, one = split_name(topology)
+    grid = hardware.topology_name(one)
+    same = (name for name in TOPOLOGIES if hardware.topology_name(split_name(name)[1]) == grid)
+    one = next((name for name in same if split_name(name)[0] == 1), one)
+    return one if slices == 1 else f"{slices}x{one}"
+
+
 def shape_of(config, stream) -> str:
     """The name of what is compiled for a stream: passes, condition images, and the losses that add something."""
     image_pass = has_image_pass(stream.kind)
@@ -71,8 +80,7 @@ def sweep(config, reference: str, topologies, folder: Path, *, plan_row: Callabl
 
     Raises ValueError for an unknown topology, and for a folder that has plans of another configuration.
     """
-    for topology in topologies:
-        split_name(topology)
+    topologies = list(dict.fromkeys(map(usual_name, topologies)))
     folder.mkdir(parents=True, exist_ok=True)
     program, shapes = program_of(config), {}
     for name, stream in active_streams(config).items():
@@ -96,7 +104,7 @@ def sweep(config, reference: str, topologies, folder: Path, *, plan_row: Callabl
             try:
                 row = (plan_row or compile_row)(config, name, topology)
             except (ValueError, jax.errors.JaxRuntimeError) as error:
-                errors.append(f"{name} on {topology}: {str(error).strip().splitlines()[0][:300]}")
+                errors.append(f"{name} on {topology}: {' '.join(str(error).split())[:300]}")
                 print(f"error: {errors[-1]}", file=sys.stderr)
                 continue
             write_json(path, row | {"shape": shape, "topology": topology, "program": program})
@@ -109,6 +117,8 @@ def read_rows(folder: Path) -> list[dict]:
     rows = {path: read_json(path) for path in sorted(folder.glob("plan-*.json"))}
     figures = {field.name for field in dataclasses.fields(plan.StepPlan)}
     for path, row in rows.items():
+        if not isinstance(row, dict) or not {"step", "program", "topology", "shape", "made"} <= row.keys():
+            raise ValueError(f"{path} is no plan of a sweep: remove it, and the sweep makes it again")
         if row["step"] and (differing := figures ^ row["step"].keys()):
             raise ValueError(f"{path} is of other code ({min(differing)}): name another folder, or remove it")
     return list(rows.values())
@@ -152,6 +162,11 @@ def compile_row(config, name: str, topology: str) -> dict:
     """Searches the best plan of one stream on one slice, compiling; the search's result as JSON."""
     slices, one = split_name(topology)
     devices = planning.topology_devices(one, slices)
+    made = {
+        "date": datetime.date.today().isoformat(),
+        "jax": jax.__version__,
+        "libtpu": importlib.metadata.version("libtpu"),
+    }
     usable = planning.usable_bytes(devices[0])
     alone = config.copy_and_resolve_references()
     alone.batch_size = max(config.batch_size, len(devices))
@@ -175,9 +190,5 @@ def compile_row(config, name: str, topology: str) -> dict:
         "step": found.plan and dataclasses.asdict(found.plan),
         "misfit": found.misfit,
         "tried": found.tried,
-        "made": {
-            "date": datetime.date.today().isoformat(),
-            "jax": jax.__version__,
-            "libtpu": importlib.metadata.version("libtpu"),
-        },
+        "made": made,
     }
