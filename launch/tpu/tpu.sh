@@ -12,7 +12,7 @@
 #   start    starts train.py on every host in the background; refuses when one is running
 #   status   the state of the queued resource and of every host, with the last line of its log
 #   watch    status, then follows the log of the first host
-#   stop     SIGTERM to train.py on every host, and waits until it has saved; start goes on from there
+#   stop     SIGTERM to train.py on every host, and waits until it has saved, or says that it has not; start goes on from there
 #   delete   gives the slices back (stop first: what is not saved is lost, and a keep that still runs rents them again)
 #
 # Options: --settings=FILE, or one flag for each of its settings: --name --project --zone --accelerator --slices --provisioning
@@ -161,7 +161,7 @@ on_all_hosts() {
   gcloud_tpus ssh "$NAME" --node=all --worker=all "${SSH_FLAGS[@]}" "--command=$1"
 }
 
-# WORKERS: a line for each host; SUMMARY: running, finished, stopped, fresh (to be set up or never started), or broken.
+# WORKERS: a line for each host; SUMMARY: running, finished, stopping, stopped, fresh (to be set up or never started), or broken.
 read_workers() {
   local states script=unialign/launch/tpu/worker.sh
   # shellcheck disable=SC2016
@@ -176,6 +176,7 @@ read_workers() {
   case $states in
     "running ") SUMMARY=running ;;
     "finished ") SUMMARY=finished ;;
+    *running*stopped*) SUMMARY=stopping ;;
     *running*) SUMMARY=broken ;;
     *stopped*) SUMMARY=stopped ;;
     *absent* | *ready*) SUMMARY=fresh ;;
@@ -295,6 +296,8 @@ stop() {
   fi
   WORKERS=$(grep -o 'unialign-worker .*' "$scratch/workers" | sort)
   print_workers
+  PROBLEM=$(sed -n 's/^unialign-worker \([^ ]*\) stopped:\([^ ]*\) .*/\1 ended with \2, not saved: start goes on from the checkpoint before/p' <<<"$WORKERS" | head -n 1)
+  [ -z "$PROBLEM" ]
 }
 
 delete() {
@@ -346,6 +349,7 @@ keep() {
         ;;
       ACTIVE) ;;
       *)
+        misses=0
         sleep "$POLL"
         continue
         ;;

@@ -5,11 +5,11 @@
 #   bash launch/tpu/worker.sh start --config=... --workdir=...    train.py in the background, beyond the end of the ssh session
 #   bash launch/tpu/worker.sh status [WORKDIR]         one line: unialign-worker HOST STATE WORKDIR LAST_LINE_OF_LOG
 #   bash launch/tpu/worker.sh log [--follow]
-#   bash launch/tpu/worker.sh stop                     SIGTERM, and waits for train.py to save and end
+#   bash launch/tpu/worker.sh stop                     SIGTERM, and waits for train.py to save and end; it may be asked again
 #   bash launch/tpu/worker.sh end                      the same, but the run counts as broken off, not as stopped on request
 #
-# STATE is absent (not set up), ready, running, finished, stopped, failed:CODE, or lost (gone without an exit code: the host
-# was restarted). The log and these marks are in ~/unialign-run.
+# STATE is absent (not set up), ready, running, finished, stopped (saved), stopped:CODE (asked to stop, but ended with CODE and not
+# saved), failed:CODE, or lost (gone without an exit code: the host was restarted). The log and these marks are in ~/unialign-run.
 set -uo pipefail
 
 run=$HOME/unialign-run
@@ -82,19 +82,20 @@ setup() {
 boot() { cat /proc/sys/kernel/random/boot_id 2>/dev/null || echo unknown; }
 
 state() {
-  local pid="" booted=""
+  local pid="" booted="" code=lost
   if [ -e "$run/pid" ]; then read -r pid booted <"$run/pid"; fi
   if [ -n "$pid" ] && [ "$booted" = "$(boot)" ] && [ ! -e "$run/exit" ] && kill -0 "$pid" 2>/dev/null; then
     echo running
-  elif [ -e "$run/stop" ]; then
-    echo stopped
-  elif [ -e "$run/exit" ]; then
-    case $(<"$run/exit") in
-      0) echo finished ;;
-      *) echo "failed:$(<"$run/exit")" ;;
-    esac
   elif [ -n "$pid" ]; then
-    echo lost
+    if [ -e "$run/exit" ]; then code=$(<"$run/exit"); fi
+    case $([ ! -e "$run/stop" ] || echo stop):$code in
+      *:0) echo finished ;;
+      # 128 + SIGTERM or SIGINT: train.py has saved.
+      stop:143 | stop:130) echo stopped ;;
+      stop:*) echo "stopped:$code" ;;
+      :lost) echo lost ;;
+      *) echo "failed:$code" ;;
+    esac
   elif [ -e "$run/set-up" ]; then
     echo ready
   else
@@ -128,7 +129,7 @@ start() {
     esac
   fi
   mkdir -p "$run"
-  rm -f "$run/pid" "$run/exit" "$run/stop"
+  rm -f "$run/pid" "$run/exit" "$run/stop" "$run/asked"
   echo "$workdir" >"$run/workdir"
   nohup setsid bash launch/tpu/worker.sh supervise "$@" </dev/null >/dev/null 2>&1 &
   for _ in $(seq 100); do
@@ -160,22 +161,26 @@ end() {
   local pid grace=${GRACE:-600} deadline
   [ "$(state)" = running ] || return 0
   read -r pid _ <"$run/pid"
-  kill -TERM "$pid"
+  # Once: a second signal would end train.py at once, in the middle of its save.
+  if (set -o noclobber && : >"$run/asked") 2>/dev/null; then kill -TERM "$pid"; fi
   deadline=$((SECONDS + grace))
   while [ "$(state)" = running ] && [ "$SECONDS" -lt "$deadline" ]; do sleep 0.2; done
   if [ "$(state)" = running ]; then
     echo "warning: $host: train.py did not end within $grace s and is killed" >&2
     kill -KILL "$pid"
-    sleep 1
   fi
+  # Its exit code follows its end.
+  for _ in $(seq 50); do
+    [ ! -e "$run/exit" ] || break
+    sleep 0.1
+  done
 }
 
 stop() {
-  if [ "$(state)" = running ]; then
-    end
-    # A run that ended by itself while it was asked to stop has finished.
-    [ "$(state)" = finished ] || touch "$run/stop"
-  fi
+  # First the mark, also beside a run that has failed: keep does not start it again then, even if this shell is broken off.
+  if [ -e "$run/pid" ]; then touch "$run/stop"; fi
+  end
+  case $(state) in stopped:*) echo "warning: $host: train.py ended with $(state | cut -d : -f 2), not saved" >&2 ;; esac
   status ""
 }
 

@@ -215,6 +215,13 @@ def test_stop_and_delete(desk):
     assert desk.steps.count("delete") == count
 
 
+def test_stop_says_that_a_host_has_not_saved(desk):
+    desk.script(states=["ACTIVE"], workers=[hosts("stopped", "stopped:137")])
+    result = desk.tpu("stop", *SETTINGS)
+    assert_one_line_error(result, "host-1 ended with 137, not saved")
+    assert "host-0 stopped " in result.stdout
+
+
 def test_keep_goes_on_after_a_preemption(desk):
     desk.script(
         states=[
@@ -236,6 +243,14 @@ def test_keep_goes_on_after_a_preemption(desk):
 
 def test_keep_joins_a_running_one_and_ends_when_it_is_stopped(desk):
     desk.script(states=["ACTIVE"], workers=[hosts("running"), hosts("running"), hosts("stopped")])
+    result = desk.tpu("keep", *SETTINGS, *TRAINING)
+    assert result.returncode == 0 and "stopped on request" in result.stdout
+    assert desk.no_queries() == []
+
+
+@pytest.mark.parametrize("last", [hosts("stopped", "stopped:137"), hosts("failed:143", "stopped:1")])
+def test_keep_leaves_a_run_alone_that_is_being_stopped(desk, last):
+    desk.script(states=["ACTIVE"], workers=[both("running"), *[hosts("stopped", "running")] * 5, last])
     result = desk.tpu("keep", *SETTINGS, *TRAINING)
     assert result.returncode == 0 and "stopped on request" in result.stdout
     assert desk.no_queries() == []
@@ -270,6 +285,15 @@ def test_keep_bears_a_network_that_fails_for_a_while(desk):
     assert result.returncode == 0 and result.stdout.count("warning: ERROR: gcloud crashed") == 2
     desk.script(states=["OFFLINE"])
     assert_one_line_error(desk.tpu("keep", *SETTINGS, *TRAINING), "no route to host")
+
+
+def test_keep_counts_the_failures_of_the_network_in_a_row(desk):
+    waiting = ["OFFLINE", "OFFLINE", "OFFLINE", "WAITING_FOR_RESOURCES"]
+    desk.script(states=[*waiting, *waiting, *waiting, "ACTIVE"], workers=[hosts("finished")])
+    result = desk.tpu("keep", *SETTINGS, *TRAINING)
+    assert result.returncode == 0 and result.stdout.count("warning: ERROR: gcloud crashed") == 9
+    desk.script(states=["ACTIVE"], workers=[""])
+    assert_one_line_error(desk.tpu("keep", *SETTINGS, *TRAINING), "the hosts of run1 answered nothing")
 
 
 def test_keep_asks_three_times_for_what_fails(desk):
@@ -352,17 +376,21 @@ trap 'echo saved; exit 143' TERM
 echo "$@"
 for _ in $(seq 200); do [ ! -e "$HOME/ends" ] || exit "$(cat "$HOME/ends")"; sleep 0.05; done
 """
+# It saves once $HOME/storage is there, and a second SIGTERM acts at once.
+SLOW_SAVE = TRAIN.replace(
+    "echo saved", 'trap - TERM; echo saving; until [ -e "$HOME/storage" ]; do sleep 0.05; done; echo saved'
+)
 
 
 class Host:
-    def __init__(self, folder: Path, python=TRAIN):
+    def __init__(self, folder: Path):
         self.home = folder / "home"
         code = self.home / "unialign"
         (code / "launch/tpu").mkdir(parents=True)
         shutil.copy(ROOT / "launch/tpu/worker.sh", code / "launch/tpu")
         (code / "launch/environment.sh").write_text('make_environment() { echo "$PYTHON $*" >>"$HOME/environment"; }\n')
         (code / ".venv/bin").mkdir(parents=True)
-        (code / ".venv/bin/python").write_text(python)
+        (code / ".venv/bin/python").write_text(TRAIN)
         (code / ".venv/bin/python").chmod(0o755)
         self.bin = folder / "host_bin"
         self.bin.mkdir()
@@ -378,15 +406,31 @@ class Host:
         command = ["bash", "unialign/launch/tpu/worker.sh", *arguments]
         return subprocess.run(command, env=environment, cwd=self.home, capture_output=True, text=True, timeout=60)
 
+    def train_with(self, python):
+        (self.home / "unialign/.venv/bin/python").write_text(python)
+
     def start(self):
         return self("start", "--config=c", f"--workdir={self.workdir}", LOCAL_DISK="1")
+
+    def start_training(self):
+        """Started, and train.py there to be signalled."""
+        assert self("setup").returncode == 0
+        assert self.start().returncode == 0
+        assert self.logs("launch/train.py --noprogress")
+
+    def logs(self, words):
+        path = self.home / "unialign-run/train.log"
+        return self.holds(lambda: path.exists() and words in path.read_text())
 
     def state(self, *arguments):
         return self("status", *arguments).stdout.split()[2]
 
     def becomes(self, state):
-        for _ in range(200):
-            if self.state() == state:
+        return self.holds(lambda: self.state() == state)
+
+    def holds(self, condition):
+        for _ in range(500):
+            if condition():
                 return True
             time.sleep(0.02)
         return False
@@ -420,6 +464,47 @@ def test_a_host_tells_how_a_run_ended(host):
         assert host.state("/another/folder") == "ready"  # says nothing about a run elsewhere
     (host.home / "unialign-run/exit").unlink()  # the host went down in the middle
     assert host.state() == "lost"
+
+
+@pytest.mark.parametrize("second", ["stop", "end"])
+def test_a_host_is_signalled_once(host, second):
+    host.train_with(SLOW_SAVE)
+    host.start_training()
+    command = ["bash", "unialign/launch/tpu/worker.sh", "stop"]
+    with subprocess.Popen(command, env=os.environ | {"HOME": str(host.home)}, cwd=host.home) as first:
+        assert host.logs("saving")
+        first.kill()  # the connection breaks off
+    # The storage answers again when the second call has come to its wait.
+    host.stand_in("sleep", f'[ "$1" != 0.2 ] || touch "$HOME/storage"\nexec {shutil.which("sleep")} "$1"\n')
+    assert host(second).returncode == 0
+    assert host.state() == "stopped" and host.logs("saved")
+    host.train_with(TRAIN)
+    host.start_training()
+    assert host("stop").stdout.split()[2] == "stopped"
+
+
+@pytest.mark.parametrize(
+    ("at_sigterm", "state"),
+    [("exit 130", "stopped"), ("exit 134", "stopped:134"), ("exit 0", "finished"), (":", "stopped:137")],
+)
+def test_a_host_tells_whether_it_has_saved(host, at_sigterm, state):
+    host.train_with(TRAIN.replace("echo saved; exit 143", at_sigterm))
+    host.start_training()
+    stopped = host("stop", GRACE="0" if at_sigterm == ":" else "60")
+    assert stopped.stdout.split()[2] == state == host.state()
+    _, _, code = state.partition(":")
+    assert not code or f"ended with {code}, not saved" in stopped.stderr
+
+
+def test_a_stop_holds_beside_a_run_that_is_not_running(host):
+    for code, state in (("0", "finished"), ("75", "stopped:75")):
+        (host.home / "ends").write_text(code)
+        host.start_training()
+        assert host.becomes("finished" if code == "0" else f"failed:{code}")
+        assert host("stop").stdout.split()[2] == state
+    (host.home / "unialign-run/exit").unlink()
+    assert host.state() == "stopped:lost"
+    assert host.start().returncode == 0 and host.becomes("failed:75")
 
 
 def test_a_host_refuses_a_folder_that_the_others_do_not_see(host):
