@@ -261,8 +261,8 @@ def test_keep_does_not_take_another_run_for_this_one(desk):
     assert_one_line_error(desk.tpu("keep", *SETTINGS, *TRAINING), "/mnt/unialign/runs/b", "/mnt/unialign/runs/a")
 
 
-def test_keep_starts_again_what_broke_off(desk):
-    broken = hosts("failed:1", "lost")
+@pytest.mark.parametrize("broken", [hosts("failed:1", "lost"), hosts("failed:75", "failed:137")])
+def test_keep_starts_again_what_broke_off(desk, broken):
     desk.script(
         states=["ACTIVE"],
         workers=[both("running"), broken, broken, broken, broken, both("ready"), both("finished")],
@@ -562,7 +562,14 @@ def test_the_manifest_is_one_pod_a_host_that_restart_together(desk):
     job = slices["template"]["spec"]
     assert slices["replicas"] == 2
     assert job["parallelism"] == job["completions"] == 64 and job["backoffLimit"] == 0
-    assert {rule["action"] for rule in job["podFailurePolicy"]["rules"]} == {"FailJob"}
+    assert manifest["spec"]["failurePolicy"]["rules"] == [
+        {"action": "RestartJobSetAndIgnoreMaxRestarts", "onJobFailureReasons": ["PodFailurePolicy"]}
+    ]
+    disrupted, ended = job["podFailurePolicy"]["rules"]
+    assert disrupted["action"] == ended["action"] == "FailJob"
+    assert [condition["type"] for condition in disrupted["onPodConditions"]] == ["DisruptionTarget"]
+    # Kubernetes wants them in order. 1 and 134 (crashes) are not among them: they count.
+    assert ended["onExitCodes"] == {"containerName": "train", "operator": "In", "values": [75, 143]}
     pod = job["template"]["spec"]
     assert pod["restartPolicy"] == "Never" and pod["terminationGracePeriodSeconds"] == 600
     assert pod["nodeSelector"] == {
