@@ -67,11 +67,13 @@ while [ $# -gt 0 ]; do
 done
 for key in NODES GPUS CPUS NOTICE; do [[ ${!key} =~ ^[1-9][0-9]*$ ]] || fail "--${key,,} is '${!key}', expected a number of at least 1"; done
 if [ -n "$WORKDIR" ]; then WORKDIR=$(realpath -m -- "$WORKDIR"); fi
+# sbatch ends a value of --export at a comma, and replaces % in --output.
+case $WORKDIR in *[,%[:space:]]*) fail "--workdir is '$WORKDIR', expected a path without commas, % and white space" ;; esac
 cd "$(dirname "$0")/../.." || exit 1
 
 if [ -n "$SETUP" ]; then
   if [ -n "$DRY_RUN" ]; then
-    echo "make_environment requirements.txt launch/slurm/requirements.txt"
+    echo "bash -c 'source launch/environment.sh && make_environment requirements.txt launch/slurm/requirements.txt'"
     exit
   fi
   # shellcheck source=launch/environment.sh
@@ -85,20 +87,37 @@ logs=$WORKDIR/slurm
 
 if [ -n "$STOP" ]; then
   [[ $STOP =~ ^[0-9]+$ ]] || fail "--stop is '$STOP', expected the number of a job"
-  # job.sh finds this mark when train.py has ended.
-  run touch "$logs/stop-$STOP"
-  run scancel --signal=TERM "$STOP"
+  mark=$logs/stop-$STOP
+  if [ -z "$DRY_RUN" ]; then
+    # SLURM makes this file when the job starts.
+    [ -e "$logs/$STOP.log" ] ||
+      fail "there is no $logs/$STOP.log: job $STOP is not of this --workdir, or has never started (then: scancel $STOP)"
+    [ ! -e "$mark" ] ||
+      fail "job $STOP was asked to stop already, and a second signal would end it in its save (that is: scancel --signal=TERM $STOP)"
+  fi
+  # job.sh looks for this mark when train.py has ended, and at its start: a job that waits to start again cannot be signalled.
+  run touch "$mark"
+  trap 'rm -f "$mark"' EXIT
+  waiting=$(run squeue --noheader "--jobs=$STOP" --states=PENDING --format=%i) || exit
+  if [ -n "$waiting" ] && [ -z "$DRY_RUN" ]; then
+    echo "job $STOP waits in the queue: it ends when it starts, or now by: scancel $STOP"
+  else
+    [ -z "$DRY_RUN" ] || echo "$waiting"
+    run scancel --signal=TERM "$STOP"
+  fi
+  trap - EXIT
   exit
 fi
 
 [ -n "$CONFIG" ] || fail "submit.sh needs --config"
-if [ -z "$DRY_RUN" ]; then
-  [ -x .venv/bin/python ] || fail "there is no environment yet: bash launch/slurm/submit.sh --setup"
-  command -v squeue >/dev/null || fail "squeue is not installed here: this is for a SLURM cluster's login node; look with --dry-run"
-  queued=$(squeue --me --noheader "--name=$NAME" --format=%i 2>&1) || fail "squeue: $(tr -s '[:space:]' ' ' <<<"$queued")"
-  [ -z "$queued" ] || fail "a job named $NAME is queued or running already: $(tr '\n' ' ' <<<"$queued"); stop it, or give another --name"
-  mkdir -p "$logs" || fail "cannot make $logs"
+[ -n "$DRY_RUN" ] || [ -x .venv/bin/python ] || fail "there is no environment yet: bash launch/slurm/submit.sh --setup"
+queued=$(run squeue --me --noheader "--name=$NAME" --format=%i) || exit
+if [ -n "$DRY_RUN" ]; then
+  echo "$queued"
+elif [ -n "$queued" ]; then
+  fail "a job named $NAME is queued or running already: $(tr '\n' ' ' <<<"$queued"); stop it, or give another --name"
 fi
+run mkdir -p "$logs"
 flags=("--job-name=$NAME" "--nodes=$NODES" "--ntasks-per-node=$GPUS" "--gpus-per-node=$GPUS" "--cpus-per-task=$CPUS" "--time=$TIME")
 flags+=("--signal=TERM@$NOTICE" "--output=$logs/%j.log" "--export=ALL,LOGS=$logs")
 if [ -n "$PARTITION" ]; then flags+=("--partition=$PARTITION"); fi

@@ -79,8 +79,8 @@ def cluster(tmp_path):
     return Cluster(tmp_path)
 
 
-def assert_one_line_error(result, *words):
-    assert result.returncode == 1, result
+def assert_one_line_error(result, *words, code=1):
+    assert result.returncode == code, result
     lines = [line for line in result.stderr.splitlines() if line]
     assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
     for word in words:
@@ -114,10 +114,15 @@ def test_submit_refuses_beside_a_queued_one(cluster):
 
 
 def test_a_dry_run_calls_nothing(cluster):
-    for arguments in (["--nodes=2"], ["--stop=41"], ["--setup"]):
+    for arguments, commands in (
+        (["--nodes=2"], ["squeue --me", f"mkdir -p {cluster.logs}", "sbatch --job-name=unialign --nodes=2"]),
+        (["--stop=41"], [f"touch {cluster.logs}/stop-41", "squeue --noheader --jobs=41", "scancel --signal=TERM 41"]),
+        (["--setup"], ["bash -c 'source launch/environment.sh && make_environment requirements.txt "]),
+    ):
         result = cluster.submit(*arguments, "--dry-run", "--", "--config.name=two words")
         assert result.returncode == 0, result.stderr
-        assert result.stdout.startswith(("sbatch --job-name=unialign --nodes=2", "touch ", "make_environment "))
+        lines = result.stdout.splitlines()
+        assert all(line.startswith(command) for line, command in zip(lines, commands, strict=True)), lines
     assert cluster.calls == [] and not cluster.workdir.exists()
 
 
@@ -126,6 +131,10 @@ def test_errors_of_submit_are_one_line(cluster):
     assert_one_line_error(cluster.run("submit.sh", f"--workdir={cluster.workdir}"), "--config")
     assert_one_line_error(cluster.submit("--nodes=many"), "--nodes", "many")
     assert_one_line_error(cluster.submit("--colour=red"), "--colour=red")
+    for folder in ("a,b", "a b", "run%j"):
+        assert_one_line_error(
+            cluster.submit(f"--workdir=/shared/{folder}"), folder, "without commas, % and white space"
+        )
     cluster.answer("sbatch", fails="sbatch: error: invalid partition specified: gpu\nBatch job submission failed\n")
     assert_one_line_error(cluster.submit(), "invalid partition specified: gpu", "Batch job submission failed")
     shutil.rmtree(cluster.code / ".venv")
@@ -150,7 +159,7 @@ def test_a_job_that_finishes(cluster):
     assert result.returncode == 0, result.stderr
     (call,) = cluster.calls
     assert call.startswith("srun ") and call.endswith("python launch/train.py --noprogress --config=c --workdir=w")
-    for flag in ("--gpu-bind=none", "--kill-on-bad-exit=0", "--wait=300", "--cpus-per-task=8", "--open-mode=append"):
+    for flag in ("--gpu-bind=none", "--kill-on-bad-exit=0", "--wait=900", "--cpus-per-task=8", "--open-mode=append"):
         assert f" {flag} " in call
     assert f"--output={cluster.logs}/%j-process%t.log" in call
 
@@ -168,22 +177,78 @@ def test_a_job_that_cannot_be_queued_again_says_so(cluster):
     assert_one_line_error(cluster.job("--config=c", "--workdir=w"), "job 41", "submit it again")
 
 
-def test_a_job_that_was_stopped_on_request_is_not_queued_again(cluster):
+def started(cluster):
     cluster.logs.mkdir(parents=True)
+    (cluster.logs / "41.log").touch()
+
+
+@pytest.mark.parametrize(
+    ("code", "words"), [(143, "stopped on request, saved"), (75, "exit code 75 when it was stopped")]
+)
+def test_a_job_that_was_stopped_on_request_is_not_queued_again(cluster, code, words):
+    started(cluster)
+    # The request comes while srun runs.
+    srun = (cluster.bin / "srun").read_text()
+    (cluster.bin / "srun").write_text(srun + f'touch "$LOGS/stop-41"\nexit {code}\n')
+    result = cluster.job("--config=c", "--workdir=w")
+    assert result.returncode == (0 if code == 143 else code) and words in result.stdout + result.stderr
+    assert [call.split()[0] for call in cluster.calls] == ["srun"]
+
+
+def test_stop_signals_a_running_job_once(cluster):
+    started(cluster)
+    cluster.answer("scancel", fails="scancel: error: Unable to contact slurm controller\n")
+    assert_one_line_error(cluster.submit("--stop=41"), "Unable to contact slurm controller")
+    (cluster.folder / "scancel.fails").unlink()
+    (cluster.folder / "calls").unlink()
     assert cluster.submit("--stop=41").returncode == 0
-    assert cluster.calls == ["scancel --signal=TERM 41"]
-    cluster.answer("srun", code=143)
+    assert [call.split()[0] for call in cluster.calls] == ["squeue", "scancel"]
+    assert cluster.calls[-1] == "scancel --signal=TERM 41"
+    assert_one_line_error(cluster.submit("--stop=41"), "asked to stop already")
+    assert len(cluster.calls) == 2
+
+
+def test_a_job_that_is_stopped_while_it_waits_does_not_start_again(cluster):
+    started(cluster)
+    cluster.answer("squeue", says="41\n")
+    result = cluster.submit("--stop=41")
+    assert result.returncode == 0 and "waits in the queue" in result.stdout
+    assert [call.split()[0] for call in cluster.calls] == ["squeue"]
     result = cluster.job("--config=c", "--workdir=w")
-    assert result.returncode == 0 and "stopped on request" in result.stdout
+    assert result.returncode == 0 and "stopped on request and does not start again" in result.stdout
+    assert [call.split()[0] for call in cluster.calls] == ["squeue"]
+
+
+def test_stop_wants_the_folder_of_the_job(cluster):
+    cluster.logs.mkdir(parents=True)
+    (cluster.logs / "40.log").touch()
+    assert_one_line_error(cluster.submit("--stop=41"), f"{cluster.logs}/41.log", "scancel 41")
+    assert cluster.calls == [] and not (cluster.logs / "stop-41").exists()
+
+
+@pytest.mark.parametrize("code", [7, 137])
+def test_a_job_that_fails_is_not_queued_again(cluster, code):
+    cluster.answer("srun", code=code)
+    result = cluster.job("--config=c", "--workdir=w")
+    assert result.returncode == code
+    assert f"error: training failed with exit code {code}" in result.stderr
     assert not any(call.startswith("scontrol") for call in cluster.calls)
 
 
-def test_a_job_that_fails_is_not_queued_again(cluster):
-    cluster.answer("srun", code=7)
+@pytest.mark.parametrize("code", [75, 134])
+def test_a_job_that_lost_a_process_is_queued_again_once_between_two_checkpoints(cluster, code):
+    cluster.answer("srun", code=code)
+    # 7 is not newer than 30 as text is; 40 has not become whole.
+    for step in (None, "7", "30"):
+        if step:
+            (cluster.workdir / "checkpoints" / step).mkdir(parents=True)
+        result = cluster.job("--config=c", "--workdir=w")
+        assert result.returncode == 0, result.stderr
+        assert cluster.calls[-1] == "scontrol requeue 41" and "a process was lost" in result.stdout
+    (cluster.workdir / "checkpoints/40.orbax-checkpoint-tmp").mkdir()
     result = cluster.job("--config=c", "--workdir=w")
-    assert result.returncode == 7
-    assert "error: training failed with exit code 7" in result.stderr
-    assert not any(call.startswith("scontrol") for call in cluster.calls)
+    assert_one_line_error(result, f"exit code {code} twice since the newest checkpoint (30)", code=code)
+    assert cluster.calls.count("scontrol requeue 41") == 3
 
 
 def test_the_job_script_says_that_it_may_be_queued_again():
