@@ -52,6 +52,8 @@ read_settings() {
   done
   if [ -n "$file" ]; then
     [ -r "$file" ] || fail "there is no settings file $file; copy launch/tpu/settings.example.sh"
+    # Without a slash bash would look along PATH first.
+    case $file in */*) ;; *) file=./$file ;; esac
     # shellcheck source=launch/tpu/settings.example.sh
     source "$file" || fail "the settings file $file cannot be read by bash"
   fi
@@ -101,6 +103,7 @@ check_settings() {
   [ "$SLICES" -ge 1 ] || fail "SLICES is 0, expected at least 1"
   case $PROVISIONING in spot | reserved | on-demand) ;; *) fail "provisioning is '$PROVISIONING', expected spot, reserved or on-demand" ;; esac
   case $STORAGE in "" | gs://* | *:/*) ;; *) fail "storage is '$STORAGE', expected HOST:/EXPORT or gs://BUCKET" ;; esac
+  case $WORKDIR in *[,%[:space:]]*) fail "the workdir is '$WORKDIR', expected a path without commas, % and white space" ;; esac
   if [ -n "$ACCELERATOR" ] && [ -z "$RUNTIME" ]; then
     case $ACCELERATOR in
       v2-* | v3-* | v4-*) RUNTIME=tpu-ubuntu2204-base ;;
@@ -227,10 +230,12 @@ wait() {
   done
 }
 
+ask_why() { gcloud_tpus describe "$NAME" "--format=value(state.failedData.error.message)"; }
+
 # PROBLEM: what the service says of a queued resource that failed.
 why_failed() {
   local reason=""
-  if [ "$STATE" = FAILED ] && gcloud_tpus describe "$NAME" "--format=value(state.failedData.error.message)" >"$scratch/reason"; then
+  if [ "$STATE" = FAILED ] && ask_why >"$scratch/reason"; then
     reason=$(tr -s '[:space:]' ' ' <"$scratch/reason" | sed 's/ $//')
   fi
   PROBLEM="$NAME is $STATE${reason:+: $reason}; delete it and create it again (keep does so by itself)"
@@ -239,11 +244,12 @@ why_failed() {
 # Every host gets the code of the last commit; the environment is made anew only when the requirements have changed.
 setup() {
   local archive=$scratch/unialign.tgz worker=unialign/launch/tpu/worker.sh
+  refuse_when_running || return
   if [ -n "$DRY_RUN" ]; then
     archive=/tmp/unialign.tgz
+    quoted git status --porcelain --untracked-files=no
     quoted git archive --format=tar.gz "--output=$archive" HEAD
   else
-    refuse_when_running || return
     [ -z "$(git status --porcelain --untracked-files=no 2>/dev/null)" ] || say "warning: changes that are not committed are not copied"
     git archive --format=tar.gz "--output=$archive" HEAD 2>"$scratch/stderr" || {
       PROBLEM="git archive: $(tr -s '[:space:]' ' ' <"$scratch/stderr")"
@@ -389,7 +395,7 @@ keep() {
           fi
           say "training broke off: starting it again on the same slices ($restarts of $MAX_RESTARTS)"
           broken=0
-          { on_all_hosts "bash unialign/launch/tpu/worker.sh end" && begin; } || missed || return
+          { end && begin; } || missed || return
         fi
         ;;
     esac
@@ -397,6 +403,9 @@ keep() {
     sleep "$POLL"
   done
 }
+
+# Within keep: what is left of a run that broke off ends too.
+end() { on_all_hosts "bash unialign/launch/tpu/worker.sh end"; }
 
 # Within keep: sets up and starts.
 begin() {
@@ -430,6 +439,12 @@ plan() {
   start
   echo "# then every $POLL s, until all hosts have finished"
   status
+  echo "# when the run broke off"
+  end
+  setup
+  start
+  echo "# when it FAILED"
+  ask_why
   echo "# when it was preempted (SUSPENDED) or FAILED, this, and all from the top"
   delete
 }

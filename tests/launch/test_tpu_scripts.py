@@ -320,10 +320,15 @@ def test_a_dry_run_calls_nothing(desk, step):
     assert result.returncode == 0, result.stderr
     assert desk.calls == []
     assert "gcloud compute tpus queued-resources" in result.stdout
+    remote = re.findall(r"queued-resources (create|scp|delete) run1|worker\.sh (\w+)", result.stdout)
+    steps = [first or second for first, second in remote if first != "scp"]
+    begin = ["status", "setup", "status", "start"]
     if step == "keep":
-        verbs = re.findall(r"queued-resources (create|scp|delete) run1|worker\.sh (setup|start)", result.stdout)
-        assert [first or second for first, second in verbs] == ["create", "setup", "start", "delete"]
+        assert steps == ["create", *begin, "status", "end", *begin, "delete"]
         assert "queued-resources scp /tmp/unialign.tgz run1:unialign.tgz" in result.stdout
+        assert "state.failedData.error.message" in result.stdout
+    if step == "setup":
+        assert steps == ["status", "setup"]
 
 
 @pytest.mark.parametrize(
@@ -338,6 +343,8 @@ def test_a_dry_run_calls_nothing(desk, step):
         (["create", *SETTINGS, "--provisioning=cheap"], ["cheap", "spot"]),
         (["setup", *SETTINGS, "--storage=disk"], ["disk", "gs://"]),
         (["create", *SETTINGS, "--colour=red"], ["--colour=red"]),
+        (["keep", *SETTINGS, *TRAINING, "--workdir=/mnt/unialign/my run"], ["/mnt/unialign/my run", "without commas"]),
+        (["status", *SETTINGS, "--workdir=/mnt/a,b"], ["/mnt/a,b", "% and white space"]),
         (["create", "--settings=/nowhere/settings.sh"], ["/nowhere/settings.sh"]),
     ],
 )
@@ -363,6 +370,7 @@ def test_unknown_command_and_help(desk):
 def test_a_settings_file_and_flags_that_win_over_it(desk):
     text = (ROOT / "launch/tpu/settings.example.sh").read_text()
     (desk.folder / "mine.sh").write_text(text + "SLICES=2\n")
+    (desk.bin / "mine.sh").write_text("exit 7  # of the same name, on PATH\n")
     result = desk.tpu("create", "--settings=mine.sh", "--zone=elsewhere", cwd=desk.folder)
     assert result.returncode == 0, result.stderr
     assert "--node-count=2 --node-prefix=stage1 --spot" in desk.calls[-1]
