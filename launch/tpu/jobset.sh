@@ -4,11 +4,11 @@
 #   bash launch/tpu/jobset.sh apply --name=stage1 --image=us-docker.pkg.dev/me/unialign/unialign:1 --accelerator=v5e \
 #     --topology=16x16 --slices=2 --spot --claim=unialign-filestore --config=configs/stage1.py --workdir=/mnt/unialign/runs/stage1
 #
-#   apply    starts it; on a JobSet of that name, brings it to these settings where Kubernetes allows it
+#   apply    starts it; on a JobSet of that name, brings it to these settings where Kubernetes allows it; refuses one that has ended
 #   render   prints the manifest
 #   status   the JobSet and its pods
 #   watch    follows the log of the first host
-#   delete   stops it; train.py saves first
+#   delete   stops it; train.py saves first, and its pods go after that: prints the command that waits for them
 #
 # Options: --name --namespace (default) --image --accelerator=v4|v5e|v5p|v6e --topology (as on the node pool, 16x16 or 4x4x8)
 # --slices (1) --chips-per-host (4) --spot --claim (a PersistentVolumeClaim, ReadWriteMany) --mount (/mnt/unialign) --config
@@ -111,7 +111,9 @@ render() {
 
 kubectl_run() {
   if [ -n "$DRY_RUN" ]; then
-    echo "kubectl $*"
+    printf 'kubectl'
+    printf ' %q' "$@"
+    echo
     return
   fi
   command -v kubectl >/dev/null || fail "kubectl is not installed; see https://kubernetes.io/docs/tasks/tools, or look with --dry-run"
@@ -120,6 +122,12 @@ kubectl_run() {
   problem=$(kubectl "$@" 2>&1 >&3) || fail "kubectl $1: $(tr -s '[:space:]' ' ' <<<"$problem")"
   exec 3>&-
   [ -z "$problem" ] || echo "$problem" >&2
+}
+
+jobset=jobset.sigs.k8s.io
+# The conditions of a JobSet, such as Completed; nothing where there is none.
+conditions() {
+  kubectl_run get jobset "$NAME" "--namespace=$NAMESPACE" --ignore-not-found '--output=jsonpath={.status.conditions[?(@.status=="True")].type}'
 }
 
 command=${1:-}
@@ -146,14 +154,26 @@ case $command in
   render) render ;;
   apply)
     manifest=$(render) || exit
-    if [ -n "$DRY_RUN" ]; then printf '%s\n' "$manifest"; fi
+    ended=$(conditions) || exit
+    if [ -n "$DRY_RUN" ]; then
+      printf '%s\n' "$ended" "$manifest"
+    else
+      case " $ended " in *" Completed "* | *" Failed "*)
+        fail "the JobSet $NAME has ended ($ended) and does not start again: delete it first; the run in $WORKDIR goes on from its newest checkpoint"
+        ;;
+      esac
+    fi
     kubectl_run apply -f - <<<"$manifest"
     ;;
   status)
     kubectl_run get jobset "$NAME" "--namespace=$NAMESPACE"
-    kubectl_run get pods "--namespace=$NAMESPACE" "--selector=jobset.sigs.k8s.io/jobset-name=$NAME" -o wide
+    kubectl_run get pods "--namespace=$NAMESPACE" "--selector=$jobset/jobset-name=$NAME" -o wide
     ;;
   # Process 0 is the first host of the first slice.
-  watch) kubectl_run logs "--namespace=$NAMESPACE" "--selector=jobset.sigs.k8s.io/jobset-name=$NAME,jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0" --follow --tail=50 ;;
-  delete) kubectl_run delete jobset "$NAME" "--namespace=$NAMESPACE" --ignore-not-found ;;
+  watch) kubectl_run logs "--namespace=$NAMESPACE" "--selector=$jobset/jobset-name=$NAME,$jobset/job-index=0,batch.kubernetes.io/job-completion-index=0" --follow --tail=50 ;;
+  delete)
+    kubectl_run delete jobset "$NAME" "--namespace=$NAMESPACE" --ignore-not-found
+    echo "# until its pods have saved and are gone; before that, leave their nodes where they are"
+    echo "kubectl wait --for=delete pods --namespace=$NAMESPACE --selector=$jobset/jobset-name=$NAME --timeout=${GRACE}s"
+    ;;
 esac

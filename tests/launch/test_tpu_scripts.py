@@ -38,6 +38,7 @@ esac
 KUBECTL = r"""#!/bin/bash
 echo "$@" >>"$STAND_IN/calls"
 if [ "$1" = apply ]; then cat >"$STAND_IN/manifest"; fi
+if [ "$1" = get ] && [ -e "$STAND_IN/conditions" ]; then cat "$STAND_IN/conditions"; fi
 if [ -e "$STAND_IN/kubectl_error" ]; then cat "$STAND_IN/kubectl_error" >&2; exit 1; fi
 """
 
@@ -605,16 +606,35 @@ def test_a_manifest_without_spot(desk):
 
 def test_jobset_commands(desk):
     assert desk.run("jobset.sh", "apply", *JOBSET).returncode == 0
-    assert desk.calls == ["apply -f -"]
+    assert [call.split()[0] for call in desk.calls] == ["get", "apply"] and desk.calls[-1] == "apply -f -"
     assert "kind: JobSet" in (desk.folder / "manifest").read_text()
-    assert desk.run("jobset.sh", "delete", "--name=stage1").returncode == 0
-    assert desk.calls[-1] == "delete jobset stage1 --namespace=default --ignore-not-found"
+    deleted = desk.run("jobset.sh", "delete", "--name=stage1", "--namespace=team")
+    assert deleted.returncode == 0
+    assert desk.calls[-1] == "delete jobset stage1 --namespace=team --ignore-not-found"
+    # The pods outlive the JobSet while they save.
+    wait = "kubectl wait --for=delete pods --namespace=team --selector=jobset.sigs.k8s.io/jobset-name=stage1"
+    assert f"{wait} --timeout=600s" in deleted.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("conditions", "ended"),
+    [("StartupPolicyCompleted", False), ("StartupPolicyCompleted Completed", True), ("Failed", True)],
+)
+def test_apply_says_that_a_jobset_has_ended(desk, conditions, ended):
+    (desk.folder / "conditions").write_text(conditions)
+    result = desk.run("jobset.sh", "apply", *JOBSET)
+    if ended:
+        assert_one_line_error(result, f"stage1 has ended ({conditions})", "delete it first", "/mnt/unialign/runs/a")
+    else:
+        assert result.returncode == 0, result.stderr
+    assert ("apply -f -" in desk.calls) == (not ended)
 
 
 def test_a_dry_jobset_calls_nothing(desk):
     result = desk.run("jobset.sh", "apply", *JOBSET, "--dry-run")
     assert result.returncode == 0 and desk.calls == []
     assert "kubectl apply -f -" in result.stdout and "kind: JobSet" in result.stdout
+    assert "kubectl get jobset stage1 " in result.stdout
 
 
 @pytest.mark.parametrize(
