@@ -101,12 +101,13 @@ def machine() -> dict:
 def benchmark_train(arguments) -> dict:
     import jax
 
-    from unialign_jax.training import flops
+    from unialign_jax.training import distributed, flops
     from unialign_jax.training.loop import StopRequest, Trainer, run_steps
     from unialign_jax.training.metrics import memory_use
     from unialign_jax.training.stages import read_config
 
     logging.getLogger().setLevel(logging.ERROR)
+    distributed.take_gpu_memory(os.environ)  # as in training
     config = read_config(arguments.config, arguments.set)
     config.num_steps = 1 << 30  # each measurement sets its own end
     config.checkpoint.every = 1 << 31

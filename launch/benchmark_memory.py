@@ -5,8 +5,10 @@
     python launch/benchmark.py memory --platform=gpu --set=batch_size=4 --set=image_size=512
 
 On CPUs the run has --devices virtual ones, and what is real is the growth of the process's resident memory, from before
-the first array is made to the highest during two steps. On an accelerator it is the peak that the devices tell. The
-plan is `training.plan.plan_step`'s peak of one device times their number. Each case runs in a process of its own.
+the first array is made to the highest during two steps. On an accelerator it is the peak that the devices tell, which
+they count from the start of the process: "real is of" says whether the steps took it, or the making of the weights
+before them, beside which the plan says nothing. The plan is `training.plan.plan_step`'s peak of one device times their
+number. Each case runs in a process of its own.
 """
 
 import ctypes
@@ -101,12 +103,14 @@ def mesh_changes(text) -> list[str]:
 def plan_and_run(settings) -> dict:
     """The plan's parts, its sum and what a run took, in GB over all devices."""
     import jax
-    from benchmark_step import Setup
+    from benchmark_step import Setup, peak_of
 
+    from unialign_jax.training import distributed
     from unialign_jax.training.config import active_streams
     from unialign_jax.training.plan import plan_step
     from unialign_jax.training.stages import read_config
 
+    distributed.take_gpu_memory(os.environ)  # as in training
     on_cpu = settings["platform"] == "cpu"
     jax.config.update("jax_platforms", {"gpu": "cuda"}.get(settings["platform"], settings["platform"]))
     if on_cpu:
@@ -126,15 +130,24 @@ def plan_and_run(settings) -> dict:
     before = resident()
     state, frozen, batch = (make() for make in makers)
     jax.block_until_ready((state, frozen, batch))
+    made = 0 if on_cpu else peak_bytes()
     resident()
     for _ in range(STEPS):
         state, metrics = program(state, frozen, batch)
         jax.block_until_ready(metrics)
-    if on_cpu:
-        real = status("VmHWM") - before
-    else:
-        real = sum(device.memory_stats()["peak_bytes_in_use"] for device in jax.local_devices())
-    return planned | {"real": real / 1e9, "plan / real": planned["plan"] / (real / 1e9)}
+    real = status("VmHWM") - before if on_cpu else peak_bytes()
+    return planned | {
+        "real": real / 1e9,
+        "plan / real": planned["plan"] / (real / 1e9),
+        "real is of": "the step" if on_cpu else peak_of(made, real),
+    }
+
+
+def peak_bytes() -> int:
+    """The most bytes that this process's devices have held together since it began, each at its own time."""
+    import jax
+
+    return sum(device.memory_stats()["peak_bytes_in_use"] for device in jax.local_devices())
 
 
 def prepare_cpu(devices):

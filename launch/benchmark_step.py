@@ -6,7 +6,8 @@
 
 Every micro-batch (samples of one device at a time) is tried with every remat policy, each in a process of its own, and
 has a row: compiling, seconds of a step, TFLOP/s and MFU of a device (FLOPs by training/flops.py), images a second, the
-highest memory, and that which the compiler had planned. One that does not fit has a row that says so. Of the setting
+highest memory and whether the step or the making of the weights before it took it, that which the compiler had planned,
+and the mesh. One that does not fit has a row that says so. Of the setting
 with most images a second the parts are then compiled and measured apart: T5, VAE, the MM-DiT with its losses forward,
 and forward and backward, the optimizer with the average, and attention alone; and matmuls of the blocks' shapes one
 after another, which is what the step could reach. Weights are random and made on the devices; no data is read.
@@ -94,10 +95,13 @@ def benchmark_step(arguments) -> dict:
     if not measured:
         raise ValueError("no setting could be measured: " + "; ".join(sorted({row["outcome"] for row in rows})))
     best = max(measured, key=lambda i: rows[i]["images/s"])
+    devices = [row.pop("devices") for row in rows][best]
     figures = {
         "config": " ".join([arguments.config, *arguments.set]),
         "step": f"of {stream}, {config.image_size} px, {config.text_length} tokens, attention {attention}, "
         f"accumulation {arguments.accumulation}",
+        "devices": devices,
+        "mesh": rows[best]["mesh"],
         "settings": rows,
     }
     if not arguments.no_parts:
@@ -119,8 +123,15 @@ def measure_alone(settings) -> dict:
 
 
 def unmeasured(outcome) -> dict:
-    columns = ("compile, s", "step, ms", "least, ms", "TFLOP/s", "MFU %", "images/s", "peak GB", "planned GB", "loss")
-    return dict.fromkeys(columns) | {"outcome": outcome}
+    times = ("compile, s", "step, ms", "least, ms", "TFLOP/s", "MFU %", "images/s")
+    return dict.fromkeys((*times, "peak GB", "peak of", "planned GB", "loss", "mesh", "devices")) | {"outcome": outcome}
+
+
+def peak_of(before: float | None, after: float | None) -> str | None:
+    """What took the highest memory since the process began, from the highest before and after some steps."""
+    if after is None:
+        return None
+    return "the step" if after > before else "making the weights: the step took less"
 
 
 # What runs in a process of its own
@@ -198,13 +209,13 @@ def random_batch(shapes):
 
 
 def open_setup(settings) -> Setup:
-    # Before jax starts: more than the three quarters of a GPU's memory that it takes by default.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     import jax
 
+    from unialign_jax.training import distributed
     from unialign_jax.training.config import batch_shards
     from unialign_jax.training.stages import read_config
 
+    distributed.take_gpu_memory(os.environ)  # as in training
     config = read_config(settings["config"], settings["changes"])
     devices = jax.devices()[: settings["devices"]]
     config.accumulation = settings["accumulation"]
@@ -228,13 +239,15 @@ def measure_step(setup, settings) -> dict:
     import jax
 
     from unialign_jax.training.flops import peak_flops
+    from unialign_jax.training.meshes import format_mesh
     from unialign_jax.training.metrics import memory_use, to_means
 
     began = time.perf_counter()
     program = setup.compile_step()
     compile_seconds = time.perf_counter() - began
     memory = program.memory_analysis()
-    state, frozen, batch = setup.make()
+    state, frozen, batch = jax.block_until_ready(setup.make())
+    before = memory_use().get("device_peak_gb")
 
     def step():
         nonlocal state
@@ -246,7 +259,7 @@ def measure_step(setup, settings) -> dict:
     if settings["profile"]:
         with jax.profiler.trace(settings["profile"]):
             jax.block_until_ready([step() for _ in range(PROFILED_STEPS)])
-    median = statistics.median(seconds)
+    median, highest = statistics.median(seconds), memory_use().get("device_peak_gb")
     rate = step_flops(setup) / median
     peak = peak_flops(setup.mesh.devices.flat[0].device_kind)
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -258,9 +271,12 @@ def measure_step(setup, settings) -> dict:
         "TFLOP/s": rate / 1e12,
         "MFU %": 100 * rate / peak if peak else None,
         "images/s": setup.config.batch_size / median,
-        "peak GB": memory_use().get("device_peak_gb"),
+        "peak GB": highest,
+        "peak of": peak_of(before, highest),
         "planned GB": planned / 1e9,
         "loss": loss,
+        "mesh": format_mesh(dict(setup.mesh.shape)),
+        "devices": setup.mesh.size,
         "outcome": "measured",
     }
 

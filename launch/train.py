@@ -10,11 +10,15 @@ on from there.
 
 On several hosts the same command runs on each: they find one another on a TPU slice and under SLURM's srun; elsewhere
 --coordinator, --num-processes and --process-id say how. When one of them is lost, all end; the same command goes on.
+
+Exit status: 0 when training has finished, 128 + the signal when it was stopped and saved, 1 for an error, 2 for a bad
+command line; of several processes 75 when another was lost (or 134, when JAX ends the process): start again.
 """
 
 import argparse
 import logging
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -61,7 +65,7 @@ def parse(arguments):
         type=int,
         default=1800,
         metavar="S",
-        help="end when no step is done for so long (1800); 0: never",
+        help="end when a step, a restore, a compilation or a save takes so long (1800); 0: never",
     )
     options = parser.parse_args(others)
     if len({value is None for value in (options.coordinator, options.num_processes, options.process_id)}) > 1:
@@ -86,6 +90,7 @@ def main(arguments):
         config = read_config(options.config, changes)
         from unialign_jax.training import distributed
 
+        distributed.take_gpu_memory(os.environ)
         last_words = distributed.start(
             os.environ,
             options.coordinator,
@@ -100,32 +105,48 @@ def main(arguments):
         from unialign_jax.training.loop import train
 
         train(config, options.workdir, progress=not options.noprogress)
-    except (ValueError, OSError, FloatingPointError) as error:
-        if options.traceback:
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+        line = expected(error, options.config)
+        if options.traceback or not line:
             raise
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {line}")
     except KeyboardInterrupt:
         sys.exit("interrupted")
 
 
+def expected(error, config) -> str | None:
+    """What to say of an error that needs no traceback, or None for one that does."""
+    from unialign_jax.training.distributed import out_of_memory
+
+    if reason := out_of_memory(error):
+        return (
+            f"the memory does not suffice ({reason}). Raise --config.accumulation, so that fewer samples are held at "
+            "once, or set --config.model.remat=block; for TPUs, what fits is found by "
+            f"`python launch/plan.py --config={config} --search`"
+        )
+    return str(error).strip() if isinstance(error, (ValueError, OSError, FloatingPointError)) else None
+
+
 def train_together(config, options, last_words):
     """Trains as one of several processes, and ends this one when it cannot go on, so that the others end too."""
-    from unialign_jax.training.distributed import AGAIN, lost_another
+    from unialign_jax.training.distributed import AGAIN, LOST, lost_another
     from unialign_jax.training.loop import train
 
-    progress = not options.noprogress
+    progress, status = not options.noprogress, 1
     try:
         train(config, options.workdir, progress=progress, stuck_timeout=options.stuck_timeout)
     except Exception as error:
-        line, lost = str(error).strip(), lost_another(error)
-        if options.traceback or not (lost or isinstance(error, (ValueError, OSError, FloatingPointError))):
+        line, lost = expected(error, options.config), lost_another(error)
+        if options.traceback or not (lost or line):
             traceback.print_exc()
+        line = line or str(error).strip() or type(error).__name__
         if lost:
-            reason = line.splitlines()[0][:300]
+            reason, status = line.splitlines()[0][:300], LOST
             line = f"this process cannot go on, most likely because another was lost ({reason}). {AGAIN}"
     except KeyboardInterrupt:
         line = "interrupted"
-    except SystemExit:  # stopped and saved, as all the others
+    except SystemExit:  # stopped and saved, as all the others, which are waited for at the exit
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         last_words.take_back()
         raise
     else:
@@ -134,7 +155,7 @@ def train_together(config, options, last_words):
     print(f"error: {line}", file=sys.stderr, flush=True)
     last_words.take_back()
     # Not sys.exit: JAX would wait at the exit for the others, which wait for this process.
-    os._exit(1)
+    os._exit(status)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,9 @@
 A folder `checkpoints/<step>/state` per save, written by Orbax under a name of its own until it is whole. Restoring
 either gives the state or raises: a checkpoint of another architecture is refused with the leaves that differ, for a
 damaged one the one before it is taken. Nothing is ever deleted but by the rule on how many to keep.
+
+Damage is a file that is missing, cut short or cannot be decoded. Bits that flipped inside a value are not found: Orbax
+writes no checksums.
 """
 
 import contextlib
@@ -39,15 +42,37 @@ class Checkpoints:
         )
 
     def steps(self) -> list[int]:
+        """The steps of the whole checkpoints, as process 0 sees them; all processes ask.
+
+        Raises OSError, in all of them, when one does not see them all.
+        """
+        own = self._own_steps()
+        steps = distributed.from_first(own)
+        self._refuse_if(
+            set(steps) - set(own), f"process 0 sees the checkpoints {steps}, another not all of them (this one: {own})"
+        )
+        return steps
+
+    def _own_steps(self) -> list[int]:
         return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
+
+    def _refuse_if(self, differs, what: str):
+        if distributed.anywhere(bool(differs)):
+            raise OSError(
+                f"{self.directory}: {what}. --workdir must be on a file system that all hosts see alike; where a host "
+                "keeps listings for a while (NFS), start again"
+            )
 
     def save(self, state: TrainState, step: int):
         """Starts saving and returns once the arrays are copied; the writing goes on in the background.
 
-        Raises OSError when this save, or the one before it, cannot be written.
+        Raises OSError when this save, or the one before it, cannot be written, and when the processes see different
+        checkpoints.
         """
         if step in self.steps():
             return
+        own = self._own_steps()
+        self._refuse_if(step in own, f"process 0 sees no checkpoint {step}, another does (this one: {own})")
         with _writing(self.directory):
             self._checkpointer.save_checkpointables_async(step, {"state": state._asdict()}, force=True)
 
@@ -55,8 +80,9 @@ class Checkpoints:
         """The newest whole checkpoint on the shardings of `abstract_state`, or None when there is none at all.
 
         A damaged one is passed over, said so, and renamed to damaged-<step> once an older one has taken its place.
-        Raises ValueError when a checkpoint has other leaves than `abstract_state`, or when every one is damaged;
-        then nothing has been touched.
+        Raises ValueError when a checkpoint has other leaves than `abstract_state`, is of another step than its name
+        says, or when every one is damaged, and OSError when the processes see different ones; then nothing has been
+        touched.
         """
         unfinished = sorted(path.name for path in self.directory.glob("*orbax-checkpoint-tmp*"))
         if unfinished:
@@ -64,7 +90,7 @@ class Checkpoints:
         damaged = []
         for step in reversed(self.steps()):
             directory = self.directory / str(step)
-            reason = agreed(damage(directory))
+            reason = agreed(directory, damage(directory))
             if reason is None:
                 differences = _differences(_leaf_shapes(abstract_state._asdict()), _stored_shapes(directory))
                 if differences:
@@ -78,8 +104,14 @@ class Checkpoints:
                     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
                         raise
                     reason = _first_line(error)
-                reason = agreed(reason)
+                reason = agreed(directory, reason)
             if reason is None:
+                found = int(loaded["state"]["step"])
+                if distributed.anywhere(found != step):
+                    raise ValueError(
+                        f"{directory} holds the state of another step (in this process {found}): give the folder the "
+                        "name of its step, or move it away"
+                    )
                 self._set_aside(damaged)
                 return TrainState(**loaded["state"])
             log.warning("%s cannot be read: %s", directory, reason)
@@ -110,8 +142,15 @@ class Checkpoints:
             self._checkpointer.close()
 
 
-def agreed(reason: str | None) -> str | None:
+def agreed(directory: Path, reason: str | None) -> str | None:
     """Why a checkpoint cannot be read, in this process or another: all must take the same one."""
+    if reason and jax.process_count() > 1:  # the others may be waiting for this process inside Orbax
+        log.warning(
+            "%s: process %d cannot read it (%s); agreeing with the others may take 5 minutes",
+            directory,
+            jax.process_index(),
+            reason,
+        )
     elsewhere = distributed.anywhere(reason is not None)
     return reason or ("another process cannot read it" if elsewhere else None)
 

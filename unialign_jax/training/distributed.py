@@ -4,10 +4,11 @@ import contextlib
 import faulthandler
 import importlib.util
 import inspect
+import os
 import re
 import subprocess
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 
 import jax
@@ -18,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
+LOST = os.EX_TEMPFAIL  # 75: the exit status of a process that ends because another was lost; to be started again
 AGAIN = "The same command goes on from the last checkpoint, on this or another number of processes"
 
 
@@ -89,6 +91,15 @@ def start(
     return last_words
 
 
+def take_gpu_memory(environ: MutableMapping[str, str]):
+    """Lets JAX take 95% of a GPU's memory instead of its three quarters; to be called before it touches a device.
+
+    What the environment itself says of it holds.
+    """
+    if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & environ.keys():  # JAX refuses both at once
+        environ["XLA_CLIENT_MEM_FRACTION"] = "0.95"
+
+
 def _set_if_known(option: str, value):
     with contextlib.suppress(AttributeError):  # what a version of JAX does not know
         jax.config.update(option, value)
@@ -152,7 +163,7 @@ class LastWords:
 def ending_when_stuck(seconds: float):
     """Gives a function to call at every sign of progress: `seconds` without one end the process, telling where it is.
 
-    A host that waits for its disk for ever still sends heartbeats. 0 never ends it.
+    A host that waits for its disk for ever still sends heartbeats. It counts from the first call on; 0 never ends it.
     """
     if not seconds:
         yield lambda: None
@@ -207,14 +218,35 @@ def put_rows(sharding: Sharding, batch_size: int, rows: np.ndarray, values: np.n
 
 
 def lost_another(error: BaseException) -> bool:
-    """Whether an error comes from the runtime: in a run of several processes, most likely from one that is gone."""
+    """Whether an error comes from the runtime: in a run of several processes, most likely from one that is gone.
+
+    Not so one that would come without the others too: memory that does not suffice, and what the program itself asks.
+    """
+    chain, runtime = _chain(error), jax.errors.JaxRuntimeError
+    if out_of_memory(error) or any(isinstance(x, runtime) and str(x).startswith("INVALID_ARGUMENT") for x in chain):
+        return False
+    # What fails while a program is started, rather than when its result is asked for, comes as a ValueError.
+    status = re.compile("(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ")
+    return any(isinstance(link, runtime) or status.match(str(link)) for link in chain)
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """What the runtime says, in a line, when memory did not suffice; None for every other error."""
+    told = re.compile("RESOURCE_EXHAUSTED|out of memory", re.IGNORECASE)
+    for link in _chain(error):
+        # A full disk is RESOURCE_EXHAUSTED too, but not an error of the runtime.
+        if isinstance(link, jax.errors.JaxRuntimeError) and told.search(str(link)):
+            return str(link).strip().splitlines()[0][:300]
+    return None
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    """An error, and those that it came from."""
     chain = []
     while error is not None and error not in chain:
         chain.append(error)
         error = error.__cause__ or error.__context__
-    # What fails while a program is started, rather than when its result is asked for, comes as a ValueError.
-    status = re.compile("(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ")
-    return any(isinstance(link, jax.errors.JaxRuntimeError) or status.match(str(link)) for link in chain)
+    return chain
 
 
 def anywhere(condition: bool) -> bool:
@@ -222,6 +254,15 @@ def anywhere(condition: bool) -> bool:
     if jax.process_count() == 1:
         return condition
     return bool(np.any(multihost_utils.process_allgather(np.array(condition))))
+
+
+def from_first(numbers: list[int]) -> list[int]:
+    """The numbers of process 0, whatever the others give; all of them ask."""
+    if jax.process_count() == 1:
+        return numbers
+    count = int(multihost_utils.broadcast_one_to_all(np.int32(len(numbers))))
+    own = np.array((numbers + [0] * count)[:count], np.int32)
+    return multihost_utils.broadcast_one_to_all(own).tolist() if count else []
 
 
 def wait_for_all(what: str):

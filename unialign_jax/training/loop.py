@@ -133,10 +133,11 @@ class Trainer:
         step = self.step_function(name)
         return lower_train_step(step, self.mesh, self.abstract_state, self.abstract_frozen, batch).compile()
 
-    def compile_steps(self) -> dict[str, jax.stages.Compiled]:
-        """The executable of every stream."""
+    def compile_steps(self, alive=lambda: None) -> dict[str, jax.stages.Compiled]:
+        """The executable of every stream; `alive` is called before each."""
         programs = {}
         for name in self.streams:
+            alive()
             began = time.perf_counter()
             programs[name] = self.compile_step(name)
             log.info("compiled the step of %s in %.1f s", name, time.perf_counter() - began)
@@ -275,7 +276,8 @@ def train(config: ConfigDict, workdir, *, progress=True, devices=None, stuck_tim
       workdir: the run's folder, on a file system that all hosts see.
       progress: whether to draw a progress bar.
       devices: what the mesh spans; all devices when None.
-      stuck_timeout: seconds without a step after which the process ends itself; 0 waits for ever.
+      stuck_timeout: seconds that a step or another stage, such as restoring, compiling one stream's step, sampling or
+        saving, may take before the process ends itself; 0 waits for ever.
 
     Raises ValueError for a configuration or data that cannot run, FloatingPointError for a loss that is not finite,
     SystemExit (128 + signal) after a SIGTERM or SIGINT, once the state is saved.
@@ -283,32 +285,41 @@ def train(config: ConfigDict, workdir, *, progress=True, devices=None, stuck_tim
     workdir = Path(workdir).absolute()
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
-    config = inherit_sources(config, workdir)
-    trainer = Trainer(config, devices)
-    checkpoints = Checkpoints(workdir, keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every)
-    with contextlib.closing(checkpoints), StopRequest() as stop:
-        state = checkpoints.restore_latest(trainer.abstract_state)
-        if state is None:
-            state = trainer.init_state()
-            log.info("starting %s from %s", workdir, config.init_from or "random weights")
-        else:
-            log.info("resuming %s at step %d", workdir, int(state.step))
-        write_config(config, workdir)
-        frozen = trainer.init_frozen()
-        sampler = Sampler(config, trainer.networks, trainer.mesh, trainer.streams, trainer.tokenizer, workdir)
-        if int(state.step) < config.num_steps:
-            programs = trainer.compile_steps()
-            with distributed.ending_when_stuck(stuck_timeout) as alive:
+    with distributed.ending_when_stuck(stuck_timeout) as alive:
+        alive()
+        config = inherit_sources(config, workdir)
+        trainer = Trainer(config, devices)
+        keep = config.checkpoint
+        checkpoints = Checkpoints(workdir, keep_last=keep.keep_last, keep_every=keep.keep_every)
+        # Outside of what closes the checkpoints: a signal that comes while the last save is written must wait for it.
+        with StopRequest() as stop, contextlib.closing(checkpoints):
+            alive()
+            state = checkpoints.restore_latest(trainer.abstract_state)
+            if state is None:
+                alive()
+                state = trainer.init_state()
+                log.info("starting %s from %s", workdir, config.init_from or "random weights")
+            else:
+                log.info("resuming %s at step %d", workdir, int(state.step))
+            write_config(config, workdir)
+            alive()
+            frozen = trainer.init_frozen()
+            sampler = Sampler(config, trainer.networks, trainer.mesh, trainer.streams, trainer.tokenizer, workdir)
+            if int(state.step) < config.num_steps:
+                programs = trainer.compile_steps(alive)
                 state = run_steps(
                     trainer, programs, state, frozen, checkpoints, sampler, workdir, stop, progress, alive
                 )
-            checkpoints.save(state, int(state.step))
-        else:
-            log.info("%s is already at step %d of %d", workdir, int(state.step), config.num_steps)
-        finished = int(state.step) >= config.num_steps
-        if finished and config.samples.count and not sampler.is_written(int(state.step)):
-            for path in sampler.write(int(state.step), sampled_params(state), frozen):
-                log.info("wrote %s", path)
+                alive()
+                checkpoints.save(state, int(state.step))
+            else:
+                log.info("%s is already at step %d of %d", workdir, int(state.step), config.num_steps)
+            finished = int(state.step) >= config.num_steps
+            alive()
+            if finished and config.samples.count and distributed.anywhere(not sampler.is_written(int(state.step))):
+                for path in sampler.write(int(state.step), sampled_params(state), frozen):
+                    log.info("wrote %s", path)
+            alive()
     if stop.signal is not None and not finished:
         log.info("stopped by %s at step %d, saved", signal.Signals(stop.signal).name, int(state.step))
         raise SystemExit(128 + stop.signal)
@@ -342,8 +353,10 @@ def run_steps(
             if save or sample:
                 recorder.flush()  # a state whose loss is not finite must not be saved
             if save:
+                alive()
                 checkpoints.save(state, step)
             if sample:
+                alive()
                 sampler.write(step, sampled_params(state), frozen)
                 recorder.throughput.restart()
         recorder.flush()
