@@ -63,6 +63,8 @@ def test_a_small_step_and_its_parts(step, quick_compiler, monkeypatch):
     assert row["outcome"] == "measured" and math.isfinite(row["loss"])
     assert (row["micro-batch"], row["remat"]) == (2, "none")
     assert row["MFU %"] is None and row["peak GB"] is None  # a CPU has no peak and tells no memory
+    assert row["peak of"] is None
+    assert figures["devices"] == 1 and figures["mesh"] == row["mesh"] == "of one device"  # of the 8 that there are
     seconds = row["step, ms"] / 1e3
     assert row["images/s"] * seconds == pytest.approx(2)
 
@@ -77,6 +79,12 @@ def test_a_small_step_and_its_parts(step, quick_compiler, monkeypatch):
     # Attention by hand: 2 blocks, 2 passes, 2 samples, 16 image and 24 text tokens of width 32.
     assert parts["attention: forward"]["TFLOP"] * TERA == pytest.approx(8 * 4 * 40**2 * 32)
     assert figures["step / matmuls of the blocks' shapes"] > 0
+
+
+def test_a_peak_from_before_the_steps_is_said(step):
+    assert step.peak_of(None, None) is None
+    assert step.peak_of(3.0, 4.0) == "the step"
+    assert step.peak_of(4.0, 4.0) == "making the weights: the step took less"
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 """launch/train.py and runs on bad input: one clear line, a non-zero exit, nothing lost."""
 
+import contextlib
 import importlib.util
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +16,11 @@ import numpy as np
 import pytest
 
 from unialign_jax.data.records import METADATA_FILE, open_records, write_records
+from unialign_jax.training import distributed
+from unialign_jax.training.checkpoints import Checkpoints
 from unialign_jax.training.loop import Trainer, train
 from unialign_jax.training.metrics import read_metrics
+from unialign_jax.training.samples import Sampler
 from unialign_jax.training.stages import read_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -113,6 +118,69 @@ def test_help_teaches(main, capsys):
     said = capsys.readouterr().out
     for part in ("--config=configs/stage1.py:tiny", "--config.KEY=VALUE", "--workdir", "SIGTERM"):
         assert part in said
+
+
+@pytest.fixture
+def fails(monkeypatch):
+    """A function error -> a run that fails with it, in one process and, with `last_words`, in one of several."""
+
+    class LastWords:
+        def take_back(self):
+            pass
+
+    def fail(error, several=False):
+        def train(*_, **__):
+            raise error
+
+        def end(status):
+            raise SystemExit(status)
+
+        monkeypatch.setattr("unialign_jax.training.loop.train", train)
+        monkeypatch.setattr(distributed, "start", lambda *_, **__: LastWords() if several else None)
+        monkeypatch.setattr(distributed, "take_gpu_memory", lambda environ: None)
+        monkeypatch.setattr(os, "_exit", end)
+
+    return fail
+
+
+FULL = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.\nBufferAssignment:")
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_out_of_memory_is_one_line_that_says_what_to_change(main, capsys, fails, several):
+    fails(FULL, several)
+    with pytest.raises(SystemExit) as stop:
+        main([f"--config={STAGE}", "--workdir=run"])
+    said = capsys.readouterr().err + (stop.value.code if isinstance(stop.value.code, str) else "")
+    assert isinstance(stop.value.code, str) or stop.value.code == 1
+    assert said.strip() == (
+        "error: the memory does not suffice (RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.). Raise "
+        "--config.accumulation, so that fewer samples are held at once, or set --config.model.remat=block; for TPUs, "
+        f"what fits is found by `python launch/plan.py --config={STAGE} --search`"
+    )
+
+
+def test_other_errors_of_the_runtime_keep_their_traceback_in_one_process(main, fails):
+    fails(jax.errors.JaxRuntimeError("INTERNAL: a kernel failed"))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a kernel failed"):
+        main([f"--config={STAGE}", "--workdir=run"])
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "expected"),
+    [
+        (jax.errors.JaxRuntimeError("UNAVAILABLE: Socket closed"), 75, "most likely because another was lost (UNAVAIL"),
+        (jax.errors.JaxRuntimeError("INVALID_ARGUMENT: expected 3 buffers"), 1, "error: INVALID_ARGUMENT: expected 3"),
+        (FloatingPointError("loss is nan"), 1, "error: loss is nan"),
+    ],
+)
+def test_how_one_of_several_processes_ends(main, capsys, fails, error, status, expected):
+    fails(error, several=True)
+    with pytest.raises(SystemExit) as stop:
+        main([f"--config={STAGE}", "--workdir=run"])
+    said = capsys.readouterr().err
+    assert stop.value.code == status and expected in said.splitlines()[-1]
+    assert ("Traceback" in said) == ("INVALID_ARGUMENT" in said)
 
 
 def command(*arguments, **options):
@@ -340,6 +408,96 @@ def test_a_nan_on_the_way_leaves_the_checkpoint_before_it(config, finished_run, 
     monkeypatch.undo()  # and with the cause gone the same folder goes on
     run(config(), tmp_path)
     assert numbers(read_metrics(tmp_path)) == numbers(read_metrics(finished_run))
+
+
+def test_a_signal_while_the_last_save_is_written_waits_for_it(config, tmp_path, monkeypatch):
+    """On a pod a preemption reaches the hosts seconds apart: one's own signal may come when all have stopped."""
+    taken, closed = [], []
+    close, put = Checkpoints.close, Trainer.put_batch
+
+    def stop_early(self, batch):
+        os.kill(os.getpid(), signal.SIGTERM)
+        monkeypatch.setattr(Trainer, "put_batch", put)
+        return put(self, batch)
+
+    def interrupted(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        close(self)
+        closed.append(True)
+
+    def outside(number, _):
+        taken.append(signal.Signals(number))
+
+    monkeypatch.setattr(Trainer, "put_batch", stop_early)
+    monkeypatch.setattr(Checkpoints, "close", interrupted)
+    before = {number: signal.signal(number, outside) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(SystemExit) as stop:
+            run(config(), tmp_path)
+        assert {number: signal.getsignal(number) for number in before} == dict.fromkeys(before, outside)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert not taken and closed
+    assert stop.value.code == 128 + signal.SIGTERM  # what it stopped for
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
+
+
+def test_every_stage_has_the_whole_time_before_a_run_counts_as_stuck(config, tmp_path, monkeypatch):
+    told, alive = [], "alive"
+
+    @contextlib.contextmanager
+    def timer(seconds):
+        told.append(f"begin {seconds}")
+        yield lambda: told.append(alive)
+        told.append("end")
+
+    def watch(where, name):
+        original = getattr(where, name)
+
+        def watched(*arguments, **options):
+            told.append(name)
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(where, name, watched)
+
+    monkeypatch.setattr(distributed, "ending_when_stuck", timer)
+    stages = {
+        Checkpoints: ("restore_latest", "save", "close"),
+        Trainer: ("__init__", "init_state", "init_frozen", "compile_step", "put_batch"),
+        Sampler: ("is_written",),
+    }
+    for where, names in stages.items():
+        for name in names:
+            watch(where, name)
+    monkeypatch.setattr(Sampler, "write", lambda self, *_: told.append("write") or [])
+    changes = {"num_steps": 2, "checkpoint__every": 1, "samples__every": 1, "samples__count": 1}
+    train(config(**changes), tmp_path, progress=False, devices=jax.devices()[:1], stuck_timeout=7)
+    prepared = ["__init__", alive, "restore_latest", alive, "init_state", alive, "init_frozen", alive, "compile_step"]
+    steps = [alive, "put_batch", alive, "save", alive, "write", alive, "put_batch", alive, "save"]
+    ended = [alive, "save", alive, "is_written", "write", alive, "close", "end"]
+    assert told == ["begin 7", alive, *prepared, *steps, *ended]
+
+
+def test_pictures_that_one_process_does_not_see_are_written_by_all(config, finished, monkeypatch):
+    written = []
+    monkeypatch.setattr(distributed, "anywhere", lambda condition: True)  # as when another process has found it so
+    monkeypatch.setattr(Sampler, "is_written", lambda self, step: True)
+    monkeypatch.setattr(Sampler, "write", lambda self, step, *_: written.append(step) or [])
+    monkeypatch.setattr(Checkpoints, "restore_latest", restored_alone(Checkpoints.restore_latest, monkeypatch))
+    run(config(samples__count=1), finished)
+    assert written == [6]
+
+
+def restored_alone(restore, monkeypatch):
+    """Restoring, which asks the other processes too, as one process does it."""
+
+    def alone(self, *arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(distributed, "anywhere", lambda condition: condition)
+            return restore(self, *arguments)
+
+    return alone
 
 
 def test_stages_read_from_the_command_line_as_from_python():

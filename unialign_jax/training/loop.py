@@ -219,7 +219,7 @@ class StopRequest:
         return self
 
     def _note(self, number, _frame):
-        self.signal = number
+        self.signal = self.signal or number
         signal.signal(number, self._previous[number])
 
     def __exit__(self, *_):
