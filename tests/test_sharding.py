@@ -31,12 +31,12 @@ def full_size_shapes():
 @pytest.mark.parametrize(
     ("kind", "grid", "axes", "expected"),
     [
-        ("TPU v5 lite", (8, 8), {"replica": 2, "encoder": 4, "data": 8}, {"replica", "encoder", "data"}),
-        ("TPU v5 lite", (4, 16), {"encoder": 4, "data": 16}, {"encoder"}),
-        ("TPU v5 lite", (2, 2), {"encoder": 2, "data": 2}, set()),  # both ends are next to each other
-        ("TPU v4", (2, 4, 4), {"replica": 2, "encoder": 4, "data": 4}, {"encoder", "data"}),
-        ("TPU v4", (4, 4, 4), {"replica": 4, "encoder": 4, "data": 4}, set()),  # a whole cube
-        ("NVIDIA H200", (2, 4), {"data": 2, "encoder": 4}, set()),
+        ("TPU v5 lite", (8, 8), {"replica": 2, "encoder": 4, "data": 8}, ("replica", "encoder", "data")),
+        ("TPU v5 lite", (4, 16), {"encoder": 4, "data": 16}, ("encoder",)),
+        ("TPU v5 lite", (2, 2), {"encoder": 2, "data": 2}, ()),  # both ends are next to each other
+        ("TPU v4", (2, 4, 4), {"replica": 2, "encoder": 4, "data": 4}, ("encoder", "data")),
+        ("TPU v4", (4, 4, 4), {"replica": 4, "encoder": 4, "data": 4}, ()),  # a whole cube
+        ("NVIDIA H200", (2, 4), {"data": 2, "encoder": 4}, ()),
     ],
     ids=str,
 )
@@ -45,7 +45,7 @@ def test_which_axes_are_no_rings(kind, grid, axes, expected):
     chips = [types.SimpleNamespace(device_kind=kind, coords=place) for place in np.ndindex(*grid)]
     devices = np.array(chips).reshape(*axes.values())
     mesh = types.SimpleNamespace(devices=devices, axis_names=tuple(axes), shape=axes)
-    assert set(sharding.lines(mesh)) == expected
+    assert sharding.lines(mesh) == expected
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2), (1, 2, 4)])
