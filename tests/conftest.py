@@ -1,5 +1,7 @@
 """Every test sees eight virtual CPU devices; programs that name no mesh use the first."""
 
+import importlib.util
+import re
 from pathlib import Path
 
 import jax
@@ -64,10 +66,72 @@ def small_config(shapes_dir):
     return make
 
 
+# What no message to a user may hold: the repr of an object, a traceback, a nested prefix ("stream a: stream a:").
+UNKIND = re.compile(r"object at 0x|<_io\.|<built-in|Traceback|\b(\S+ ?\S+: )\1")
+
+
+def assert_one_line(message: str, *words: str):
+    """A message to a user: one line, not empty, without Python's inner names, and with every one of `words`."""
+    assert message.strip() and "\n" not in message.strip(), f"expected one line, found {message!r}"
+    assert not UNKIND.search(message), f"not a message for a user: {message!r}"
+    missing = [word for word in words if word not in message]
+    assert not missing, f"{message!r} does not say {missing}"
+
+
+@pytest.fixture(scope="session")
+def refuses():
+    """A function (call, *words): the call raises ValueError or OSError in one line that holds the words."""
+
+    def check(call, *words):
+        with pytest.raises((ValueError, OSError)) as raised:
+            call()
+        assert_one_line(str(raised.value), *words)
+        return str(raised.value)
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def launch_command():
+    """A function (name) -> the module launch/<name>.py, imported as a command's file is."""
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(f"launch_{name}", ROOT / "launch" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture
+def command_refuses(launch_command, capsys):
+    """A function (name, arguments, *words): `launch/<name>.py` ends with a status that is not 0 and one `error:` line.
+
+    What else it prints on stderr (progress, warnings) is allowed, a traceback is not.
+    """
+
+    def check(name, arguments, *words):
+        capsys.readouterr()
+        try:
+            status = launch_command(name).main([str(argument) for argument in arguments])
+        except SystemExit as stopped:
+            status = stopped.code
+        printed = capsys.readouterr().err
+        if isinstance(status, str):  # sys.exit("error: ...") prints it at the end of the process
+            printed += status + "\n"
+        assert status not in (0, None), f"{name} accepted {arguments}"
+        errors = [line for line in printed.splitlines() if "error: " in line]
+        assert len(errors) == 1, f"expected one line of error, found {printed!r}"
+        assert "Traceback" not in printed
+        assert_one_line(errors[0], *words)
+        return errors[0]
+
+    return check
+
+
 def load_stage(stage, size="tiny"):
     """The configuration of `configs/<stage>.py`."""
-    import importlib.util
-
     spec = importlib.util.spec_from_file_location(stage, ROOT / "configs" / f"{stage}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
