@@ -24,9 +24,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from unialign_jax.data import images as images_lib
 from unialign_jax.data.kinds import find_kind
 from unialign_jax.data.records import Record
-from unialign_jax.data.streams import to_rgb
 
 _KEPT_FORMATS = ("JPEG", "PNG")
 _JPEG_QUALITY = 95
@@ -124,22 +124,22 @@ def load_image(path: Path, max_side: int | None = None) -> bytes:
     (shrunk JPEG as JPEG, everything else as PNG).
 
     Raises:
-      BadRow: the file is missing or cannot be decoded.
+      BadRow: the file is missing or no regular file, cannot be decoded, or is larger than images.py allows.
     """
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise BadRow("image file cannot be read", f"{path} ({error.strerror})") from None
+        data = images_lib.read_bytes(path)
+    except (OSError, ValueError) as error:
+        raise BadRow("image file cannot be read", str(error)) from None
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
+        with images_lib.open_image(data, str(path)) as image:
             image_format = image.format
             is_small = max_side is None or max(image.size) <= max_side
-            if image_format in _KEPT_FORMATS and is_small:
-                return data
-            image = to_rgb(image)
-    except Exception as error:  # PIL's decoders raise many kinds on damaged bytes
-        raise BadRow("image cannot be decoded", f"{path} ({error})") from None
+            is_kept = image_format in _KEPT_FORMATS and is_small
+            image = images_lib.loaded_rgb(image, str(path))
+    except ValueError as error:
+        raise BadRow("image cannot be decoded", str(error)) from None
+    if is_kept:
+        return data
     if not is_small:
         image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()

@@ -1,13 +1,12 @@
 """Streams: from a record on disk to an example of arrays, by index."""
 
-import io
 import logging
 import math
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps
 
+from unialign_jax.data.images import decode_rgb, fill_size, to_rgb  # noqa: F401 (to_rgb is imported from here)
 from unialign_jax.data.kinds import find_kind
 from unialign_jax.data.records import Record, RecordError, open_records
 from unialign_jax.data.tokenizer import Tokenizer
@@ -164,40 +163,17 @@ class Stream:
 def decode_image(data: bytes, image_size: int) -> np.ndarray:
     """PNG or JPEG bytes as uint8 [image_size, image_size, 3]: RGB, shorter side resized (bicubic), centre crop.
 
-    As the reference's training transform (Resize, CenterCrop), except that the camera's rotation tag is obeyed and
-    transparent pixels show white, where the reference ignores both.
+    As the reference's training transform (Resize, CenterCrop), except that the camera's rotation tag is obeyed,
+    transparent pixels show white and grey of 16 bits keeps its greys (see `images.to_rgb`).
 
     Raises:
       RecordError: the bytes are not a whole image.
     """
     try:
-        with Image.open(io.BytesIO(data)) as opened:
-            return np.asarray(fill_size(to_rgb(opened), image_size, image_size))
-    except Exception as error:  # PIL's decoders raise many kinds on damaged bytes
-        raise RecordError(f"image of {len(data)} bytes cannot be decoded: {error}") from error
-
-
-def fill_size(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The middle of an image, resized (bicubic, aspect kept) until it just covers width x height, then cropped."""
-    if width * image.height >= height * image.width:
-        size = (width, max(height, int(image.height * width / image.width)))
-    else:
-        size = (max(width, int(image.width * height / image.height)), height)
-    if size != image.size:
-        image = image.resize(size, Image.Resampling.BICUBIC)
-    left = round((image.width - width) / 2)
-    top = round((image.height - height) / 2)
-    return image.crop((left, top, left + width, top + height))
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An upright RGB copy of an image of any mode; transparent pixels show white."""
-    image = ImageOps.exif_transpose(image)
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        image = Image.new("RGBA", layer.size, (255, 255, 255, 255))
-        image.alpha_composite(layer)
-    return image.convert("RGB")
+        image = decode_rgb(data, f"image of {len(data)} bytes")
+    except ValueError as error:
+        raise RecordError(str(error)) from None
+    return np.asarray(fill_size(image, image_size, image_size))
 
 
 def encode_texts(record: Record, kind: str, tokenizer: Tokenizer, length: int) -> dict[str, np.ndarray]:
