@@ -20,6 +20,12 @@ def first_line(error: BaseException, most: int = 300) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
 
 
+def shown(text: str, most: int = 300) -> str:
+    """A stranger's text as one printable line of at most `most` characters: no line ends, no terminal codes."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[: most + 1])
+    return line if len(line) <= most else line[: most - 1] + "…"
+
+
 def check_regular(path: str | os.PathLike, most: int | None = None) -> int:
     """The size in bytes of a regular file, which a link may lead to.
 

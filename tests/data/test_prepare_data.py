@@ -42,7 +42,7 @@ def test_shapes_twice(command, tmp_path, capsys):
     command(arguments)
     assert capsys.readouterr().out.count("already there, 3") == 5
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
-    with pytest.raises(SystemExit, match="error: .* already holds records: .*--overwrite"):
+    with pytest.raises(SystemExit, match="error: .* exists already; .*--overwrite"):
         command([*arguments, "--seed=5"])
     assert len(open_records(tmp_path / "out" / "vqa")) == 3
     command([*arguments, "--seed=5", "--overwrite", "--stream=vqa"])
@@ -58,7 +58,7 @@ def test_jsonl_with_a_bad_row(command, source, tmp_path, capsys):
     assert "skipped 1 of 20 rows:\n  1 x image file cannot be read" in said
     assert f"{source}:20: image file cannot be read: {tmp_path / 'gone.png'}" in said
     assert open_records(output)[18].caption == "caption 18"
-    with pytest.raises(SystemExit, match="already holds records"):
+    with pytest.raises(SystemExit, match="exists already"):
         command(["--format=jsonl", f"--source={source}", "--stream=text_to_image", f"--output={output}"])
 
 

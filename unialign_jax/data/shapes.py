@@ -30,6 +30,7 @@ from unialign_jax.data.shapes_scene import (
     oracle_features,
     sample_scene,
 )
+from unialign_jax.files import refuse_existing
 
 WORLD_VERSION = 1  # raise it when the same (seed, index) gives another record
 DEFAULT_NUM_RECORDS = {
@@ -364,7 +365,7 @@ def write_shapes(
         stream: parameters for stream, parameters in jobs.items() if not _is_there(output_dir / stream, parameters)
     }
     for stream in to_write:
-        records_lib.refuse_existing(output_dir / stream, overwrite=overwrite)
+        refuse_existing(output_dir / stream, overwrite=overwrite, foreign=records_lib.foreign_names)
     for stream, parameters in to_write.items():
         total = parameters["num_records"]
         rendered = (
