@@ -116,14 +116,18 @@ def replacing_folder(
     """
     directory = Path(directory).absolute()
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            directory.parent.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:  # of a parent, which is no folder
+            raise OSError(f"cannot write {directory}: {error.filename} is not a folder") from None
         _clean(directory)
         refuse_existing(directory, overwrite=overwrite, foreign=foreign)
         scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=directory.parent))
     except FileExistsError:
         raise
     except OSError as error:
-        raise OSError(f"cannot write {directory}: {error.strerror or first_line(error)}") from None
+        reason = f"cannot write {directory}: {error.strerror}" if error.strerror else first_line(error)
+        raise OSError(reason) from None
     try:
         with open(scratch / _CLAIM, "w") as claim:
             fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
