@@ -15,7 +15,7 @@ from unialign_jax.data import jsonl, records, shapes
 from unialign_jax.data.kinds import KINDS
 from unialign_jax.data.text_lengths import TextLengths
 from unialign_jax.data.tokenizer import load_tokenizer
-from unialign_jax.files import refuse_existing, shown
+from unialign_jax.files import one_line, refuse_existing
 
 DESCRIPTION = """\
 Writes data folders (ArrayRecord files through TensorFlow Datasets, read by index) for launch/train.py.
@@ -153,7 +153,7 @@ def prepare_jsonl(arguments: argparse.Namespace) -> None:
                 rows,
                 kind=arguments.stream,
                 parameters={
-                    "source": [shown(str(path)) for path in paths],
+                    "source": [one_line(str(path)) for path in paths],
                     "format": "jsonl",
                     "max_side": arguments.max_side,
                 },
@@ -164,7 +164,7 @@ def prepare_jsonl(arguments: argparse.Namespace) -> None:
             _print_report(report)
     _print_folder(Path(arguments.output), "written")
     for line in [*lengths.lines(), *lengths.cuts()]:
-        print(f"  {shown(line, 1000)}")
+        print(f"  {one_line(line, 1000)}")
     print(f"done in {time.monotonic() - began:.1f} s")
 
 
@@ -205,7 +205,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         prepare_shapes(arguments) if arguments.format == "shapes" else prepare_jsonl(arguments)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {shown(str(error), 1000)}")
+        sys.exit(f"error: {one_line(str(error), 1000)}")
     except KeyboardInterrupt:
         sys.exit("interrupted: nothing was left behind in the output folder")
 

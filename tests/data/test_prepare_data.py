@@ -237,7 +237,7 @@ def test_bad_command_lines(command_refuses, tmp_path, arguments, words):
         (["--source={}/rows.jsonl", "--tokenizer={}/nowhere"], ["nowhere holds no tokenizer"]),
         (["--source={}/rows.jsonl", "--tokenizer={}"], ["holds no tokenizer"]),
         (["--source={}/rows.jsonl", "--output={}/a.png"], ["a.png is there and is not a folder"]),
-        (["--source={}/rows.jsonl", "--output={}/a.png/o"], ["cannot write", "a.png/o", "a.png is not a folder"]),
+        (["--source={}/rows.jsonl", "--output={}/a.png/o"], ["cannot write", "a.png/o"]),
         (["--source={}/rows.jsonl", "--output={}"], ["not written by this command (a.png"]),
         (["--source={}/rows.jsonl", "--output={}", "--overwrite"], ["not written by this command (a.png"]),
         (["--source={}/rows.jsonl", "--output=/proc/nowhere/o"], ["cannot write /proc/nowhere/o"]),

@@ -21,7 +21,7 @@ from unialign_jax.data import images as images_lib
 from unialign_jax.data import signatures
 from unialign_jax.data.kinds import find_kind
 from unialign_jax.data.records import Record
-from unialign_jax.files import check_regular, first_line, parse_json, shown
+from unialign_jax.files import check_regular, first_line, one_line, parse_json
 
 MAX_LINE = 2**24  # bytes of a row
 MAX_TEXT = 100_000  # characters of one text
@@ -37,7 +37,7 @@ class BadRow(ValueError):
     """A row that gives no record. `reason` is a short class of faults; the message, one line, names file or field."""
 
     def __init__(self, reason: str, detail: str):
-        super().__init__(f"{reason}: {shown(detail)}")
+        super().__init__(f"{reason}: {one_line(detail)}")
         self.reason = reason
 
 
@@ -63,7 +63,7 @@ class ReadReport:
         self.num_bad += 1
         self.reasons[error.reason] += 1
         if len(self.first_bad) < _SHOWN_BAD_ROWS:
-            self.first_bad.append(f"{shown(str(path))}:{line}: {error}")
+            self.first_bad.append(f"{one_line(str(path))}:{line}: {error}")
 
 
 def read_jsonl(
@@ -232,7 +232,7 @@ def _read_row(content: bytes, path: Path, line: int, kind: str, max_side: int | 
         except ValueError as error:
             raise BadRow("not a JSON object", str(error)) from None
         # A file's name need not be UTF-8.
-        return READERS[kind].read(_Row(row, path, f"{shown(path.name)}:{line}", max_side))
+        return READERS[kind].read(_Row(row, path, f"{one_line(path.name)}:{line}", max_side))
     except BadRow:
         raise
     except Exception as error:  # no row may end the preparation of the others
