@@ -15,6 +15,12 @@ MAX_JSON = 2**26  # bytes of a JSON file that is read whole
 _CLAIM = ".being-written"  # in an unfinished folder, locked by the process that writes it
 
 
+def one_line(text: str, most: int = 300) -> str:
+    """A stranger's text as one printable line of at most `most` characters: no line ends, no terminal codes."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[: most + 1])
+    return line if len(line) <= most else line[: most - 1] + "…"
+
+
 def first_line(error: BaseException, most: int = 300) -> str:
     """The first line of an error's message, or its type where it has none; at most `most` characters."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
@@ -114,9 +120,9 @@ def replacing_folder(
         _clean(directory)
         refuse_existing(directory, overwrite=overwrite, foreign=foreign)
         scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=directory.parent))
-    except FileExistsError:
-        raise
     except OSError as error:
+        if isinstance(error, FileExistsError) and error.errno is None:  # what `refuse_existing` says
+            raise
         raise OSError(f"cannot write {directory}: {error.strerror or first_line(error)}") from None
     try:
         with open(scratch / _CLAIM, "w") as claim:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from unialign_jax import bundle, sharding
 from unialign_jax.data.mixture import Mixture
 from unialign_jax.data.streams import Stream, StreamConfig
+from unialign_jax.data.text_lengths import cuts_of
 from unialign_jax.data.tokenizer import load_tokenizer
 from unialign_jax.training import distributed, flops
 from unialign_jax.training.checkpoints import Checkpoints, load_params
@@ -59,6 +60,9 @@ class Trainer:
 
         self.tokenizer = load_tokenizer(config.tokenizer or None)
         self.streams = open_streams(config, self.tokenizer)
+        if jax.process_index() == 0:
+            for line in (line for stream in self.streams.values() for line in cuts_of(stream)):
+                log.warning("%s; a larger --config.text_length keeps more", line)
         self.rows = distributed.local_rows(sharding.batch_sharding(self.mesh), config.batch_size)
         self.mixture = Mixture(
             list(self.streams.values()), seed=config.seed, global_batch=config.batch_size, rows=self.rows
@@ -186,7 +190,7 @@ def open_streams(config, tokenizer) -> dict[str, Stream]:
                 tokenizer,
             )
         except (ValueError, OSError) as error:
-            problems.append(f"stream {name}: {error}")
+            problems.append(str(error))  # which names the stream
             continue
         if intrinsic and stream.teacher_width != config.heads.teacher_width:
             found = f"features of width {stream.teacher_width}" if stream.teacher_width else "no teacher features"
