@@ -12,13 +12,13 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from unialign_jax import sharding
+from unialign_jax.data.kinds import has_image_pass
 from unialign_jax.diffusion.flow import sampling_sigmas
 from unialign_jax.models.mesh import BATCH_AXES
 from unialign_jax.models.precision import storage_dtype
 from unialign_jax.sampling import programs
 from unialign_jax.sampling.solvers import solver_table
 from unialign_jax.training.state import Networks
-from unialign_jax.training.step import has_image_pass
 
 MARGIN, TEXT_SIZE = 8, 12
 EXAMPLE_KEYS = ("image", "conditions", "prompt_ids", "text_ids", "text_is_target")
