@@ -29,6 +29,9 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from unialign_jax.environment import explain_missing_packages
+
+explain_missing_packages()
 
 import benchmark_convert  # beside this file
 import benchmark_memory
