@@ -147,9 +147,8 @@ def test_without_the_environment_a_command_says_so_in_one_line(command, tmp_path
         "plan": ["--task=t2i"],
         "benchmark": ["train"],
     }[command]
-    bare = [sys.executable, "-I", "-S"]  # without site-packages
-    run = f"import runpy, sys; sys.argv = {[command, *arguments]!r}; runpy.run_path('launch/{command}.py', run_name='__main__')"
-    done = subprocess.run([*bare, "-c", run], cwd=tmp_path, capture_output=True, text=True)
+    bare = [sys.executable, "-E", "-S", f"launch/{command}.py"]  # without site-packages
+    done = subprocess.run([*bare, *arguments], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ") and " has no package " in line
