@@ -87,10 +87,13 @@ def topology_name(name: str) -> str:
 
 
 def larger_slice(topology: str) -> str | None:
-    """Google Cloud's name of the slice with twice the chips, "v5e-16" or "v5e:4x4" -> "v5e-32"; None without one."""
+    """Google Cloud's name of the slice with twice the chips, "v5e-16" or "v5e:4x4" -> "v5e-32"; None without one.
+
+    (After one chip comes a slice of four.)
+    """
     grid = topology_name(topology)
     chip = next(chip for chip in CHIPS if chip.name == grid.split(":")[0])
-    name = f"{chip.name}-{2 * chips_of(grid) * chip.cores}"
+    name = f"{chip.name}-{max(4, 2 * chips_of(grid)) * chip.cores}"
     try:
         topology_name(name)
     except ValueError:
