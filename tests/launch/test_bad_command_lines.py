@@ -138,6 +138,7 @@ BENCHMARK = [
     (["step", "--remat=none,some"], "model.remat is 'some', expected one of none, block, dots, offload"),
     (["step", "--attention=flash9"], "model.attention is 'flash9'"),
     (["step", "--stream=video"], "--stream is 'video', expected one of text_to_image"),
+    (["step", "--accumulation=0"], "--accumulation is 0, expected a whole number from 1"),
     (["step", "--devices=0"], "--devices is 0"),
     (["step", "--warmup=0"], "--warmup is 0"),
     (["step", STAGE, "--profile=FILE"], "--profile=FILE cannot be a folder: File exists"),
