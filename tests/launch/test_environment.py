@@ -1,5 +1,6 @@
 """The environment: what the scripts install, in which versions, and what a command says where it is not active."""
 
+import ast
 import importlib.metadata
 import re
 import shutil
@@ -57,6 +58,22 @@ def test_lower_bounds_admit_no_known_vulnerability():
         (bound,) = requirement.specifier
         assert bound.operator in (">=", "=="), requirement
         assert Version(bound.version) >= Version(SOUND.get(requirement.name, "0")), requirement
+
+
+def test_what_is_imported_is_required():
+    homes = importlib.metadata.packages_distributions()
+    required = {canonicalize_name(requirement.name) for requirement in requirements("requirements.txt")}
+    own = {"unialign_jax", *(path.stem for path in (ROOT / "launch").glob("*.py"))}
+    tested = {"matplotlib", "torch", "diffusers", "libtpu"}  # of the test suite; where others need them they say so
+    missing = {}
+    for path in [*(ROOT / "unialign_jax").rglob("*.py"), *(ROOT / "launch").glob("*.py"), *ROOT.glob("configs/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            for name in {name.partition(".")[0] for name in names} - own - tested - sys.stdlib_module_names:
+                if required.isdisjoint(map(canonicalize_name, homes.get(name, [name]))):
+                    missing[name] = path.name
+    assert not missing
 
 
 def test_the_lock_holds_a_version_for_everything_that_is_required():
