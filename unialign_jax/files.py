@@ -72,6 +72,23 @@ def read_json(path: str | os.PathLike, expected: type | None = dict, most: int =
     return parse_json(Path(path).read_bytes(), str(path), expected)
 
 
+def check_json_output(path: str | os.PathLike) -> None:
+    """Raises OSError or ValueError, before the work, where a command could not write its JSON after it.
+
+    A file that is there may be replaced when it holds JSON too; another of the user's is kept.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"--output={path}: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"--output={path}: the folder {path.parent} cannot be written to")
+    if os.path.lexists(path):
+        try:
+            read_json(path, expected=None)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"--output is there already and is not replaced: {error}") from None
+
+
 def sha256(path: str | os.PathLike) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
