@@ -129,9 +129,9 @@ def replacing_folder(
         _clean(directory)
         refuse_existing(directory, overwrite=overwrite, foreign=foreign)
         scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=directory.parent))
-    except FileExistsError:
-        raise
     except OSError as error:
+        if isinstance(error, FileExistsError) and error.errno is None:  # what `refuse_existing` says
+            raise
         raise OSError(f"cannot write {directory}: {error.strerror or first_line(error)}") from None
     try:
         with open(scratch / _CLAIM, "w") as claim:

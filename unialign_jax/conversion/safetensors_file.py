@@ -131,9 +131,7 @@ def read_tensor(info: TensorInfo) -> np.ndarray:
     if array.size != count:
         raise truncated(info.file, info.offset + array.nbytes, info.offset + count * dtype.itemsize)
     if info.crc is not None and zlib.crc32(array.view(np.uint8).data) != info.crc:
-        raise ValueError(
-            f"{info.file} is damaged: its bytes from {info.offset:,} on are not those of its checksum. Download it again"
-        )
+        raise ValueError(f"{info.file} is damaged: the checksum from byte {info.offset:,} differs. Download it again")
     if info.strides is not None:
         strides = [stride * dtype.itemsize for stride in info.strides]
         return np.lib.stride_tricks.as_strided(array, info.shape, strides, writeable=False).copy()

@@ -71,7 +71,9 @@ def config_from_qwen(content, preprocessor, name) -> TeacherConfig:
     settings that this port does not have.
     """
     if content.get("model_type") != "qwen2_5_vl" or "vision_config" not in content:
-        raise ValueError(f"{name} is of model_type {shown(content.get('model_type'))}, expected 'qwen2_5_vl' (Qwen2.5-VL)")
+        raise ValueError(
+            f"{name} is of model_type {shown(content.get('model_type'))}, expected 'qwen2_5_vl' (Qwen2.5-VL)"
+        )
     vision = section(content, "vision_config", name)
     text = section(content, "text_config", name) or content
     rotary_base = number(section(vision, "rope_parameters", name), "rope_theta", ROTARY_BASE, name)
@@ -110,8 +112,7 @@ def config_from_qwen(content, preprocessor, name) -> TeacherConfig:
     width = whole_number(text, "hidden_size", config.output_width, name)
     if width != config.output_width:
         raise ValueError(
-            f"{name}: image features are {config.output_width} wide and text embeddings {width}, "
-            "expected one width"
+            f"{name}: image features are {config.output_width} wide and text embeddings {width}, expected one width"
         )
     return config
 

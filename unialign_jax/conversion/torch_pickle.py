@@ -56,7 +56,7 @@ class Storage(NamedTuple):
 def read_header(path) -> dict[str, TensorInfo]:
     """The tensors of a state dictionary, a `.pth` file of {name: tensor}, by name.
 
-    Raises FileNotFoundError, and ValueError for a file that is damaged, asks for anything but tensors, or is compressed.
+    Raises FileNotFoundError, and ValueError for a file that is damaged, compressed, or asks for anything but tensors.
     """
     content = read_content(path)
     if not isinstance(content, dict) or not content:

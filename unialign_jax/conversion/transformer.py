@@ -26,14 +26,15 @@ from unialign_jax.conversion.rules import (
     patch_conv,
     shape_of,
 )
-from unialign_jax.conversion.settings import shown, whole_number
+from unialign_jax.conversion.settings import section, shown, whole_number
 from unialign_jax.models.mmdit import AlignmentHeadsConfig, MMDiTConfig, position_table
 
 SEED = 20250928  # of the text head (and heads) that SD3 does not have
 POOLED_WIDTH = 2048  # of the pooled CLIP vector in SD3
 NULL_IMAGE_TOKENS = 8  # UniAlignment's unused stand-in for an image
 MAX_GRID = 4096  # patches on a side of the positional table
-FINAL_SILU = "unialign_jax_final_silu"  # in an exported config.json: whether the heads were trained with their last SiLU
+HEADS_SETTINGS = "unialign_jax_heads"  # in an exported config.json: how heads differ from the released class's
+RELEASED_HEADS = {"final_silu": True, "pool": True}
 HEADS_PREFIX = "siglip_adapter_"  # of the alignment heads in the released file
 BLOCK = re.compile(r"(?:transformer|joint)_blocks\.(\d{1,6})\.")
 DEFAULT_VOCAB_SIZE = MMDiTConfig().vocab_size
@@ -404,7 +405,7 @@ def grid(key, shapes, read, settings, patch, name) -> tuple[int, int]:
     sample_size = whole_number(settings, "sample_size", None, name)
     if sample_size is not None:
         if sample_size < patch:
-            raise ValueError(f"{name}: config.json says sample_size {sample_size}, expected at least one patch, {patch}")
+            raise ValueError(f"{name}: sample_size is {sample_size}, expected at least one patch, {patch}")
         return max_patches, sample_size // patch
     if key not in shapes:
         return max_patches, max(1, max_patches * default.base_patches // default.max_patches)
@@ -417,10 +418,11 @@ def grid(key, shapes, read, settings, patch, name) -> tuple[int, int]:
 
 
 def infer_heads_config(shapes, settings, name) -> AlignmentHeadsConfig:
-    """The adapters', which end in a SiLU in the released model; an export of ours says in config.json when not."""
+    """The adapters', which pool and end in a SiLU in the released model; our exports' config.json says when not."""
     hidden, _ = shape_of(shapes, "siglip_adapter_img.fc.0.weight", 2, name)
     teacher, _ = shape_of(shapes, "siglip_adapter_img.fc.2.weight", 2, name)
-    final_silu = settings.get(FINAL_SILU, True)
-    if not isinstance(final_silu, bool):
-        raise ValueError(f"{name}: {FINAL_SILU} is {shown(final_silu)}, expected true or false")
-    return AlignmentHeadsConfig(hidden_width=hidden, teacher_width=teacher, final_silu=final_silu)
+    own = section(settings, HEADS_SETTINGS, name)
+    for key, value in own.items():
+        if key not in ("final_silu", "pool") or not isinstance(value, bool):
+            raise ValueError(f"{name}: {HEADS_SETTINGS} has {key[:40]} {shown(value)}, expected final_silu or pool")
+    return AlignmentHeadsConfig(hidden_width=hidden, teacher_width=teacher, **RELEASED_HEADS | own)
