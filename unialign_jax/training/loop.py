@@ -328,7 +328,9 @@ def train(config: ConfigDict, workdir, *, progress=True, devices=None, stuck_tim
         with (
             only_run_in(workdir),
             StopRequest() as stop,
-            contextlib.closing(Checkpoints(workdir, keep_last=keep.keep_last, keep_every=keep.keep_every)) as checkpoints,
+            contextlib.closing(
+                Checkpoints(workdir, keep_last=keep.keep_last, keep_every=keep.keep_every)
+            ) as checkpoints,
         ):
             alive()
             state = checkpoints.restore_latest(trainer.abstract_state)

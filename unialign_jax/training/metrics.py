@@ -74,7 +74,9 @@ def keep_rows_until(path: Path, step: int):
         with open(aside, "ab") as file:
             file.writelines(line + b"\n" for line in broken.values())
         numbers = ", ".join(map(str, list(broken)[:10])) + (", ..." if len(broken) > 10 else "")
-        log.warning("%s: %d rows cannot be read (lines %s); they are kept in %s", path, len(broken), numbers, aside.name)
+        log.warning(
+            "%s: %d rows cannot be read (lines %s); they are kept in %s", path, len(broken), numbers, aside.name
+        )
     with replacing_file(path) as scratch:
         scratch.write_bytes(b"".join(line + b"\n" for line in kept))
 
