@@ -41,8 +41,13 @@ import benchmark_step
 from benchmark_sample import MOST_ROUNDS
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"error: {message}; --help explains\n")
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="the training loop against the bare step")
     train.add_argument("--config", default="configs/stage1.py:tiny", help="stage file, default %(default)s")
