@@ -68,6 +68,8 @@ def named(name, measured):
 
 def measure(command, directory) -> tuple[float, float]:
     """Wall seconds and peak resident GB of a command. Raises ValueError when it fails."""
+    from unialign_jax.training.metrics import peak_bytes
+
     environment = {**os.environ, "PYTHONPATH": str(directory)}
     began = time.perf_counter()
     process = subprocess.Popen(command, cwd=directory, env=environment)
@@ -75,7 +77,7 @@ def measure(command, directory) -> tuple[float, float]:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise ValueError(f"{' '.join(command[1:3])} failed with status {process.returncode}")
-    return time.perf_counter() - began, usage.ru_maxrss * 1024 / 1e9
+    return time.perf_counter() - began, peak_bytes(usage) / 1e9
 
 
 def make_sd3(scratch):

@@ -21,7 +21,6 @@ import functools
 import importlib.util
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -474,7 +473,9 @@ def measure_forward(settings, config, run) -> dict:
 
 def host_peak() -> float:
     """Peak resident memory of this process in GB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    from unialign_jax.training.metrics import memory_use
+
+    return memory_use()["host_peak_gb"]
 
 
 def answer(functions):
