@@ -80,12 +80,12 @@ def main(argv=None):
             files.check_json_output(arguments.output)
         figures = arguments.measure(arguments)
         figures = machine() | figures  # afterwards: it takes the device, which `sample` leaves to other processes
+        show(figures)
+        if arguments.output:
+            with files.replacing_file(arguments.output) as scratch:
+                scratch.write_text(json.dumps(figures, indent=2) + "\n")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    show(figures)
-    if arguments.output:
-        with files.replacing_file(arguments.output) as scratch:
-            scratch.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def show(figures):

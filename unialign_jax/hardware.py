@@ -39,7 +39,7 @@ CHIPS = (
     Chip("A100", ("A100",), 312e12),
 )
 
-MOST = {2: 256, 3: 8960}  # chips of a slice, by the axes of its torus
+MOST_CHIPS = {2: 256, 3: 8960}  # of a slice, by the axes of its torus
 
 
 def find_chip(device_kind: str) -> Chip | None:
@@ -61,10 +61,10 @@ def topology_name(name: str) -> str:
         if (
             len(sides) < chip.axes
             or max(sides[chip.axes :], default=1) > 1
-            or not 1 <= math.prod(sides) <= MOST[chip.axes]
+            or not 1 <= math.prod(sides) <= MOST_CHIPS[chip.axes]
         ):
             raise ValueError(
-                f"topology is {name!r}: a {chip.name} slice has {chip.axes} sides and 1 to {MOST[chip.axes]:,} chips"
+                f"topology is {name!r}: a {chip.name} slice has {chip.axes} sides and 1 to {MOST_CHIPS[chip.axes]:,} chips"
             )
         return name
     match = re.fullmatch(r"(v4|v5litepod|v5e|v5p|v6e)-([0-9]{1,9})", name)

@@ -8,7 +8,7 @@ import textwrap
 from pathlib import Path
 
 from unialign_jax import hardware
-from unialign_jax.files import check_regular
+from unialign_jax.files import check_regular, replacing_file
 from unialign_jax.planning import GIB
 from unialign_jax.training.meshes import format_mesh
 from unialign_jax.training.plan import MATMUL_SHARE, StepPlan
@@ -33,7 +33,8 @@ def write_report(folder: Path, docs: Path):
     check_regular(page)
     text = splice(page.read_text(), markdown(rows, stages))
     plot(rows, stages[0], docs / PLOT)
-    page.write_text(text)
+    with replacing_file(page) as scratch:
+        scratch.write_text(text)
 
 
 def read_folder(folder: Path) -> tuple[list[dict], list[dict]]:
