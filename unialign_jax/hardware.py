@@ -57,15 +57,9 @@ def topology_name(name: str) -> str:
     """
     if match := re.fullmatch(r"(v4|v5e|v5p|v6e):([0-9]{1,4}(?:x[0-9]{1,4}){1,2})", name):
         chip = next(chip for chip in CHIPS if chip.name == match[1])
-        sides = list(map(int, match[2].split("x")))
-        if (
-            len(sides) < chip.axes
-            or max(sides[chip.axes :], default=1) > 1
-            or not 1 <= math.prod(sides) <= MOST_CHIPS[chip.axes]
-        ):
-            raise ValueError(
-                f"topology is {name!r}: a {chip.name} slice has {chip.axes} sides and 1 to {MOST_CHIPS[chip.axes]:,} chips"
-            )
+        sides, most = list(map(int, match[2].split("x"))), MOST_CHIPS[chip.axes]
+        if len(sides) < chip.axes or sides[chip.axes :] not in ([], [1]) or not 1 <= math.prod(sides) <= most:
+            raise ValueError(f"topology is {name!r}: a {chip.name} slice has {chip.axes} sides and 1 to {most:,} chips")
         return name
     match = re.fullmatch(r"(v4|v5litepod|v5e|v5p|v6e)-([0-9]{1,9})", name)
     if not match:
