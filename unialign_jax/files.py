@@ -15,6 +15,12 @@ MAX_JSON = 2**26  # bytes of a JSON file that is read whole
 _CLAIM = ".being-written"  # in an unfinished folder, locked by the process that writes it
 
 
+def one_line(text: str, most: int = 300) -> str:
+    """A stranger's text as one printable line of at most `most` characters: no line ends, no terminal codes."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[: most + 1])
+    return line if len(line) <= most else line[: most - 1] + "…"
+
+
 def first_line(error: BaseException, most: int = 300) -> str:
     """The first line of an error's message, or its type where it has none; at most `most` characters."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
@@ -64,6 +70,23 @@ def read_json(path: str | os.PathLike, expected: type | None = dict, most: int =
     """The value that a JSON file holds; errors as `check_regular` and `parse_json`."""
     check_regular(path, most)
     return parse_json(Path(path).read_bytes(), str(path), expected)
+
+
+def check_json_output(path: str | os.PathLike) -> None:
+    """Raises OSError or ValueError, before the work, where a command could not write its JSON after it.
+
+    A file that is there may be replaced when it holds JSON too; another of the user's is kept.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"--output={path}: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"--output={path}: the folder {path.parent} cannot be written to")
+    if os.path.lexists(path):
+        try:
+            read_json(path, expected=None)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"--output is there already and is not replaced: {error}") from None
 
 
 def check_inside(path: str | os.PathLike, folder: str | os.PathLike) -> None:

@@ -30,8 +30,8 @@ from unialign_jax.data.shapes_scene import (
     oracle_features,
     sample_scene,
 )
+from unialign_jax.files import refuse_existing
 
-STREAMS = records_lib.KINDS
 WORLD_VERSION = 1  # raise it when the same (seed, index) gives another record
 DEFAULT_NUM_RECORDS = {
     "text_to_image": 4000,
@@ -41,6 +41,7 @@ DEFAULT_NUM_RECORDS = {
     "vqa": 3000,
 }
 MAX_REFERENCES = 3
+MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 16, 4096  # pixels a side of a world on disk
 
 _NUMBERS = ("zero", "one", "two", "three")
 _ORDINALS = ("first", "second", "third")
@@ -268,13 +269,15 @@ def _count_example(rng: np.random.Generator, image_size: int) -> Example:
     return Example(scene, render.draw_scene(scene, image_size), question=question, answer=_NUMBERS[count])
 
 
+# The kinds that the world has, each with a number of its own, which seeds its records: never give one to another kind.
 _TASKS = {
-    "text_to_image": text_to_image_example,
-    "edit": edit_example,
-    "perception": perception_example,
-    "personalization": personalization_example,
-    "vqa": vqa_example,
+    "text_to_image": (0, text_to_image_example),
+    "edit": (1, edit_example),
+    "perception": (2, perception_example),
+    "personalization": (3, personalization_example),
+    "vqa": (4, vqa_example),
 }
+STREAMS = tuple(_TASKS)
 
 
 # --- records ---------------------------------------------------------------------------------------------------------
@@ -284,8 +287,8 @@ def shapes_example(stream: str, seed: int, index: int, *, image_size: int = 64) 
     """Example number `index` of a stream: a pure function of its arguments."""
     if stream not in _TASKS:
         raise ValueError(f"unknown stream {stream!r}: shapes has {', '.join(STREAMS)}")
-    rng = np.random.default_rng([WORLD_VERSION, STREAMS.index(stream), seed, index])
-    return _TASKS[stream](rng, image_size)
+    number, make_example = _TASKS[stream]
+    return make_example(np.random.default_rng([WORLD_VERSION, number, seed, index]), image_size)
 
 
 def shapes_record(stream: str, seed: int, index: int, *, image_size: int = 64, teacher_width: int = 64) -> Record:
@@ -340,6 +343,7 @@ def write_shapes(
 
     Raises:
       FileExistsError: a folder holds something else and `overwrite` is off; nothing is written then.
+      ValueError: a stream that the world does not have, or a number out of range.
     """
     if not isinstance(num_records, dict):
         num_records = {name: num_records or DEFAULT_NUM_RECORDS[name] for name in DEFAULT_NUM_RECORDS}
@@ -349,6 +353,8 @@ def write_shapes(
             raise ValueError(f"unknown stream {stream!r}: shapes has {', '.join(STREAMS)}")
         if num_records[stream] < 1:
             raise ValueError(f"num_records of {stream} is {num_records[stream]}: expected at least 1")
+        if not MIN_IMAGE_SIZE <= image_size <= MAX_IMAGE_SIZE:
+            raise ValueError(f"image_size is {image_size}, expected {MIN_IMAGE_SIZE} to {MAX_IMAGE_SIZE}")
         jobs[stream] = {
             "source": "shapes",
             "world_version": WORLD_VERSION,
@@ -363,7 +369,7 @@ def write_shapes(
         stream: parameters for stream, parameters in jobs.items() if not _is_there(output_dir / stream, parameters)
     }
     for stream in to_write:
-        records_lib.refuse_existing(output_dir / stream, overwrite=overwrite)
+        refuse_existing(output_dir / stream, overwrite=overwrite, foreign=records_lib.foreign_names)
     for stream, parameters in to_write.items():
         total = parameters["num_records"]
         rendered = (

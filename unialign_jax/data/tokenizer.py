@@ -59,20 +59,34 @@ class Tokenizer:
         return padded
 
     def decode(self, ids) -> str:
-        """The text up to the first EOS, without pads and sentinels. `ids`: any integer sequence or [L] array."""
+        """The text up to the first EOS, without pads and sentinels, spaces as `clean_up` leaves them.
+
+        `ids`: any integer sequence or [L] array.
+        """
         kept = []
         for token_id in np.asarray(ids).tolist():
             if token_id == self.eos_id:
                 break
             if token_id not in self._hidden_ids and 0 <= token_id < self.vocab_size:
                 kept.append(token_id)
-        return self._backend.decode(kept, skip_special_tokens=False)
+        return clean_up(self._backend.decode(kept, skip_special_tokens=False))
 
     def save(self, directory: str | os.PathLike) -> None:
         """Writes `tokenizer.json` into a folder that `load_tokenizer` (and transformers) can read."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self._backend.save(str(directory / "tokenizer.json"))
+
+
+def clean_up(text: str) -> str:
+    """ "It is n't , he 's" -> "It isn't, he's": what T5's tokenizer does to a decoded text in the released code.
+
+    (transformers' `clean_up_tokenization_spaces`, then on by default.) Corpora of captions write words so, and a model
+    trained on them answers so; its training texts stay as they are.
+    """
+    for spaced in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
+        text = text.replace(spaced, spaced.strip())
+    return text
 
 
 def load_tokenizer(path: str | os.PathLike | None = None) -> Tokenizer:

@@ -11,7 +11,7 @@ import re
 
 from ml_collections import ConfigDict
 
-from unialign_jax.data.streams import KINDS
+from unialign_jax.data.kinds import KINDS
 from unialign_jax.models import presets
 from unialign_jax.models.autoencoder import AutoencoderConfig
 from unialign_jax.models.mmdit import REMAT_POLICIES, AlignmentHeadsConfig, MMDiTConfig
@@ -23,7 +23,7 @@ from unialign_jax.training.meshes import is_open
 def stream(kind, path, weight=1.0, num_conditions=None) -> ConfigDict:
     """One task stream: what `kind` of records the folder `path` holds and its share of the optimizer steps."""
     if num_conditions is None:
-        num_conditions = {"edit": 1, "perception": 1, "personalization": 3}.get(kind, 0)
+        num_conditions = KINDS[kind].num_conditions if kind in KINDS else 0  # `config_problems` names an unknown one
     return ConfigDict({"kind": kind, "path": path, "weight": float(weight), "num_conditions": num_conditions})
 
 
@@ -77,7 +77,8 @@ def paper_config(size="") -> ConfigDict:
             "ema_decay": 0.9999,  # reached in the first 90,000 steps by (1 + n) / (10 + n); 0 keeps no average
             # Data
             "streams": {},
-            "data": {"num_threads": 16, "prefetch": 64, "max_bad_fraction": 0.01},
+            # Threads that read rows, batches made ahead at most, and GB (1e9 bytes) of each host's memory for batches.
+            "data": {"num_threads": 16, "prefetch": 64, "prefetch_gb": 4.0, "max_bad_fraction": 0.01},
             # Machine
             # How many devices along each axis (unialign_jax/sharding.py says what each does). All 0: chosen for the
             # machine (training/meshes.py). As soon as one is given the zeros are ones; -1 is what the others leave.
@@ -181,7 +182,7 @@ def config_problems(config: ConfigDict, device_count: int | None = None) -> list
     for key, weight in config.loss_weights.items():
         expect(weight >= 0 and math.isfinite(weight), f"loss_weights.{key} is {weight}, expected 0 or more")
     positive = ("optimizer.learning_rate", "optimizer.clip_norm", "optimizer.eps", "cross_modal.temperature")
-    for key in (*positive, "sigma.std", "sigma.shift", "samples.shift"):
+    for key in (*positive, "sigma.std", "sigma.shift", "samples.shift", "data.prefetch_gb"):
         value = _get(config, key)
         expect(value > 0 and math.isfinite(value), f"{key} is {value}, expected a number above 0")
     for pattern in config.optimizer.freeze:
@@ -263,10 +264,12 @@ def _check_streams(config, expect):
     for name, settings in config.streams.items():
         weight = settings.weight
         expect(weight >= 0 and math.isfinite(weight), f"streams.{name}.weight is {weight}, expected 0 or more")
-        expect(settings.kind in KINDS, f"streams.{name}.kind is {settings.kind!r}, expected one of {', '.join(KINDS)}")
         if weight > 0:
             expect(settings.path, f"streams.{name} has no data: set streams.{name}.path, or its weight to 0")
-        needs = settings.kind in ("edit", "perception", "personalization")
+        known = f"streams.{name}.kind is {settings.kind!r}, expected one of {', '.join(KINDS)}"
+        if not expect(settings.kind in KINDS, known):
+            continue
+        needs = KINDS[settings.kind].num_conditions > 0
         expect(
             (settings.num_conditions > 0) == needs,
             f"streams.{name}.num_conditions is {settings.num_conditions}, expected "

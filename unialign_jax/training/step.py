@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from unialign_jax import sharding
+from unialign_jax.data.kinds import has_image_pass
 from unialign_jax.diffusion import flow, masking
 from unialign_jax.losses.cross_modal import cross_modal_loss
 from unialign_jax.losses.flow_matching import flow_matching_loss
@@ -28,11 +29,6 @@ BUCKETS = 4  # the flow loss is reported by quarter of sigma, the text loss by q
 def named_key(key, name: str):
     """A key of its own for every use in a step: adding a use changes no other use's numbers."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
-
-
-def has_image_pass(kind: str) -> bool:
-    """Question answering trains the text pass alone, as DualDiffusion does: its records have no image prompt."""
-    return kind != "vqa"
 
 
 def encode_images(networks: Networks, frozen, batch, key):
@@ -229,14 +225,15 @@ def batch_shapes(config, stream) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct((config.batch_size, *shape), kind) for name, (shape, kind) in example.items()}
 
 
-def lower_train_step(step, mesh, state, frozen, batch):
+def lower_train_step(step, mesh, state, frozen, batch, platforms=None):
     """A train step for the shapes and shardings of its arguments, ready to compile; the state is donated.
 
-    Args: `state` and `frozen` are abstract and carry their shardings, `batch` is shapes, split here.
+    Args: `state` and `frozen` are abstract and carry their shardings, `batch` is shapes, split here. `platforms`, such
+      as ("tpu",), are those to lower for instead of the one of the mesh's devices.
     """
     place = sharding.batch_sharding(mesh)
     batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for name, x in batch.items()}
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     with jax.set_mesh(mesh):
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
-        return jitted.lower(state, frozen, batch)
+        return jitted.trace(state, frozen, batch).lower(lowering_platforms=platforms)
