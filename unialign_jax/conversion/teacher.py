@@ -300,7 +300,7 @@ def parse_teacher(content: dict, name) -> TeacherConfig:
         if field.name not in content:
             continue
         value = content[field.name]
-        if isinstance(field.default, int):
+        if isinstance(field.default, int) and value is not None:
             value = whole_number(content, field.name, None, name, most=MAX_DEPTH if field.name == "depth" else 2**30)
         elif isinstance(field.default, tuple) and isinstance(value, list) and all(type(item) is int for item in value):
             value = tuple(value)
