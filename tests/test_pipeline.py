@@ -4,6 +4,7 @@ import json
 import logging
 import weakref
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,7 @@ from unialign_jax.diffusion.flow import sampling_sigmas
 from unialign_jax.models.autoencoder import Moments, denormalize, make_autoencoder, sample_latents
 from unialign_jax.models.mmdit import MMDiT
 from unialign_jax.models.text_encoder import TextEncoder
+from unialign_jax.sampling import programs
 
 SIDE = 32
 
@@ -181,6 +183,20 @@ def test_values_compile_nothing(pipeline):
     assert not compiled
     pipeline.generate("a blue square", steps=5)
     assert compiled  # the listener works
+
+
+def test_each_program_is_traced_once(tiny_bundle, monkeypatch):
+    """Whatever the seeds, guidance, schedule, texts and images."""
+    chex.clear_trace_counter()
+    for name in ("encode_images", "sample_images", "decode_images", "describe"):
+        monkeypatch.setattr(programs, name, chex.assert_max_traces(getattr(programs, name), n=1))
+    once = Pipeline.from_bundle(tiny_bundle)
+    for seed, scale in ((0, 7.0), (5, 2.0)):
+        image = picture(seed)
+        once.edit("make it green", image, steps=2, seeds=seed, guidance_scale=scale, shift=1 + scale)
+        once.edit("add a star", image, steps=2, guidance_rescale=0.5, solver="unipc", negative_prompts="a dog")
+        once.caption(image, steps=1 + seed, seeds=seed, temperature=0.5 * scale)
+        once.answer(image, "is it red ?", steps=3, max_tokens=4)
 
 
 def test_guidance_modes(pipeline):
