@@ -133,6 +133,18 @@ def test_first_frame_and_formats():
         assert np.abs(decode(encode(frames[0], image_format)).astype(int) - (255, 0, 0)).max() < 8, image_format
 
 
+def test_to_rgb_gives_a_copy():
+    """And leaves the image it was given alone."""
+    turned = Image.new("RGB", (4, 2), "red")
+    turned.getexif()[0x0112] = 6
+    for image in (Image.new("RGB", (4, 2), "red"), Image.new("L", (4, 2)), turned):
+        before = (image.mode, image.size, image.tobytes())
+        for found in (images.to_rgb(image), images.loaded_rgb(image, "it")):
+            found.paste((1, 2, 3), (0, 0, *found.size))
+        assert (image.mode, image.size, image.tobytes()) == before
+    assert images.to_rgb(turned).size == (2, 4)
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ import io
 import os
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from unialign_jax.data import signatures
 from unialign_jax.files import check_regular, first_line
@@ -21,6 +21,7 @@ MAX_ASPECT = 100  # longer side to shorter: filling 512 x 512 with 1 x 60,000 pi
 
 # The grey of 8 bits for each of 16, value / 257 rounded; 257 is odd, so that none is half-way between two.
 _NEAREST = ((np.arange(65536) + 128) // 257).astype(np.uint8)
+_ORIENTATION = 0x0112  # EXIF's tag of how the camera was held
 _DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -78,9 +79,13 @@ def decode_rgb(data: bytes, name: str) -> Image.Image:
 
 
 def loaded_rgb(image: Image.Image, name: str) -> Image.Image:
-    """`to_rgb` of an image that may not be decoded yet. Raises ValueError, beginning with `name`, for damaged data."""
+    """`to_rgb` of an image that may not be decoded yet; one that was opened from a file is not copied without need.
+
+    Raises ValueError, beginning with `name`, for damaged data.
+    """
     try:
-        return to_rgb(image)
+        image.load()
+        return _upright_rgb(image) if isinstance(image, ImageFile.ImageFile) else to_rgb(image)
     except Exception as error:  # PIL's decoders raise many kinds on damaged bytes
         raise ValueError(f"{name} cannot be decoded: {first_line(error)}") from None
 
@@ -102,8 +107,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     Raises ValueError for floats none of which is finite; PIL's own errors when the data are damaged.
     """
+    found = _upright_rgb(image)
+    return image.copy() if found is image else found
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
     is_sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
     if image.mode in _DEEP_MODES:
         values = np.asarray(image)
         grey = _sixteen_bits(values) if is_sixteen else _without_white(values)
@@ -115,7 +126,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         layer = image.convert("RGBA")
         image = Image.new("RGBA", layer.size, (255, 255, 255, 255))
         image.alpha_composite(layer)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # a copy takes as long as to decode
 
 
 def _sixteen_bits(values: np.ndarray) -> np.ndarray:
