@@ -231,13 +231,11 @@ def left_out(trees, chosen, format) -> list[str]:
     if format == "unialign":
         if "heads" not in trees:
             return []
-        config = trees["heads"].config
-        lines = []
-        if not config.final_silu:
-            lines.append("that the heads end without a SiLU: the released class applies one (training only)")
-        if not config.pool:
-            lines.append("that the heads read single tokens: the released class pools them (training only)")
-        return lines
+        kept = {
+            "final_silu": "that the alignment heads end without a SiLU, which the released class applies (in training)",
+            "pool": "that the alignment heads read single tokens, which the released class pools first (in training)",
+        }
+        return [line for field, line in kept.items() if not getattr(trees["heads"].config, field)]
     lines = ["the text head (captions and answers)", "the text half of the last block, which only the text head reads"]
     return lines + (["the alignment heads (training only)"] if "heads" in trees else [])
 
