@@ -274,6 +274,17 @@ def test_long_prompts_are_cut_with_a_warning(pipeline, caplog):
     assert "cut off" in caplog.text and "a blue square" in caplog.text
 
 
+def test_long_questions_are_cut_with_a_warning(pipeline, caplog):
+    image = Image.new("RGB", (32, 32))
+    with caplog.at_level(logging.WARNING):
+        pipeline.answer(image, "is there a " + "red " * 40 + "star?", steps=2)
+    assert "question 0 is 49 tokens long, the model reads 23: its middle is left out" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        pipeline.answer(image, "is there a red star?", steps=2)
+    assert "question" not in caplog.text
+
+
 @pytest.mark.parametrize(
     "call, message",
     [

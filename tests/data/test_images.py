@@ -84,6 +84,13 @@ def test_floats_that_are_not_finite():
     assert_grey(decode(encode(values, "TIFF")), np.array([[0, 255, 0, 0, 128, 255]]))
 
 
+def test_large_floats_are_scaled_as_a_whole():
+    """Piece by piece, by the least and the greatest of all."""
+    values = np.arange(600 * 7, dtype=np.float32).reshape(600, 7) * 3 - 1000
+    expected = np.floor(np.arange(600 * 7) / (600 * 7 - 1) * 255 + 0.5).reshape(600, 7)
+    assert_grey(decode(encode(values, "TIFF")), expected)
+
+
 def test_whole_numbers_of_32_bits():
     values = np.array([[-1000, 0, 3000]], np.int32)
     assert_grey(decode(encode(values, "TIFF")), np.array([[0, round(255 / 4), 255]]))

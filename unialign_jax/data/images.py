@@ -19,6 +19,8 @@ MAX_BYTES = 2**28
 MAX_PIXELS = 2**26
 MAX_ASPECT = 100  # longer side to shorter: filling 512 x 512 with 1 x 60,000 pixels would take 512 x 30,000,000
 
+# The grey of 8 bits for each of 16, value / 257 rounded; 257 is odd, so that none is half-way between two.
+_NEAREST = ((np.arange(65536) + 128) // 257).astype(np.uint8)
 _DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -117,21 +119,22 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _sixteen_bits(values: np.ndarray) -> np.ndarray:
-    # 257 is odd: no value is half-way between two results.
-    return ((np.clip(values, 0, 65535).astype(np.uint32) + 128) // 257).astype(np.uint8)
+    return _NEAREST[np.clip(values, 0, 65535)]
 
 
 def _without_white(values: np.ndarray) -> np.ndarray:
-    values = values.astype(np.float64)
     finite = values[np.isfinite(values)]
     if not finite.size:
         raise ValueError("it holds no finite number")
-    low, high = finite.min(), finite.max()
+    low, high = float(finite.min()), float(finite.max())
     if low >= 0 and high <= 1:
         low, high = 0.0, 1.0
-    scaled = (values - low) / ((high - low) or 1.0)
-    scaled = np.clip(np.nan_to_num(scaled, nan=0.0, posinf=1.0, neginf=0.0), 0, 1)
-    return (scaled * 255 + 0.5).astype(np.uint8)
+    grey = np.empty(values.shape, np.uint8)
+    for start in range(0, len(values), 256):  # in pieces, as doubles take much memory
+        scaled = (values[start : start + 256].astype(np.float64) - low) / ((high - low) or 1.0)
+        scaled = np.clip(np.nan_to_num(scaled, nan=0.0, posinf=1.0, neginf=0.0), 0, 1)
+        grey[start : start + 256] = scaled * 255 + 0.5
+    return grey
 
 
 def fill_size(image: Image.Image, width: int, height: int) -> Image.Image:
