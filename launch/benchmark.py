@@ -110,7 +110,7 @@ def benchmark_train(arguments) -> dict:
     distributed.take_gpu_memory(os.environ)  # as in training
     config = read_config(arguments.config, arguments.set)
     config.num_steps = 1 << 30  # each measurement sets its own end
-    config.checkpoint.every = 1 << 31
+    config.checkpoint.every = 1 << 30
     config.samples.every = 0
     trainer = Trainer(config)
     began = time.perf_counter()

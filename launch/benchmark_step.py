@@ -47,7 +47,7 @@ def add_arguments(parser):
 
 def benchmark_step(arguments) -> dict:
     """{figure: value}, of which some are tables. Raises ValueError for bad options, and when nothing was measured."""
-    from unialign_jax.training.config import active_streams, config_problems
+    from unialign_jax.training.config import active_streams, config_problems, listed
     from unialign_jax.training.stages import read_config
 
     config = read_config(arguments.config, arguments.set)
@@ -65,7 +65,7 @@ def benchmark_step(arguments) -> dict:
     for policy in policies:
         config.model.update({"remat": policy, "attention": attention})
         if problems := config_problems(config):
-            raise ValueError("the configuration cannot run:\n  " + "\n  ".join(problems))
+            raise ValueError(listed("the configuration cannot run", problems))
 
     rows, tried = [], []
     for remat in policies:
@@ -142,14 +142,14 @@ class Setup:
 
     def __init__(self, config, stream, devices):
         from unialign_jax import sharding
-        from unialign_jax.training.config import active_streams, build_configs, config_problems
+        from unialign_jax.training.config import active_streams, build_configs, config_problems, listed
         from unialign_jax.training.meshes import mesh_for
         from unialign_jax.training.optimizer import make_optimizer
         from unialign_jax.training.state import Networks, abstract_frozen, abstract_state
         from unialign_jax.training.step import batch_shapes
 
         if problems := config_problems(config, len(devices)):
-            raise ValueError("the configuration cannot run:\n  " + "\n  ".join(problems))
+            raise ValueError(listed("the configuration cannot run", problems))
         self.config, self.stream = config, active_streams(config)[stream]
         self.networks = Networks.create(*build_configs(config, devices[0].platform))
         self.mesh = sharding.make_mesh(**mesh_for(config, devices, self.networks).sizes, devices=devices)

@@ -204,8 +204,7 @@ def test_missing_data_and_a_mesh_that_does_not_fit_as_processes(tmp_path):
     code, out, err = command(f"--config={STAGE}", f"--workdir={tmp_path}/run", cwd=tmp_path)
     assert (code, out) == (1, "")
     assert err.splitlines() == [
-        "error: the data cannot be used:",
-        "  stream text_to_image: data folder data/shapes/text_to_image does not exist: "
+        "error: the data cannot be used: stream text_to_image: data folder data/shapes/text_to_image does not exist: "
         "write it first, see `python launch/prepare_data.py --help`",
     ]
     mesh = ("--config.mesh.tensor=3", "--config.batch_size=7", "--config.accumulation=2")

@@ -12,6 +12,7 @@ cut off between the save and the record) is used when its files are there and in
 import contextlib
 import json
 import logging
+import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -212,6 +213,14 @@ def damage(directory: Path) -> str | None:
     return None
 
 
+def checkpoints_of(run) -> Path:
+    """The folder of the checkpoints of the run that init_from names. Raises FileNotFoundError where there is none."""
+    directory = Path(run).absolute() / "checkpoints"
+    if not os.path.isdir(directory):
+        raise FileNotFoundError(f"init_from: {run} is no run's folder, it has no checkpoints/ inside")
+    return directory
+
+
 def load_params(run, abstract, weights="raw"):
     """Trained parameters of another run, onto the shardings of `abstract` ({"transformer": ..., "heads": ...}).
 
@@ -221,9 +230,7 @@ def load_params(run, abstract, weights="raw"):
 
     Raises ValueError when the folder has no checkpoint or its leaves differ, FileNotFoundError when it is not there.
     """
-    directory = Path(run).absolute() / "checkpoints"
-    if not directory.is_dir():
-        raise FileNotFoundError(f"init_from: {run} is no run's folder, it has no checkpoints/ inside")
+    directory = checkpoints_of(run)
     with ocp.training.Checkpointer(directory) as checkpointer:
         if checkpointer.latest is None:
             raise ValueError(f"init_from: {directory} holds no whole checkpoint")
