@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmark_sample import answer, batch_sizes, call_alone, jax_matmul, not_measured  # beside this file
+from benchmark_sample import MOST_ROUNDS, answer, batch_sizes, call_alone, jax_matmul, not_measured  # beside this file
 
 PROFILED_STEPS = 3
 FAILED = "failed"  # how the outcome of a setting begins that broke for another reason than memory
@@ -47,7 +47,8 @@ def add_arguments(parser):
 
 def benchmark_step(arguments) -> dict:
     """{figure: value}, of which some are tables. Raises ValueError for bad options, and when nothing was measured."""
-    from unialign_jax.training.config import active_streams, config_problems, listed
+    from unialign_jax.inputs import check_whole
+    from unialign_jax.training.config import active_streams, config_problems
     from unialign_jax.training.stages import read_config
 
     config = read_config(arguments.config, arguments.set)
@@ -56,16 +57,20 @@ def benchmark_step(arguments) -> dict:
     if stream not in streams:
         raise ValueError(f"--stream is {stream!r}, expected one of {', '.join(streams)}")
     for name in ("devices", "accumulation", "steps", "rounds", "warmup"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} is {value}, expected at least 1")
+        if getattr(arguments, name) is not None:
+            check_whole(f"--{name}", getattr(arguments, name), 1, MOST_ROUNDS)
     sizes = sorted(batch_sizes("--micro-batches", arguments.micro_batches))
     policies = (arguments.remat or config.model.remat).split(",")
     attention = arguments.attention or config.model.attention
     for policy in policies:
         config.model.update({"remat": policy, "attention": attention})
         if problems := config_problems(config):
-            raise ValueError(listed("the configuration cannot run", problems))
+            raise ValueError("the configuration cannot run: " + "; ".join(problems))
+    if arguments.profile:
+        try:
+            arguments.profile.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"--profile={arguments.profile} cannot be a folder: {error.strerror}") from None
 
     rows, tried = [], []
     for remat in policies:
@@ -142,14 +147,14 @@ class Setup:
 
     def __init__(self, config, stream, devices):
         from unialign_jax import sharding
-        from unialign_jax.training.config import active_streams, build_configs, config_problems, listed
+        from unialign_jax.training.config import active_streams, build_configs, config_problems
         from unialign_jax.training.meshes import mesh_for
         from unialign_jax.training.optimizer import make_optimizer
         from unialign_jax.training.state import Networks, abstract_frozen, abstract_state
         from unialign_jax.training.step import batch_shapes
 
         if problems := config_problems(config, len(devices)):
-            raise ValueError(listed("the configuration cannot run", problems))
+            raise ValueError("the configuration cannot run:\n  " + "\n  ".join(problems))
         self.config, self.stream = config, active_streams(config)[stream]
         self.networks = Networks.create(*build_configs(config, devices[0].platform))
         self.mesh = sharding.make_mesh(**mesh_for(config, devices, self.networks).sizes, devices=devices)

@@ -8,6 +8,9 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from unialign_jax.environment import explain_missing_packages
+
+explain_missing_packages()
 
 DESCRIPTION = """\
 Turns downloaded PyTorch weights into a bundle (the folder that training and sampling start from) and back.

@@ -13,6 +13,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from unialign_jax.environment import explain_missing_packages
+
+explain_missing_packages()
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm

@@ -77,7 +77,8 @@ def paper_config(size="") -> ConfigDict:
             "ema_decay": 0.9999,  # reached in the first 90,000 steps by (1 + n) / (10 + n); 0 keeps no average
             # Data
             "streams": {},
-            "data": {"num_threads": 16, "prefetch": 64, "max_bad_fraction": 0.01},
+            # Threads that read rows, batches made ahead at most, and GB (1e9 bytes) of each host's memory for batches.
+            "data": {"num_threads": 16, "prefetch": 64, "prefetch_gb": 4.0, "max_bad_fraction": 0.01},
             # Machine
             # How many devices along each axis (unialign_jax/sharding.py says what each does). All 0: chosen for the
             # machine (training/meshes.py). As soon as one is given the zeros are ones; -1 is what the others leave.
@@ -183,7 +184,7 @@ def config_problems(config: ConfigDict, device_count: int | None = None) -> list
     for key, weight in config.loss_weights.items():
         expect(weight >= 0 and math.isfinite(weight), f"loss_weights.{key} is {weight}, expected 0 or more")
     positive = ("optimizer.learning_rate", "optimizer.clip_norm", "optimizer.eps", "cross_modal.temperature")
-    for key in (*positive, "sigma.std", "sigma.shift", "samples.shift"):
+    for key in (*positive, "sigma.std", "sigma.shift", "samples.shift", "data.prefetch_gb"):
         value = _get(config, key)
         expect(value > 0 and math.isfinite(value), f"{key} is {value}, expected a number above 0")
     for pattern in config.optimizer.freeze:

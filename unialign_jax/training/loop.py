@@ -19,8 +19,9 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from unialign_jax import bundle, sharding
-from unialign_jax.data.mixture import Mixture
+from unialign_jax.data.mixture import IN_USE, Mixture, batches_ahead
 from unialign_jax.data.streams import Stream, StreamConfig
+from unialign_jax.data.text_lengths import cuts_of
 from unialign_jax.data.tokenizer import load_tokenizer
 from unialign_jax.files import first_line, read_json, replacing_file
 from unialign_jax.training import distributed, flops
@@ -40,7 +41,7 @@ from unialign_jax.training.state import (
     init_frozen,
     init_state,
 )
-from unialign_jax.training.step import has_image_pass, lower_train_step, make_train_step
+from unialign_jax.training.step import batch_shapes, has_image_pass, lower_train_step, make_train_step
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,9 @@ class Trainer:
 
         self.tokenizer = load_tokenizer(config.tokenizer or None)
         self.streams = open_streams(config, self.tokenizer)
+        if jax.process_index() == 0:
+            for line in (line for stream in self.streams.values() for line in cuts_of(stream)):
+                log.warning("%s; a larger --config.text_length keeps more", line)
         self.rows = distributed.local_rows(sharding.batch_sharding(self.mesh), config.batch_size)
         self.mixture = Mixture(
             list(self.streams.values()), seed=config.seed, global_batch=config.batch_size, rows=self.rows
@@ -143,6 +147,20 @@ class Trainer:
             log.info("compiled the step of %s in %.1f s", name, time.perf_counter() - began)
         return programs
 
+    def batches(self, start: int):
+        """This host's rows of the batches from number `start` on, read ahead within `data.prefetch_gb`."""
+        data, rows = self.config.data, len(self.rows)
+        shapes = [batch_shapes(self.config, stream.config).values() for stream in self.streams.values()]
+        row_bytes = max(sum(x.size * x.dtype.itemsize for x in batch) for batch in shapes) // self.config.batch_size
+        most = data.prefetch if data.num_threads else 0
+        ahead = batches_ahead(rows * row_bytes, data.prefetch_gb * 1e9, most)
+        log.info(
+            "data: %d batches ahead, %.2f GB of this host's memory with those in use (%d rows, up to %.1f MB a batch; "
+            "data.prefetch_gb is %g)",
+            ahead, (ahead + IN_USE) * rows * row_bytes / 1e9, rows, rows * row_bytes / 1e6, data.prefetch_gb,
+        )  # fmt: skip
+        return self.mixture.batches(start, num_threads=data.num_threads, prefetch=ahead)
+
     def put_batch(self, batch: dict[str, np.ndarray]):
         """This host's rows of a batch -> the global arrays."""
         place, size = sharding.batch_sharding(self.mesh), self.config.batch_size
@@ -195,7 +213,7 @@ def open_streams(config, tokenizer) -> dict[str, Stream]:
                 tokenizer,
             )
         except (ValueError, OSError) as error:
-            problems.append(f"stream {name}: {error}")
+            problems.append(str(error))  # which names the stream
             continue
         if intrinsic and stream.teacher_width != config.heads.teacher_width:
             found = f"features of width {stream.teacher_width}" if stream.teacher_width else "no teacher features"
@@ -318,7 +336,9 @@ def train(config: ConfigDict, workdir, *, progress=True, devices=None, stuck_tim
         with (
             only_run_in(workdir),
             StopRequest() as stop,
-            contextlib.closing(Checkpoints(workdir, keep_last=keep.keep_last, keep_every=keep.keep_every)) as checkpoints,
+            contextlib.closing(
+                Checkpoints(workdir, keep_last=keep.keep_last, keep_every=keep.keep_every)
+            ) as checkpoints,
         ):
             alive()
             state = checkpoints.restore_latest(trainer.abstract_state)
@@ -365,7 +385,7 @@ def run_steps(
     config = trainer.config
     step = int(state.step)
     recorder = Recorder(trainer, MetricsWriter(workdir, step), progress, step)
-    batches = trainer.mixture.batches(step, num_threads=config.data.num_threads, prefetch=config.data.prefetch)
+    batches = trainer.batches(step)
     with contextlib.closing(recorder), contextlib.closing(batches):
         while step < config.num_steps and not stop.agreed():
             alive()
@@ -399,7 +419,7 @@ class Recorder:
         self._losses = {}
         self._bad = BadRecords(trainer.config.data.max_bad_fraction)
         device = trainer.mesh.devices.flat[0]
-        self.throughput = Throughput(flops.peak_flops(device.device_kind))
+        self.throughput = Throughput(trainer.mesh.size, flops.peak_flops(device.device_kind))
         self._bar = tqdm(
             total=trainer.config.num_steps,
             initial=start,

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import resource
+import sys
 import time
 from pathlib import Path
 
@@ -73,7 +74,9 @@ def keep_rows_until(path: Path, step: int):
         with open(aside, "ab") as file:
             file.writelines(line + b"\n" for line in broken.values())
         numbers = ", ".join(map(str, list(broken)[:10])) + (", ..." if len(broken) > 10 else "")
-        log.warning("%s: %d rows cannot be read (lines %s); they are kept in %s", path, len(broken), numbers, aside.name)
+        log.warning(
+            "%s: %d rows cannot be read (lines %s); they are kept in %s", path, len(broken), numbers, aside.name
+        )
     with replacing_file(path) as scratch:
         scratch.write_bytes(b"".join(line + b"\n" for line in kept))
 
@@ -102,8 +105,9 @@ def to_means(metrics: dict[str, np.ndarray]) -> dict[str, float]:
 class Throughput:
     """Steps, samples and FLOPs since the last report, and the share of the time that went into waiting for data."""
 
-    def __init__(self, peak_flops_per_device: float | None):
-        self._peak = peak_flops_per_device
+    def __init__(self, num_devices: int, peak_flops_per_device: float | None):
+        """Args: `num_devices` of the mesh that the steps run on, which need not be all that JAX sees."""
+        self._devices, self._peak = num_devices, peak_flops_per_device
         self.restart()
 
     def restart(self):
@@ -120,7 +124,7 @@ class Throughput:
         seconds = time.perf_counter() - self._start
         if not self._steps:
             return {}
-        per_device = self._flops / seconds / jax.device_count()
+        per_device = self._flops / seconds / self._devices
         values = {
             "images_per_second": self._samples / seconds,
             "seconds_per_step": seconds / self._steps,
@@ -137,4 +141,9 @@ def memory_use() -> dict[str, float]:
     """Peak memory in GB (1e9 bytes): of the first local device where the backend tells, and of this process."""
     stats = jax.local_devices()[0].memory_stats() or {}
     device = {"device_peak_gb": stats["peak_bytes_in_use"] / 1e9} if "peak_bytes_in_use" in stats else {}
-    return device | {"host_peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
+    return device | {"host_peak_gb": peak_bytes(resource.getrusage(resource.RUSAGE_SELF)) / 1e9}
+
+
+def peak_bytes(usage: resource.struct_rusage) -> int:
+    """The most memory that a process has had, of what `resource` or `os.wait4` tells: bytes on macOS, elsewhere KiB."""
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from unialign_jax.files import first_line
+from unialign_jax.files import first_line, one_line
 from unialign_jax.training.config import config_problems, flat_items, listed, nearest
 
 
@@ -20,7 +20,7 @@ def load_stage(reference: str) -> ConfigDict:
     """
     file, _, size = reference.partition(":")
     if not os.path.isfile(file):
-        found = f"{file!r} is a folder" if os.path.isdir(file) else f"there is no stage file {shown(file)}"
+        found = f"{file!r} is a folder" if os.path.isdir(file) else f"there is no stage file {one_line(file)}"
         raise FileNotFoundError(f"{found}: name configs/stage1.py, stage2.py or stage3.py")
     try:
         loader = importlib.machinery.SourceFileLoader("stage", file)
@@ -61,7 +61,7 @@ def make_changes(config: ConfigDict, changes: list[str]) -> list[str]:
             try:
                 value = parse_value(text, known[key])
             except ValueError as error:
-                problems.append(f"{key} is {shown(text)!r}, expected {error}")
+                problems.append(f"{key} is {one_line(text, 60)!r}, expected {error}")
                 continue
             *parents, last = key.split(".")
             branch = config
@@ -71,12 +71,9 @@ def make_changes(config: ConfigDict, changes: list[str]) -> list[str]:
         elif inside := [other for other in known if other.startswith(key + ".")]:
             problems.append(f"{key} is a group of keys: set one of {', '.join(inside)}")
         else:
-            problems.append(f"unknown key {shown(key)}{nearest(shown(key), known)}")
+            name = one_line(key, 100)
+            problems.append(f"unknown key {name}{nearest(name, known)}")
     return problems
-
-
-def shown(text: str, most=100) -> str:
-    return text if len(text) <= most else text[:most] + "..."
 
 
 def parse_value(text: str, like):
