@@ -133,7 +133,6 @@ def place(kind, tmp_path):
     ["file", "file/below", "folder", "pipe", "device", "dangling", "n\0ul", "x" * 300, "/proc/nowhere", "/sys/nowhere"],
 )
 def test_a_folder_that_cannot_be_had(tmp_path, refuses, kind):
-    refuses(
-        lambda: only_run_in(place(kind, tmp_path)).__enter__(), "the run's folder", "cannot be made or written", "choose"
-    )
+    folder = place(kind, tmp_path)
+    refuses(lambda: only_run_in(folder).__enter__(), "the run's folder", "cannot be made or written", "choose another")
     assert (tmp_path / "file").read_text() == "precious"
