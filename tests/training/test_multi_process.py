@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from unialign_jax.training import distributed
-from unialign_jax.training.checkpoints import Checkpoints, _writing
+from unialign_jax.training.checkpoints import Checkpoints
 from unialign_jax.training.loop import train
 from unialign_jax.training.metrics import read_metrics
 from unialign_jax.training.run_lock import only_run_in
@@ -258,7 +258,7 @@ def train(*_, **__):
     checkpoints.save(state, 2)
     if index == "1":
         os.kill(os.getpid(), signal.SIGKILL)
-    checkpoints.close()
+    checkpoints.save(state, 3)
 
 
 loop.train = train
@@ -320,22 +320,23 @@ def test_a_lost_process_is_told_from_other_errors():
     assert not distributed.lost_another(jax.errors.JaxRuntimeError("INVALID_ARGUMENT: Executable expected 3 buffers"))
 
 
-def wrapped_by_a_save(error):
-    with pytest.raises(OSError, match="the checkpoint could not be written") as wrapped, _writing(Path("run")):
+def wrapped_by_a_save(error, workdir):
+    checkpoints = Checkpoints(workdir)
+    with pytest.raises(OSError, match="the checkpoint could not be written") as wrapped, checkpoints._writing():
         raise error
     return wrapped.value
 
 
-def test_waiting_in_vain_in_a_save_is_a_lost_process_and_a_full_disk_is_not():
+def test_waiting_in_vain_in_a_save_is_a_lost_process_and_a_full_disk_is_not(tmp_path):
     """What Orbax raises when another process does not come to its barriers; the same class tells of a disk's errno."""
     in_vain = TimeoutError("Timeout waiting at barrier '[op=2.state] save_and_finalize'. The original error was: ...")
     chained = TimeoutError("ChainedFuture completed 2/3 futures but timed out after 3.28 seconds.")
     chained.__cause__ = in_vain
     for error in (in_vain, chained, TimeoutError("Timed out after 600 seconds."), TimeoutError()):
-        assert distributed.lost_another(error) and distributed.lost_another(wrapped_by_a_save(error))
+        assert distributed.lost_another(error) and distributed.lost_another(wrapped_by_a_save(error, tmp_path))
     for number in (errno.ETIMEDOUT, errno.ENOSPC, errno.EIO):
         disk = OSError(number, os.strerror(number), "checkpoints/3")
-        assert not distributed.lost_another(disk) and not distributed.lost_another(wrapped_by_a_save(disk))
+        assert not distributed.lost_another(disk) and not distributed.lost_another(wrapped_by_a_save(disk, tmp_path))
 
 
 def test_memory_that_does_not_suffice_is_told_from_a_lost_process():

@@ -47,6 +47,7 @@ class Checkpoints:
         )
         self._background = ThreadPoolExecutor(1, "checkpoint")
         self._under_way: Future | None = None
+        self._failed = False
 
     def steps(self) -> list[int]:
         """The steps of the whole checkpoints, as process 0 sees them; all processes ask.
@@ -81,7 +82,7 @@ class Checkpoints:
             return
         own = self._own_steps()
         self._refuse_if(step in own, f"process 0 sees no checkpoint {step}, another does (this one: {own})")
-        with _writing(self.directory):
+        with self._writing():
             response = self._checkpointer.save_checkpointables_async(step, {"state": state._asdict()}, force=True)
         self._under_way = self._background.submit(self._complete, response, self.directory / str(step))
 
@@ -95,8 +96,20 @@ class Checkpoints:
         """Waits for the save under way. Raises OSError when it cannot be written."""
         under_way, self._under_way = self._under_way, None
         if under_way is not None:
-            with _writing(self.directory):
+            with self._writing():
                 under_way.result()
+
+    @contextlib.contextmanager
+    def _writing(self):
+        """Turns what Orbax raises while it writes into one line about the disk."""
+        try:
+            yield
+        except Exception as error:
+            self._failed = True
+            raise OSError(
+                f"{self.directory}: the checkpoint could not be written: {_start(error)}. Look at the disk's space and "
+                "rights; the checkpoints before it are whole"
+            ) from error
 
     def restore_latest(self, abstract_state: TrainState) -> TrainState | None:
         """The newest whole checkpoint on the shardings of `abstract_state`, or None when there is none at all.
@@ -166,7 +179,8 @@ class Checkpoints:
             self._wait()
         finally:
             self._background.shutdown()
-            with _writing(self.directory):
+        if not self._failed:  # Orbax would wait once more for a process that is gone
+            with self._writing():
                 self._checkpointer.close()
 
 
@@ -274,18 +288,6 @@ def _differences(expected: dict, found: dict, most=8) -> list[str]:
         if expected.get(path) != found.get(path):
             lines.append(f"{path}: expected {expected.get(path, 'nothing')}, found {found.get(path, 'nothing')}")
     return lines if len(lines) <= most else lines[:most] + [f"and {len(lines) - most} more leaves"]
-
-
-@contextlib.contextmanager
-def _writing(directory):
-    """Turns what Orbax raises while it writes into one line about the disk."""
-    try:
-        yield
-    except Exception as error:
-        raise OSError(
-            f"{directory}: the checkpoint could not be written: {_start(error)}. Look at the disk's space and "
-            "rights; the checkpoints before it are whole"
-        ) from error
 
 
 def _start(error) -> str:
