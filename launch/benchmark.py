@@ -44,8 +44,13 @@ import benchmark_step
 from benchmark_sample import MOST_ROUNDS
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"error: {message}; --help explains\n")
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="the training loop against the bare step")
     train.add_argument("--config", default="configs/stage1.py:tiny", help="stage file, default %(default)s")
@@ -81,12 +86,12 @@ def main(argv=None):
             files.check_json_output(arguments.output)
         figures = arguments.measure(arguments)
         figures = machine() | figures  # afterwards: it takes the device, which `sample` leaves to other processes
+        show(figures)
+        if arguments.output:
+            with files.replacing_file(arguments.output) as scratch:
+                scratch.write_text(json.dumps(figures, indent=2) + "\n")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    show(figures)
-    if arguments.output:
-        with files.replacing_file(arguments.output) as scratch:
-            scratch.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def show(figures):

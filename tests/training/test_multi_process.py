@@ -105,8 +105,9 @@ def test_many_processes_are_one_run_through_a_loss_and_a_stop(small_config, shap
     of_four = rows(workdir)
 
     two = tmp_path / "two"
-    # The state split, and gradients in rings between the processes.
-    with processes(2, command(2, "mesh.data=2"), two) as started:
+    # The state split, and gradients in rings between the processes; both take part in the samples, one writes them.
+    samples = ("samples.every=2", "samples.count=3", "samples.steps=1", "samples.caption_steps=1")
+    with processes(2, command(2, "mesh.data=2", *samples), two) as started:
         wait_until(lambda: "resuming" in said(two, 0), started, two)
         wait_until(lambda: 3 <= len(rows(workdir)) != len(of_four), started, two)
         began = len(rows(workdir))
@@ -116,6 +117,8 @@ def test_many_processes_are_one_run_through_a_loss_and_a_stop(small_config, shap
     stopped = rows(workdir)[-1]["step"]
     assert all(f"stopped by SIGTERM at step {stopped}, saved" in said(two, index) for index in range(2))
     assert (workdir / "checkpoints" / str(stopped)).is_dir()
+    written = {path.suffix for path in (workdir / "samples").iterdir()}
+    assert written == {".png", ".md"}
 
     config.num_steps = stopped + 2
     train(config, workdir, progress=False, devices=jax.devices()[:1])
