@@ -85,6 +85,7 @@ BAD_VALUES = [
 
 
 @pytest.mark.bad_input
+@pytest.mark.bad_input
 @pytest.mark.parametrize(("key", "value", "expected"), BAD_VALUES)
 def test_each_bad_value_is_one_line_that_names_it(key, value, expected):
     config = load_stage(f"{ROOT}/configs/stage1.py:tiny")
