@@ -54,7 +54,9 @@ def benchmark_soak(arguments) -> dict:
             log.seek(0)
             last = (log.read().strip().splitlines() or ["no output"])[-1]
         if process.returncode:
-            raise ValueError(f"train.py ended with status {process.returncode} after step {looks[-1][0]}: {last}")
+            step = looks[-1][0] if looks else 0
+            last = last.removeprefix("error: ")
+            raise ValueError(f"train.py ended with status {process.returncode} after step {step}: {last}")
         seconds = time.perf_counter() - began
     return {
         "config": " ".join([arguments.config, *arguments.set]),

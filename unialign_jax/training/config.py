@@ -318,7 +318,8 @@ def _type_problems(config):
         if kind is float and type(value) is int:
             kind = int
         least, most = (0, 2**32 - 1) if key == "seed" else (1 - 2**31, 2**31 - 1)
-        if type(value) is not kind and not (kind is tuple and isinstance(value, list)):
+        fits = isinstance(value, (tuple, list) if kind is tuple else kind)
+        if not fits or (isinstance(value, bool) and kind is not bool):
             problems.append(f"{key} is {str(value)[:60]!r}, expected {words.get(kind, kind.__name__)}")
         elif kind is tuple and not all(type(part) is type((*defaults[key], "")[0]) for part in value):
             problems.append(f"{key} is {str(value)[:60]}, expected values such as {defaults[key] or ('transformer/',)}")
