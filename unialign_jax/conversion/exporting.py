@@ -9,6 +9,7 @@ for the heads.
 import dataclasses
 import errno
 import json
+import logging
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -25,6 +26,8 @@ from unialign_jax.conversion.importing import DTYPES, check_space, with_progress
 from unialign_jax.conversion.rules import Table
 from unialign_jax.files import check_inside, read_json, refuse_existing, replacing_folder
 from unialign_jax.models.mmdit import AlignmentHeadsConfig
+
+log = logging.getLogger(__name__)
 
 FORMATS = ("unialign", "diffusers", "stability")
 CLASSES = {"unialign": "SD3JointModelFlexible", "diffusers": "SD3Transformer2DModel"}
@@ -94,15 +97,23 @@ def open_run(workdir, weights="raw") -> dict[str, StoredTree]:
 
 
 def latest_step(workdir) -> int:
-    """The step of a run's newest whole checkpoint; the errors are those of `open_run`."""
+    """The step of a run's newest whole checkpoint; a damaged one is passed over, with a warning.
+
+    The errors are those of `open_run`.
+    """
+    from unialign_jax.training.checkpoints import damage
+
     workdir = Path(workdir)
     checkpoints = workdir / "checkpoints"
     if not (workdir / "config.json").is_file() or not checkpoints.is_dir():
         raise FileNotFoundError(f"{workdir} is no run's folder: expected config.json and checkpoints/ inside")
     steps = [int(path.name) for path in checkpoints.iterdir() if re.fullmatch(r"\d+", path.name)]
-    if not steps:
-        raise ValueError(f"{checkpoints} holds no whole checkpoint")
-    return max(steps)
+    for step in sorted(steps, reverse=True):
+        reason = damage(checkpoints.absolute() / str(step))
+        if reason is None:
+            return step
+        log.warning("%s cannot be read (%s): the one before it is taken", checkpoints / str(step), reason)
+    raise ValueError(f"{checkpoints} holds no whole checkpoint")
 
 
 def read_run(folder, metadata, prefix, paths):
