@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from unialign_jax.data import jsonl, records, shapes
+from unialign_jax.data.kinds import KINDS
 
 DESCRIPTION = """\
 Writes data folders (ArrayRecord files through TensorFlow Datasets, read by index) for launch/train.py.
@@ -50,7 +51,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--format", required=True, choices=["shapes", "jsonl"], help="what to read or make")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write (shapes: a folder per stream)")
     parser.add_argument("--source", metavar="PATH", help="jsonl: a file, or a quoted pattern of files")
-    parser.add_argument("--stream", choices=records.KINDS, help="the stream kind (shapes: only this one)")
+    parser.add_argument("--stream", choices=tuple(KINDS), help="the stream kind (shapes: only this one)")
     parser.add_argument("--overwrite", action="store_true", help="replace existing data folders")
     parser.add_argument(
         "--num-records", type=int, metavar="N", help="shapes: records per stream (default 2000 to 4000)"

@@ -126,7 +126,7 @@ def test_too_many_bad_rows(folder):
         list(read_jsonl([write(folder, ["{"] * 2)], "text_to_image", max_bad_fraction=1.0))
     with pytest.raises(ValueError, match="no rows in .*empty.jsonl"):
         list(read_jsonl([write(folder, ["", ""], "empty.jsonl")], "text_to_image"))
-    with pytest.raises(ValueError, match="unknown stream kind 'sound'"):
+    with pytest.raises(ValueError, match="unknown kind 'sound'"):
         list(read_jsonl([path], "sound"))
 
 

@@ -158,7 +158,7 @@ def test_bad_records_are_named(tmp_path):
     good = next(make_records(1))
     cases = [
         ([], "edit", "no edit records"),
-        ([good], "video", "unknown stream kind 'video'"),
+        ([good], "video", "unknown kind 'video'"),
         (
             [good, Record("lonely", b"x", caption="c", instruction="i", teacher_image=good.teacher_image)],
             "edit",

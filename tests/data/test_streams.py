@@ -201,11 +201,9 @@ def test_bad_configurations(world, tokenizer):
         StreamConfig("s", "vqa", "x", weight=-1)
     with pytest.raises(ValueError, match="s: weight is nan"):
         StreamConfig("s", "vqa", "x", weight=float("nan"))
-    with pytest.raises(
-        ValueError, match="num_conditions is 0, a edit stream needs at least 1".replace("a edit", "an? edit")
-    ):
+    with pytest.raises(ValueError, match="num_conditions is 0, expected at least 1 for edit"):
         StreamConfig("s", "edit", "x")
-    with pytest.raises(ValueError, match="num_conditions is 2, a vqa stream needs 0"):
+    with pytest.raises(ValueError, match="num_conditions is 2, expected 0 for vqa"):
         StreamConfig("s", "vqa", "x", num_conditions=2)
     with pytest.raises(ValueError, match="text_length 1"):
         StreamConfig("s", "vqa", "x", text_length=1)

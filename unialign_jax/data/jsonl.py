@@ -24,8 +24,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from unialign_jax.data.records import REQUIRED_FIELDS, Record
-from unialign_jax.data.streams import to_rgb
+from unialign_jax.data import images as images_lib
+from unialign_jax.data.kinds import find_kind
+from unialign_jax.data.records import Record
 
 _KEPT_FORMATS = ("JPEG", "PNG")
 _JPEG_QUALITY = 95
@@ -80,8 +81,9 @@ def read_jsonl(
     Raises:
       ValueError: at the end, when more than `max_bad_fraction` of the rows are bad or there are no rows.
     """
-    if kind not in REQUIRED_FIELDS:
-        raise ValueError(f"unknown stream kind {kind!r}: expected one of {', '.join(REQUIRED_FIELDS)}")
+    find_kind(kind)
+    if kind not in READERS:
+        raise ValueError(f"{kind} records cannot be read from JSONL: make them in Python, see records.write_records")
     report = ReadReport() if report is None else report
     with ThreadPoolExecutor(max(1, num_threads)) as pool:
         waiting = collections.deque()
@@ -122,22 +124,22 @@ def load_image(path: Path, max_side: int | None = None) -> bytes:
     (shrunk JPEG as JPEG, everything else as PNG).
 
     Raises:
-      BadRow: the file is missing or cannot be decoded.
+      BadRow: the file is missing or no regular file, cannot be decoded, or is larger than images.py allows.
     """
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise BadRow("image file cannot be read", f"{path} ({error.strerror})") from None
+        data = images_lib.read_bytes(path)
+    except (OSError, ValueError) as error:
+        raise BadRow("image file cannot be read", str(error)) from None
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
+        with images_lib.open_image(data, str(path)) as image:
             image_format = image.format
             is_small = max_side is None or max(image.size) <= max_side
-            if image_format in _KEPT_FORMATS and is_small:
-                return data
-            image = to_rgb(image)
-    except Exception as error:  # PIL's decoders raise many kinds on damaged bytes
-        raise BadRow("image cannot be decoded", f"{path} ({error})") from None
+            is_kept = image_format in _KEPT_FORMATS and is_small
+            image = images_lib.loaded_rgb(image, str(path))
+    except ValueError as error:
+        raise BadRow("image cannot be decoded", str(error)) from None
+    if is_kept:
+        return data
     if not is_small:
         image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
@@ -166,24 +168,43 @@ def _read_row(content: bytes, path: Path, line: int, kind: str, max_side: int | 
                 raise BadRow("image is a URL", f"{image_path}: download it first")
         return [load_image(path.parent / image_path, max_side) for image_path in found]
 
-    key = f"{path.name}:{line}"
-    if kind == "text_to_image":
-        return Record(key, images("image", 1)[0], caption=_turn(row, 0))
-    if kind in ("edit", "perception"):
-        source, target = images("image", 2)[:2]
-        return Record(key, target, (source,), caption=_turn(row, 0), instruction=_text(row, "instruction"))
-    if kind == "personalization":
-        return Record(
-            key,
-            images("generated_images", 1)[0],
-            tuple(images("original_images", 1)),
-            caption=_text(row, "caption"),
-            instruction=_text(row, "edit_prompt").replace('\\"', "").strip('"').strip(),
-        )
+    return READERS[kind](f"{path.name}:{line}", row, images)
+
+
+def _read_captioned(key, row, images) -> Record:
+    return Record(key, images("image", 1)[0], caption=_turn(row, 0))
+
+
+def _read_changed(key, row, images) -> Record:
+    source, target = images("image", 2)[:2]
+    return Record(key, target, (source,), caption=_turn(row, 0), instruction=_text(row, "instruction"))
+
+
+def _read_composed(key, row, images) -> Record:
+    return Record(
+        key,
+        images("generated_images", 1)[0],
+        tuple(images("original_images", 1)),
+        caption=_text(row, "caption"),
+        instruction=_text(row, "edit_prompt").replace('\\"', "").strip('"').strip(),
+    )
+
+
+def _read_question(key, row, images) -> Record:
     question = _turn(row, 0).replace("<image>", "").strip()
     if not question:
         raise BadRow("text missing", 'the first turn of "conversations" holds no question')
     return Record(key, images("image", 1)[0], question=question, answer=_turn(row, 1))
+
+
+# The kinds that the format has, each with (record's key, row, function of a field of images) -> record.
+READERS = {
+    "text_to_image": _read_captioned,
+    "edit": _read_changed,
+    "perception": _read_changed,
+    "personalization": _read_composed,
+    "vqa": _read_question,
+}
 
 
 def _turn(row: dict, index: int) -> str:

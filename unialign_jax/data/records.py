@@ -16,19 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
+from unialign_jax.data.kinds import find_kind
+
 SCHEMA_VERSION = 1
 METADATA_FILE = "records.json"
 PREPARE_COMMAND = "python launch/prepare_data.py --help"
-
-# What a record of each kind must hold. "conditions" means at least one condition image.
-REQUIRED_FIELDS = {
-    "text_to_image": ("image", "caption"),
-    "edit": ("image", "conditions", "instruction", "caption"),
-    "perception": ("image", "conditions", "instruction", "caption"),
-    "personalization": ("image", "conditions", "instruction", "caption"),
-    "vqa": ("image", "question", "answer"),
-}
-KINDS = tuple(REQUIRED_FIELDS)
 
 _SPLIT = "train"
 _CHUNK = 128  # records handed to TFDS at a time
@@ -94,7 +86,7 @@ def write_records(
     Args:
       directory: the folder to make; its parents are made too.
       records: any iterable; all or none of them carry teacher features, all of one width.
-      kind: one of KINDS; says which fields must be filled.
+      kind: a key of `kinds.KINDS`; says which fields must be filled.
       parameters: JSON-able facts on how the data were made.
       overwrite: replace an existing data folder (and only a data folder).
       shard_bytes: about how many bytes of records go into one file.
@@ -103,8 +95,7 @@ def write_records(
       FileExistsError: the folder exists and `overwrite` is off, or it is not a data folder.
       ValueError: unknown kind, no records, or a record that misses a field of its kind (named by key).
     """
-    if kind not in REQUIRED_FIELDS:
-        raise ValueError(f"unknown stream kind {kind!r}: expected one of {', '.join(KINDS)}")
+    find_kind(kind)
     directory = Path(os.path.abspath(directory))
     refuse_existing(directory, overwrite=overwrite)
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -311,7 +302,7 @@ def _features(tfds):
 
 
 def _to_example(record: Record, kind: str, teacher_width: int) -> dict:
-    missing = [name for name in REQUIRED_FIELDS[kind] if not getattr(record, name)]
+    missing = [name for name in find_kind(kind).fields if not getattr(record, name)]
     if missing:
         raise ValueError(f"record {record.key!r} has no {', '.join(missing)}: a {kind} record needs it")
     example = {name: getattr(record, name) for name in _TEXT_FIELDS}

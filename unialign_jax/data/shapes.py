@@ -31,7 +31,6 @@ from unialign_jax.data.shapes_scene import (
     sample_scene,
 )
 
-STREAMS = records_lib.KINDS
 WORLD_VERSION = 1  # raise it when the same (seed, index) gives another record
 DEFAULT_NUM_RECORDS = {
     "text_to_image": 4000,
@@ -268,13 +267,15 @@ def _count_example(rng: np.random.Generator, image_size: int) -> Example:
     return Example(scene, render.draw_scene(scene, image_size), question=question, answer=_NUMBERS[count])
 
 
+# The kinds that the world has, each with a number of its own, which seeds its records: never give one to another kind.
 _TASKS = {
-    "text_to_image": text_to_image_example,
-    "edit": edit_example,
-    "perception": perception_example,
-    "personalization": personalization_example,
-    "vqa": vqa_example,
+    "text_to_image": (0, text_to_image_example),
+    "edit": (1, edit_example),
+    "perception": (2, perception_example),
+    "personalization": (3, personalization_example),
+    "vqa": (4, vqa_example),
 }
+STREAMS = tuple(_TASKS)
 
 
 # --- records ---------------------------------------------------------------------------------------------------------
@@ -284,8 +285,8 @@ def shapes_example(stream: str, seed: int, index: int, *, image_size: int = 64) 
     """Example number `index` of a stream: a pure function of its arguments."""
     if stream not in _TASKS:
         raise ValueError(f"unknown stream {stream!r}: shapes has {', '.join(STREAMS)}")
-    rng = np.random.default_rng([WORLD_VERSION, STREAMS.index(stream), seed, index])
-    return _TASKS[stream](rng, image_size)
+    number, make_example = _TASKS[stream]
+    return make_example(np.random.default_rng([WORLD_VERSION, number, seed, index]), image_size)
 
 
 def shapes_record(stream: str, seed: int, index: int, *, image_size: int = 64, teacher_width: int = 64) -> Record:

@@ -1,14 +1,14 @@
 """Streams: from a record on disk to an example of arrays, by index."""
 
-import io
 import logging
 import math
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps
 
-from unialign_jax.data.records import KINDS, REQUIRED_FIELDS, Record, RecordError, open_records
+from unialign_jax.data.images import decode_rgb, fill_size, to_rgb  # noqa: F401 (to_rgb is imported from here)
+from unialign_jax.data.kinds import find_kind
+from unialign_jax.data.records import Record, RecordError, open_records
 from unialign_jax.data.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -23,10 +23,10 @@ class StreamConfig:
 
     Attributes:
       name: unique in a mixture; seeds the stream's order.
-      kind: "text_to_image", "edit", "perception", "personalization" or "vqa"; must be the folder's.
+      kind: a key of `kinds.KINDS`; must be the folder's.
       path: the data folder.
       weight: share of the batches, relative to the other streams; 0 switches the stream off.
-      num_conditions: K, condition images per example: 0 for text_to_image and vqa, else at least 1.
+      num_conditions: K, condition images per example: 0 for a kind without any, else at least 1.
       image_size: height and width of all images, in pixels.
       text_length: L, tokens per text.
       use_teacher: hand out the records' teacher features where they have them.
@@ -42,15 +42,16 @@ class StreamConfig:
     use_teacher: bool = True
 
     def __post_init__(self):
-        if self.kind not in KINDS:
-            raise ValueError(f"stream {self.name}: unknown kind {self.kind!r}, expected one of {', '.join(KINDS)}")
+        try:
+            kind = find_kind(self.kind)
+        except ValueError as error:
+            raise ValueError(f"stream {self.name}: {error}") from None
         if not (math.isfinite(self.weight) and self.weight >= 0):
             raise ValueError(f"stream {self.name}: weight is {self.weight}, expected a finite number of at least 0")
-        needs_conditions = "conditions" in REQUIRED_FIELDS[self.kind]
-        if needs_conditions != (self.num_conditions > 0):
-            expected = "at least 1" if needs_conditions else "0"
+        if (kind.num_conditions > 0) != (self.num_conditions > 0):
+            expected = "at least 1" if kind.num_conditions else "0"
             raise ValueError(
-                f"stream {self.name}: num_conditions is {self.num_conditions}, a {self.kind} stream needs {expected}"
+                f"stream {self.name}: num_conditions is {self.num_conditions}, expected {expected} for {self.kind}"
             )
         if self.image_size < 1 or self.text_length < 2:
             raise ValueError(
@@ -66,9 +67,9 @@ class Stream:
 
         image           uint8   [H, W, 3]     the target image
         conditions      uint8   [K, H, W, 3]  absent when K is 0
-        prompt_ids      int32   [L]           what the image pass reads: caption or instruction; all EOS for vqa
+        prompt_ids      int32   [L]           what the image pass reads: caption or instruction; all EOS of a question
         text_ids        int32   [L]           what the text pass denoises: the target's caption, or "Q: ... A: ..."
-        text_is_target  bool    [L]           where the text pass may mask: everywhere, or answer and padding for vqa
+        text_is_target  bool    [L]           where the text pass may mask: everywhere, or an answer and its padding
         teacher_image   float16 [T]           absent without teacher features
         teacher_text    float16 [T]
         replaced        bool    []            a neighbour stands in for a record that cannot be decoded
@@ -162,52 +163,29 @@ class Stream:
 def decode_image(data: bytes, image_size: int) -> np.ndarray:
     """PNG or JPEG bytes as uint8 [image_size, image_size, 3]: RGB, shorter side resized (bicubic), centre crop.
 
-    As the reference's training transform (Resize, CenterCrop), except that the camera's rotation tag is obeyed and
-    transparent pixels show white, where the reference ignores both.
+    As the reference's training transform (Resize, CenterCrop), except that the camera's rotation tag is obeyed,
+    transparent pixels show white and grey of 16 bits keeps its greys (see `images.to_rgb`).
 
     Raises:
       RecordError: the bytes are not a whole image.
     """
     try:
-        with Image.open(io.BytesIO(data)) as opened:
-            return np.asarray(fill_size(to_rgb(opened), image_size, image_size))
-    except Exception as error:  # PIL's decoders raise many kinds on damaged bytes
-        raise RecordError(f"image of {len(data)} bytes cannot be decoded: {error}") from error
-
-
-def fill_size(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The middle of an image, resized (bicubic, aspect kept) until it just covers width x height, then cropped."""
-    if width * image.height >= height * image.width:
-        size = (width, max(height, int(image.height * width / image.width)))
-    else:
-        size = (max(width, int(image.width * height / image.height)), height)
-    if size != image.size:
-        image = image.resize(size, Image.Resampling.BICUBIC)
-    left = round((image.width - width) / 2)
-    top = round((image.height - height) / 2)
-    return image.crop((left, top, left + width, top + height))
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An upright RGB copy of an image of any mode; transparent pixels show white."""
-    image = ImageOps.exif_transpose(image)
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        image = Image.new("RGBA", layer.size, (255, 255, 255, 255))
-        image.alpha_composite(layer)
-    return image.convert("RGB")
+        image = decode_rgb(data, f"image of {len(data)} bytes")
+    except ValueError as error:
+        raise RecordError(str(error)) from None
+    return np.asarray(fill_size(image, image_size, image_size))
 
 
 def encode_texts(record: Record, kind: str, tokenizer: Tokenizer, length: int) -> dict[str, np.ndarray]:
     """prompt_ids int32 [L], text_ids int32 [L] and text_is_target bool [L] of one record (see `Stream`)."""
-    if kind == "vqa":
+    asked = find_kind(kind).prompt
+    if asked == "question":
         text_ids, is_target = encode_question(record.question, record.answer, tokenizer, length)
         prompt_ids = np.full(length, tokenizer.eos_id, dtype=np.int32)
     else:
         text_ids = tokenizer.encode(record.caption, length)
         is_target = np.ones(length, dtype=bool)
-        prompt = record.caption if kind == "text_to_image" else record.instruction
-        prompt_ids = tokenizer.encode(prompt, length)
+        prompt_ids = tokenizer.encode(getattr(record, asked), length)
     return {"prompt_ids": prompt_ids, "text_ids": text_ids, "text_is_target": is_target}
 
 

@@ -11,7 +11,7 @@ import re
 
 from ml_collections import ConfigDict
 
-from unialign_jax.data.streams import KINDS
+from unialign_jax.data.kinds import KINDS
 from unialign_jax.models import presets
 from unialign_jax.models.autoencoder import AutoencoderConfig
 from unialign_jax.models.mmdit import REMAT_POLICIES, AlignmentHeadsConfig, MMDiTConfig
@@ -23,7 +23,7 @@ from unialign_jax.training.meshes import is_open
 def stream(kind, path, weight=1.0, num_conditions=None) -> ConfigDict:
     """One task stream: what `kind` of records the folder `path` holds and its share of the optimizer steps."""
     if num_conditions is None:
-        num_conditions = {"edit": 1, "perception": 1, "personalization": 3}.get(kind, 0)
+        num_conditions = KINDS[kind].num_conditions if kind in KINDS else 0  # `config_problems` names an unknown one
     return ConfigDict({"kind": kind, "path": path, "weight": float(weight), "num_conditions": num_conditions})
 
 
@@ -263,10 +263,12 @@ def _check_streams(config, expect):
     for name, settings in config.streams.items():
         weight = settings.weight
         expect(weight >= 0 and math.isfinite(weight), f"streams.{name}.weight is {weight}, expected 0 or more")
-        expect(settings.kind in KINDS, f"streams.{name}.kind is {settings.kind!r}, expected one of {', '.join(KINDS)}")
         if weight > 0:
             expect(settings.path, f"streams.{name} has no data: set streams.{name}.path, or its weight to 0")
-        needs = settings.kind in ("edit", "perception", "personalization")
+        known = f"streams.{name}.kind is {settings.kind!r}, expected one of {', '.join(KINDS)}"
+        if not expect(settings.kind in KINDS, known):
+            continue
+        needs = KINDS[settings.kind].num_conditions > 0
         expect(
             (settings.num_conditions > 0) == needs,
             f"streams.{name}.num_conditions is {settings.num_conditions}, expected "

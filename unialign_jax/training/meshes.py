@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from unialign_jax import hardware
+from unialign_jax.data.kinds import has_image_pass
 from unialign_jax.sharding import AXES, complete_mesh_shape, count_slices, mesh_sizes
 from unialign_jax.training.state import Networks, init_frozen, init_params
 
@@ -185,7 +186,7 @@ def sample_activations(config, networks: Networks, remat: str) -> float:
     model, autoencoder = networks.transformer.config, networks.autoencoder.config
     streams = [stream for stream in config.streams.values() if stream.weight > 0]
     images = 1 + max((stream.num_conditions for stream in streams), default=0)
-    passes = 2 if any(stream.kind != "vqa" for stream in streams) else 1
+    passes = 2 if any(has_image_pass(stream.kind) for stream in streams) else 1
     itemsize = np.dtype(model.dtype).itemsize
     target = (config.image_size / autoencoder.downsample_factor / model.patch_size) ** 2
     tokens = (images + passes - 1) * target + passes * config.text_length

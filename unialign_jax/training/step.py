@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from unialign_jax import sharding
+from unialign_jax.data.kinds import has_image_pass
 from unialign_jax.diffusion import flow, masking
 from unialign_jax.losses.cross_modal import cross_modal_loss
 from unialign_jax.losses.flow_matching import flow_matching_loss
@@ -28,11 +29,6 @@ BUCKETS = 4  # the flow loss is reported by quarter of sigma, the text loss by q
 def named_key(key, name: str):
     """A key of its own for every use in a step: adding a use changes no other use's numbers."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
-
-
-def has_image_pass(kind: str) -> bool:
-    """Question answering trains the text pass alone, as DualDiffusion does: its records have no image prompt."""
-    return kind != "vqa"
 
 
 def encode_images(networks: Networks, frozen, batch, key):

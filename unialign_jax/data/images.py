@@ -1,0 +1,147 @@
+"""Images of strangers: files read and decoded with care, and made RGB of 8 bits.
+
+A file must be regular (no device, no pipe), of at most MAX_BYTES and in one of FORMATS: what PIL hands to other
+programs, such as PostScript, is not among them. Its header must promise at most MAX_PIXELS, which is looked at before
+anything is decoded. Every error is a ValueError or FileNotFoundError of one line that names the image.
+"""
+
+import io
+import os
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from unialign_jax.data import signatures
+from unialign_jax.files import check_regular, first_line
+
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")  # PPM is PGM, PBM and PFM too
+MAX_BYTES = 2**28
+MAX_PIXELS = 2**26
+MAX_ASPECT = 100  # longer side to shorter: filling 512 x 512 with 1 x 60,000 pixels would take 512 x 30,000,000
+
+_DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+
+
+def read_bytes(path: str | os.PathLike) -> bytes:
+    """The bytes of an image file. Raises FileNotFoundError or ValueError, see `files.check_regular`."""
+    check_regular(path, MAX_BYTES)
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_BYTES + 1)  # a file may grow, or not tell its size, as in /proc
+    except OSError as error:
+        raise ValueError(f"{path} cannot be opened: {error.strerror or first_line(error)}") from None
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"{path} has more than {MAX_BYTES:,} bytes")
+    return data
+
+
+def open_image(data: bytes, name: str) -> Image.Image:
+    """The image that `data` encodes, its header read and nothing decoded; of several frames the first.
+
+    Raises ValueError, beginning with `name`: no known format, a broken header, no pixels or too many.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        found = signatures.guess(data[: signatures.HEAD])
+        begins = f"; it begins like {found}" if found else ""
+        reason = f"it is no image of a known format ({', '.join(FORMATS)}){begins}" if data else "it is empty"
+    except Image.DecompressionBombError:
+        reason = f"it has more than {MAX_PIXELS:,} pixels"
+    except Exception as error:  # PIL's readers raise many kinds on damaged bytes
+        reason = first_line(error)
+    else:
+        check_shape(image, name)
+        return image
+    raise ValueError(f"{name} cannot be decoded: {reason}")
+
+
+def check_shape(image: Image.Image, name: str) -> None:
+    """Raises ValueError for an image without pixels, with too many of them, or much longer than wide."""
+    width, height = image.size
+    if not width or not height:
+        raise ValueError(f"{name} is {width:,} x {height:,} pixels, expected at least one")
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{name} is {width:,} x {height:,} pixels, expected at most {MAX_PIXELS:,} in all")
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise ValueError(
+            f"{name} is {width:,} x {height:,} pixels, expected sides that differ by a factor of {MAX_ASPECT} at most"
+        )
+
+
+def decode_rgb(data: bytes, name: str) -> Image.Image:
+    """`data` as an upright RGB image, see `to_rgb`. Raises ValueError as `open_image`, and for damaged data."""
+    with open_image(data, name) as image:
+        return loaded_rgb(image, name)
+
+
+def loaded_rgb(image: Image.Image, name: str) -> Image.Image:
+    """`to_rgb` of an image that may not be decoded yet. Raises ValueError, beginning with `name`, for damaged data."""
+    try:
+        return to_rgb(image)
+    except Exception as error:  # PIL's decoders raise many kinds on damaged bytes
+        raise ValueError(f"{name} cannot be decoded: {first_line(error)}") from None
+
+
+def load_rgb(path: str | os.PathLike) -> Image.Image:
+    """An image file as an upright RGB image. Raises FileNotFoundError or ValueError that names it."""
+    return decode_rgb(read_bytes(path), str(path))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An upright RGB copy, 8 bits a channel, of an image of any mode.
+
+    - Transparent pixels show white.
+    - Grey of 16 bits (PNG, PGM): value / 257, rounded, so that 65535 is white. Colours of 16 bits keep their upper
+      eight, as PIL reads them.
+    - Floats (TIFF, PFM) and 32-bit or signed whole numbers (TIFF) have no white of their own: all within 0 to 1, they
+      are scaled by 255; or else so that the least is black and the greatest white. NaN is black, infinities are the
+      ends. An image of one value outside of 0 to 1 is black.
+
+    Raises ValueError for floats none of which is finite; PIL's own errors when the data are damaged.
+    """
+    is_sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    image = ImageOps.exif_transpose(image)
+    if image.mode in _DEEP_MODES:
+        values = np.asarray(image)
+        grey = _sixteen_bits(values) if is_sixteen else _without_white(values)
+        clear = image.info.get("transparency")  # of a grey PNG, one value
+        if isinstance(clear, int):
+            grey = np.where(values == clear, np.uint8(255), grey)
+        return Image.fromarray(grey).convert("RGB")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        image = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        image.alpha_composite(layer)
+    return image.convert("RGB")
+
+
+def _sixteen_bits(values: np.ndarray) -> np.ndarray:
+    # 257 is odd: no value is half-way between two results.
+    return ((np.clip(values, 0, 65535).astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+def _without_white(values: np.ndarray) -> np.ndarray:
+    values = values.astype(np.float64)
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        raise ValueError("it holds no finite number")
+    low, high = finite.min(), finite.max()
+    if low >= 0 and high <= 1:
+        low, high = 0.0, 1.0
+    scaled = (values - low) / ((high - low) or 1.0)
+    scaled = np.clip(np.nan_to_num(scaled, nan=0.0, posinf=1.0, neginf=0.0), 0, 1)
+    return (scaled * 255 + 0.5).astype(np.uint8)
+
+
+def fill_size(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The middle of an image, resized (bicubic, aspect kept) until it just covers width x height, then cropped."""
+    if width * image.height >= height * image.width:
+        size = (width, max(height, int(image.height * width / image.width)))
+    else:
+        size = (max(width, int(image.width * height / image.height)), height)
+    if size != image.size:
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    left = round((image.width - width) / 2)
+    top = round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))

@@ -1,0 +1,55 @@
+"""The kinds of records: one table for data, training, inference and help. A new kind is a new row.
+
+What each reader or writer of a format does with a kind is its own affair (`jsonl.READERS`, `shapes.STREAMS`): one that
+does not know a kind refuses it.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the records of one kind hold and train.
+
+    Attributes:
+      summary: for help, in a few words.
+      fields: the fields of `records.Record` that must be filled; "conditions" means at least one image.
+      prompt: the field that the model is asked with. "caption" or "instruction": the image pass reads it, and the text
+        pass learns the caption. "question": the text pass reads it and learns the answer.
+      image_pass: whether the image pass is trained.
+      num_conditions: condition images of an example, unless a stream's configuration says another number; 0 for none.
+      tasks: the inference tasks (keys of `jobs.TASKS`) that it trains.
+    """
+
+    summary: str
+    fields: tuple[str, ...]
+    prompt: str
+    image_pass: bool
+    num_conditions: int
+    tasks: tuple[str, ...]
+
+
+_CHANGED = ("image", "conditions", "instruction", "caption")
+
+KINDS = {
+    "text_to_image": Kind("an image and its caption", ("image", "caption"), "caption", True, 0, ("t2i", "caption")),
+    "edit": Kind("an image changed as an instruction says", _CHANGED, "instruction", True, 1, ("edit", "caption")),
+    "perception": Kind("edges, depth or pose of an image", _CHANGED, "instruction", True, 1, ("perceive", "caption")),
+    "personalization": Kind(
+        "references placed in a new image", _CHANGED, "instruction", True, 3, ("personalize", "caption")
+    ),
+    # As DualDiffusion does, it trains the text pass alone: its records have no prompt for an image.
+    "vqa": Kind("a question about an image", ("image", "question", "answer"), "question", False, 0, ("vqa",)),
+}
+
+
+def find_kind(name: str) -> Kind:
+    """The kind of that name. Raises ValueError for one that is not in the table."""
+    if not isinstance(name, str) or name not in KINDS:
+        raise ValueError(f"unknown kind {name!r}, expected one of {', '.join(KINDS)}")
+    return KINDS[name]
+
+
+def has_image_pass(name: str) -> bool:
+    """Whether records of the kind train the image pass. Raises ValueError for an unknown kind."""
+    return find_kind(name).image_pass
