@@ -263,7 +263,7 @@ def test_long_prompts_are_cut_with_a_warning(pipeline, caplog):
     [
         (lambda p: p.generate(" "), "prompt 0 is empty"),
         (lambda p: p.generate([]), "no prompt was given"),
-        (lambda p: p.generate("a", height=36), "height is 36, expected a multiple of 8 up to 256, such as 32"),
+        (lambda p: p.generate("a", height=36), "height is 36, expected a multiple of 8 up to 768, such as 32"),
         (lambda p: p.generate("a", width=1024), "width is 1024"),
         (lambda p: p.generate("a", steps=0), "steps is 0, expected a whole number from 1 to 1000"),
         (lambda p: p.generate("a", steps=2.5), "steps is 2.5, expected a whole number"),
@@ -287,7 +287,7 @@ def test_long_prompts_are_cut_with_a_warning(pipeline, caplog):
         (lambda p: p.generate("a", seeds=-1), "seed is -1"),
         (lambda p: p.generate(["a", "b"], negative_prompts=["c"] * 3), "2 prompts, but 3 negative prompts"),
         (lambda p: p.edit(["a", "b"], [picture()] * 3), "2 instructions, but 3 images"),
-        (lambda p: p.edit("a", "/nowhere/image.png"), "image 0 .* cannot be read as an image"),
+        (lambda p: p.edit("a", "/nowhere/image.png"), "image 0: /nowhere/image.png: there is no such file"),
         (lambda p: p.edit("a", 3), "image 0 is a int, expected a PIL image or a path"),
         (lambda p: p.perceive("smell", picture()), "expected one of canny, depth, pose"),
         (lambda p: p.personalize("a", [picture()] * 5), "has 5 references, expected 1 to 4"),

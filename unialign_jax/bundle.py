@@ -74,7 +74,7 @@ def tokenizer_path(directory) -> Path | None:
 
 
 def read_tokenizer(directory, *, verify: bool = True) -> Tokenizer:
-    """The bundle's tokenizer. Raises ValueError when it has none, or (with `verify`) another than it was written with."""
+    """The bundle's tokenizer. Raises ValueError when it has none, or (with `verify`) not the one that was written."""
     directory = Path(directory)
     recorded = read_content(directory, verify)["files"] if verify else {}
     with inventory.checked(directory, recorded, "tokenizer") if recorded else contextlib.nullcontext():

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from unialign_jax import files, inventory
+from unialign_jax.files import shown
 from unialign_jax.models.autoencoder import AutoencoderConfig
 from unialign_jax.models.mmdit import REMAT_POLICIES, AlignmentHeadsConfig, MMDiTConfig
 from unialign_jax.models.text_encoder import TextEncoderConfig
@@ -17,14 +18,6 @@ COMPONENTS = {
 }
 SIZES = ("image_size", "text_length")
 TASKS = ("t2i", "edit", "perceive", "personalize", "caption", "vqa")
-# What a stream of a kind trains: its image pass, and its text pass.
-TRAINED_TASKS = {
-    "text_to_image": ("t2i", "caption"),
-    "edit": ("edit", "caption"),
-    "perception": ("perceive", "caption"),
-    "personalization": ("personalize", "caption"),
-    "vqa": (None, "vqa"),
-}
 # How the released model is sampled, and so every bundle that says nothing else; with the range of each value.
 SAMPLING = {
     "steps": (28, 1, 1000),
@@ -135,15 +128,15 @@ def parse_config(directory, content: dict) -> BundleConfig:
     found = {key: content[key] for key in (*SIZES, "sampling", "dtypes", "provenance") if key in content}
     for key, (low, high) in {"image_size": (1, 2**16), "text_length": (2, 2**16)}.items():
         if key in found and not inventory.is_whole(found[key], low, high):
-            raise ValueError(f"{where}: {key} is {_shown(found[key])}, expected a whole number from {low} to {high}")
+            raise ValueError(f"{where}: {key} is {shown(found[key])}, expected a whole number from {low} to {high}")
     for key in ("sampling", "dtypes", "provenance"):
         if not isinstance(found.get(key, {}), dict):
-            raise ValueError(f"{where}: {key} is {_shown(found[key])}, expected an object")
+            raise ValueError(f"{where}: {key} is {shown(found[key])}, expected an object")
     _check_sampling(found.get("sampling", {}), where)
     tasks = content.get("tasks")
     if tasks is not None:
         if not isinstance(tasks, list) or not all(isinstance(task, str) and task in TASKS for task in tasks):
-            raise ValueError(f"{where}: tasks is {_shown(tasks)}, expected a list of {', '.join(TASKS)}")
+            raise ValueError(f"{where}: tasks is {shown(tasks)}, expected a list of {', '.join(TASKS)}")
         tasks = tuple(tasks)
     return BundleConfig(**components, **found, tasks=tasks)
 
@@ -151,7 +144,7 @@ def parse_config(directory, content: dict) -> BundleConfig:
 def parse_component(kind, values, where: str):
     """The configuration dataclass `kind` from JSON. Raises ValueError in one line that begins with `where`."""
     if not isinstance(values, dict):
-        raise ValueError(f"{where} is {_shown(values)}, expected an object")
+        raise ValueError(f"{where} is {shown(values)}, expected an object")
     fields = {field.name: field.default for field in dataclasses.fields(kind)}
     unknown = sorted(values.keys() - fields.keys())
     if unknown:
@@ -159,7 +152,7 @@ def parse_component(kind, values, where: str):
     for name, value in values.items():
         expected = _expected(name, value, fields[name])
         if expected:
-            raise ValueError(f"{where}.{name} is {_shown(value)}, expected {expected}")
+            raise ValueError(f"{where}.{name} is {shown(value)}, expected {expected}")
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
@@ -189,20 +182,12 @@ def _check_sampling(sampling, where):
         default, low, high = SAMPLING[key]
         fits = inventory.is_whole(value, low, high) if isinstance(default, int) else is_number(value)
         if not fits or not low <= value <= high:
-            raise ValueError(f"{where}: sampling.{key} is {_shown(value)}, expected {low} to {high}")
+            raise ValueError(f"{where}: sampling.{key} is {shown(value)}, expected {low} to {high}")
 
 
 def is_number(value) -> bool:
     """Whether a JSON value is a finite number that a float can hold."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
-
-
-def _shown(value) -> str:
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # a number of too many digits, or too deep
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def fit_problems(config: BundleConfig, tokenizer=None) -> list[str]:

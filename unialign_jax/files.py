@@ -20,6 +20,15 @@ def first_line(error: BaseException, most: int = 300) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
 
 
+def shown(value, most: int = 60) -> str:
+    """A value in a message: its repr on one line, at most `most` characters."""
+    try:
+        text = " ".join(repr(value).split())
+    except (ValueError, RecursionError):  # a number of too many digits, or nested too deeply
+        text = f"a {type(value).__name__} that cannot be shown"
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
 def check_regular(path: str | os.PathLike, most: int | None = None) -> int:
     """The size in bytes of a regular file, which a link may lead to.
 

@@ -127,11 +127,9 @@ def sampling_programs(task, device, *, config=None, size=512, batch=1, steps=Non
     params = on_device(params)
     tokenizer = types.SimpleNamespace(mask_id=config.transformer.vocab_size - 1)  # any id: it changes no size
     pipeline = Pipeline(config, params.__getitem__, tokenizer, dtype=dtype, quantize=quantize, device=device)
-    if size % pipeline.size_multiple or not 0 < size <= pipeline.max_size or batch < 1:
-        raise ValueError(
-            f"size is {size} and batch {batch}, expected a multiple of {pipeline.size_multiple} up to "
-            f"{pipeline.max_size}, and at least 1"
-        )
+    pipeline.sizes.check("size", size)
+    if batch < 1:
+        raise ValueError(f"batch is {batch}, expected at least 1")
 
     factor, channels = config.autoencoder.downsample_factor, config.autoencoder.latent_channels
     latent_shape = (size // factor, size // factor, channels)

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from unialign_jax.files import shown
+
 
 class ImageSizes(NamedTuple):
     """Heights and widths are multiples of `multiple` pixels, one patch of latents (SD3: 16), up to `largest`, what the
@@ -23,8 +25,8 @@ class ImageSizes(NamedTuple):
             return None
         fitting = min(self.largest, max(self.multiple, value // self.multiple * self.multiple)) if is_whole else None
         return (
-            f"{name} is {str(value)[:40] if is_whole else repr(value)[:40]}, expected a multiple of {self.multiple} up "
-            f"to {self.largest}, such as {fitting or self.multiple}"
+            f"{name} is {shown(value)}, expected a multiple of {self.multiple} up to {self.largest}, such as "
+            f"{fitting or self.multiple}"
         )
 
     def check(self, name: str, value) -> None:
