@@ -36,7 +36,7 @@ from unialign_jax.bundle_config import (
     write_content,
 )
 from unialign_jax.data.tokenizer import Tokenizer, load_tokenizer
-from unialign_jax.files import first_line, refuse_existing, replacing_folder, sha256
+from unialign_jax.files import check_regular, first_line, refuse_existing, replacing_folder, sha256
 from unialign_jax.models.autoencoder import make_autoencoder
 from unialign_jax.models.mmdit import AlignmentHeads, MMDiT
 from unialign_jax.models.text_encoder import TextEncoder
@@ -92,7 +92,7 @@ def _abstract_component(config, name):
     try:
         return jax.eval_shape(*_initializer(config, name)).get("params", {})
     except Exception as error:  # numbers that contradict each other, in many ways
-        raise ValueError(f"the configuration describes a {name} that cannot be: {first_line(error)}") from None
+        raise ValueError(f"the configuration's {name} cannot be built: {first_line(error)}") from None
 
 
 def _initializer(config, name):
@@ -144,9 +144,12 @@ def load(directory, *, components=None, mesh=None, dtype=None, verify=True) -> t
     Raises FileNotFoundError or ValueError, in one line, for a folder that is no whole bundle, another version, or a
     component that it lacks.
     """
-    config = read_config(directory, verify=verify)
+    content = read_content(directory, verify)
+    config = parse_config(directory, content)
     names = tuple(components) if components is not None else config.components
     _require(directory, config, names)
+    if verify and content["files"]:
+        inventory.refuse(directory, list(inventory.at_a_glance(Path(directory), content["files"], names).values()))
     abstract = abstract_params(config, names)
     for name in names:
         chosen = dtype.get(name) if isinstance(dtype, dict) else dtype
@@ -247,6 +250,9 @@ def component_metadata(directory, name) -> dict:
     folder = Path(directory).absolute() / name
     if not folder.is_dir():
         return {}
+    for path in folder.rglob("*"):
+        if not path.is_dir():
+            check_regular(path)  # a pipe would be waited for
     try:
         return flatten(ocp.metadata(folder).metadata)
     except Exception as error:
@@ -301,14 +307,11 @@ def verify(directory) -> list[str]:
         raise ValueError(NO_HASHES.format(directory))
     parts = {name.split("/")[0] for name in recorded} | {name for name in PARTS if (directory / name).exists()}
     problems = inventory.at_a_glance(directory, recorded, sorted(parts))
-    strangers = inventory.additional(directory, recorded)
-    problems += [
-        f"{name} is not in the inventory"
-        for name in strangers
-        if name != "config.json" and name.split("/")[0] not in parts
-    ]
-    told = {line.split(" ")[0] for line in problems}
-    return problems + inventory.changed(directory, recorded, [name for name in recorded if name not in told])
+    for name in inventory.additional(directory, recorded):
+        if name != "config.json":
+            problems.setdefault(name, f"{name} is not in the inventory")
+    sound = [name for name in recorded if name not in problems]
+    return [*problems.values(), *inventory.changed(directory, recorded, sound)]
 
 
 # Writing

@@ -41,7 +41,7 @@ def check_regular(path: str | os.PathLike, most: int | None = None) -> int:
         raise FileNotFoundError(f"{path}: there is no such file") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL or a lone surrogate in the path
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise ValueError(f"{str(path)!r} cannot be opened: {reason}") from None
+        raise ValueError(f"{shown(str(path), 200)} cannot be opened: {reason}") from None
     if not stat.S_ISREG(found.st_mode):
         kind = "folder" if stat.S_ISDIR(found.st_mode) else "device, pipe or socket"
         raise ValueError(f"{path} is a {kind}, expected a file")

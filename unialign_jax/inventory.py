@@ -49,20 +49,22 @@ def is_whole(value, low: int, high: float = float("inf")) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
-def at_a_glance(folder: Path, inventory: dict, parts: Iterable[str]) -> list[str]:
-    """What is wrong with the files under `parts` without reading them: missing, of another size, or too many."""
-    lines = []
+def at_a_glance(folder: Path, inventory: dict, parts: Iterable[str]) -> dict[str, str]:
+    """{file: what is wrong with it} of those under `parts`, unread: missing, no file, of another size, or too many."""
+    found = {}
     for part in parts:
         for name, entry in _under(inventory, part).items():
             try:
                 size = files.check_regular(folder / name)
-            except (OSError, ValueError) as error:
-                lines.append(f"{name} is missing" if isinstance(error, FileNotFoundError) else str(error))
-                continue
-            if size != entry["size"]:
-                lines.append(f"{name} has {size:,} bytes, expected {entry['size']:,}")
-        lines += [f"{name} is not in the inventory" for name in additional(folder, inventory, part)]
-    return lines
+            except FileNotFoundError:
+                found[name] = f"{name} is missing"
+            except ValueError as error:
+                found[name] = str(error).replace(str(folder / name), name)
+            else:
+                if size != entry["size"]:
+                    found[name] = f"{name} has {size:,} bytes, expected {entry['size']:,}"
+        found |= {name: f"{name} is not in the inventory" for name in additional(folder, inventory, part)}
+    return found
 
 
 def additional(folder: Path, inventory: dict, part: str = "") -> list[str]:
@@ -100,7 +102,7 @@ def checked(folder: Path, inventory: dict, part: str, share: slice = slice(None)
 
     Args: `share` of the files that are hashed, for several processes that read the same ones.
     """
-    refuse(folder, at_a_glance(folder, inventory, [part]))
+    refuse(folder, list(at_a_glance(folder, inventory, [part]).values()))
     largest_first = sorted(_under(inventory, part), key=lambda name: -inventory[name]["size"])
     with ThreadPoolExecutor(THREADS) as threads:
         futures = [threads.submit(_changed, folder, inventory, name) for name in largest_first[share]]

@@ -6,6 +6,7 @@ left is not replaced unless that is asked for.
 """
 
 import collections
+import dataclasses
 import json
 import logging
 import tempfile
@@ -238,17 +239,21 @@ class Results:
                 f"were changed, the first {lost[0]}; choose another --output, or replace them by --overwrite"
             )
         self.earlier = len(jobs) - len(todo)
-        for job in able:
+        # A line that has become bad does not take the place of what its id made before.
+        bad = [
+            dataclasses.replace(job, id=f"line {job.line}") if self._was_done(job) else job
+            for job in todo
+            if isinstance(job, BadJob)
+        ]
+        for job in (*able, *bad):
             self._lines.pop(job.id, None)
         try:
             with replacing_file(self.path) as partial:
                 partial.write_bytes(b"".join(map(_encode, self._lines.values())))
         except OSError as error:
             raise OSError(f"cannot write {self.path}: {error.strerror or first_line(error)}") from None
-        for job in todo:
-            if isinstance(job, BadJob):
-                is_done = self._lines.get(job.id, {}).get("status") == "done"  # that line stays what the id means
-                self._fail(job, job.error, {"id": f"line {job.line}" if is_done else job.id})
+        for job in bad:
+            self._fail(job, job.error, {"id": job.id})
         return able
 
     def _placed(self, job):
@@ -261,9 +266,11 @@ class Results:
             return BadJob(job.id, job.line, f"id is {job.id!r}, but {existing} is a file")
         return job
 
+    def _was_done(self, job):
+        return self._lines.get(job.id, {}).get("status") == "done"
+
     def _is_done(self, job):
-        entry = self._lines.get(job.id, {})
-        is_same = entry.get("status") == "done" and entry.get("hash") == job.hash
+        is_same = self._was_done(job) and self._lines[job.id].get("hash") == job.hash
         return is_same and all((self.directory / name).is_file() for name in job.files)
 
     def _would_replace(self, job) -> list[str]:
@@ -271,7 +278,7 @@ class Results:
         entry = self._lines.get(job.id, {})
         is_same = entry.get("hash") == job.hash
         if job.task in TEXT_TASKS:
-            return [f"the text of {job.id}"] if entry.get("status") == "done" and not is_same else []
+            return [f"the text of {job.id}"] if self._was_done(job) and not is_same else []
         own = entry.get("files") if is_same else ()
         own = own if isinstance(own, list) else ()
         paths = {name: self.directory / name for name in job.files if name not in own}
@@ -330,7 +337,8 @@ def check_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise OSError(f"cannot write into {str(folder)!r}: {getattr(error, 'strerror', None) or error}") from None
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise OSError(f"cannot write into {folder}: {reason}".replace("\0", "\\0")) from None
 
 
 def describe(image: Image.Image, sample: Sample, stamp: dict) -> dict:

@@ -113,10 +113,12 @@ OPTIONS = {
     "seed": Option("whole", tuple(TASKS), "of the random numbers; image i of a count has seed + i (0)", 0, SEEDS - 1),
     "count": Option("whole", IMAGE_TASKS, "images of this job (1)", 1, 256),
     "negative_prompt": Option("text", IMAGE_TASKS, "what guidance leads away from"),
-    "height": Option("whole", IMAGE_TASKS, "in pixels, a multiple of 16 up to 3072 (the model's; of an edit, its image's)", 1),
+    "height": Option("whole", IMAGE_TASKS, "in pixels, a multiple of 16 (the model's; of an edit, its image's)", 1),
     "width": Option("whole", IMAGE_TASKS, "likewise", 1),
     "steps": Option("whole", tuple(TASKS), "of the sampler (the bundle's, or 28; with images 50; texts 32)", 1, 1000),
-    "guidance_scale": Option("number", IMAGE_TASKS, "of the text; 1 is without, at half the work (the bundle's, or 7)", 0, 100),
+    "guidance_scale": Option(
+        "number", IMAGE_TASKS, "of the text; 1 is without, at half the work (the bundle's, or 7)", 0, 100
+    ),
     "guidance_interval": Option("interval", IMAGE_TASKS, "noise levels at which guidance acts (0,1)"),
     "guidance_rescale": Option("number", IMAGE_TASKS, "takes back contrast that guidance adds (0)", 0, 1),
     "image_guidance_scale": Option(
@@ -215,42 +217,42 @@ def read_jobs(path, model: str = "") -> list[Job | BadJob]:
 
 
 class Written:
-    """Which ids, files and folders the jobs so far will write."""
+    """Which ids, files and folders the jobs so far have."""
 
     def __init__(self):
-        self._lines = {}  # id, file or folder -> the line that has it first
+        self._lines = {}  # id or file -> the line that has it first
         self._folders = set()
 
     def problem(self, job: Job | BadJob) -> str | None:
-        for name in self._names(job):
+        """Why a job cannot be beside those so far; None when it can."""
+        for name in (job.id, *_files(job)):
             if name in self._lines:
                 what = f"the id {name!r}" if name == job.id else f"the file {name}"
                 return f"line {self._lines[name]} has {what} already; give this one another id"
-        taken = next((name for name in self._names(job) if name in self._folders), None)
-        taken = taken or next((name for name in self._parents(job) if name in self._lines), None)
-        return f"{taken!r} would be a file and a folder; give this one another id" if taken else None
+        both = [name for name in _files(job) if name in self._folders]
+        both += [name for name in _folders(job) if name in self._lines and name.endswith(".png")]
+        return f"{both[0]} would be a file and a folder; give this one another id" if both else None
 
     def add(self, job: Job | BadJob) -> None:
-        self._lines |= dict.fromkeys(self._names(job), job.line)
-        self._folders |= set(self._parents(job))
+        self._lines |= dict.fromkeys((job.id, *_files(job)), job.line)
+        self._folders |= set(_folders(job))
 
-    @staticmethod
-    def _names(job):
-        return [job.id, *(job.files if isinstance(job, Job) else ())]
 
-    @staticmethod
-    def _parents(job):
-        parts = job.id.split("/")
-        # `a` is an id and no file, but then `a/b` beside it would be hard to tell apart: files alone count.
-        return ["/".join(parts[:count]) for count in range(1, len(parts))] if isinstance(job, Job) else []
+def _files(job):
+    return job.files if isinstance(job, Job) else []
+
+
+def _folders(job):
+    parts = job.id.split("/")
+    return ["/".join(parts[:count]) for count in range(1, len(parts))]
 
 
 def check_id(value) -> str:
     """A job's id. Raises ValueError for what cannot name files inside the folder of results."""
     if not isinstance(value, str) or len(value) > MAX_ID or not SAFE_ID.fullmatch(value):
         raise ValueError(
-            f"id is {shown(value)}, expected a file name without an ending, of letters, digits, . _ - and beginning with "
-            f"a letter or digit, or several as folders with / between ({MAX_ID} characters at most)"
+            f"id is {shown(value)}, expected a file name without an ending, of letters, digits, . _ - and beginning "
+            f"with a letter or digit, or several with / between, as folders; at most {MAX_ID} characters"
         )
     if value.split("/")[0].lower() == RESULTS:
         raise ValueError(f"id is {shown(value)}, but {RESULTS} is the file of all results; give it another")
@@ -315,7 +317,8 @@ def make_job(
         if key not in OPTIONS or task not in OPTIONS[key].tasks:
             known = [*reads.texts, *(("image", "images") if reads.images[1] else ())]
             known += [name for name, option in OPTIONS.items() if task in option.tasks]
-            raise ValueError(f"{task} takes no {named(key)[:60]}; it takes {', '.join(dict.fromkeys(map(named, known)))}")
+            takes = ", ".join(dict.fromkeys(map(named, known)))
+            raise ValueError(f"{task} takes no {named(key)[:60]}; it takes {takes}")
     values = {key: OPTIONS[key].check(named(key), value) for key, value in fields.items()}
     if task == "perceive" and "kind" not in values:
         raise ValueError(f"{named('kind')} is not given, expected one of {', '.join(OPTIONS['kind'].choices)}")

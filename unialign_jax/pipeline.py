@@ -8,10 +8,12 @@
     print(pipeline.caption(edited)[0], pipeline.answer(edited, "What colour is the circle?")[0])
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import logging
+import time
 from collections.abc import Callable, Sequence
 
 import jax
@@ -170,7 +172,7 @@ class Pipeline:
             config, tokenizer, load = run.config, run.tokenizer, Loader(run.leaves, **options)
         else:
             if weights is not None:
-                raise ValueError(f"weights is {shown(weights)}, which is of runs alone, and {directory} is no run's folder")
+                raise ValueError(f"weights is {shown(weights)}, which a run's folder has, and {directory} is none")
             config = bundle.read_config(directory, verify=verify)
             tokenizer = bundle.read_tokenizer(directory, verify=verify)
             load = bundle_loader(directory, config, verify=verify, **options)
@@ -538,9 +540,11 @@ class Pipeline:
                 batch_seeds = jnp.array([seeds[i] for i in padded], jnp.uint32)
                 shape = self._latent_shape(first.size)
                 if callback is None:
-                    latents = self._sample(
-                        params["transformer"], batch_seeds, table, *arguments, mode=mode, latent_shape=shape
-                    )
+                    what = f"{count_of(len(padded), 'image')} of {first.size[1]} x {first.size[0]} pixels"
+                    with self._telling(what, mode, len(first.conditions), len(table.sigma)):
+                        latents = self._sample(
+                            params["transformer"], batch_seeds, table, *arguments, mode=mode, latent_shape=shape
+                        )
                 else:
                     latents = self._sample_in_steps(
                         params["transformer"], batch_seeds, table, arguments, mode, shape, members, callback
@@ -619,18 +623,19 @@ class Pipeline:
                 padded = np.array(padded)
                 # Rows that only fill the batch have nothing to decide, and so cause no step.
                 open_rows = is_target[padded] & (np.arange(len(padded)) < len(members))[:, None]
-                sample = self._describe(
-                    params,
-                    jnp.stack([latents[i] for i in padded]),
-                    ids[padded],
-                    open_rows,
-                    seeds[padded],
-                    settings.steps,
-                    float(settings.temperature),
-                    float(settings.threshold),
-                    float(settings.entropy_bound),
-                    decoding=settings.decoding,
-                )
+                with self._telling(f"{count_of(len(padded), 'text')} of {ids.shape[1]} tokens", settings.decoding):
+                    sample = self._describe(
+                        params,
+                        jnp.stack([latents[i] for i in padded]),
+                        ids[padded],
+                        open_rows,
+                        seeds[padded],
+                        settings.steps,
+                        float(settings.temperature),
+                        float(settings.threshold),
+                        float(settings.entropy_bound),
+                        decoding=settings.decoding,
+                    )
                 for i, row in zip(members, np.asarray(sample.ids), strict=False):
                     texts[i] = self.tokenizer.decode(row[first[i] :]).strip()
         return texts
@@ -700,6 +705,17 @@ class Pipeline:
     def _check_text_length(self, length):
         return self.config.text_length if length is None else check_whole("text_length", length, 8, MAX_TOKENS)
 
+    @contextlib.contextmanager
+    def _telling(self, what, *shape):
+        """Around the call of a program: says, the first time of a shape, that it is compiled and when it runs."""
+        is_new, began = (what, shape) not in self._said, time.monotonic()
+        self._said.add((what, shape))
+        if is_new:
+            log.info("compiling the program for %s", what)
+        yield
+        if is_new:
+            log.info("sampling, after %.1f s of compiling", time.monotonic() - began)
+
     def _warn_of_task(self, task):
         trained = self.config.tasks
         if trained is not None and task not in trained:
@@ -754,6 +770,10 @@ class Step:
         with self._pipeline._weights.use("autoencoder", "transformer") as params:
             pixels = self._pipeline._decode_images(params["autoencoder"], self.latents)
         return [Image.fromarray(array) for array in np.asarray(pixels)]
+
+
+def count_of(number, what) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def default_dtype(device) -> str:
