@@ -29,15 +29,19 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from unialign_jax.environment import explain_missing_packages
+
+explain_missing_packages()
 
 import benchmark_convert  # beside this file
 import benchmark_memory
 import benchmark_options
 import benchmark_sample
 import benchmark_step
+from benchmark_sample import MOST_ROUNDS
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="the training loop against the bare step")
@@ -63,15 +67,20 @@ def main():
     memory.set_defaults(measure=benchmark_memory.benchmark_memory)
     for command in (train, convert, sample, options, step, memory):
         command.add_argument("--output", type=Path, help="also write the figures to this JSON file")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
+    from unialign_jax import files
+
     try:
+        if arguments.output:
+            files.check_json_output(arguments.output)
         figures = arguments.measure(arguments)
         figures = machine() | figures  # afterwards: it takes the device, which `sample` leaves to other processes
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     show(figures)
     if arguments.output:
-        arguments.output.write_text(json.dumps(figures, indent=2) + "\n")
+        with files.replacing_file(arguments.output) as scratch:
+            scratch.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def show(figures):
@@ -101,11 +110,14 @@ def machine() -> dict:
 def benchmark_train(arguments) -> dict:
     import jax
 
+    from unialign_jax.inputs import check_whole
     from unialign_jax.training import distributed, flops
     from unialign_jax.training.loop import StopRequest, Trainer, run_steps
     from unialign_jax.training.metrics import memory_use
     from unialign_jax.training.stages import read_config
 
+    for name in ("steps", "rounds"):
+        check_whole(f"--{name}", getattr(arguments, name), 1, MOST_ROUNDS)
     logging.getLogger().setLevel(logging.ERROR)
     distributed.take_gpu_memory(os.environ)  # as in training
     config = read_config(arguments.config, arguments.set)

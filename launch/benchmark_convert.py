@@ -35,13 +35,18 @@ def add_arguments(parser):
 
 def benchmark_convert(arguments) -> dict:
     """{figure: value}: for each part the bytes read and written, seconds and peak GB of converting and of loading."""
-    figures = {}
+    makers, parts, figures = {"sd3": make_sd3, "t5": make_t5}, arguments.parts.split(","), {}
+    if unknown := [part for part in parts if part not in makers]:
+        raise ValueError(f"--parts has {', '.join(map(repr, unknown))}, expected some of {', '.join(makers)}")
     if arguments.scratch:
-        arguments.scratch.mkdir(parents=True, exist_ok=True)
+        try:
+            arguments.scratch.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"--scratch={arguments.scratch} cannot be a folder: {error.strerror}") from None
     scratch = Path(tempfile.mkdtemp(dir=arguments.scratch))
     try:
-        for part in arguments.parts.split(","):
-            source, flags = {"sd3": make_sd3, "t5": make_t5}[part](scratch)
+        for part in parts:
+            source, flags = makers[part](scratch)
             output = scratch / f"{part}_bundle"
             root = Path(__file__).resolve().parent.parent
             command = [sys.executable, "launch/convert.py", "sd3", f"--source={source}", f"--output={output}", *flags]
@@ -63,6 +68,8 @@ def named(name, measured):
 
 def measure(command, directory) -> tuple[float, float]:
     """Wall seconds and peak resident GB of a command. Raises ValueError when it fails."""
+    from unialign_jax.training.metrics import peak_bytes
+
     environment = {**os.environ, "PYTHONPATH": str(directory)}
     began = time.perf_counter()
     process = subprocess.Popen(command, cwd=directory, env=environment)
@@ -70,7 +77,7 @@ def measure(command, directory) -> tuple[float, float]:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise ValueError(f"{' '.join(command[1:3])} failed with status {process.returncode}")
-    return time.perf_counter() - began, usage.ru_maxrss * 1024 / 1e9
+    return time.perf_counter() - began, peak_bytes(usage) / 1e9
 
 
 def make_sd3(scratch):

@@ -71,16 +71,26 @@ def add_arguments(parser):
 
 def benchmark_memory(arguments) -> dict:
     """A table with a row for each mesh and policy. Raises ValueError for a case that cannot run."""
+    from unialign_jax.inputs import check_whole
+    from unialign_jax.training.config import config_problems
+    from unialign_jax.training.stages import read_config
+
     cpu = arguments.platform == "cpu"
+    check_whole("--devices", arguments.devices, 1, 1024)
     meshes = arguments.mesh or (["fsdp=8", "replica=2,data=2,encoder=2"] if cpu else ["fsdp=-1"])
-    rows = []
+    cases = []
     for mesh in meshes:
         for remat in arguments.remat.split(","):
             changes = [*(MEDIUM if cpu else ()), *arguments.set, *mesh_changes(mesh), f"model.remat={remat}"]
+            config = read_config(arguments.config, changes)
+            if problems := config_problems(config, arguments.devices if cpu else None):
+                raise ValueError("the configuration cannot run: " + "; ".join(problems))
             settings = {"config": arguments.config, "changes": changes}
-            settings |= {"platform": arguments.platform, "devices": arguments.devices}
-            print(f"measuring mesh {mesh}, remat {remat} ...", file=sys.stderr, flush=True)
-            rows.append({"mesh": mesh, "remat": remat} | call_alone(Path(__file__), "plan_and_run", settings))
+            cases.append((mesh, remat, settings | {"platform": arguments.platform, "devices": arguments.devices}))
+    rows = []
+    for mesh, remat, settings in cases:
+        print(f"measuring mesh {mesh}, remat {remat} ...", file=sys.stderr, flush=True)
+        rows.append({"mesh": mesh, "remat": remat} | call_alone(Path(__file__), "plan_and_run", settings))
     return {"memory, GB over all devices": rows}
 
 

@@ -51,11 +51,11 @@ def add_arguments(parser):
 def benchmark_options(arguments) -> dict[str, str]:
     """{option: what it costs and gives}. Raises ValueError or OSError for arguments that do not fit."""
     from unialign_jax import Pipeline, bundle
+    from unialign_jax.inputs import MAX_STEPS, check_range, check_whole
 
-    for name in ("count", "rounds"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name} is {getattr(arguments, name)}, expected at least 1")
-
+    for name, most in {"count": 4096, "rounds": 1_000_000, "solution_steps": MAX_STEPS}.items():
+        check_whole(f"--{name.replace('_', '-')}", getattr(arguments, name), 1, most)
+    check_range("--guidance-scale", arguments.guidance_scale, 0, 100)
     size = bundle.read_config(arguments.bundle).image_size
     prompts, pictures = read_inputs(arguments, size)
 
@@ -96,7 +96,10 @@ def benchmark_options(arguments) -> dict[str, str]:
 
 def read_inputs(arguments, size):
     """(prompts, pictures to caption or None)."""
+    from unialign_jax.files import check_regular
+
     if arguments.prompts:
+        check_regular(arguments.prompts, 2**20)
         prompts = [line for line in arguments.prompts.read_text().splitlines() if line.strip()]
         if not prompts:
             raise ValueError(f"{arguments.prompts} has no prompts, expected one a line")

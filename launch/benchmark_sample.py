@@ -21,7 +21,6 @@ import functools
 import importlib.util
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -40,6 +39,8 @@ RANDOM = {  # by name: MM-DiT, T5, autoencoder, pixels, tokens
 }
 # The matmul that speeds are compared with: (side, calls in a row, so that starting them does not count).
 MATMUL, LARGE_MATMUL = {"cpu": (4096, 1)}, (8192, 16)
+MOST_BATCH = 65536
+MOST_ROUNDS = 1_000_000  # of steps, rounds and the like: more is a mistake
 FORWARD_TURNS = 2  # ours and diffusers are measured in turn, so that a busy moment of the machine meets both
 
 
@@ -56,13 +57,16 @@ def add_arguments(parser):
     parser.add_argument("--caption-batch", default="1,32", help="captions in a batch, default %(default)s")
     parser.add_argument("--caption-steps", type=int, default=32, help="default %(default)s")
     parser.add_argument("--caption-tokens", type=int, help="default what the model was trained with")
-    parser.add_argument("--dtype", help="bfloat16, or float32 on a CPU, which only emulates bfloat16")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default float32 on a CPU, bfloat16 elsewhere")
     parser.add_argument("--quantize", choices=["int8", "w8a8"], help="weights, or weights and activations, of 8 bits")
     parser.add_argument("--rounds", type=int, default=3, help="calls of which the median counts, default %(default)s")
 
 
 def benchmark_sample(arguments) -> dict:
     """{figure: value}; what could not be measured says so. Raises ValueError for options that do not fit."""
+    from unialign_jax.inputs import MAX_STEPS, MAX_TOKENS, check_range, check_whole
+    from unialign_jax.planning import check_sampling
+
     settings = {k: v for k, v in vars(arguments).items() if k not in ("measure", "output", "command")}
     settings["bundle"] = str(arguments.bundle.resolve()) if arguments.bundle else None
     settings["batch"] = batch_sizes("--batch", arguments.batch)
@@ -70,9 +74,16 @@ def benchmark_sample(arguments) -> dict:
     parts = arguments.parts.split(",")
     if unknown := set(parts) - set(PARTS):
         raise ValueError(f"--parts has {', '.join(sorted(unknown))}, expected some of {', '.join(PARTS)}")
-    for name in ("steps", "caption_steps", "rounds"):
-        if settings[name] < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {settings[name]}, expected at least 1")
+    for name, most in {"steps": MAX_STEPS, "caption_steps": MAX_STEPS, "rounds": MOST_ROUNDS}.items():
+        check_whole(f"--{name.replace('_', '-')}", settings[name], 1, most)
+    check_range("--guidance-scale", arguments.guidance_scale, 0, 100)
+    if arguments.caption_tokens is not None:
+        check_whole("--caption-tokens", arguments.caption_tokens, 8, MAX_TOKENS)
+    config = model_config(settings)
+    missing = [name for name in ("transformer", "text_encoder", "autoencoder") if getattr(config, name) is None]
+    if missing:
+        raise ValueError(f"{settings['bundle']} lacks {' and '.join(missing)}, which are measured too")
+    check_sampling(config, config.image_size if arguments.size is None else arguments.size, 1)
     if arguments.compare and importlib.util.find_spec(arguments.compare) is None:
         raise ValueError("--compare needs diffusers and torch: pip install -r requirements-test.txt")
 
@@ -133,8 +144,8 @@ def batch_sizes(option, text) -> list[int]:
         sizes = [int(part) for part in text.split(",")]
     except ValueError:
         sizes = []
-    if not sizes or min(sizes) < 1:
-        raise ValueError(f"{option} is {text!r}, expected batch sizes such as 1,8")
+    if not sizes or min(sizes) < 1 or max(sizes) > MOST_BATCH:
+        raise ValueError(f"{option} is {text!r}, expected batch sizes such as 1,8, up to {MOST_BATCH:,}")
     return sizes
 
 
@@ -462,7 +473,9 @@ def measure_forward(settings, config, run) -> dict:
 
 def host_peak() -> float:
     """Peak resident memory of this process in GB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    from unialign_jax.training.metrics import memory_use
+
+    return memory_use()["host_peak_gb"]
 
 
 def answer(functions):

@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmark_sample import answer, batch_sizes, call_alone, jax_matmul, not_measured  # beside this file
+from benchmark_sample import MOST_ROUNDS, answer, batch_sizes, call_alone, jax_matmul, not_measured  # beside this file
 
 PROFILED_STEPS = 3
 FAILED = "failed"  # how the outcome of a setting begins that broke for another reason than memory
@@ -47,6 +47,7 @@ def add_arguments(parser):
 
 def benchmark_step(arguments) -> dict:
     """{figure: value}, of which some are tables. Raises ValueError for bad options, and when nothing was measured."""
+    from unialign_jax.inputs import check_whole
     from unialign_jax.training.config import active_streams, config_problems
     from unialign_jax.training.stages import read_config
 
@@ -56,16 +57,20 @@ def benchmark_step(arguments) -> dict:
     if stream not in streams:
         raise ValueError(f"--stream is {stream!r}, expected one of {', '.join(streams)}")
     for name in ("devices", "accumulation", "steps", "rounds", "warmup"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} is {value}, expected at least 1")
+        if getattr(arguments, name) is not None:
+            check_whole(f"--{name}", getattr(arguments, name), 1, MOST_ROUNDS)
     sizes = sorted(batch_sizes("--micro-batches", arguments.micro_batches))
     policies = (arguments.remat or config.model.remat).split(",")
     attention = arguments.attention or config.model.attention
     for policy in policies:
         config.model.update({"remat": policy, "attention": attention})
         if problems := config_problems(config):
-            raise ValueError("the configuration cannot run:\n  " + "\n  ".join(problems))
+            raise ValueError("the configuration cannot run: " + "; ".join(problems))
+    if arguments.profile:
+        try:
+            arguments.profile.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"--profile={arguments.profile} cannot be a folder: {error.strerror}") from None
 
     rows, tried = [], []
     for remat in policies:

@@ -7,6 +7,9 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from unialign_jax.environment import explain_missing_packages
+
+explain_missing_packages()
 
 DESCRIPTION = """\
 Turns downloaded PyTorch weights into a bundle (the folder that training and sampling start from) and back.
@@ -195,7 +198,8 @@ def export_run(arguments):
     from unialign_jax import runs
     from unialign_jax.conversion.exporting import bundle_from_run
 
-    runs.latest_step(arguments.run)  # refuses what is no run
+    if not runs.is_run(arguments.run):
+        raise FileNotFoundError(f"{arguments.run} is no run's folder: expected config.json and checkpoints/ inside")
     settings = runs.read_settings(arguments.run)
     source = arguments.bundle or settings.get("frozen_from") or None
     bundle_from_run(

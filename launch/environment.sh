@@ -1,8 +1,12 @@
 # shellcheck shell=bash
 # Sourced by the launch scripts: makes .venv beside the code and installs the requirement files named as arguments into it,
-# once for each content of those files.
+# once for each content of those files. CONSTRAINTS=FILE (requirements.lock) fixes the versions, of what they need too.
 make_environment() {
-  local python=${PYTHON:-python3} wanted stamp file flags=()
+  local python=${PYTHON:-python3} constraints=${CONSTRAINTS:-} wanted stamp file flags=()
+  if [ -n "$constraints" ] && [ ! -f "$constraints" ]; then
+    echo "error: CONSTRAINTS names $constraints, which is no file; requirements.lock is there" >&2
+    return 1
+  fi
   if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
     echo "error: $python is not Python 3.11 or newer; name one with PYTHON=/path/to/python3.11" >&2
     return 1
@@ -11,14 +15,20 @@ make_environment() {
     echo "Making the environment .venv with $("$python" --version)"
     "$python" -m venv .venv || { echo "error: $python cannot make a virtual environment (on Debian: apt install python3-venv)" >&2; return 1; }
   fi
-  wanted=$(cat "$@" | cksum | tr ' ' '-')
+  wanted=$(cat "$@" ${constraints:+"$constraints"} | cksum | tr ' ' '-')
   stamp=.venv/installed-$wanted
   if [ ! -e "$stamp" ]; then
     for file in "$@"; do flags+=(-r "$file"); done
-    echo "Installing $* (a minute or two)"
+    if [ -n "$constraints" ]; then flags+=(-c "$constraints"); fi
+    echo "Installing $* ${constraints:+in the versions of $constraints }(a few minutes)"
     .venv/bin/python -m pip install -qq --disable-pip-version-check "${flags[@]}" || return 1
     touch "$stamp"
   fi
   # shellcheck disable=SC1091
   source .venv/bin/activate
+}
+
+# What a script that made the environment ends with: it was active in the script alone.
+say_how_to_activate() {
+  echo "For the other commands, in this shell:  source .venv/bin/activate"
 }

@@ -14,6 +14,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from unialign_jax.environment import explain_missing_packages
+
+explain_missing_packages()
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -148,11 +151,11 @@ class Model:
     def __init__(self, options):
         from unialign_jax import bundle, runs
 
-        self._options = options
+        self._options, self._run = options, None
         folder = Path(options.bundle)
         self.stamp = {"bundle": folder.resolve().name}
         if not bundle.is_bundle(folder) and runs.is_run(folder):
-            run = runs.open_to_sample(folder, options.weights, verify=options.verify)
+            self._run = run = runs.open_to_sample(folder, options.weights, verify=options.verify)
             config, digest = run.config, run.digest
             self.stamp |= {"step": run.step, "weights": run.weights}
         else:
@@ -179,18 +182,14 @@ class Model:
     def open(self):
         from unialign_jax import Pipeline
 
-        keep_compiled(self._options.compilation_cache)
-        log.info("opening %s", self._options.bundle)
-        return Pipeline.from_bundle(
-            self._options.bundle,
-            weights=self._options.weights,
-            verify=self._options.verify,
-            dtype=self._options.dtype,
-            quantize=self._options.quantize,
-            low_memory=self._options.low_memory,
-            attention=self._options.attention,
-            max_batch=self._options.batch,
-        )
+        options = self._options
+        keep_compiled(options.compilation_cache)
+        log.info("opening %s", options.bundle)
+        how = {name: getattr(options, name) for name in ("dtype", "quantize", "low_memory", "attention")}
+        how["max_batch"] = options.batch
+        if self._run:
+            return Pipeline.from_run(self._run, **how)
+        return Pipeline.from_bundle(options.bundle, verify=options.verify, **how)
 
 
 def keep_compiled(directory: str) -> None:

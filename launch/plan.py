@@ -4,11 +4,15 @@ import argparse
 import json
 import math
 import os
+import shlex
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from unialign_jax.environment import explain_missing_packages
+
+explain_missing_packages()
 
 DESCRIPTION = """\
 Compiles the programs of a sampling task for a TPU chip, or the training steps of a configuration for a TPU slice,
@@ -35,6 +39,7 @@ Topologies are named by kind and grid, v4:4x4x4, or as on Google Cloud, v4-128 (
 chips). Exit status 0 when all fits (with --low-memory: in that mode), 1 when it does not; of --all, where a misfit is a
 result, 1 when something could not be planned.
 """
+MOST_SLICES = 256
 # Which options go with which of the four things to do.
 TAKES = {
     "all": ("config", "topologies", "output"),
@@ -80,6 +85,8 @@ def parse_arguments(argv):
         "--output", type=Path, metavar="JSON", help="also write the figures to this file; with --all: the plans' folder"
     )
     arguments = parser.parse_args([argument for argument in argv if not argument.startswith("--config.")])
+    if arguments.config == "":
+        parser.error("--config is empty, expected a stage file such as configs/stage1.py")
     if arguments.all and not (arguments.config and arguments.output):
         parser.error("--all needs --config=FILE and --output=DIR")
     mode = next(mode for mode in TAKES if getattr(arguments, mode))
@@ -100,14 +107,19 @@ def main(argv=None):
     import jax
 
     jax.config.update("jax_platforms", "cpu")
+    from unialign_jax import files
+
     try:
         if arguments.report:
             return write_report(arguments)
         if arguments.all:
             sys.exit(1 if plan_all(arguments, changes) else 0)
+        if arguments.output:
+            files.check_json_output(arguments.output)
         figures = plan_training(arguments, changes) if arguments.config else plan(arguments)
         if arguments.output:
-            arguments.output.write_text(json.dumps(figures, indent=2) + "\n")
+            with files.replacing_file(arguments.output) as scratch:
+                scratch.write_text(json.dumps(figures, indent=2) + "\n")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     sys.exit(0 if figures["fits"] else 1)
@@ -127,27 +139,96 @@ def plan_all(arguments, changes) -> list[str]:
 
     config = read_config(arguments.config, changes)
     names = arguments.topologies.split(",") if arguments.topologies else sweep.TOPOLOGIES
+    for name in names:
+        sweep.split_name(name)
+    make_folder("--output", arguments.output)
     planning.topology_devices("v5e-1")  # without the TPU compiler, one error and not one for each slice
     return sweep.sweep(config, arguments.config, names, arguments.output)
 
 
+def make_folder(option, path):
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{option}={path} cannot be a folder: {error.strerror}") from None
+
+
+def command(arguments, changes, **others) -> str:
+    """This command line once more, with other options."""
+    options = {name: getattr(arguments, name) for name in (*TAKES["config"], *TAKES["task"]) if name != "output"}
+    defaults = {"topology": "v5e:1x1", "num_slices": 1, "size": 512, "batch": 1}
+    words = [f"--config={arguments.config}" if arguments.config else f"--task={arguments.task}"]
+    words += [f"--config.{change}" for change in changes]
+    for name, value in (options | others).items():
+        flag = "--" + name.replace("_", "-")
+        if value is True:
+            words.append(flag)
+        elif value and value != defaults.get(name):
+            words.append(f"{flag}={value}")
+    return "python launch/plan.py " + shlex.join(words)
+
+
+def say_what_may_fit(options):
+    """Prints what to try, (what it is, the command) each, where there is something."""
+    if options:
+        print("\nWhat may fit:")
+    for what, line in options:
+        print(f"  {what}:\n    {line}")
+
+
+def training_that_may_fit(arguments, changes, remat) -> list[tuple[str, str]]:
+    from unialign_jax import hardware
+
+    options = []
+    if not arguments.search:
+        options.append(
+            ("accumulation and remat, tried one after another (minutes each)", command(arguments, changes, search=True))
+        )
+        if remat not in ("block", "offload"):
+            others = [change for change in changes if not change.startswith("model.remat=")]
+            line = command(arguments, [*others, "model.remat=block"])
+            options.append(("all blocks computed again in the backward pass", line))
+    if larger := hardware.larger_slice(arguments.topology):
+        options.append(("twice the chips", command(arguments, changes, topology=larger)))
+    return options
+
+
+def sampling_that_may_fit(arguments) -> list[tuple[str, str]]:
+    options = []
+    if not arguments.low_memory:
+        line = command(arguments, [], low_memory=True)
+        options.append(("on the chip only what the current part of a task reads", line))
+    if not arguments.quantize:
+        options.append(("weights of 8 bits", command(arguments, [], quantize="int8")))
+    if arguments.batch > 1:
+        options.append(("fewer images at a time", command(arguments, [], batch=arguments.batch // 2)))
+    if arguments.topology != "v6e:1x1":
+        options.append(("a chip with 32 GB", command(arguments, [], topology="v6e:1x1")))
+    return options
+
+
 def plan_training(arguments, changes) -> dict:
-    from unialign_jax import planning
+    from unialign_jax import hardware, planning
     from unialign_jax.training import meshes, search
     from unialign_jax.training import plan as training
-    from unialign_jax.training.config import active_streams
+    from unialign_jax.training.config import active_streams, config_problems
     from unialign_jax.training.stages import read_config
 
     config = read_config(arguments.config, changes)
+    hardware.topology_name(arguments.topology)
+    if not 1 <= arguments.num_slices <= MOST_SLICES:
+        raise ValueError(f"--num-slices is {arguments.num_slices}, expected 1 to {MOST_SLICES}")
+    if problems := config_problems(config):  # those of the mesh are found with the devices
+        raise ValueError("the configuration cannot run: " + "; ".join(problems))
     names = list(active_streams(config))
     if arguments.stream:
         if arguments.stream not in names:
             raise ValueError(f"unknown stream {arguments.stream!r}, expected one of {', '.join(names)}")
         names = [arguments.stream]
+    if arguments.dump:
+        make_folder("--dump", arguments.dump)
     devices = planning.topology_devices(arguments.topology, arguments.num_slices)
     usable = planning.usable_bytes(devices[0])
-    if arguments.dump:
-        arguments.dump.mkdir(parents=True, exist_ok=True)
 
     def compile_step(config, name):
         print(f"compiling: {name}, remat {config.model.remat}, accumulation {config.accumulation}", file=sys.stderr)
@@ -163,6 +244,7 @@ def plan_training(arguments, changes) -> dict:
             ordered, usable or math.inf, lambda candidate: compile_step(candidate.applied_to(config), heaviest)
         )
         if found.plan is None:
+            say_what_may_fit(training_that_may_fit(arguments, changes, config.model.remat))
             raise ValueError(f"{found.misfit}, and no other micro-batch or remat needs less")
         searched[heaviest] = found.plan
         config.accumulation, config.model.remat = found.plan.accumulation, found.plan.remat
@@ -190,6 +272,9 @@ def plan_training(arguments, changes) -> dict:
         print(f"{plan.stream}: {verdict}: {plan.peak / planning.GIB:.2f} of {(usable or 0) / planning.GIB:.2f} GiB")
     for line in misfits:
         print(f"DOES NOT FIT: {line}")
+    fits = not misfits and all(plan.fits for plan in plans)
+    if not fits:
+        say_what_may_fit(training_that_may_fit(arguments, changes, config.model.remat))
     return figures | {
         "config": arguments.config,
         "changes": changes,
@@ -201,16 +286,18 @@ def plan_training(arguments, changes) -> dict:
         "accumulation": config.accumulation,
         "remat": config.model.remat,
         "misfits": misfits,
-        "fits": not misfits and all(plan.fits for plan in plans),
+        "fits": fits,
     }
 
 
 def plan(arguments) -> dict:
-    from unialign_jax import planning
+    from unialign_jax import hardware, planning
 
+    planning.check_sampling(planning.published_config(), arguments.size, arguments.batch)
+    chips = hardware.chips_of(hardware.topology_name(arguments.topology))
+    if chips > 1:
+        raise ValueError(f"topology {arguments.topology} has {chips} chips, sampling runs on one: v5e:1x1")
     devices = planning.topology_devices(arguments.topology)
-    if len(devices) > 1:
-        raise ValueError(f"topology {arguments.topology} has {len(devices)} chips, sampling runs on one: v5e:1x1")
     usable = planning.usable_bytes(devices[0])
     programs, params = planning.sampling_programs(
         arguments.task, devices[0], size=arguments.size, batch=arguments.batch, quantize=arguments.quantize
@@ -220,7 +307,11 @@ def plan(arguments) -> dict:
     measured = []
     for program in programs:
         print(f"compiling: {program.name}", file=sys.stderr)
-        measured.append(planning.measure(program))
+        try:
+            measured.append(planning.measure(program))
+        except ValueError:  # no room for this one alone
+            say_what_may_fit(sampling_that_may_fit(arguments))
+            raise
     rows = planning.table(measured, resident)
     peak = rows[-1]["peak_low_memory" if arguments.low_memory else "peak"]
     print(
@@ -233,6 +324,8 @@ def plan(arguments) -> dict:
         mode = "with low_memory" if arguments.low_memory else "without low_memory"
         verdict = "fits" if fits else "DOES NOT FIT"
         print(f"\n{verdict} {mode}: {peak:.2f} of {usable / planning.GIB:.2f} GiB")
+    if not fits:
+        say_what_may_fit(sampling_that_may_fit(arguments))
     return {
         "task": arguments.task,
         "topology": arguments.topology,

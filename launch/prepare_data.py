@@ -8,30 +8,37 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from unialign_jax.environment import explain_missing_packages
+
+explain_missing_packages()
 
 from tqdm import tqdm
 
 from unialign_jax.data import jsonl, records, shapes
 from unialign_jax.data.kinds import KINDS
+from unialign_jax.data.text_lengths import TextLengths
+from unialign_jax.data.tokenizer import load_tokenizer
+from unialign_jax.files import one_line, refuse_existing
 
 DESCRIPTION = """\
 Writes data folders (ArrayRecord files through TensorFlow Datasets, read by index) for launch/train.py.
 """
 
-EXAMPLES = """\
+ROWS = "\n".join(f"  {kind}: {KINDS[kind].summary}\n    {reader.example}" for kind, reader in jsonl.READERS.items())
+
+EXAMPLES = f"""\
 formats
   shapes   the procedural world: all five streams, one folder each, with true targets and oracle teacher features
   jsonl    the released UniAlignment code's files: one JSON object per line, image paths relative to the file
   (webdataset, parquet and hf are to come)
 
 rows of a jsonl file, by --stream
-  text_to_image     {"image": ["a.jpg"], "conversations": [{"value": "caption"}]}
-  edit, perception  {"image": ["source.jpg", "target.jpg"], "instruction": "...",
-                     "conversations": [{"value": "the target's caption"}]}
-  personalization   {"original_images": ["a.jpg", "b.jpg"], "generated_images": ["c.jpg"],
-                     "edit_prompt": "...", "caption": "the target's caption"}
-  vqa               {"image": "a.jpg", "conversations": [{"from": "human", "value": "question"},
-                                                         {"from": "gpt", "value": "answer"}]}
+{ROWS}
+
+texts
+  What the model cannot read of a text is cut in training. --tokenizer=DIR --text-length=N counts it beforehand: give
+  those of the run to come (a T5 tokenizer's folder, or "shapes" for the packaged one of the tiny configurations). With
+  a text length, questions that leave no room for an answer are left out, as bad rows.
 
 examples
   python launch/prepare_data.py --format=shapes --output=data/shapes
@@ -43,6 +50,17 @@ A folder appears only when it is whole. A second run with the same shapes parame
 ends well; any other existing output is refused unless --overwrite is given.
 """
 
+LIMITS = {  # of the options that are numbers: the least and the most
+    "num_records": (1, 10**9),
+    "seed": (0, 2**63 - 1),
+    "image_size": (shapes.MIN_IMAGE_SIZE, shapes.MAX_IMAGE_SIZE),
+    "teacher_width": (0, 2**16),
+    "max_side": (1, 2**16),
+    "threads": (1, 256),
+    "max_bad_fraction": (0, 1),
+    "text_length": (2, 4096),
+}
+
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -51,7 +69,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--format", required=True, choices=["shapes", "jsonl"], help="what to read or make")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write (shapes: a folder per stream)")
     parser.add_argument("--source", metavar="PATH", help="jsonl: a file, or a quoted pattern of files")
-    parser.add_argument("--stream", choices=tuple(KINDS), help="the stream kind (shapes: only this one)")
+    parser.add_argument("--stream", choices=tuple(KINDS), help="the kind of records (shapes: only this one)")
     parser.add_argument("--overwrite", action="store_true", help="replace existing data folders")
     parser.add_argument(
         "--num-records", type=int, metavar="N", help="shapes: records per stream (default 2000 to 4000)"
@@ -70,15 +88,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="F",
         help="jsonl: fail, and write nothing, when more than this share of the rows is bad (default 0.1)",
     )
+    parser.add_argument("--tokenizer", metavar="DIR", help='jsonl: count tokens with this one (a folder, or "shapes")')
+    parser.add_argument("--text-length", type=int, metavar="N", help="jsonl: count the texts that N tokens would cut")
     arguments = parser.parse_args(argv)
     if arguments.format == "jsonl" and not (arguments.source and arguments.stream):
         parser.error("--format=jsonl needs --source and --stream")
-    if arguments.format == "shapes" and arguments.source:
-        parser.error("--format=shapes makes its data and takes no --source")
-    for name, least in (("num_records", 1), ("seed", 0), ("image_size", 16), ("teacher_width", 0), ("max_side", 1)):
+    if arguments.format == "shapes" and (arguments.source or arguments.tokenizer or arguments.text_length):
+        parser.error("--format=shapes makes its data and takes no --source, --tokenizer and --text-length")
+    if arguments.text_length is not None and not arguments.tokenizer:
+        parser.error("--text-length needs --tokenizer, whose tokens it counts")
+    for name, (least, most) in LIMITS.items():
         value = getattr(arguments, name)
-        if value is not None and value < least:
-            parser.error(f"--{name.replace('_', '-')} is {value}, expected at least {least}")
+        if value is not None and not least <= value <= most:
+            parser.error(f"--{name.replace('_', '-')} is {value}, expected {least} to {most}")
     return arguments
 
 
@@ -108,14 +130,16 @@ def prepare_jsonl(arguments: argparse.Namespace) -> None:
       ValueError, OSError: as `records.write_records` and `jsonl.read_jsonl`; the output folder is then not there.
     """
     began = time.monotonic()
-    paths = sorted(glob.glob(arguments.source)) or [arguments.source]
-    for path in paths:
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"source {path} does not exist")
+    paths = find_sources(arguments.source)
+    size = sum(map(jsonl.check_source, paths))
+    refuse_existing(arguments.output, overwrite=arguments.overwrite, foreign=records.foreign_names)
+    tokenizer = None
+    if arguments.tokenizer:
+        tokenizer = load_tokenizer(None if arguments.tokenizer == "shapes" else arguments.tokenizer)
+    lengths = TextLengths(arguments.stream, tokenizer, arguments.text_length)
     report = jsonl.ReadReport()
-    with tqdm(
-        total=sum(map(os.path.getsize, paths)), desc=arguments.stream, unit="B", unit_scale=True, disable=None
-    ) as bar:
+    # disable=None: no bar where nobody looks, in a file or a pipe
+    with tqdm(total=size, desc=arguments.stream, unit="B", unit_scale=True, disable=None) as bar:
         rows = jsonl.read_jsonl(
             paths,
             arguments.stream,
@@ -124,20 +148,37 @@ def prepare_jsonl(arguments: argparse.Namespace) -> None:
             max_side=arguments.max_side,
             num_threads=arguments.threads,
             on_bytes=bar.update,
+            check=lengths.check,
         )
         try:
             records.write_records(
                 arguments.output,
                 rows,
                 kind=arguments.stream,
-                parameters={"source": [str(path) for path in paths], "format": "jsonl", "max_side": arguments.max_side},
+                parameters={
+                    "source": [one_line(str(path)) for path in paths],
+                    "format": "jsonl",
+                    "max_side": arguments.max_side,
+                },
                 overwrite=arguments.overwrite,
             )
         finally:
             bar.close()
-            _print_bad_rows(report)
+            _print_report(report)
     _print_folder(Path(arguments.output), "written")
+    for line in [*lengths.lines(), *lengths.cuts()]:
+        print(f"  {one_line(line, 1000)}")
     print(f"done in {time.monotonic() - began:.1f} s")
+
+
+def find_sources(pattern: str) -> list[str]:
+    """The files that `--source` names, in order. Raises FileNotFoundError when a pattern finds none."""
+    if os.path.lexists(pattern):
+        return [pattern]
+    paths = sorted(glob.glob(pattern))
+    if not paths and glob.has_magic(pattern):
+        raise FileNotFoundError(f"no file matches the pattern {pattern}")
+    return paths or [pattern]
 
 
 def _print_folder(folder: Path, state: str) -> None:
@@ -148,7 +189,7 @@ def _print_folder(folder: Path, state: str) -> None:
     )
 
 
-def _print_bad_rows(report: jsonl.ReadReport) -> None:
+def _print_report(report: jsonl.ReadReport) -> None:
     if report.num_bad:
         print(f"skipped {report.num_bad} of {report.num_rows} rows:")
         for reason, count in report.reasons.most_common():
@@ -156,6 +197,10 @@ def _print_bad_rows(report: jsonl.ReadReport) -> None:
         print("first bad rows:")
         for line in report.first_bad:
             print(f"  {line}")
+    if report.num_records > report.num_rows - report.num_bad:
+        print(f"{report.num_rows - report.num_bad} rows of one or several turns gave {report.num_records} records")
+    for note, count in report.notes.most_common():
+        print(f"{count} {note}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -163,7 +208,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         prepare_shapes(arguments) if arguments.format == "shapes" else prepare_jsonl(arguments)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {one_line(str(error), 1000)}")
     except KeyboardInterrupt:
         sys.exit("interrupted: nothing was left behind in the output folder")
 

@@ -15,3 +15,4 @@ pictures=("$run"/samples/*.png) captions=("$run"/samples/*.md)
 echo "Pictures, real beside generated:  ${pictures[-1]}"
 echo "Captions, real beside predicted:  ${captions[-1]}"
 echo "Losses and speed:                 $run/metrics.jsonl"
+say_how_to_activate

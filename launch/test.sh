@@ -9,3 +9,4 @@ source launch/environment.sh
 make_environment requirements.txt requirements-test.txt
 ruff check .
 python -m pytest -n 2 --dist loadfile "$@"
+say_how_to_activate

@@ -24,6 +24,9 @@ import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from unialign_jax.environment import explain_missing_packages
+
+explain_missing_packages()
 
 
 class Parser(argparse.ArgumentParser):

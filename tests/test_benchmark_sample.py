@@ -79,18 +79,3 @@ def test_a_forward_of_ours_and_of_diffusers(tiny_bundle, monkeypatch):
     figures = ours.compare_loop(settings, {"image batch 1: loop, s": 1.0})
     theirs_s = figures["diffusers, image batch 1: loop, s"]
     assert figures["image batch 1: loop, ours / diffusers"] == pytest.approx(1 / theirs_s)
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        (["--random=tiny", "--parts=images,video"], "--parts has video, expected some of images, captions, forward"),
-        (["--random=tiny", "--batch=1,none"], "--batch is '1,none', expected batch sizes such as 1,8"),
-        (["--random=tiny", "--steps=0"], "--steps is 0, expected at least 1"),
-        (["--bundle=missing"], "missing"),
-    ],
-)
-def test_bad_options_are_one_line(options, message):
-    done = run(*options)
-    assert done.returncode != 0
-    assert message in done.stderr and "Traceback" not in done.stderr

@@ -131,19 +131,3 @@ def test_out_of_memory_is_a_row(step, monkeypatch):
         assert third["outcome"] == "not tried: 4 was out of memory"
     with pytest.raises(ValueError, match="^no setting could be measured: out of memory: "):
         step.benchmark_step(options(step, "--micro-batches=4", "--no-parts"))
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--micro-batches=1,none"], "--micro-batches is '1,none', expected batch sizes such as 1,8"),
-        (["--remat=none,some"], "model.remat is 'some', expected one of none, block, dots, offload"),
-        (["--stream=video"], "--stream is 'video', expected one of text_to_image"),
-        (["--accumulation=0"], "--accumulation is 0, expected at least 1"),
-    ],
-)
-def test_bad_options_are_told_before_a_device_is_touched(step, monkeypatch, arguments, message):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.delattr(step, "call_alone")
-    with pytest.raises(ValueError, match=message):
-        step.benchmark_step(options(step, *arguments))

@@ -133,3 +133,11 @@ def test_a_replacement_that_was_cut_off_between_its_two_renames_is_taken_back(tm
     with pytest.raises(FileExistsError), files.replacing_folder(tmp_path / "out"):
         pass
     assert (tmp_path / "out/a").read_text() == "old" and os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("text", ["a\nb", "\x1b[2J", "\ud800", "x" * 1000, "a\u2028b", "\0"])
+def test_texts_of_strangers_in_one_line(text):
+    line = files.one_line(text)
+    assert line.isprintable() and line.encode() and len(line) <= 300
+    assert files.one_line("It's “plain” é 猫") == "It's “plain” é 猫"

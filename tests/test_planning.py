@@ -3,13 +3,14 @@
 import importlib.util
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from unialign_jax import bundle, planning
+from unialign_jax import bundle, hardware, planning
 from unialign_jax.planning import GIB, Memory
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,7 +89,7 @@ def test_bad_arguments_are_said_in_a_line():
         planning.topology_devices("v5e")
     with pytest.raises(ValueError, match=r"^unknown task 'paint', expected one of t2i, edit, caption$"):
         planning.sampling_programs("paint", jax.devices()[0])
-    with pytest.raises(ValueError, match=r"^size is 500 and batch 1, expected a multiple of 16 up to 1024"):
+    with pytest.raises(ValueError, match=r"^size is 500, expected a multiple of 16 up to 3072, such as 496"):
         planning.sampling_programs("t2i", jax.devices()[0], size=500)
 
 
@@ -106,6 +107,90 @@ def test_bad_arguments_are_said_in_a_line():
 def test_options_that_do_not_go_together_are_refused(arguments, expected):
     done = subprocess.run([sys.executable, ROOT / "launch/plan.py", *arguments], capture_output=True, text=True)
     assert done.returncode == 2 and expected in done.stderr
+
+
+DEVICES = [types.SimpleNamespace(device_kind="TPU v5 lite")] * 16
+
+
+@pytest.fixture
+def plan_command(launch_command, monkeypatch, capsys):
+    """A function (arguments) -> (status, what `plan.py` printed); its compiler says that nothing fits."""
+    from unialign_jax.training import plan
+
+    def refuse(config, devices, name, **_):
+        raise plan.DoesNotFit(f"the step of {name} does not fit: it needs 21.50G of 15.75G", 21 * GIB)
+
+    monkeypatch.setattr(planning, "topology_devices", lambda *_: DEVICES)
+    monkeypatch.setattr(planning, "usable_bytes", lambda _: 15 * GIB)
+    monkeypatch.setattr(plan, "plan_step", refuse)
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    monkeypatch.chdir(ROOT)
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            launch_command("plan").main(arguments)
+        return ended.value.code, capsys.readouterr().out
+
+    return run
+
+
+def commands_in(printed):
+    return [line.strip() for line in printed.splitlines() if line.strip().startswith("python launch/plan.py ")]
+
+
+def test_a_training_that_does_not_fit_is_told_what_may(plan_command):
+    same = "python launch/plan.py --config=configs/stage1.py --config.batch_size=128"
+    status, printed = plan_command("--config=configs/stage1.py", "--topology=v5e-16", "--config.batch_size=128")
+    assert status == 1 and "DOES NOT FIT: the step of text_to_image" in printed
+    assert commands_in(printed) == [
+        f"{same} --topology=v5e-16 --search",
+        f"{same} --config.model.remat=block --topology=v5e-16",
+        f"{same} --topology=v5e-32",
+    ]
+    # Blocks are computed again already, and there is no larger slice.
+    _, printed = plan_command("--config=configs/stage1.py", "--topology=v5e:16x16", "--config.model.remat=block")
+    assert len(commands_in(printed)) == 1 and commands_in(printed)[0].endswith(" --topology=v5e:16x16 --search")
+
+
+def test_a_search_in_vain_names_the_next_slice(plan_command, monkeypatch):
+    from unialign_jax.training import search
+
+    found = search.Found(None, [], "the step of text_to_image does not fit: it needs 17.0G of 15.75G")
+    monkeypatch.setattr(search, "candidates", lambda *_: [])
+    monkeypatch.setattr(search, "search", lambda *_: found)
+    status, printed = plan_command("--config=configs/stage1.py", "--topology=v5e-4", "--search")
+    assert status.startswith("error: the step of text_to_image does not fit") and "needs less" in status
+    assert commands_in(printed) == ["python launch/plan.py --config=configs/stage1.py --topology=v5e-8 --search"]
+
+
+def test_a_sampling_that_does_not_fit_is_told_what_may(plan_command, monkeypatch):
+    def measure(program):
+        raise ValueError(f"{program.name}: RESOURCE_EXHAUSTED")
+
+    program = planning.Program("sample", (), None, {}, ())
+    monkeypatch.setattr(planning, "sampling_programs", lambda *_, **__: ([program], {}))
+    monkeypatch.setattr(planning, "measure", measure)
+    status, printed = plan_command("--task=edit", "--batch=8")
+    assert status == "error: sample: RESOURCE_EXHAUSTED"
+    assert commands_in(printed) == [
+        "python launch/plan.py --task=edit --batch=8 --low-memory",
+        "python launch/plan.py --task=edit --batch=8 --quantize=int8",
+        "python launch/plan.py --task=edit --batch=4",
+        "python launch/plan.py --task=edit --topology=v6e:1x1 --batch=8",
+    ]
+
+
+def test_the_next_larger_slice():
+    larger = hardware.larger_slice
+    assert [larger(name) for name in ("v5e-1", "v5e:4x4", "v4-8", "v4:2x2x1", "v5litepod-16")] == [
+        "v5e-4",
+        "v5e-32",
+        "v4-16",
+        "v4-16",
+        "v5e-32",
+    ]
+    assert larger("v5e-256") is larger("v5p-8192") is larger("v4:4x4x6") is None
 
 
 @pytest.mark.skipif(HAS_LIBTPU, reason="the TPU compiler is here")
@@ -127,5 +212,5 @@ def test_the_chip_says_how_much_there_is_and_compiles_t5(monkeypatch):
     assert memory.outputs >= 256 * 4096 * 2
     # 4.76 B parameters: a byte each, and two for the 32128 x 4096 of the token table.
     assert 4.5 * GIB < planning.resident_bytes(params["text_encoder"]) < 4.65 * GIB
-    with pytest.raises(ValueError, match="^topology v5e:9x9x9"):
-        planning.topology_devices("v5e:9x9x9")
+    with pytest.raises(ValueError, match="^topology v5e:3x5"):
+        planning.topology_devices("v5e:3x5")

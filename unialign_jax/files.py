@@ -15,6 +15,12 @@ MAX_JSON = 2**26  # bytes of a JSON file that is read whole
 _CLAIM = ".being-written"  # in an unfinished folder, locked by the process that writes it
 
 
+def one_line(text: str, most: int = 300) -> str:
+    """A stranger's text as one printable line of at most `most` characters: no line ends, no terminal codes."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[: most + 1])
+    return line if len(line) <= most else line[: most - 1] + "…"
+
+
 def first_line(error: BaseException, most: int = 300) -> str:
     """The first line of an error's message, or its type where it has none; at most `most` characters."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
@@ -75,6 +81,34 @@ def read_json(path: str | os.PathLike, expected: type | None = dict, most: int =
     return parse_json(Path(path).read_bytes(), str(path), expected)
 
 
+def check_json_output(path: str | os.PathLike) -> None:
+    """Raises OSError or ValueError, before the work, where a command could not write its JSON after it.
+
+    A file that is there may be replaced when it holds JSON too; another of the user's is kept.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"--output={path}: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"--output={path}: the folder {path.parent} cannot be written to")
+    if os.path.lexists(path):
+        try:
+            read_json(path, expected=None)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"--output is there already and is not replaced: {error}") from None
+
+
+def check_inside(path: str | os.PathLike, folder: str | os.PathLike) -> None:
+    """Raises ValueError for a file that a link takes out of `folder`.
+
+    Hugging Face's cache is known: a snapshot's files are links into the `blobs` of the same model.
+    """
+    folder, target = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
+    caches = [parent / "blobs" for parent in folder.parents if parent.name.startswith("models--")]
+    if not any(target.is_relative_to(root) for root in (folder, *caches)):
+        raise ValueError(f"{path} is a link out of {folder}, which is not followed: put a copy of the file there")
+
+
 def sha256(path: str | os.PathLike) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
@@ -86,9 +120,13 @@ def replacing_file(path: str | os.PathLike) -> Iterator[Path]:
     """Gives a path beside `path` to write to; what was written takes the name when the block ends well.
 
     An error, or a kill, leaves what was there before. The scratch file's name is its own: no file of the user has it.
+    Raises OSError when the folder is not there or cannot be written.
     """
-    path = Path(path)
-    handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    path = Path(path).absolute()
+    try:
+        handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or first_line(error)}") from None
     os.close(handle)
     try:
         os.chmod(scratch, 0o666 & ~_umask())  # mkstemp makes private files
@@ -123,9 +161,9 @@ def replacing_folder(
         _clean(directory)
         refuse_existing(directory, overwrite=overwrite, foreign=foreign)
         scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=directory.parent))
-    except FileExistsError:
-        raise
     except OSError as error:
+        if isinstance(error, FileExistsError) and error.errno is None:  # what `refuse_existing` says
+            raise
         raise OSError(f"cannot write {directory}: {error.strerror or first_line(error)}") from None
     try:
         with open(scratch / _CLAIM, "w") as claim:

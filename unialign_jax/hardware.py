@@ -39,6 +39,8 @@ CHIPS = (
     Chip("A100", ("A100",), 312e12),
 )
 
+MOST = {2: 256, 3: 8960}  # chips of a slice, by the axes of its torus
+
 
 def find_chip(device_kind: str) -> Chip | None:
     """The chip of a `jax.Device.device_kind`; None when unknown, as for a CPU."""
@@ -53,9 +55,19 @@ def topology_name(name: str) -> str:
 
     Raises ValueError for anything else.
     """
-    if re.fullmatch(r"(v4|v5e|v5p|v6e):\d+(x\d+){1,2}", name):
+    if match := re.fullmatch(r"(v4|v5e|v5p|v6e):([0-9]{1,4}(?:x[0-9]{1,4}){1,2})", name):
+        chip = next(chip for chip in CHIPS if chip.name == match[1])
+        sides = list(map(int, match[2].split("x")))
+        if (
+            len(sides) < chip.axes
+            or max(sides[chip.axes :], default=1) > 1
+            or not 1 <= math.prod(sides) <= MOST[chip.axes]
+        ):
+            raise ValueError(
+                f"topology is {name!r}: a {chip.name} slice has {chip.axes} sides and 1 to {MOST[chip.axes]:,} chips"
+            )
         return name
-    match = re.fullmatch(r"(v4|v5litepod|v5e|v5p|v6e)-(\d+)", name)
+    match = re.fullmatch(r"(v4|v5litepod|v5e|v5p|v6e)-([0-9]{1,9})", name)
     if not match:
         raise ValueError(f"topology is {name!r}, expected such as v4:4x4x4 or v4-128, v5e-256, v5p-128, v6e-64")
     kind, number = "v5e" if match[1] == "v5litepod" else match[1], int(match[2])
@@ -72,6 +84,21 @@ def topology_name(name: str) -> str:
         else [2 ** ((power + axis) // chip.axes) for axis in range(chip.axes)]
     )
     return f"{kind}:{'x'.join(map(str, sides))}"
+
+
+def larger_slice(topology: str) -> str | None:
+    """Google Cloud's name of the slice with twice the chips, "v5e-16" or "v5e:4x4" -> "v5e-32"; None without one.
+
+    (After one chip comes a slice of four.)
+    """
+    grid = topology_name(topology)
+    chip = next(chip for chip in CHIPS if chip.name == grid.split(":")[0])
+    name = f"{chip.name}-{max(4, 2 * chips_of(grid)) * chip.cores}"
+    try:
+        topology_name(name)
+    except ValueError:
+        return None
+    return name
 
 
 def chips_of(topology: str) -> int:

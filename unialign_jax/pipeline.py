@@ -164,32 +164,34 @@ class Pipeline:
         Raises FileNotFoundError or ValueError for a folder that is neither or has no tokenizer, and ValueError, here or
         when they are read, for files that are damaged.
         """
-        device = device or jax.devices()[0]
-        options = {"quantize": quantize, "keep_on_host": low_memory}
-        options |= {"dtype": dtype or default_dtype(device), "device": device}
+        options = {"dtype": dtype, "quantize": quantize, "low_memory": low_memory, "attention": attention}
+        options |= {"max_batch": max_batch, "device": device}
         if not bundle.is_bundle(directory) and runs.is_run(directory):
-            run = runs.open_to_sample(directory, weights, verify=verify)
-            config, tokenizer, load = run.config, run.tokenizer, Loader(run.leaves, **options)
-        else:
-            if weights is not None:
-                raise ValueError(f"weights is {shown(weights)}, which a run's folder has, and {directory} is none")
-            config = bundle.read_config(directory, verify=verify)
-            tokenizer = bundle.read_tokenizer(directory, verify=verify)
-            load = bundle_loader(directory, config, verify=verify, **options)
+            return cls.from_run(runs.open_to_sample(directory, weights, verify=verify), **options)
+        if weights is not None:
+            raise ValueError(f"weights is {shown(weights)}, which a run's folder has, and {directory} is none")
+        config = bundle.read_config(directory, verify=verify)
+        tokenizer = bundle.read_tokenizer(directory, verify=verify)
+        make_loader = functools.partial(bundle_loader, directory, config, verify=verify)
+        return cls._with_loader(make_loader, config, tokenizer, str(directory), **options)
+
+    @classmethod
+    def from_run(cls, run: runs.Run, **options) -> "Pipeline":
+        """A training run's checkpoint, opened by `runs.open_to_sample`; `options` are those of `from_bundle`."""
+        return cls._with_loader(functools.partial(Loader, run.leaves), run.config, run.tokenizer, run.name, **options)
+
+    @classmethod
+    def _with_loader(
+        cls, make_loader, config, tokenizer, name, *, dtype=None, quantize=None, low_memory=False, device=None, **options
+    ):
         if problems := fit_problems(config, tokenizer):
-            raise ValueError(f"{directory}: {problems[0]}: convert the model again with the parts it was trained with")
-        return cls(
-            config,
-            load,
-            tokenizer,
-            name=str(directory),
-            dtype=dtype,
-            quantize=quantize,
-            low_memory=low_memory,
-            attention=attention,
-            max_batch=max_batch,
-            device=device,
+            raise ValueError(f"{name}: {problems[0]}: convert the model again with the parts it was trained with")
+        device = device or jax.devices()[0]
+        load = make_loader(
+            dtype=dtype or default_dtype(device), device=device, quantize=quantize, keep_on_host=low_memory
         )
+        options |= {"dtype": dtype, "quantize": quantize, "low_memory": low_memory, "device": device}
+        return cls(config, load, tokenizer, name=name, **options)
 
     def load(self) -> None:
         """Reads all weights now, not when a task first needs them.

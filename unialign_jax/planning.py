@@ -17,10 +17,11 @@ from jax.experimental import topologies
 
 from unialign_jax import hardware, weights
 from unialign_jax.bundle import BundleConfig
-from unialign_jax.inputs import ImageSettings
+from unialign_jax.inputs import ImageSettings, check_whole
 from unialign_jax.models import presets
 from unialign_jax.pipeline import Pipeline
 from unialign_jax.quantization import abstract_quantized, tree_bytes
+from unialign_jax.sizes import ImageSizes
 
 TASKS = ("t2i", "edit", "caption")
 GIB = 2**30
@@ -90,6 +91,21 @@ def usable_bytes(device) -> int | None:
     return None
 
 
+def published_config() -> BundleConfig:
+    """The released model's sizes."""
+    return BundleConfig(
+        transformer=presets.MMDIT["unialign_2b"],
+        text_encoder=presets.TEXT_ENCODER["t5_xxl"],
+        autoencoder=presets.AUTOENCODER["sd3"],
+    )
+
+
+def check_sampling(config: BundleConfig, size: int, batch: int) -> None:
+    """Raises ValueError for a size in pixels or a batch that the pipeline of such a model does not take."""
+    ImageSizes.of(config.transformer, config.autoencoder).check("size", size)
+    check_whole("batch", batch, 1, 2**16)
+
+
 def sampling_programs(task, device, *, config=None, size=512, batch=1, steps=None, dtype="bfloat16", quantize=None):
     """The programs of a task in the order in which `Pipeline` runs them, and every component that they read.
 
@@ -107,11 +123,8 @@ def sampling_programs(task, device, *, config=None, size=512, batch=1, steps=Non
     """
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}, expected one of {', '.join(TASKS)}")
-    config = config or BundleConfig(
-        transformer=presets.MMDIT["unialign_2b"],
-        text_encoder=presets.TEXT_ENCODER["t5_xxl"],
-        autoencoder=presets.AUTOENCODER["sd3"],
-    )
+    config = config or published_config()
+    check_sampling(config, size, batch)
     place = jax.sharding.SingleDeviceSharding(device)
 
     def on_device(tree):
@@ -127,25 +140,18 @@ def sampling_programs(task, device, *, config=None, size=512, batch=1, steps=Non
     params = on_device(params)
     tokenizer = types.SimpleNamespace(mask_id=config.transformer.vocab_size - 1)  # any id: it changes no size
     pipeline = Pipeline(config, params.__getitem__, tokenizer, dtype=dtype, quantize=quantize, device=device)
-    pipeline.sizes.check("size", size)
-    if batch < 1:
-        raise ValueError(f"batch is {batch}, expected at least 1")
 
     factor, channels = config.autoencoder.downsample_factor, config.autoencoder.latent_channels
     latent_shape = (size // factor, size // factor, channels)
     images, latents = array((batch, size, size, 3), np.uint8), array((batch, *latent_shape), np.float32)
     seeds = array((batch,), np.uint32)
-    encode = Program(
-        "encode images", ("autoencoder",), pipeline._encode_images, params["autoencoder"], (images,)
-    )
+    encode = Program("encode images", ("autoencoder",), pipeline._encode_images, params["autoencoder"], (images,))
     if task == "caption":
         both = {name: params[name] for name in ("transformer", "text_encoder")}
         ids, targets = (array((batch, config.text_length), kind) for kind in (np.int32, np.bool_))
         numbers = [array((), np.float32)] * 3  # temperature, threshold, entropy bound
         inputs = (latents, ids, targets, seeds, array((), np.int32), *numbers)
-        describe = Program(
-            "write text", tuple(both), pipeline._describe, both, inputs, {"decoding": "ancestral"}
-        )
+        describe = Program("write text", tuple(both), pipeline._describe, both, inputs, {"decoding": "ancestral"})
         return [encode, describe], params
 
     settings = ImageSettings(

@@ -56,9 +56,10 @@ def read_settings(run) -> dict:
     return settings
 
 
-def latest_step(run) -> int:
-    """The step of a run's newest whole checkpoint; one that is cut short is passed over, with a warning.
+def latest_step(run, *, verify: bool = False) -> int:
+    """The step of a run's newest whole checkpoint.
 
+    With `verify` its files are compared with their checksums, and a damaged one is passed over with a warning.
     Raises FileNotFoundError when the folder is no run's, ValueError when it has no whole checkpoint.
     """
     from unialign_jax.training.checkpoints import damage
@@ -66,23 +67,24 @@ def latest_step(run) -> int:
     run = Path(run)
     if not is_run(run):
         raise FileNotFoundError(f"{run} is no run's folder: expected config.json and checkpoints/ inside")
-    checkpoints = run / "checkpoints"
+    checkpoints = run.absolute() / "checkpoints"
     steps = [int(path.name) for path in checkpoints.iterdir() if re.fullmatch(r"\d{1,18}", path.name)]
     for step in sorted(steps, reverse=True):
-        reason = damage(checkpoints.absolute() / str(step))
+        reason = damage(checkpoints / str(step)) if verify else None
         if reason is None:
             return step
-        log.warning("%s cannot be read (%s): the one before it is taken", checkpoints / str(step), reason)
+        log.warning("%s cannot be used (%s): the one before it is taken", checkpoints / str(step), reason)
     raise ValueError(f"{checkpoints} holds no whole checkpoint")
 
 
 def open_run(run, weights: str = "raw", step: int | None = None) -> dict[str, StoredTree]:
-    """The transformer ("raw", or "ema" for its average) and the heads of a run's checkpoint, by default the newest.
+    """The transformer ("raw", or "ema" for its average) and the heads of a run's checkpoint.
 
+    Args: `step`; the newest, and its files are compared with their checksums, when None.
     Raises FileNotFoundError when the folder is no run's, ValueError when it has no whole checkpoint or no average.
     """
     run = Path(run).absolute()
-    folder = run / "checkpoints" / str(latest_step(run) if step is None else step)
+    folder = run / "checkpoints" / str(latest_step(run, verify=True) if step is None else step)
     configs = component_configs(run, read_settings(run))
     metadata = _metadata(folder)
     prefixes = {"transformer": "params/transformer/", "heads": "params/heads/"}
@@ -102,9 +104,9 @@ def open_run(run, weights: str = "raw", step: int | None = None) -> dict[str, St
     return trees
 
 
-def has_average(run) -> bool:
-    """Whether a run's newest whole checkpoint keeps an average of the weights; the errors are those of `open_run`."""
-    return _has_average(_metadata(Path(run).absolute() / "checkpoints" / str(latest_step(run))))
+def has_average(run, step: int) -> bool:
+    """Whether a run's checkpoint keeps an average of the weights."""
+    return _has_average(_metadata(Path(run).absolute() / "checkpoints" / str(step)))
 
 
 def _has_average(metadata):
@@ -204,6 +206,7 @@ class Run(NamedTuple):
     """A run, opened to sample from.
 
     Attributes:
+      name: of its folder, for messages.
       config: as that of a bundle.
       tokenizer: the run's.
       leaves: component -> its (path, array) pairs on the host.
@@ -211,6 +214,7 @@ class Run(NamedTuple):
       digest: of all that tells them from others.
     """
 
+    name: str
     config: bundle.BundleConfig
     tokenizer: Tokenizer
     leaves: Callable[[str], Iterator[tuple[str, np.ndarray]]]
@@ -224,14 +228,13 @@ def open_to_sample(run, weights: str | None = None, *, verify: bool = True) -> R
 
     Args:
       weights: "raw" or "ema"; when None the average where the run keeps one, as its own samples.
-      verify: whether the bundle of the frozen parts is checked against its hashes.
+      verify: whether the checkpoint and the bundle of the frozen parts are checked against their checksums.
     Raises FileNotFoundError or ValueError, in one line, for a run that cannot be read.
     """
     if weights not in (None, *WEIGHTS):
         raise ValueError(f"weights is {weights!r}, expected one of {', '.join(WEIGHTS)}")
-    settings, step = read_settings(run), latest_step(run)
-    folder = Path(run).absolute() / "checkpoints" / str(step)
-    weights = weights or ("ema" if _has_average(_metadata(folder)) else "raw")
+    settings, step = read_settings(run), latest_step(run, verify=verify)
+    weights = weights or ("ema" if has_average(run, step) else "raw")
     trees = open_run(run, weights, step)
     configs = component_configs(run, settings)
     source, drawn = settings.get("frozen_from"), {}
@@ -252,4 +255,4 @@ def open_to_sample(run, weights: str | None = None, *, verify: bool = True) -> R
     described = [Path(folder) / "config.json" for folder in (run, source) if folder]
     told = b"".join(path.read_bytes() for path in described) + f" {step} {weights}".encode()
     digest = hashlib.sha256(told).hexdigest()
-    return Run(config, read_run_tokenizer(settings, run), leaves, weights, step, digest)
+    return Run(str(run), config, read_run_tokenizer(settings, run), leaves, weights, step, digest)

@@ -163,10 +163,15 @@ def make_released(sd3, adapters=True):
     import copy
 
     import torch
-    from diffusers.models.attention import JointTransformerBlock
 
     torch.manual_seed(1)
-    model = copy.deepcopy(sd3)
+    return as_released(copy.deepcopy(sd3), adapters).eval()
+
+
+def as_released(model, adapters=True):
+    import torch
+    from diffusers.models.attention import JointTransformerBlock
+
     del model.time_text_embed.text_embedder
     model.transformer_blocks[-1] = JointTransformerBlock(WIDTH, HEADS, HEAD_WIDTH)
     model.image_norm_out, model.image_proj_out = model.norm_out, model.proj_out
@@ -178,7 +183,39 @@ def make_released(sd3, adapters=True):
         adapter = torch.nn.Module()
         adapter.fc = torch.nn.Sequential(*layers)
         setattr(model, name, adapter)
-    return model.eval()
+    return model
+
+
+@pytest.fixture(scope="session")
+def released_class():
+    """A stand-in for the released class, as diffusers builds it from a config.json."""
+    import diffusers
+    from diffusers.configuration_utils import register_to_config
+
+    class SD3JointModelFlexible(diffusers.SD3Transformer2DModel):
+        @register_to_config
+        def __init__(
+            self,
+            vocab_size,
+            sample_size=128,
+            patch_size=2,
+            in_channels=16,
+            num_layers=18,
+            attention_head_dim=64,
+            num_attention_heads=18,
+            joint_attention_dim=4096,
+            caption_projection_dim=1152,
+            pooled_projection_dim=2048,
+            out_channels=16,
+            pos_embed_max_size=96,
+            **kwargs,
+        ):
+            sizes = sample_size, patch_size, in_channels, num_layers, attention_head_dim, num_attention_heads
+            text = joint_attention_dim, caption_projection_dim, pooled_projection_dim
+            super().__init__(*sizes, *text, out_channels, pos_embed_max_size)
+            as_released(self)
+
+    return SD3JointModelFlexible
 
 
 def arrays(module) -> dict:

@@ -2,7 +2,11 @@
 
 import copy
 import dataclasses
+import errno
 import json
+import os
+import sys
+import types
 
 import jax
 import numpy as np
@@ -10,9 +14,15 @@ import pytest
 from safetensors.numpy import load_file
 
 from unialign_jax import bundle
+from unialign_jax.conversion import exporting, safetensors_file
 from unialign_jax.conversion.exporting import bundle_from_run, export
 from unialign_jax.conversion.importing import convert_sd3, convert_unialign
+from unialign_jax.data.tokenizer import load_tokenizer
+from unialign_jax.diffusion import flow
 from unialign_jax.models.mmdit import AlignmentHeads, MMDiT
+from unialign_jax.models.text_encoder import TextEncoder
+
+bad_input = pytest.mark.bad_input
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +62,8 @@ def test_the_release_comes_back_bit_for_bit(released_folder, released_bundle, tm
     np.testing.assert_allclose(after["pos_embed.pos_embed"], before["pos_embed.pos_embed"], atol=1e-6)
     name = "vae/diffusion_pytorch_model.safetensors"
     assert differing(load_file(released_folder / name), load_file(tmp_path / "out" / name)) == set()
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "text_encoder",
-        "tokenizer",
-        "transformer",
-        "vae",
-    ]
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"text_encoder", "tokenizer", "transformer", "vae", "scheduler", "model_index.json"}
     convert_unialign(tmp_path / "out", tmp_path / "again")
     assert_same_bundles(released_bundle, tmp_path / "again")
 
@@ -176,18 +182,200 @@ def test_another_dtype_is_written_rounded(sd3_bundle, tmp_path):
         np.testing.assert_array_equal(half[key], value.astype(np.float16))
 
 
-def test_what_is_there_is_not_overwritten_unasked(sd3_bundle, tmp_path):
-    (tmp_path / "out").mkdir()
-    with pytest.raises(FileExistsError, match="give --overwrite"):
-        export(tmp_path / "out", format="diffusers", source=sd3_bundle)
-    (tmp_path / "out/mine.txt").write_text("precious")
-    with pytest.raises(FileExistsError, match="holds mine.txt, which no export wrote"):
-        export(tmp_path / "out", format="diffusers", source=sd3_bundle, overwrite=True)
-    with pytest.raises(ValueError, match="ends in .safetensors"):
-        export(tmp_path / "single", format="stability", source=sd3_bundle)
-    with pytest.raises(ValueError, match="unknown format 'gguf'"):
-        export(tmp_path / "x", format="gguf", source=sd3_bundle)
+@pytest.fixture
+def export_again(sd3_bundle):
+    """A function (output, **options) that exports the transformer alone, small and quick."""
+
+    def call(output, format="diffusers", **options):
+        return export(output, format=format, source=sd3_bundle, components=["transformer"], **options)
+
+    return call
+
+
+@bad_input
+def test_an_older_export_is_not_overwritten_unasked(export_again, tmp_path, refuses):
+    export_again(tmp_path / "out")
+    refuses(lambda: export_again(tmp_path / "out"), "exists already", "--overwrite")
+    export_again(tmp_path / "out", overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@bad_input
+@pytest.mark.parametrize("name", ["mine.txt", "transformer/notes.md", "vae/.hidden", "other/config.json"])
+def test_the_users_own_files_are_never_removed(name, export_again, tmp_path, refuses):
+    (tmp_path / "out" / name).parent.mkdir(parents=True)
+    (tmp_path / "out" / name).write_text("precious")
+    for overwrite in (False, True):
+        refuses(lambda overwrite=overwrite: export_again(tmp_path / "out", overwrite=overwrite), name, "not replaced")
+    assert (tmp_path / "out" / name).read_text() == "precious"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@bad_input
+@pytest.mark.parametrize(
+    "format, output, words",
+    [
+        ("diffusers", "file", ["is not a folder"]),
+        ("unialign", "link", ["is not a folder"]),
+        ("stability", "single", ["ends in .safetensors"]),
+        ("stability", "folder.safetensors", ["ends in .safetensors"]),
+        ("stability", "pipe.safetensors", ["is not a file"]),
+        ("stability", "there.safetensors", ["exists already", "--overwrite"]),
+        ("diffusers", "file/out", ["cannot write", "file/out"]),
+        ("stability", "file/out.safetensors", ["cannot write", "file/out.safetensors"]),
+        ("gguf", "x", ["unknown format 'gguf'"]),
+    ],
+)
+def test_an_output_that_cannot_be_is_refused_up_front(
+    format, output, words, export_again, tmp_path, refuses, monkeypatch
+):
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "there.safetensors").write_text("precious")
+    (tmp_path / "folder.safetensors").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    monkeypatch.setattr(exporting, "write_tensors", lambda *_: pytest.fail("it began to write"))
+    before = sorted(tmp_path.rglob("*"))
+    message = refuses(lambda: export_again(tmp_path / output, format), *words)
+    assert "partial" not in message and "Errno" not in message
+    assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "file").read_text() == "precious"
+
+
+@pytest.mark.parametrize("format, name", [("diffusers", "out"), ("stability", "out.safetensors")])
+def test_an_export_that_fails_leaves_what_was_there(format, name, export_again, tmp_path, monkeypatch):
+    """The older output, and folders of the user with names like those of scratch files."""
+    for own in (f"{name}.partial", f"{name}.old"):
+        (tmp_path / own).mkdir()
+        (tmp_path / own / "mine").write_text("precious")
+    export_again(tmp_path / name, format)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    write = safetensors_file.Writer.write
+
+    def full(self, key, array):
+        if "proj_out" in key or "final_layer" in key:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, key, array)
+
+    monkeypatch.setattr(safetensors_file.Writer, "write", full)
+    with pytest.raises(OSError, match="is full; nothing was kept"):
+        export_again(tmp_path / name, format, overwrite=True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    monkeypatch.undo()
+    export_again(tmp_path / name, format, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, f"{name}.partial", f"{name}.old"])
+
+
+def test_diffusers_own_pipeline_opens_the_export_and_makes_our_latents(sd3_bundle, tmp_path):
+    import diffusers
+    import torch
+
+    export(tmp_path / "out", format="diffusers", source=sd3_bundle)
+    absent = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))  # CLIP
+    pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(tmp_path / "out", local_files_only=True, **absent)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.text_encoder is None and pipeline.tokenizer_2 is None
+    assert pipeline.scheduler.config.shift == 3.0
+    ids = pipeline.tokenizer_3(["a red star"], padding="max_length", max_length=12).input_ids
+    tokenizer = load_tokenizer()
+    assert ids == [tokenizer.encode("a red star", 12).tolist()]  # padded with end-of-text, id 1
+
+    with torch.no_grad():
+        text = pipeline.text_encoder_3(torch.tensor(ids))[0]
+    noise = np.random.default_rng(0).standard_normal((1, 8, 8, 4)).astype(np.float32)
+    expected = pipeline(
+        prompt_embeds=text,
+        pooled_prompt_embeds=torch.zeros(1, 2048),
+        latents=torch.from_numpy(noise.transpose(0, 3, 1, 2).copy()),
+        num_inference_steps=3,
+        guidance_scale=1.0,
+        height=32,
+        width=32,
+        output_type="latent",
+    ).images.numpy()
+
+    config, params = bundle.load(sd3_bundle, components=["transformer", "text_encoder"])
+    encoder = TextEncoder(dataclasses.replace(config.text_encoder, dtype="float32"))
+    ours = jax.jit(encoder.apply)({"params": params["text_encoder"]}, jax.numpy.asarray(ids))
+    np.testing.assert_allclose(ours, text.numpy(), atol=1e-5 * np.abs(text.numpy()).max())
+    module = MMDiT(dataclasses.replace(config.transformer, dtype="float32"))
+    velocity = jax.jit(
+        lambda latents, sigma: module.apply({"params": params["transformer"]}, latents, ours, sigma).velocity
+    )
+    latents, sigmas = noise, flow.sampling_sigmas(3)
+    for now, following in zip(sigmas, sigmas[1:], strict=False):
+        latents = latents + (following - now) * velocity(latents, np.full(1, now, np.float32))
+    np.testing.assert_allclose(latents, expected.transpose(0, 2, 3, 1), atol=1e-4 * np.abs(expected).max())
+
+
+def test_the_released_pipeline_opens_the_export(released_bundle, released_class, tmp_path, monkeypatch):
+    """With stand-ins for its two classes, which diffusers finds by the names in model_index.json."""
+    import diffusers
+    import torch
+
+    class UniAlignmentPipeline(diffusers.DiffusionPipeline):
+        def __init__(self, transformer, scheduler, vae, text_encoder, tokenizer):
+            super().__init__()
+            parts = {"transformer": transformer, "scheduler": scheduler, "vae": vae}
+            self.register_modules(**parts, text_encoder=text_encoder, tokenizer=tokenizer)
+
+    module = types.ModuleType("modules.unialignment_model")
+    module.SD3JointModelFlexible, module.ModelMixin = released_class, diffusers.ModelMixin
+    monkeypatch.setitem(sys.modules, "modules", types.ModuleType("modules"))
+    monkeypatch.setitem(sys.modules, "modules.unialignment_model", module)
+    export(tmp_path / "out", format="unialign", source=released_bundle)
+    index = json.loads((tmp_path / "out/model_index.json").read_text())
+    assert index["_class_name"] == "UniAlignmentPipeline"
+    assert index["transformer"] == ["modules.unialignment_model", "SD3JointModelFlexible"]
+    pipeline = UniAlignmentPipeline.from_pretrained(tmp_path / "out", local_files_only=True)
+    assert isinstance(pipeline.scheduler, diffusers.FlowMatchEulerDiscreteScheduler)
+    assert pipeline.scheduler.config.shift == 3.0
+    assert pipeline.tokenizer(["a"], padding="max_length", max_length=4).input_ids[0][-2:] == [1, 1]
+    assert pipeline.vae.config.latent_channels == 4 and pipeline.text_encoder.config.d_model == 24
+    name = tmp_path / "out/transformer/diffusion_pytorch_model.safetensors"
+    found, expected = pipeline.transformer.state_dict(), load_file(name)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], torch.from_numpy(value), rtol=0, atol=0)
+
+
+def test_a_tokenizer_is_exported_without_what_can_run(released_bundle, tmp_path):
+    """Of settings that came with it only harmless ones are kept; texts are padded as the models are trained."""
+    import transformers
+
+    given = tmp_path / "given"
+    load_tokenizer().save(given)
+    hostile = {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "Evil", "model_max_length": 99}
+    added = {"0": {"content": "<pad>", "special": True}, "1": {"content": "</s>", "special": True}}
+    (given / "tokenizer_config.json").write_text(
+        json.dumps(hostile | {"pad_token": "<pad>", "added_tokens_decoder": added})
+    )
+    (given / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<pad>"}))
+    exporting.write_tokenizer(tmp_path / "out", given)
+    settings = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    assert "auto_map" not in settings and settings["tokenizer_class"] == "T5Tokenizer"
+    assert settings["model_max_length"] == 99 and settings["pad_token"] == "</s>"
+    for kind in (transformers.AutoTokenizer, transformers.T5TokenizerFast):
+        tokenizer = kind.from_pretrained(tmp_path / "out", local_files_only=True)
+        assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (1, 1, 2)
+        ids = tokenizer(["a red star"], padding="max_length", max_length=9).input_ids[0]
+        assert ids == load_tokenizer().encode("a red star", 9).tolist()
+        assert len(tokenizer) == load_tokenizer().vocab_size
+    assert load_tokenizer(tmp_path / "out").encode("a red star", 9).tolist() == ids
+
+
+def test_heads_without_the_last_silu_are_said_and_come_back_without(released_bundle, tmp_path):
+    config, params = bundle.load(released_bundle, components=["transformer", "heads"])
+    heads = dataclasses.replace(config.heads, final_silu=False, pool=False)
+    trained = dataclasses.replace(config, heads=heads, text_encoder=None, autoencoder=None)
+    bundle.save(tmp_path / "trained", trained, params)
+    lines = export(tmp_path / "out", format="unialign", source=tmp_path / "trained")
+    assert len(lines) == 2 and "lack of a last SiLU: the released class applies one" in lines[0]
+    convert_unialign(tmp_path / "out", tmp_path / "again", components=["transformer"])
+    assert bundle.read_config(tmp_path / "again").heads == heads
+    settings = json.loads((tmp_path / "out/transformer/config.json").read_text())
+    (tmp_path / "out/transformer/config.json").write_text(json.dumps(settings | {"unialign_jax_heads": {"pool": 1}}))
+    with pytest.raises(ValueError, match="unialign_jax_heads has pool 1, expected"):
+        convert_unialign(tmp_path / "out", tmp_path / "other", components=["transformer"])
 
 
 @pytest.mark.parametrize("weights", ["raw", "ema"])

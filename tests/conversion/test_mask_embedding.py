@@ -20,7 +20,7 @@ RELEASED = Path(__file__).resolve().parents[3] / "shared/data/mask_token_emb.00-
 def test_the_released_file_is_read():
     if not RELEASED.exists():
         pytest.skip(f"{RELEASED} is not there")
-    found = torch_pickle.read_tensor(RELEASED)
+    found = torch_pickle.read_single(RELEASED)
     assert found.shape == (4096,) and found.dtype.name == "bfloat16"
     values = found.astype(np.float32)
     assert (values.min(), values.max()) == (-33.5, 74.0)
@@ -42,7 +42,7 @@ def test_tensors_are_read_as_pytorch_wrote_them(tmp_path):
     }.items():
         torch.save(value, tmp_path / "x.pth")
         expected = value["weight"] if isinstance(value, dict) else value
-        np.testing.assert_array_equal(torch_pickle.read_tensor(tmp_path / "x.pth"), expected.detach().numpy(), name)
+        np.testing.assert_array_equal(torch_pickle.read_single(tmp_path / "x.pth"), expected.detach().numpy(), name)
 
 
 class Evil:
@@ -63,7 +63,7 @@ def test_nothing_but_tensors_is_unpickled(tmp_path):
     for content in (Evil(os.mkdir, str(marker)), {"a": Evil(eval, f"__import__('os').mkdir({str(marker)!r})")}):
         write_archive(tmp_path / "x.pth", content)
         with pytest.raises(ValueError, match="is refused: it wants to load .*, which is not part of a plain tensor"):
-            torch_pickle.read_tensor(tmp_path / "x.pth")
+            torch_pickle.read_single(tmp_path / "x.pth")
     assert not marker.exists()
 
 
@@ -75,14 +75,14 @@ def test_other_files_are_refused(tmp_path):
     ):
         write_archive(path, content)
         with pytest.raises(ValueError, match=match):
-            torch_pickle.read_tensor(path)
+            torch_pickle.read_single(path)
     path.write_bytes(b"not a zip archive")
     with pytest.raises(ValueError, match="is not a PyTorch file"):
-        torch_pickle.read_tensor(path)
+        torch_pickle.read_single(path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("readme", "")
     with pytest.raises(ValueError, match="holds no data.pkl"):
-        torch_pickle.read_tensor(path)
+        torch_pickle.read_single(path)
 
 
 def test_it_takes_the_mask_tokens_row_in_the_bundle(sd3_folder, tmp_path):

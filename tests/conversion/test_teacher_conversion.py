@@ -242,7 +242,7 @@ def test_damaged_and_foreign_sources_are_refused(source, tmp_path):
     qwen2 = copy_with(source, tmp_path / "qwen2", model_type="qwen2_vl")
     refused(qwen2, ValueError, "model_type 'qwen2_vl', expected 'qwen2_5_vl'")
     (qwen2 / "config.json").unlink()
-    refused(qwen2, FileNotFoundError, "config.json is not there: expected a Qwen2.5-VL folder as it is downloaded")
+    refused(qwen2, FileNotFoundError, "holds no config.json: expected a Qwen2.5-VL folder as it is downloaded")
 
     cut = shutil.copytree(source, tmp_path / "cut")
     shard = max(cut.glob("*.safetensors"))

@@ -1,14 +1,19 @@
 """The released JSONL format: good rows become records, bad rows are counted with their line."""
 
+import gzip
 import io
 import json
+import os
+import tarfile
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from unialign_jax.data.jsonl import ReadReport, read_jsonl
+from unialign_jax.data import jsonl
+from unialign_jax.data.jsonl import BadRow, ReadReport, check_source, read_jsonl
 from unialign_jax.data.records import Record
 
 SHARED = Path(__file__).resolve().parents[2] / ".." / "shared" / "data"
@@ -61,18 +66,74 @@ def test_personalization(folder):
     row = {
         "original_images": ["images/a.png", "images/b.jpg", "images/c.png"],
         "generated_images": ["images/b.jpg"],
-        "edit_prompt": '\\"put them together\\"',
+        "edit_prompt": '"\\"put "them" together\\" ',
         "caption": "all of them",
     }
     (record,) = read_jsonl([write(folder, [row])], "personalization")
     assert record.conditions == tuple(image(folder, name) for name in ("a.png", "b.jpg", "c.png"))
-    assert (record.instruction, record.caption) == ("put them together", "all of them")
+    assert (record.instruction, record.caption) == ('put "them" together', "all of them")
 
 
-def test_vqa_first_turn(folder):
-    turns = says("<image>\nWhat is it?", "A cat.") + says("Sure?", "Yes.")
-    (record,) = read_jsonl([write(folder, [{"image": "images/a.png", "conversations": turns}])], "vqa")
-    assert (record.question, record.answer) == ("What is it?", "A cat.")
+def test_every_turn_of_a_conversation_is_a_record(folder):
+    turns = says("<image>\nWhat is it?", "A cat.") + says("Sure?", "Yes.") + says("Why?", "It purrs.")
+    unnamed = [{"value": "What?"}, {"value": "A dog."}, {"value": "And?"}, {"value": "A bone."}]
+    report = ReadReport()
+    rows = [{"image": "images/a.png", "conversations": said} for said in (turns, unnamed)]
+    records = list(read_jsonl([write(folder, rows)], "vqa", report=report))
+    assert [(record.key, record.question, record.answer) for record in records] == [
+        ("rows.jsonl:1", "What is it?", "A cat."),
+        ("rows.jsonl:1/2", "Sure?", "Yes."),
+        ("rows.jsonl:1/3", "Why?", "It purrs."),
+        ("rows.jsonl:2", "What?", "A dog."),
+        ("rows.jsonl:2/2", "And?", "A bone."),
+    ]
+    assert {record.image for record in records} == {image(folder, "a.png")}
+    assert (report.num_rows, report.num_records, report.num_bad, report.notes) == (2, 5, 0, {})
+
+
+def test_turns_that_are_no_pair_are_left_out_and_counted(folder):
+    system, human = {"from": "system", "value": "Be brief."}, {"from": "human", "value": "Hello?"}
+    robot = {"from": "gpt", "value": "Hm."}
+    turns = [system, human, *says("What?", "A cat."), robot, *says("Why?", " "), *says("How?", "So."), human]
+    report = ReadReport()
+    path = write(folder, [{"image": "images/a.png", "conversations": turns}])
+    records = list(read_jsonl([path], "vqa", report=report))
+    assert [(record.question, record.answer) for record in records] == [("What?", "A cat."), ("How?", "So.")]
+    assert report.notes == {"turn(s) without a question or without an answer left out": 4}
+
+
+def test_captions_are_told_from_requests(folder):
+    """The caption is the first turn, as in the reference, unless that one asks about the <image>, as LLaVA's do."""
+    said = {
+        "a cat": [says("a cat", "<image>"), says("a cat"), says("a cat", ""), says("a cat", "Here it is.")],
+        "a dog": [
+            says("<image>\nDescribe it.", "a dog"),
+            says("Describe it.\n<image>", "a dog"),
+            says("<image>", "a dog"),
+        ],
+    }
+    rows = [(caption, turns) for caption, several in said.items() for turns in several]
+    report = ReadReport()
+    path = write(folder, [{"image": ["images/a.png"], "conversations": turns} for _, turns in rows])
+    records = list(read_jsonl([path], "text_to_image", report=report))
+    assert [record.caption for record in records] == [caption for caption, _ in rows]
+    assert report.notes == {"row(s) with two texts and no <image>: the first was taken as the caption": 1}
+
+
+def test_check_leaves_records_out(folder):
+    """A record of several is noted, the only one of a row makes it a bad row."""
+
+    def check(record):
+        if record.question == "no?":
+            raise BadRow("not wanted", record.key)
+
+    rows = [says("yes?", "a") + says("no?", "b"), says("no?", "c"), says("yes?", "d")]
+    path = write(folder, [{"image": "images/a.png", "conversations": turns} for turns in rows])
+    report = ReadReport()
+    records = list(read_jsonl([path], "vqa", report=report, check=check, max_bad_fraction=0.5))
+    assert [record.answer for record in records] == ["a", "d"]
+    assert report.notes == {"record(s) of rows with several left out: not wanted": 1}
+    assert report.reasons == {"not wanted": 1} and report.first_bad == [f"{path}:2: not wanted: rows.jsonl:2"]
 
 
 def test_other_formats_become_png(folder):
@@ -98,7 +159,10 @@ def test_bad_rows_are_skipped_and_reported(folder):
     good = {"image": ["images/a.png"], "conversations": says("fine")}
     bad = {
         "not a JSON object": ["{oops", "[1, 2]"],
-        "images missing": [{"conversations": says("x")}, {"image": [], "conversations": says("x")}, {"image": [None]}],
+        "images missing": [
+            {"conversations": says("x")},
+            *({"image": i, "conversations": says("x")} for i in ([], [None])),
+        ],
         "image is a URL": [{"image": ["https://x.org/a.jpg"], "conversations": says("x")}],
         "image file cannot be read": [{"image": ["images/none.png"], "conversations": says("x")}],
         "image cannot be decoded": [{"image": ["images/cut.jpg"], "conversations": says("x")}],
@@ -152,3 +216,234 @@ def test_photographs(name, kind):
         assert record.image == (path.parent / row["image"][-1]).read_bytes()
         assert record.caption == row["conversations"][0]["value"].strip()
         assert record.instruction == row.get("instruction", "")
+
+
+# --- bad rows --------------------------------------------------------------------------------------------------------
+
+CAPTION = [{"value": "a caption"}]
+TEXT_TO_IMAGE = {"image": ["images/a.png"], "conversations": CAPTION}
+EDIT = {"image": ["images/a.png", "images/b.jpg"], "instruction": "change it", "conversations": CAPTION}
+COMPOSED = {
+    "original_images": ["images/a.png"],
+    "generated_images": ["images/b.jpg"],
+    "edit_prompt": "together",
+    "caption": "all",
+}
+VQA = {"image": "images/a.png", "conversations": says("What?", "A cat.")}
+GOOD = {"text_to_image": TEXT_TO_IMAGE, "edit": EDIT, "personalization": COMPOSED, "vqa": VQA}
+
+
+def of(kind, **changes):
+    return GOOD[kind] | changes
+
+
+BAD_ROWS = [
+    # the row itself
+    ("text_to_image", b"{", "not a JSON object"),
+    ("text_to_image", b"null", "not a JSON object"),
+    ("text_to_image", b"17", "not a JSON object"),
+    ("text_to_image", b'"text"', "not a JSON object"),
+    ("text_to_image", b"a.jpg,a caption", "not a JSON object"),
+    ("text_to_image", b"\xff\xfe{}", "not a JSON object"),
+    ("text_to_image", b"\x80\x81", "not a JSON object"),
+    ("text_to_image", b"{}{}", "not a JSON object"),
+    ("text_to_image", b"{'image': 1}", "not a JSON object"),
+    ("text_to_image", b'{"image": ' + b"9" * 5000 + b"}", "not a JSON object"),
+    ("text_to_image", b"[" * 200_000, "not a JSON object"),
+    ("text_to_image", b'{"a": ' * 100_000, "not a JSON object"),
+    ("text_to_image", b'{"image": ' + b"[" * 900 + b"]" * 900 + b"}", "text missing"),
+    ("text_to_image", b'{"image": "' + b"x" * 2000 + b'\x00"}', "not a JSON object"),
+    ("text_to_image", {}, "text missing"),
+    # images
+    ("text_to_image", of("text_to_image", image=None), "images missing"),
+    ("text_to_image", of("text_to_image", image=7), "images missing"),
+    ("text_to_image", of("text_to_image", image={"path": "images/a.png"}), "images missing"),
+    ("text_to_image", of("text_to_image", image=[["images/a.png"]]), "images missing"),
+    ("text_to_image", of("text_to_image", image=["images/a.png", 7]), "images missing"),
+    ("text_to_image", of("text_to_image", image=[""]), "images missing"),
+    ("text_to_image", of("text_to_image", image="images"), "image file cannot be read"),
+    ("text_to_image", of("text_to_image", image="images/a\0.png"), "image file cannot be read"),
+    ("text_to_image", of("text_to_image", image="images/\ud800.png"), "image file cannot be read"),
+    ("text_to_image", of("text_to_image", image="images/\udc80.png"), "image file cannot be read"),
+    ("text_to_image", of("text_to_image", image="a\nb.png"), "image file cannot be read"),
+    ("text_to_image", of("text_to_image", image="\x1b[2J\x1b[31mred.png"), "image file cannot be read"),
+    ("text_to_image", of("text_to_image", image="x" * 5000), "image file cannot be read"),
+    ("text_to_image", of("text_to_image", image="/dev/zero"), "image file cannot be read"),
+    ("text_to_image", of("text_to_image", image="/dev/stdin"), "image file cannot be read"),
+    ("text_to_image", of("text_to_image", image="../../../../../../../dev/zero"), "image file cannot be read"),
+    ("text_to_image", of("text_to_image", image="pipe"), "image file cannot be read"),
+    ("text_to_image", of("text_to_image", image="images/a.png/b.png"), "image file cannot be read"),
+    ("text_to_image", of("text_to_image", image="loop"), "image file cannot be read"),
+    ("text_to_image", of("text_to_image", image="huge.png"), "image file cannot be read"),
+    ("text_to_image", of("text_to_image", image="/etc/passwd"), "image cannot be decoded"),
+    ("text_to_image", of("text_to_image", image="rows.jsonl"), "image cannot be decoded"),
+    ("text_to_image", of("text_to_image", image="empty.png"), "image cannot be decoded"),
+    ("text_to_image", of("text_to_image", image="strip.png"), "image cannot be decoded"),
+    ("text_to_image", of("text_to_image", image="images/cut.jpg"), "image cannot be decoded"),
+    ("text_to_image", of("text_to_image", image="file:///etc/passwd"), "image is a URL"),
+    ("text_to_image", of("text_to_image", image="data:image/png;base64,AAAA"), "image is a URL"),
+    # texts
+    ("text_to_image", of("text_to_image", conversations="a caption"), "text missing"),
+    ("text_to_image", of("text_to_image", conversations={"value": "a caption"}), "text missing"),
+    ("text_to_image", of("text_to_image", conversations=["a caption"]), "text missing"),
+    ("text_to_image", of("text_to_image", conversations=[[]]), "text missing"),
+    ("text_to_image", of("text_to_image", conversations=[{"value": ["a"]}]), "text missing"),
+    ("text_to_image", of("text_to_image", conversations=[{"value": 3.5}]), "text missing"),
+    ("text_to_image", of("text_to_image", conversations=[{"value": "\u2003\n"}]), "text missing"),
+    ("text_to_image", of("text_to_image", conversations=says("<image>")), "text missing"),
+    ("text_to_image", of("text_to_image", conversations=[{"value": "half \ud83d"}]), "text is not Unicode"),
+    ("text_to_image", of("text_to_image", conversations=[{"value": "\udcff"}]), "text is not Unicode"),
+    ("text_to_image", of("text_to_image", conversations=[{"value": "x" * 100_001}]), "text too long"),
+    ("edit", of("edit", image=["images/a.png"]), "images missing"),
+    ("edit", of("edit", image="images/a.png"), "images missing"),
+    ("edit", of("edit", image=["images/none.png", "images/a.png"]), "image file cannot be read"),
+    ("edit", of("edit", instruction=["change it"]), "text missing"),
+    ("edit", of("edit", instruction="\ud800"), "text is not Unicode"),
+    ("edit", of("edit", instruction=None), "text missing"),
+    ("personalization", of("personalization", original_images=[]), "images missing"),
+    ("personalization", of("personalization", original_images=["images/a.png"] * 65), "too many images"),
+    (
+        "personalization",
+        of("personalization", original_images=["images/a.png", "/dev/zero"]),
+        "image file cannot be read",
+    ),
+    ("personalization", of("personalization", generated_images={}), "images missing"),
+    ("personalization", of("personalization", edit_prompt='"\\" "'), "text missing"),
+    ("personalization", of("personalization", edit_prompt={"a": 1}), "text missing"),
+    ("personalization", of("personalization", caption=7), "text missing"),
+    ("vqa", of("vqa", conversations=says("What?")), "text missing"),
+    ("vqa", of("vqa", conversations=says("What?", "")), "text missing"),
+    ("vqa", of("vqa", conversations=says("<image>", "A cat.")), "text missing"),
+    ("vqa", of("vqa", conversations=[{"from": "gpt", "value": "A cat."}]), "text missing"),
+    ("vqa", of("vqa", conversations=[{"from": ["human"], "value": "What?"}, {"value": "A cat."}]), "text missing"),
+    ("vqa", of("vqa", conversations=says("What\ud800?", "A cat.")), "text is not Unicode"),
+    ("vqa", of("vqa", conversations=says("What?", "\udfff")), "text is not Unicode"),
+    ("vqa", of("vqa", conversations=[]), "text missing"),
+    ("vqa", of("vqa", image=["images/none.png"]), "image file cannot be read"),
+]
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("number", range(len(BAD_ROWS)))
+def test_a_bad_row_is_told_and_costs_no_other(folder, number):
+    """Whatever is in it, the rows before and after it become records, and the report has one line on it."""
+    kind, row, reason = BAD_ROWS[number]
+    os.mkfifo(folder / "pipe")
+    (folder / "loop").symlink_to(folder / "loop")
+    (folder / "empty.png").write_bytes(b"")
+    with open(folder / "huge.png", "wb") as file:
+        file.truncate(2**40)
+    Image.new("L", (1, 30_000)).save(folder / "strip.png")
+    good = json.dumps(GOOD[kind]).encode()
+    bad = row if isinstance(row, bytes) else json.dumps(row).encode()
+    path = folder / "rows.jsonl"
+    path.write_bytes(b"\n".join([good, bad, good]))
+    report = ReadReport()
+    records = list(read_jsonl([path], kind, report=report, max_bad_fraction=0.5, num_threads=2))
+    assert [record.key for record in records] == ["rows.jsonl:1", "rows.jsonl:3"]
+    assert (report.num_rows, report.num_bad, report.reasons) == (3, 1, {reason: 1})
+    (line,) = report.first_bad
+    assert line.startswith(f"{path}:2: {reason}: ") and line.isprintable() and len(line) < 500
+    line.encode()
+    assert "object at 0x" not in line and "<_io" not in line
+
+
+@pytest.mark.bad_input
+def test_a_row_without_an_end(folder, monkeypatch):
+    """A line of any length is read in pieces."""
+    monkeypatch.setattr(jsonl, "MAX_LINE", 1000)
+    good = json.dumps(TEXT_TO_IMAGE)
+    path = write(folder, [good, "x" * 5000, good, "y" * 1001, good, "z" * 999])
+    report, sizes = ReadReport(), []
+    records = read_jsonl([path], "text_to_image", report=report, max_bad_fraction=0.5, on_bytes=sizes.append)
+    assert [record.key for record in records] == ["rows.jsonl:1", "rows.jsonl:3", "rows.jsonl:5"]
+    assert report.reasons == {"row too long": 2, "not a JSON object": 1}
+    assert sum(sizes) == path.stat().st_size and max(sizes) <= 1001
+
+
+@pytest.mark.bad_input
+def test_what_nobody_thought_of_is_a_bad_row_too(folder, monkeypatch):
+    def fail(data, name):
+        raise MemoryError
+
+    monkeypatch.setattr(jsonl.images_lib, "open_image", fail)
+    report = ReadReport()
+    with pytest.raises(ValueError, match="2 of 2 rows are bad, .* cannot be read: MemoryError"):
+        list(read_jsonl([write(folder, [TEXT_TO_IMAGE] * 2)], "text_to_image", report=report))
+
+
+@pytest.mark.bad_input
+def test_names_that_are_no_text(folder, tmp_path):
+    """A file whose name is not UTF-8: its rows have keys that can be stored, its faults lines that can be printed."""
+    path = tmp_path / os.fsdecode(b"r\xe9.jsonl")
+    path.write_text(json.dumps(TEXT_TO_IMAGE) + "\n{")
+    report = ReadReport()
+    (record,) = read_jsonl([path], "text_to_image", report=report, max_bad_fraction=0.5)
+    assert record.key == "r\\udce9.jsonl:1"
+    assert report.first_bad[0].isprintable()
+
+
+# --- sources that are none -------------------------------------------------------------------------------------------
+
+
+def tar_bytes(mode):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=mode) as tar:
+        tar.addfile(tarfile.TarInfo("0001.jpg"), io.BytesIO(b""))
+    return buffer.getvalue()
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("shard.tar", tar_bytes("w"), ["a tar file"]),
+        ("shard.tar.gz", tar_bytes("w:gz"), ["a gzip file"]),
+        ("rows.jsonl.gz", gzip.compress(b"{}\n"), ["a gzip file"]),
+        ("rows.jsonl.zst", b"\x28\xb5\x2f\xfd....", ["a Zstandard file"]),
+        ("rows.jsonl.xz", b"\xfd7zXZ\0....", ["an xz file"]),
+        ("rows.jsonl.bz2", b"BZh91AY", ["a bzip2 file"]),
+        ("rows.zip", b"PK\3\4....", ["a zip file"]),
+        ("rows.parquet", b"PAR1\x15\4", ["a Parquet file"]),
+        ("rows.arrow", b"ARROW1\0\0", ["an Arrow file"]),
+        ("rows.h5", b"\x89HDF\r\n", ["an HDF5 file"]),
+        ("rows.json", b'[\n  {"image": 1}\n]', ["a JSON array", "jq -c"]),
+        ("rows.json", b"\xef\xbb\xbf  [{}]", ["a JSON array"]),
+        ("rows.html", b"<!DOCTYPE html><html></html>", ["a web page"]),
+        ("a.jpg", b"\xff\xd8\xff\xe0....", ["a JPEG image"]),
+        ("a.png", b"\x89PNG\r\n", ["a PNG image"]),
+        ("rows.jsonl", b"version https://git-lfs.github.com/spec/v1", ["Git LFS pointer"]),
+        ("rows.jsonl", "{}\n".encode("utf-16"), ["UTF-8"]),
+        ("rows.jsonl", "{}\n".encode("utf-16-le"), ["UTF-8"]),
+        ("rows.bin", bytes(range(256)), ["UTF-8"]),
+    ],
+    ids=range(19),
+)
+def test_other_formats_are_told_at_once(tmp_path, name, content, words, refuses):
+    """And not as so many bad rows."""
+    (tmp_path / name).write_bytes(content)
+    source = refuses(
+        lambda: check_source(tmp_path / name), f"source {tmp_path / name} is ", "one JSON object a line", *words
+    )
+    with pytest.raises(ValueError) as raised:
+        list(read_jsonl([tmp_path / name], "text_to_image"))
+    assert str(raised.value) == source
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("what", ["a folder", "an empty folder", "a device", "a pipe", "nothing", "a broken link"])
+def test_sources_that_are_no_files(folder, what, refuses):
+    (folder / "empty").mkdir()
+    (folder / "link").symlink_to("gone")
+    write(folder, [TEXT_TO_IMAGE])
+    os.mkfifo(folder / "pipe")
+    path, words = {
+        "a folder": (folder, ["is a folder", "it holds rows.jsonl"]),
+        "an empty folder": (folder / "empty", ["is a folder", "it holds none"]),
+        "a device": (Path("/dev/zero"), ["device"]),
+        "a pipe": (folder / "pipe", ["pipe"]),
+        "nothing": (folder / "none.jsonl", ["none.jsonl does not exist"]),
+        "a broken link": (folder / "link", ["link does not exist"]),
+    }[what]
+    refuses(lambda: list(read_jsonl([path], "text_to_image")), "source", *words)
+    assert threading.active_count() < 20

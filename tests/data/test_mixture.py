@@ -3,12 +3,14 @@
 import collections
 import dataclasses
 import math
+import threading
+import time
 
 import grain
 import numpy as np
 import pytest
 
-from unialign_jax.data.mixture import Mixture, integer_weights, interleave
+from unialign_jax.data.mixture import IN_USE, Mixture, batches_ahead, integer_weights, interleave
 from unialign_jax.data.shapes import write_shapes
 from unialign_jax.data.streams import Stream, StreamConfig
 from unialign_jax.data.tokenizer import load_tokenizer
@@ -197,6 +199,53 @@ def test_two_hosts_of_uneven_threads_agree(streams):
         assert_same_batch(batch, other)
     one.close()
     two.close()
+
+
+def test_the_rows_of_one_batch_are_read_at_the_same_time():
+    met = threading.Barrier(3)
+
+    class Meeting(Numbers):
+        def __getitem__(self, index):
+            if index:
+                met.wait(timeout=30)  # passes only where three are read at once
+            return super().__getitem__(index)
+
+    mixture = Mixture([Meeting("a", 4)], seed=0, global_batch=4)
+    mixture._examples["a"] = Meeting("a", 4)  # in order, so that the first row of the batch is number 0
+    batches = mixture.batches(num_threads=3, prefetch=1)
+    _, _, batch = next(batches)
+    np.testing.assert_array_equal(batch["number"], range(4))
+    met.abort()  # those of the batch in the making
+    batches.close()
+
+
+@pytest.mark.parametrize(("threads", "prefetch"), [(8, 2), (1, 3), (16, 1)])
+def test_no_more_is_read_than_is_kept_ready(threads, prefetch):
+    read = []
+
+    class Counting(Numbers):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    batches = Mixture([Counting("a", 100)], seed=0, global_batch=4).batches(num_threads=threads, prefetch=prefetch)
+    next(batches)
+    deadline = time.monotonic() + 30
+    while len(read) < 4 * (1 + prefetch) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    time.sleep(0.05)
+    assert len(read) == 4 * (1 + prefetch)  # the batch handed out, and those ahead
+    batches.close()
+
+
+def test_batches_ahead_fit_the_budget():
+    gb, image = 10**9, 512 * 512 * 3
+    for images, ahead in ((1, 17), (2, 7), (4, 2)):  # text to image, edit, personalization: 256 rows on one host
+        assert batches_ahead(256 * images * image, 4 * gb, 64) == ahead
+        assert (ahead + IN_USE) * 256 * images * image <= 4 * gb
+    assert batches_ahead(4 * 4 * image, 4 * gb, 64) == 64  # four rows on each host of a pod
+    assert batches_ahead(256 * 4 * image, 0.1 * gb, 64) == 2  # the device must not wait for each batch
+    assert batches_ahead(10, gb, 0) == 0
 
 
 def test_errors_in_a_record_reach_the_reader():

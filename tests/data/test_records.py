@@ -125,7 +125,7 @@ def test_data_names_no_jax():
 
 
 def test_refuses_to_overwrite(folder, tmp_path):
-    with pytest.raises(FileExistsError, match="edits already holds records: .* --overwrite"):
+    with pytest.raises(FileExistsError, match="edits exists already; .* --overwrite"):
         write_records(folder, make_records(3), kind="edit")
     assert len(open_records(folder)) == 20
     write_records(folder, make_records(3), kind="edit", overwrite=True)
@@ -133,7 +133,7 @@ def test_refuses_to_overwrite(folder, tmp_path):
     other = tmp_path / "thesis"
     other.mkdir()
     (other / "chapter1.tex").write_text("years of work")
-    with pytest.raises(FileExistsError, match="is not a data folder"):
+    with pytest.raises(FileExistsError, match=r"not written by this command \(chapter1.tex\)"):
         write_records(other, make_records(3), kind="edit", overwrite=True)
     assert (other / "chapter1.tex").read_text() == "years of work"
     (tmp_path / "empty").mkdir()
@@ -157,7 +157,7 @@ def test_a_failed_write_leaves_nothing(folder, tmp_path, overwrite):
 def test_bad_records_are_named(tmp_path):
     good = next(make_records(1))
     cases = [
-        ([], "edit", "no edit records"),
+        ([], "edit", "there are no edit records"),
         ([good], "video", "unknown kind 'video'"),
         (
             [good, Record("lonely", b"x", caption="c", instruction="i", teacher_image=good.teacher_image)],
@@ -196,9 +196,9 @@ def test_unready_folders_say_what_to_do(folder, tmp_path):
     "change, message",
     [
         ({"version": 7}, "holds records of version 7, this code reads version 1: write the folder again"),
-        ({"num_records": 0}, "has no records"),
-        ({"kind": None}, "lacks 'kind'"),
-        (None, "records.json cannot be read"),
+        ({"num_records": 0, "shards": []}, "has no records"),
+        ({"kind": None}, "records.json lacks kind"),
+        (None, "records.json is not JSON"),
     ],
 )
 def test_other_metadata(folder, change, message):
@@ -231,7 +231,114 @@ def test_damaged_bytes_are_a_record_error(folder):
     data[at + 10 : at + 40] = bytes(30)
     shard.write_bytes(data)
     source = open_records(folder)
-    with pytest.raises(RecordError, match="record 11 of .*edits is damaged"):
+    with pytest.raises(RecordError, match=rf"record 11 of .*edits is damaged \({shard.name}\)"):
         source[11]
     for index in (10, 12):
         assert_same(source[index], list(make_records(20))[index])
+
+
+SHARD = {"file": "unialign_edit-train.array_record-00000", "num_records": 20, "num_bytes": 1}
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("", ["not JSON"]),
+        ("[1]", ["list", "object"]),
+        ('"text"', ["str", "object"]),
+        ("null", ["NoneType", "object"]),
+        ("[" * 100_000, ["nested too deeply"]),
+        ('{"version": ' + "[" * 100_000, ["nested too deeply"]),
+        ('{"version": ' + "9" * 5000 + "}", ["not JSON"]),
+        (b"\xff\xfe\x00", ["not JSON"]),
+        (b"\x80abc", ["not JSON"]),
+        ({"version": "1"}, ["version '1'"]),
+        ({"version": [1]}, ["version [1]"]),
+        ({"version": None}, ["version None"]),
+        ({"kind": 5}, ["5 for kind", "a text"]),
+        ({"kind": ["edit"]}, ["for kind"]),
+        ({"kind": "films"}, ["'films' for kind", "text_to_image"]),
+        ({"num_records": "20"}, ["'20' for num_records", "a whole number"]),
+        ({"num_records": -1}, ["-1 for num_records"]),
+        ({"num_records": 2.5}, ["2.5 for num_records"]),
+        ({"num_records": True}, ["True for num_records"]),
+        ({"num_records": 10**30}, ["for num_records"]),
+        ({"num_records": 21}, ["21 for num_records, its shards hold 20"]),
+        ({"teacher_width": None}, ["None for teacher_width"]),
+        ({"teacher_width": "wide" * 1000}, ["for teacher_width"]),
+        ({"parameters": []}, ["[] for parameters"]),
+        ({"shards": {}}, ["{} for shards", "an array"]),
+        ({"shards": ["unialign_edit"]}, ["'unialign_edit' among its shards"]),
+        ({"shards": [{}]}, ["lacks shards.file"]),
+        ({"shards": [SHARD | {"file": "../../etc/passwd"}]}, ["'../../etc/passwd' for a shard"]),
+        ({"shards": [SHARD | {"file": "/etc/passwd"}]}, ["'/etc/passwd' for a shard"]),
+        ({"shards": [SHARD | {"file": "records.json"}]}, ["'records.json' for a shard"]),
+        ({"shards": [SHARD | {"file": "unialign_edit-train.array_record-0\n"}]}, ["for a shard"]),
+        ({"shards": [SHARD | {"file": "\0"}]}, ["for a shard"]),
+        ({"shards": [SHARD | {"num_bytes": "1"}]}, ["'1' for shards.num_bytes"]),
+        ({"shards": [SHARD]}, ["bytes, expected 1 bytes"]),
+    ],
+    ids=range(34),
+)
+def test_metadata_of_the_wrong_type_or_depth(folder, content, words, refuses):
+    path = folder / "records.json"
+    if isinstance(content, dict):
+        content = json.dumps(json.loads(path.read_text()) | content)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    message = refuses(lambda: open_records(folder), str(folder), *words)
+    assert len(message) < 500
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("how", ["zeros", "noise", "half", "nothing"])
+def test_shards_that_hold_something_else(folder, how, refuses):
+    """Of the size that records.json tells, and yet no ArrayRecord file: named when it is read."""
+    shard = folder / SHARD["file"]
+    size = shard.stat().st_size
+    noise = np.random.default_rng(0).bytes(size)
+    shard.write_bytes({"zeros": bytes(size), "noise": noise, "half": shard.read_bytes()[: size // 2]}.get(how, b""))
+    content = json.loads((folder / "records.json").read_text())
+    content["shards"][0]["num_bytes"] = shard.stat().st_size
+    (folder / "records.json").write_text(json.dumps(content))
+    source = open_records(folder)
+    for index in (0, 19):
+        refuses(lambda index=index: source[index], f"record {index} of {folder} is damaged ({shard.name})")
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("name", ["a device", "a folder", "a broken link"])
+def test_shards_that_are_no_files(folder, name, refuses):
+    shard = folder / SHARD["file"]
+    shard.unlink()
+    {"a device": lambda: shard.symlink_to("/dev/zero"), "a folder": shard.mkdir}.get(
+        name, lambda: shard.symlink_to(folder / "nowhere")
+    )()
+    refuses(lambda: open_records(folder), shard.name)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("own", ["notes.txt", ".DS_Store", "backup/photo.jpg", "records.json/x", "features.json.bak"])
+def test_own_files_in_a_data_folder_are_not_removed(folder, own, refuses):
+    if own.startswith("records.json"):
+        (folder / "records.json").unlink()
+    (folder / own).parent.mkdir(exist_ok=True)
+    (folder / own).write_text("years of work")
+    refuses(
+        lambda: write_records(folder, make_records(3), kind="edit", overwrite=True),
+        own.split("/")[0],
+        "not written by this command",
+    )
+    assert (folder / own).read_text() == "years of work"
+    assert sorted(os.listdir(folder.parent)) == ["edits"]
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("place", ["a file", "below a file", "a link", "a long name"])
+def test_outputs_that_cannot_be_folders(tmp_path, place, refuses):
+    (tmp_path / "file").write_text("years of work")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    names = {"a file": "file", "below a file": "file/data", "a link": "link", "a long name": "x" * 300}
+    refuses(lambda: write_records(tmp_path / names[place], make_records(3), kind="edit", overwrite=True))
+    assert (tmp_path / "file").read_text() == "years of work"
+    assert sorted(os.listdir(tmp_path)) == ["file", "link"]

@@ -357,7 +357,7 @@ def test_write_shapes(tmp_path):
         assert Image.open(io.BytesIO(record.image)).size == (32, 32)
     again = shapes.write_shapes(tmp_path, 6, seed=2, image_size=32, teacher_width=8)
     assert again == dict.fromkeys(shapes.STREAMS, False)
-    with pytest.raises(FileExistsError, match="already holds records"):
+    with pytest.raises(FileExistsError, match="exists already"):
         shapes.write_shapes(tmp_path, 6, seed=3, image_size=32, teacher_width=8)
     only = shapes.write_shapes(tmp_path, {"vqa": 4}, image_size=32, teacher_width=0, streams=("vqa",), overwrite=True)
     assert only == {"vqa": True}

@@ -1,6 +1,7 @@
 """Streams: images and texts as the contract says, damaged records replaced and told."""
 
 import io
+import itertools
 import logging
 
 import numpy as np
@@ -88,15 +89,18 @@ def test_question_and_answer(tokenizer):
     assert tokenizer.eos_id not in prefix
     assert ids.tolist() == prefix + answer + [1] * (16 - len(prefix) - len(answer))
     assert is_target.tolist() == [False] * len(prefix) + [True] * (16 - len(prefix))
-    # No room: the question's end goes first; "A:", the answer and one EOS stay.
+    # No room: of a long question the middle goes; both ends, "A:", the answer and one EOS stay.
     ids, is_target = encode_question("is there a red " + "red " * 50 + "star?", "no", tokenizer, 16)
     kept = ids[~is_target].tolist()
-    assert kept[-2:] == tokenizer.token_ids("A: ") and kept[:3] == tokenizer.token_ids("Q: is")
+    assert len(kept) == 14 and tokenizer.decode(kept) == "Q: is there a red red red red red star? A:"
     assert ids[is_target].tolist() == [*tokenizer.token_ids("no"), 1]
-    # A very long answer is cut as well, and still ends.
+    # A long answer is cut, and still ends; the question stays.
     ids, is_target = encode_question("what?", "red " * 50, tokenizer, 16)
-    assert ids[-1] == tokenizer.eos_id and (ids == tokenizer.token_ids("red")[0]).sum() == 13
-    assert tokenizer.decode(ids[~is_target]) == "A:"
+    assert ids[-1] == tokenizer.eos_id and tokenizer.decode(ids[~is_target]) == "Q: what? A:"
+    assert (ids == tokenizer.token_ids("red")[0]).sum() == 15 - len(tokenizer.token_ids("Q: what? A: "))
+    # Both are long: half each.
+    ids, is_target = encode_question("blue " * 50, "red " * 50, tokenizer, 21)
+    assert (~is_target).sum() == 10 and (ids == tokenizer.token_ids("red")[0]).sum() == 10
     # Asking: everything after the prefix is open.
     ids, is_target = encode_question("what color is it?", "", tokenizer, 16)
     assert (ids[is_target] == 1).all() and is_target.sum() == 16 - len(prefix)
@@ -211,3 +215,20 @@ def test_bad_configurations(world, tokenizer):
         Stream(StreamConfig("s", "text_to_image", str(world / "vqa")), tokenizer)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         Stream(StreamConfig("s", "vqa", str(world / "absent")), tokenizer)
+
+
+@pytest.mark.parametrize("length", range(2, 24))
+def test_a_question_is_never_lost(tokenizer, length):
+    """At any length and of any two texts: an EOS at the end, the answer's begin, and a fair share of the question."""
+    for question_length, answer_length in itertools.product((1, 5, 12, 40), (0, 1, 9, 40)):
+        question, answer = "blue " * question_length, "red " * answer_length
+        prefix = tokenizer.token_ids(f"Q: {question} A: ")
+        ids, is_target = encode_question(question, answer, tokenizer, length)
+        kept, said = (~is_target).sum(), (ids == tokenizer.token_ids("red")[0]).sum()
+        assert ids[-1] == tokenizer.eos_id and is_target[-1]
+        assert (np.diff(is_target.astype(int)) >= 0).all(), "first the question, then the answer"
+        assert kept >= min(len(prefix), (length - 1) // 2) and said >= min(answer_length, (length - 1) // 2)
+        if len(prefix) + answer_length < length:
+            assert (kept, said) == (len(prefix), answer_length)
+        else:
+            assert kept + said == length - 1, "no room is wasted"

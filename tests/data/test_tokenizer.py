@@ -11,7 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from unialign_jax.data import train_tokenizer
 from unialign_jax.data.shapes import shapes_texts
-from unialign_jax.data.tokenizer import Tokenizer, load_tokenizer
+from unialign_jax.data.tokenizer import Tokenizer, clean_up, load_tokenizer
 
 PIECES = ["▁the", "▁a", "▁cat", "▁dog", "▁sat", "▁on", "▁mat", "s", "ing", "▁", ".", ",", "?", ":", *"abcdefgQA"]
 TEXTS = ["the cat sat on a mat.", "Q: dogs? A: ", "  the   cats, the\ndog ", "a bad cab: é", ""]
@@ -124,6 +124,25 @@ def test_t5_folder_equals_transformers(t5_folder):
         padded = (expected + [ours.eos_id] * 24)[:24]
         assert ours.encode(text, 24).tolist() == padded
         assert ours.decode(expected) == theirs.decode(expected).replace("</s>", "").rstrip(" ")
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("It is n't , he 's", "It isn't, he's"),
+        ("I 'm here . You 're there ! They 've gone ?", "I'm here. You're there! They've gone?"),
+        ("a dog ' s life", "a dog's life"),
+        ("it isn't, he's 5.5 .5", "it isn't, he's 5.5.5"),
+        (" . , a", "., a"),
+        ("nothing to do: \"a\" - b ;", "nothing to do: \"a\" - b ;"),
+    ],
+)
+def test_spaces_are_cleaned_up_as_by_transformers(shapes_tokenizer, t5_folder, text, expected):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(t5_folder)
+    assert clean_up(text) == theirs.clean_up_tokenization(text) == expected
+    ids = shapes_tokenizer.token_ids(text)
+    assert shapes_tokenizer.decode(ids) == clean_up(shapes_tokenizer._backend.decode(ids))
 
 
 def test_spiece_only_folder(t5_folder):

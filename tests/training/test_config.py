@@ -66,6 +66,11 @@ BAD_VALUES = [
     ("optimizer.clip_norm", 0.0, "above 0"),
     ("optimizer.freeze", ("(",), "no regular expression"),
     ("data.max_bad_fraction", -0.1, "0 to 1"),
+    ("data.prefetch", -1, "0 or more"),
+    ("data.prefetch_gb", 0.0, "above 0"),
+    ("data.prefetch_gb", -4.0, "above 0"),
+    ("data.prefetch_gb", math.nan, "above 0"),
+    ("data.prefetch_gb", math.inf, "above 0"),
     ("log_every", 0, "at least 1"),
     ("checkpoint.keep_last", 0, "at least 1"),
     ("samples.steps", 0, "at least 1"),
@@ -79,6 +84,7 @@ BAD_VALUES = [
 ]
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(("key", "value", "expected"), BAD_VALUES)
 def test_each_bad_value_is_one_line_that_names_it(key, value, expected):
     config = load_stage(f"{ROOT}/configs/stage1.py:tiny")

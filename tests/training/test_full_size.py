@@ -1,6 +1,7 @@
 """The full-size stages: what can be known of them without the memory to run them."""
 
 import importlib.util
+import logging
 import math
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def test_recipe_is_the_papers(stage):
     assert config.model.tap_depth == 8
 
 
-def test_the_step_of_every_stream_fits_together_at_full_size(tmp_path):
+def test_the_step_of_every_stream_fits_together_at_full_size(tmp_path, caplog):
     write_shapes(tmp_path, num_records=2, teacher_width=3584)
     config = full_size("stage3")
     config.model.attention = "xla"
@@ -47,6 +48,12 @@ def test_the_step_of_every_stream_fits_together_at_full_size(tmp_path):
     # Counted by hand: 17.9 TFLOP a sample of text to image, 24.8 with one condition image.
     assert math.isclose(trainer.sample_flops["edit"], 24.8e12, rel_tol=0.01)
     assert math.isclose(trainer.sample_flops["text_to_image"], 17.9e12, rel_tol=0.01)
+    with caplog.at_level(logging.INFO):
+        trainer.batches(0)
+    # The largest batch is personalization's: four images of 512 pixels, two texts of 256 tokens, teacher features.
+    assert "data: 2 batches ahead, 3.24 GB of this host's memory with those in use (256 rows, up to 809.6" in (
+        caplog.text
+    )
     for name, stream in trainer.streams.items():
         example = stream[0]
         assert example["image"].shape == (512, 512, 3) and example["text_ids"].shape == (256,)

@@ -14,7 +14,8 @@ from unialign_jax.training.stages import read_config
 from unialign_jax.training.state import Networks
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
-# pods.md: 2.1e9 trained parameters in bf16, 16 bytes each of state, T5 and a small autoencoder; a sample takes 0.6 GB.
+# Bytes of the full model: 2.1e9 trained parameters in bf16, and 16 bytes each of state (float32 masters, two moments,
+# the average); T5's 4.76e9 in bf16, a small autoencoder; a sample's activations, 0.6 GB with all blocks computed again.
 NEEDS = meshes.Needs(4.2e9, 0.17e9, 33.6e9, 9.5e9, 0.4e9, 0.2e9, {"dots": 2.2e9, "block": 0.6e9})
 
 
@@ -88,7 +89,7 @@ def test_the_torus_is_read_from_coordinates():
 def test_bytes_a_chip_by_hand():
     sizes = dict.fromkeys(sharding.AXES, 1)
     repeated = sizes | {"replica": 4, "data": 16, "encoder": 4}
-    # pods.md, on v5e: weights 4.2 and gradients 4.2, T5 2.4, state 33.6 over 64 chips, and the autoencoder, a sample.
+    # GB on v5e-256: weights 4.2 and gradients 4.2, T5 9.5 over 4 chips, state 33.6 over 64, the autoencoder, a sample.
     assert meshes.estimate(NEEDS, repeated, 1, "block") == 4.2e9 + 4.2e9 + 2.375e9 + 0.525e9 + 0.2e9 + 0.6e9
     assert meshes.estimate(NEEDS, repeated, 4, "dots") == pytest.approx(11.5e9 + 4 * 2.2e9)
     split = sizes | {"fsdp": 8}
@@ -110,7 +111,9 @@ def test_smaller_micro_batches_make_room_for_repeated_weights():
 
 
 def test_what_the_full_model_needs():
-    """Against pods.md (parameters) and two plans compiled with remat dots: 13.3 GB on v5e-256, 21.4 GB on v4-128."""
+    """Against counts of parameters (MM-DiT with heads 2.10e9, T5 v1.1 XXL's encoder 4.76e9), and two plans compiled
+    with remat dots: 13.3 GB on v5e-256, 21.4 GB on v4-128.
+    """
     config = read_config("configs/stage1.py", [])
     networks = Networks.create(*build_configs(config, "tpu"))
     needs = meshes.read_needs(config, networks)

@@ -1,6 +1,7 @@
 """metrics.jsonl: rows that an interrupted run would write twice are written once; means, rates, records replaced."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -56,8 +57,8 @@ def test_means_leave_out_what_nothing_fell_into():
 def test_rates(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(metrics_module.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(metrics_module.jax, "device_count", lambda: 4)
-    throughput = Throughput(peak_flops_per_device=1e12)
+    # Of a mesh of four, where JAX sees the eight devices of these tests.
+    throughput = Throughput(4, peak_flops_per_device=1e12)
     assert throughput.report() == {}
     for _ in range(5):
         throughput.add_wait(0.1)
@@ -73,6 +74,12 @@ def test_rates(monkeypatch):
     }
     assert {name: pytest.approx(values[name]) for name in expected} == expected
     assert throughput.report() == {}  # each report covers what came after the one before
+
+
+@pytest.mark.parametrize(("platform", "expected"), [("linux", 3_000_000 * 1024), ("darwin", 3_000_000)])
+def test_peak_memory_is_in_the_units_of_the_system(platform, expected, monkeypatch):
+    monkeypatch.setattr(metrics_module.sys, "platform", platform)
+    assert metrics_module.peak_bytes(types.SimpleNamespace(ru_maxrss=3_000_000)) == expected
 
 
 def test_too_many_bad_records_stop_the_run():

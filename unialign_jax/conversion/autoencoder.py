@@ -2,9 +2,11 @@
 
 import dataclasses
 
-from unialign_jax.conversion.rules import CONV, DENSE, POINTWISE, VECTOR, Rule, Table, affine
+from unialign_jax.conversion.rules import CONV, DENSE, POINTWISE, VECTOR, Rule, Table, affine, shape_of
+from unialign_jax.conversion.settings import number, whole_number
 from unialign_jax.models.autoencoder import AutoencoderConfig
 
+MAX_LEVELS = 8  # each halves the image
 ATTENTION = {  # ours: (diffusers', the older)
     "query": ("to_q", "q"),
     "key": ("to_k", "k"),
@@ -88,26 +90,31 @@ def infer_config(layout, shapes, settings, name) -> AutoencoderConfig:
     pattern = f"{block}.conv1.weight"
     widths, blocks = [], 0
     while (key := pattern.format(len(widths), 0)) in shapes:
-        widths.append(shapes[key][0])
+        widths.append(shape_of(shapes, key, 4, name)[0])
     while pattern.format(0, blocks) in shapes:
         blocks += 1
-    try:
-        channels = shapes["decoder.conv_in.weight"][1]
-    except (KeyError, IndexError):
-        raise ValueError(f"{name} has no decoder.conv_in.weight: it is no whole AutoencoderKL") from None
+    channels = shape_of(shapes, "decoder.conv_in.weight", 4, name)[1]
+    if len(widths) > MAX_LEVELS:
+        raise ValueError(f"{name} has {len(widths)} levels, expected at most {MAX_LEVELS}")
     default = AutoencoderConfig()
     if not settings and (channels, tuple(widths)) != (default.latent_channels, default.block_widths):
         raise ValueError(
             f"{name} has {channels} latent channels and widths {widths}, so it is not SD3's VAE "
             f"({default.latent_channels} and {list(default.block_widths)}), and no config.json gives its scale"
         )
+    norm_groups = whole_number(settings, "norm_num_groups", default.norm_groups, name)
+    if any(width % norm_groups for width in widths):
+        raise ValueError(f"{name}: norm_num_groups is {norm_groups}, which does not divide the widths {widths}")
+    scale = number(settings, "scaling_factor", default.scale, name)
+    if scale <= 0:
+        raise ValueError(f"{name}: scaling_factor is {scale}, expected a positive number")
     return dataclasses.replace(
         default,
         latent_channels=channels,
         downsample_factor=2 ** (len(widths) - 1),
-        scale=settings.get("scaling_factor") or default.scale,
-        shift=default.shift if settings.get("shift_factor") is None else settings["shift_factor"],
+        scale=scale,
+        shift=number(settings, "shift_factor", default.shift, name),
         block_widths=tuple(widths),
         blocks_per_level=blocks,
-        norm_groups=settings.get("norm_num_groups", default.norm_groups),
+        norm_groups=norm_groups,
     )

@@ -1,10 +1,12 @@
 """From a bundle or a training run back to PyTorch's files.
 
-Three formats. "unialign" is the released folder (transformer/, vae/, text_encoder/, tokenizer/), which holds all that
-we have. "diffusers" is SD3's folder and "stability" its single file: they make the same images from a prompt, but have
-no place for the text head, for the last block's text half (which nothing but the text head reads) and for the heads.
+Three formats. "unialign" is the released folder (transformer/, vae/, text_encoder/, tokenizer/, scheduler/), which
+holds all that we have. "diffusers" is SD3's folder and "stability" its single file: they make the same images from a
+prompt, but have no place for the text head, for the last block's text half (which nothing but the text head reads) and
+for the heads.
 """
 
+import errno
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -18,10 +20,23 @@ from unialign_jax import bundle
 from unialign_jax.conversion import autoencoder, rules, safetensors_file, text_encoder, transformer
 from unialign_jax.conversion.importing import DTYPES, check_fit, check_space, with_progress
 from unialign_jax.conversion.rules import Table
+from unialign_jax.files import check_inside, read_json, refuse_existing, replacing_folder
+from unialign_jax.models.mmdit import AlignmentHeadsConfig
 from unialign_jax.runs import StoredTree, describe, latest_step, open_run, read_run_tokenizer, read_settings
 
 FORMATS = ("unialign", "diffusers", "stability")
 CLASSES = {"unialign": "SD3JointModelFlexible", "diffusers": "SD3Transformer2DModel"}
+SHIFT = 3.0  # of the noise levels, in SD3's and the released scheduler
+EOS = "</s>"  # which pads texts: the models are trained so
+# What an exported tokenizer keeps of the settings it came with. The rest can name classes, code and other files.
+TOKENIZER_SETTINGS = (
+    "added_tokens_decoder",
+    "additional_special_tokens",
+    "extra_special_tokens",
+    "extra_ids",
+    "legacy",
+    "model_max_length",
+)
 
 
 def open_bundle(directory) -> dict[str, StoredTree]:
@@ -63,7 +78,8 @@ def export(
       components: which of "transformer", "text_encoder", "autoencoder" to write; all that there are when None.
       dtype: "float32", "float16" or "bfloat16" to write; as stored when None.
 
-    Raises ValueError, FileNotFoundError, FileExistsError or OSError with what is wrong; the output is then not there.
+    Raises ValueError, FileNotFoundError, FileExistsError or OSError with what is wrong; what was at `output` is then as
+    it was.
     """
     if format not in FORMATS:
         raise ValueError(f"unknown format {format!r}, expected one of {', '.join(FORMATS)}")
@@ -78,16 +94,22 @@ def export(
         raise ValueError(f"{source or run} has no {', '.join(missing)}; it has {', '.join(trees)}")
     writers = [plan_component(name, trees, format, DTYPES[dtype] if dtype else None) for name in chosen]
     output = Path(output).absolute()
-    if output.exists():
-        check_overwrite(output, overwrite)
+    check_output(output, format, overwrite)
+    tokenizer = bundle.tokenizer_path(source) if source is not None and "text_encoder" in chosen else None
     size = sum(piece.size for piece in writers)
     check_space(output, size)
-    with tqdm(total=size, unit="B", unit_scale=True, disable=not progress) as bar:
-        if format == "stability":
-            write_single_file(output, writers, bar)
-        else:
-            tokenizer = bundle.tokenizer_path(source) if source is not None and "text_encoder" in chosen else None
-            write_folder(output, format, writers, tokenizer, bar)
+    try:
+        with tqdm(total=size, unit="B", unit_scale=True, disable=not progress) as bar:
+            if format == "stability":
+                write_tensors(output, {STABILITY_PREFIXES[piece.component]: piece for piece in writers}, bar)
+            else:
+                with replacing_folder(output, overwrite=overwrite, foreign=strangers) as folder:
+                    write_folder(folder, format, writers, tokenizer, bar)
+    except OSError as error:
+        if not bundle.is_disk_full(error):
+            raise
+        full = f"the disk of {output.parent} is full; nothing was kept. Free some space, or choose another --output"
+        raise OSError(errno.ENOSPC, full) from error
     return left_out(trees, chosen, format)
 
 
@@ -106,7 +128,7 @@ def bundle_from_run(
 
     Raises ValueError also when the parts do not fit each other.
     """
-    settings, step = read_settings(run), latest_step(run)
+    settings, step = read_settings(run), latest_step(run, verify=True)
     trained = open_run(run, weights, step)
     tokenizer = tokenizer or read_run_tokenizer(settings, run)
     pieces = {
@@ -145,21 +167,50 @@ def cast(leaves, dtype):
 
 
 def left_out(trees, chosen, format) -> list[str]:
-    """What SD3's layouts have no place for. None of it touches the image velocity of a prompt."""
-    if "transformer" not in chosen or format == "unialign":
+    """What a format has no place for, one line each. None of it touches the image velocity of a prompt."""
+    if "transformer" not in chosen:
         return []
+    if format == "unialign":
+        if "heads" not in trees:
+            return []
+        config = trees["heads"].config
+        lines = []
+        if not config.final_silu:
+            lines.append("the alignment heads' lack of a last SiLU: the released class applies one (training only)")
+        if not config.pool:
+            lines.append("the alignment heads' work on single tokens: the released class pools first (training only)")
+        return lines
     lines = ["the text head (captions and answers)", "the text half of the last block, which only the text head reads"]
     return lines + (["the alignment heads (training only)"] if "heads" in trees else [])
 
 
-def check_overwrite(output, overwrite):
-    """Raises FileExistsError unless `output` may be replaced: asked for, and nothing but what an export writes."""
-    if not overwrite:
+def check_output(output, format, overwrite):
+    """Raises FileExistsError or ValueError, before anything is read, unless `output` may be written."""
+    if format != "stability":
+        refuse_existing(output, overwrite=overwrite, foreign=strangers)
+        return
+    if output.suffix != ".safetensors" or output.is_dir():
+        raise ValueError(f"{output}: the format stability is one file, expected a name that ends in .safetensors")
+    if output.exists() and not output.is_file():
+        raise FileExistsError(f"{output} is there and is not a file; choose another --output")
+    if output.exists() and not overwrite:
         raise FileExistsError(f"{output} exists already; choose another --output, or give --overwrite")
-    known = {"transformer", "vae", "text_encoder", "text_encoder_3", "tokenizer", "tokenizer_3"}
-    strangers = sorted(path.name for path in output.iterdir() if path.name not in known) if output.is_dir() else []
-    if strangers:
-        raise FileExistsError(f"{output} holds {strangers[0]}, which no export wrote, so it is not overwritten")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot write {output}: {error.strerror}") from None
+
+
+def strangers(folder) -> list[str]:
+    """What lies in a folder that no export wrote, by name."""
+    own = {"model_index.json", "scheduler/scheduler_config.json"}
+    for name in ("transformer", "vae"):
+        own |= {f"{name}/config.json", f"{name}/diffusion_pytorch_model.safetensors"}
+    for suffix in ("", "_3"):
+        own |= {f"text_encoder{suffix}/config.json", f"text_encoder{suffix}/model.safetensors"}
+        own |= {f"tokenizer{suffix}/{name}" for name in bundle.TOKENIZER_FILES}
+    found = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
+    return [name for path in found if (name := str(path.relative_to(folder))) not in own or path.is_symlink()]
 
 
 class Piece(NamedTuple):
@@ -169,6 +220,7 @@ class Piece(NamedTuple):
     config: object
     tensors: dict[str, tuple[np.dtype, tuple[int, ...]]]
     write: Callable  # (yields (key, array))
+    heads: AlignmentHeadsConfig | None = None  # when the transformer's tensors include them
 
     @property
     def size(self) -> int:
@@ -177,9 +229,10 @@ class Piece(NamedTuple):
 
 def plan_component(name, trees, format, dtype) -> Piece:
     tree = trees[name]
-    layers = [(tree, export_table(name, tree.config, format))]
+    layers, heads = [(tree, export_table(name, tree.config, format))], None
     if name == "transformer" and format == "unialign" and "heads" in trees:
         layers.append((trees["heads"], transformer.heads_table()))
+        heads = trees["heads"].config
     tensors, sources = {}, []
     for part, table in layers:
         shapes = rules.export_shapes(table, part.shapes)
@@ -187,7 +240,7 @@ def plan_component(name, trees, format, dtype) -> Piece:
         usual = max(set(part.dtypes.values()), key=list(part.dtypes.values()).count)
         tensors |= {key: (np.dtype(dtype or by_key.get(key, usual)), shape) for key, shape in shapes.items()}
         sources.append((part, table))
-    return Piece(name, tree.config, tensors, lambda: export_all(sources))
+    return Piece(name, tree.config, tensors, lambda: export_all(sources), heads)
 
 
 def export_table(name, config, format) -> Table:
@@ -231,36 +284,73 @@ STABILITY_PREFIXES = {
 }
 
 
-def write_single_file(output, pieces, bar):
-    if output.suffix != ".safetensors" or output.is_dir():
-        raise ValueError(f"{output}: the format stability is one file, expected a name that ends in .safetensors")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_tensors(output, {STABILITY_PREFIXES[piece.component]: piece for piece in pieces}, bar)
-
-
-def write_folder(output, format, pieces, tokenizer, bar):
-    scratch = output.with_name(output.name + ".partial")
-    shutil.rmtree(scratch, ignore_errors=True)
+def write_folder(folder, format, pieces, tokenizer, bar):
+    """Fills an empty folder so that PyTorch's pipelines and each of their parts open it."""
     suffix = "_3" if format == "diffusers" else ""  # T5 is SD3's third text encoder
     folders = {"transformer": "transformer", "autoencoder": "vae", "text_encoder": f"text_encoder{suffix}"}
-    try:
-        for piece in pieces:
-            folder = scratch / folders[piece.component]
-            folder.mkdir(parents=True)
-            name = "model" if piece.component == "text_encoder" else "diffusion_pytorch_model"
-            write_tensors(folder / f"{name}.safetensors", {"": piece}, bar)
-            settings = SETTINGS[piece.component](piece.config, format)
-            (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-        if tokenizer is not None:
-            shutil.copytree(tokenizer, scratch / f"tokenizer{suffix}")
-        if output.exists():
-            shutil.rmtree(output)
-        scratch.rename(output)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    for piece in pieces:
+        part = folder / folders[piece.component]
+        part.mkdir()
+        name = "model" if piece.component == "text_encoder" else "diffusion_pytorch_model"
+        write_tensors(part / f"{name}.safetensors", {"": piece}, bar)
+        write_json(part / "config.json", SETTINGS[piece.component](piece, format))
+    if tokenizer is not None:
+        write_tokenizer(folder / f"tokenizer{suffix}", tokenizer)
+    if (folder / "transformer").is_dir():
+        (folder / "scheduler").mkdir()
+        write_json(folder / "scheduler/scheduler_config.json", SCHEDULER)
+        write_json(folder / "model_index.json", model_index(folder, format))
 
 
-def transformer_settings(config, format) -> dict:
+def write_json(path, content):
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def write_tokenizer(folder, source):
+    """T5's tokenizer for transformers, padding with end-of-text as the models are trained, not with `<pad>`."""
+    folder.mkdir()
+    for name in ("tokenizer.json", "spiece.model", "added_tokens.json"):
+        if (source / name).is_file():
+            check_inside(source / name, source)
+            shutil.copyfile(source / name, folder / name)
+    given = source / "tokenizer_config.json"
+    given = read_json(given) if given.is_file() else {}
+    names = {"eos_token": EOS, "pad_token": EOS, "unk_token": "<unk>"}
+    settings = {"model_max_length": 512, "tokenizer_class": "T5Tokenizer"}
+    settings |= {key: given[key] for key in TOKENIZER_SETTINGS if key in given}
+    write_json(folder / "tokenizer_config.json", settings | names)
+    write_json(folder / "special_tokens_map.json", names)
+
+
+SCHEDULER = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "shift": SHIFT,
+}
+
+
+def model_index(folder, format) -> dict:
+    """What a pipeline is made of, as diffusers reads it; a part that `folder` lacks is null."""
+    parts = {
+        "scheduler": ["diffusers", SCHEDULER["_class_name"]],
+        "transformer": ["diffusers", CLASSES["diffusers"]],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    encoder, tokenizer = ["transformers", "T5EncoderModel"], ["transformers", "T5TokenizerFast"]
+    if format == "unialign":
+        name = "UniAlignmentPipeline"
+        parts |= {"transformer": ["modules.unialignment_model", CLASSES["unialign"]]}
+        parts |= {"text_encoder": encoder, "tokenizer": tokenizer}
+    else:
+        name = "StableDiffusion3Pipeline"
+        parts |= dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"), [None, None])
+        parts |= {"text_encoder_3": encoder, "tokenizer_3": tokenizer}
+    parts = {key: part if (folder / key).is_dir() else [None, None] for key, part in parts.items()}
+    return {"_class_name": name, "_diffusers_version": "0.31.0", **dict(sorted(parts.items()))}
+
+
+def transformer_settings(piece, format) -> dict:
+    config = piece.config
     settings = {
         "_class_name": CLASSES[format],
         "sample_size": config.base_patches * config.patch_size,
@@ -275,10 +365,17 @@ def transformer_settings(config, format) -> dict:
         "out_channels": config.latent_channels,
         "pos_embed_max_size": config.max_patches,
     }
-    return settings | ({"vocab_size": config.vocab_size} if format == "unialign" else {})
+    if format != "unialign":
+        return settings
+    settings["vocab_size"] = config.vocab_size
+    own = {key: getattr(piece.heads, key) for key in transformer.RELEASED_HEADS} if piece.heads else {}
+    if own not in ({}, transformer.RELEASED_HEADS):
+        settings[transformer.HEADS_SETTINGS] = own  # the released class ignores it; our way back reads it
+    return settings
 
 
-def text_encoder_settings(config, _format) -> dict:
+def text_encoder_settings(piece, _format) -> dict:
+    config = piece.config
     return {
         "architectures": ["T5EncoderModel"],
         "model_type": "t5",
@@ -299,7 +396,8 @@ def text_encoder_settings(config, _format) -> dict:
     }
 
 
-def autoencoder_settings(config, _format) -> dict:
+def autoencoder_settings(piece, _format) -> dict:
+    config = piece.config
     levels = len(config.block_widths)
     return {
         "_class_name": "AutoencoderKL",

@@ -18,6 +18,7 @@ from unialign_jax.conversion import autoencoder, rules, sources, text_encoder, t
 from unialign_jax.conversion.rules import Table
 from unialign_jax.conversion.sources import Part
 from unialign_jax.data.tokenizer import load_tokenizer
+from unialign_jax.files import check_regular
 from unialign_jax.models.mmdit import AlignmentHeadsConfig
 
 log = logging.getLogger(__name__)
@@ -27,6 +28,8 @@ DTYPES = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
+MAX_PROBLEMS = 20  # named in one message
+MAX_MASK_FILE = 2**26  # bytes; the released one has 9,500
 FLAGS = {"text_encoder": "--text-encoder", "autoencoder": "--vae"}
 
 
@@ -84,6 +87,8 @@ def convert(
     given = sources.open_source(source, [name for name in wanted if replacements.get(name) is None])
     parts = choose_parts(given, wanted, replacements)
     check_kind(kind, parts.get("transformer"))
+    if tokenizer:
+        sources.check_tokenizer(tokenizer, tokenizer)
     tokenizer = Path(tokenizer) if tokenizer else given.tokenizer
     loaded_tokenizer = load_tokenizer(tokenizer) if tokenizer else None
     if "text_encoder" in parts:
@@ -172,8 +177,9 @@ class Job:
         found = {} if part is None else part.shapes
         problems = rules.problems(table, found, shapes)
         if problems:
+            more = f"; and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
             where = f"{part.name if part else name} does not fit the layout {table.layout}"
-            raise ValueError(f"{where}:\n  " + "\n  ".join(problems))
+            raise ValueError(f"{where}: {'; '.join(problems[:MAX_PROBLEMS])}{more}")
         self.dtypes = rules.leaf_dtypes(table, part.dtypes if part else {}, shapes, dtype)
         self.size = sum(int(np.prod(shape)) * self.dtypes[path].itemsize for path, shape in shapes.items())
 
@@ -213,7 +219,7 @@ def plan(parts, heads, tokenizer, dtype) -> list[Job]:
         table = transformer.unialign_table(c) if released else transformer.sd3_table(part.layout, c)
         pieces["transformer"] = (table, rest)
         if adapters:
-            configs["heads"] = transformer.infer_heads_config(part.shapes)
+            configs["heads"] = transformer.infer_heads_config(part.shapes, part.settings, part.name)
             pieces["heads"] = (transformer.heads_table(), part._replace(tensors=adapters))
         elif heads:
             configs["heads"] = AlignmentHeadsConfig()
@@ -253,9 +259,12 @@ class Mask(NamedTuple):
 
 def read_mask_embedding(path, config, tokenizer) -> Mask:
     """The learned mask embedding and the row of the T5 table that it replaces."""
-    values = torch_pickle.read_tensor(path)
+    check_regular(path, MAX_MASK_FILE)
+    values = torch_pickle.read_single(path)
     if values.shape != (config.width,):
         raise ValueError(f"{path} has shape {values.shape}, the text encoder's embeddings have ({config.width},)")
+    if not np.isfinite(values.astype(np.float32)).all():
+        raise ValueError(f"{path} holds values that are not finite: fetch it again")
     return Mask(tokenizer.mask_id, values)
 
 

@@ -51,11 +51,12 @@ def inspect_bundle(path, keys):
 
 
 def inspect_run(path, keys):
-    yield f"{path}: a training run; its newest whole checkpoint is that of step {runs.latest_step(path)}"
-    for name, tree in runs.open_run(path).items():
+    step = runs.latest_step(path)
+    yield f"{path}: a training run; its newest whole checkpoint is that of step {step}"
+    for name, tree in runs.open_run(path, step=step).items():
         yield from describe_tree(name, tree, keys)
     yield from describe_use(runs.describe(path, runs.read_settings(path)))
-    if runs.has_average(path):
+    if runs.has_average(path, step):
         yield "it keeps an average of the transformer: --weights=ema exports that"
     else:
         yield "it keeps no average of the weights"

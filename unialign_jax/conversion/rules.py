@@ -165,6 +165,15 @@ def matches(keys, pattern) -> list[str]:
     return [key for key in keys if fnmatch.fnmatchcase(key, pattern)]
 
 
+def shape_of(shapes, key, rank, name) -> tuple[int, ...]:
+    """The shape of a tensor that gives sizes. Raises ValueError when it is missing or of another rank."""
+    if key not in shapes:
+        raise ValueError(f"{name} lacks {key}")
+    if len(shapes[key]) != rank:
+        raise ValueError(f"{name}: {key} has shape {list(shapes[key])}, expected {rank} dimensions")
+    return shapes[key]
+
+
 def problems(table: Table, found: Mapping[str, tuple], shapes: Mapping[str, tuple]) -> list[str]:
     """All that keeps `found` ({key: shape}) from filling `shapes` ({our path: shape}) exactly; empty when nothing."""
     entries, lines = expand(table), []

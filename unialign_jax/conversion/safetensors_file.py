@@ -1,18 +1,23 @@
 """Safetensors files, read and written one tensor at a time, as numpy arrays.
 
 The format: eight bytes that give the length of a JSON header, the header ({name: {dtype, shape, data_offsets}}), then
-the tensors' bytes, little-endian. Reading goes through plain file reads rather than a memory map, so that what has been
-read leaves memory with the array that held it.
+the tensors' bytes, little-endian. The safetensors library checks a header (offsets that overlap, leave gaps or point
+elsewhere, sizes that do not fit); reading goes through plain file reads rather than its memory map, so that what has
+been read leaves memory with the array that held it.
 """
 
+import contextlib
 import json
 import math
-import os
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
+import safetensors
+
+from unialign_jax.files import check_regular, first_line, replacing_file
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -28,17 +33,20 @@ DTYPES = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes; a header of that length is damage, not a model
 
 
 class TensorInfo(NamedTuple):
-    """What the header says of a tensor, and where its bytes lie."""
+    """What a file says of a tensor, and where its bytes lie."""
 
     file: Path
-    dtype: str  # as the header names it, such as "F16"
+    dtype: str  # as safetensors names it, such as "F16"
     shape: tuple[int, ...]
     offset: int  # bytes from the file's beginning
+    strides: tuple[int, ...] | None = None  # in values; None for C order
+    crc: int | None = None  # CRC-32 of the tensor's bytes, where the file has one
 
     @property
     def size(self) -> int:
@@ -46,9 +54,12 @@ class TensorInfo(NamedTuple):
 
 
 def read_header(path) -> dict[str, TensorInfo]:
-    """The tensors of one file by name. Raises ValueError for a file that is no safetensors file, or not all of it."""
+    """The tensors of one file by name.
+
+    Raises FileNotFoundError, and ValueError for a file that is no safetensors file, not all of it, or damaged.
+    """
     path = Path(path)
-    total = path.stat().st_size
+    total = check_regular(path)
     with path.open("rb") as file:
         start = file.read(8)
         length = int.from_bytes(start, "little")
@@ -58,26 +69,41 @@ def read_header(path) -> dict[str, TensorInfo]:
             raise truncated(path, total, 8 + length)
         text = file.read(length)
     try:
-        header = json.loads(text)
+        header = json.loads(text, object_pairs_hook=unique_keys)
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        tensors, end = {}, 0
-        for name, entry in entries.items():
-            begin, finish = entry["data_offsets"]
-            end = max(end, finish)
-            tensors[name] = TensorInfo(path, entry["dtype"], tuple(entry["shape"]), 8 + length + begin)
-            known = DTYPES.get(entry["dtype"])
-            if known is not None and tensors[name].size * known.itemsize != finish - begin:
-                raise ValueError(f"{name} has {finish - begin} bytes for shape {entry['shape']}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} has a damaged safetensors header ({error}): download it again") from None
-    if 8 + length + end > total:
-        raise truncated(path, total, 8 + length + end)
-    return tensors
+        end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        if end > total:
+            raise truncated(path, total, end)
+        with safetensors.safe_open(path, "numpy"):  # checks every entry, reads no tensor
+            pass
+        return {
+            name: TensorInfo(path, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+            for name, entry in entries.items()
+        }
+    except Truncated:
+        raise
+    except RecursionError:
+        reason = "it is nested too deeply"
+    except UnicodeDecodeError:
+        reason = "it is not UTF-8"
+    except (ValueError, LookupError, TypeError, AttributeError, safetensors.SafetensorError) as error:
+        reason = first_line(error).removeprefix("Error while deserializing header: ")
+    raise ValueError(f"{path} has a damaged safetensors header ({reason}): download it again")
+
+
+def unique_keys(pairs) -> dict:
+    """A JSON object as a dictionary; ValueError for a key that comes twice, of which one would be ignored."""
+    found = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key} is there twice")
+        found[key] = value
+    return found
 
 
 def describe_start(start: bytes) -> str:
     if start.startswith(b"PK"):
-        return "it looks like a PyTorch pickle: convert it to safetensors with PyTorch first"
+        return "it looks like a PyTorch pickle: if it is, give it a name that ends in .pth"
     if start.startswith(b"version "):
         return "it is a Git LFS pointer: fetch the file itself with `git lfs pull`"
     if start.lstrip()[:1] in (b"<", b"{"):
@@ -85,18 +111,30 @@ def describe_start(start: bytes) -> str:
     return "its first bytes give no header length"
 
 
+class Truncated(ValueError):
+    """A file of which the end is missing."""
+
+
 def truncated(path, found, expected):
-    return ValueError(f"{path} is cut short: {found:,} bytes of {expected:,}. Download it again")
+    return Truncated(f"{path} is cut short: {found:,} bytes of {expected:,}. Download it again")
 
 
 def read_tensor(info: TensorInfo) -> np.ndarray:
-    """One tensor. Raises ValueError for a dtype that numpy cannot hold."""
+    """One tensor. Raises ValueError for a dtype that numpy cannot hold, and for bytes that are missing or changed."""
     if info.dtype not in DTYPES:
         raise ValueError(f"{info.file} holds tensors of dtype {info.dtype}, which cannot be read here")
     dtype = DTYPES[info.dtype]
-    array = np.fromfile(info.file, dtype=dtype, count=info.size, offset=info.offset)
-    if array.size != info.size:
-        raise truncated(info.file, info.offset + array.nbytes, info.offset + info.size * dtype.itemsize)
+    count = info.size
+    if info.strides is not None and count:
+        count = 1 + sum((size - 1) * stride for size, stride in zip(info.shape, info.strides, strict=True))
+    array = np.fromfile(info.file, dtype=dtype, count=count, offset=info.offset)
+    if array.size != count:
+        raise truncated(info.file, info.offset + array.nbytes, info.offset + count * dtype.itemsize)
+    if info.crc is not None and zlib.crc32(array.view(np.uint8).data) != info.crc:
+        raise ValueError(f"{info.file} is damaged: the checksum from byte {info.offset:,} differs. Download it again")
+    if info.strides is not None:
+        strides = [stride * dtype.itemsize for stride in info.strides]
+        return np.lib.stride_tricks.as_strided(array, info.shape, strides, writeable=False).copy()
     return array.reshape(info.shape)
 
 
@@ -110,7 +148,6 @@ class Writer:
 
     def __init__(self, path, tensors):
         self.path = Path(path)
-        self._scratch = self.path.with_name(self.path.name + ".partial")
         self._entries, position = {}, 0
         for name, (dtype, shape) in tensors.items():
             size = math.prod(shape) * np.dtype(dtype).itemsize
@@ -128,9 +165,7 @@ class Writer:
         text += b" " * (-len(text) % 8)
         self._data_start = 8 + len(text)
         self._missing = set(tensors)
-        self._file = self._scratch.open("wb")
-        self._file.write(len(text).to_bytes(8, "little") + text)
-        self._file.truncate(self._data_start + position)
+        self._header, self._size = len(text).to_bytes(8, "little") + text, self._data_start + position
 
     def write(self, name, array):
         """Raises KeyError for an unknown name, ValueError for another shape than announced."""
@@ -142,16 +177,16 @@ class Writer:
         self._missing.discard(name)
 
     def __enter__(self):
+        with contextlib.ExitStack() as stack:
+            self._file = stack.enter_context(stack.enter_context(replacing_file(self.path)).open("wb"))
+            self._file.write(self._header)
+            self._file.truncate(self._size)
+            self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, kind, error, _traceback):
-        try:
-            self._file.close()
-            if kind is None:
-                if self._missing:
-                    raise ValueError(
-                        f"{self.path}: {len(self._missing)} tensors were not written: {min(self._missing)}"
-                    )
-                os.replace(self._scratch, self.path)
-        finally:
-            self._scratch.unlink(missing_ok=True)
+    def __exit__(self, kind, error, traceback):
+        if kind is None and self._missing:
+            error = ValueError(f"{self.path}: {len(self._missing)} tensors were not written: {min(self._missing)}")
+            with self._stack:
+                raise error
+        return self._stack.__exit__(kind, error, traceback)

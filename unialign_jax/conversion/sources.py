@@ -3,7 +3,6 @@
 `open_source(path)` looks at names and headers only, and says which component lies where and in which layout.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,8 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from unialign_jax.conversion import autoencoder, safetensors_file, text_encoder, transformer
-from unialign_jax.conversion.safetensors_file import DTYPES, TensorInfo
+from unialign_jax import bundle
+from unialign_jax.conversion import autoencoder, safetensors_file, text_encoder, torch_pickle, transformer
+from unialign_jax.conversion.safetensors_file import DTYPES, FLOATS, TensorInfo
+from unialign_jax.conversion.settings import read_settings, shown
+from unialign_jax.files import check_inside, check_regular, read_json
 
 # The prefix of each component's keys in Stability's single files. CLIP is not used.
 PREFIXES = {
@@ -31,6 +33,7 @@ FOLDERS = {
 TOKENIZER_FOLDERS = ("tokenizer_3", "tokenizer")
 SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors$")
 SCALED = re.compile(r"(^|[._])(scaled_fp8|scale_weight|weight_scale|scale_input|input_scale)($|[._])")
+MAX_SHARDS = 10_000
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 
@@ -74,17 +77,20 @@ def open_source(path, components=tuple(FOLDERS)) -> Source:
     Raises FileNotFoundError or ValueError, saying what was found and expected.
     """
     path = Path(path)
-    if path.is_file():
-        return _open_single_file(path, components)
     if not path.is_dir():
-        raise FileNotFoundError(f"{path}: there is no such file or folder")
+        try:
+            check_regular(path)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path}: there is no such file or folder") from None
+        return _open_single_file(path, components)
     parts, dropped = {}, {}
     folders = [(path / name) for names in FOLDERS.values() for name in names if (path / name).is_dir()]
     for component in components:
         for name in FOLDERS[component]:
             if (path / name) not in folders or component in parts:
                 continue
-            if "CLIP" in str(read_settings(path / name).get("architectures")):
+            classes = read_settings(path / name).get("architectures")
+            if isinstance(classes, list) and any(isinstance(each, str) and "CLIP" in each for each in classes):
                 dropped[name] = "CLIP: UniAlignment reads T5 alone"
                 continue
             part = open_part(path / name)
@@ -99,6 +105,8 @@ def open_source(path, components=tuple(FOLDERS)) -> Source:
             raise unknown(path, tensors)
         parts[part.component] = part
     tokenizer = next((path / name for name in TOKENIZER_FOLDERS if is_t5_tokenizer(path / name)), None)
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, path)
     masks = sorted([*path.glob("mask_token_emb*.pth"), *path.glob("checkpoint/mask_token_emb*.pth")])
     return Source(path, parts, tokenizer, masks[0] if masks else None, dropped)
 
@@ -117,6 +125,12 @@ def is_t5_tokenizer(folder) -> bool:
     return (folder / "spiece.model").is_file() or (
         (folder / "tokenizer.json").is_file() and not (folder / "merges.txt").is_file()
     )
+
+
+def check_tokenizer(folder, root):
+    """Raises ValueError for a tokenizer's file that a link takes out of `root`: it would be copied into the bundle."""
+    for name in bundle.TOKENIZER_FILES:
+        check_inside(Path(folder) / name, root)
 
 
 def _open_single_file(path, components) -> Source:
@@ -159,9 +173,11 @@ def identify(tensors, settings, name) -> Part | None:
             f"{name} holds scaled eight-bit weights ({scaled[0]}), which are not read here: "
             "use the file in fp16 or bf16, or the plain fp8 one"
         )
-    unreadable = sorted({info.dtype for info in tensors.values()} - DTYPES.keys())
-    if unreadable:
-        raise ValueError(f"{name} holds tensors of dtype {', '.join(unreadable)}, which cannot be read here")
+    for key, info in tensors.items():
+        if info.dtype not in FLOATS:
+            raise ValueError(f"{name} holds {key} of dtype {info.dtype}, expected floats of {', '.join(FLOATS)}")
+        if info.size == 0:
+            raise ValueError(f"{name} holds {key} of shape {list(info.shape)}, which is empty")
     if layout := transformer.detect_layout(tensors):
         return Part("transformer", layout, tensors, settings, name)
     if text_encoder.is_t5(tensors):
@@ -179,24 +195,15 @@ def unknown(path, tensors):
     )
 
 
-def read_settings(folder) -> dict:
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    return content if isinstance(content, dict) else {}
-
-
 def read_tensors(path) -> dict[str, TensorInfo]:
-    """The tensors of a safetensors file, or of the one model (sharded or not) that a folder holds."""
+    """The tensors of a file (safetensors or `.pth`), or of the one model, sharded or not, that a folder holds."""
     path = Path(path)
     if path.is_file():
         match = SHARD.search(path.name)
         if match and int(match[3]) > 1:
             return _read_shards(path.parent, *_shard_names(path))
+        if path.suffix in PICKLES:
+            return torch_pickle.read_header(path)
         return safetensors_file.read_header(path)
     indices = sorted(path.glob("*.index*.json"))
     files = sorted(path.glob("*.safetensors"))
@@ -220,24 +227,35 @@ def read_tensors(path) -> dict[str, TensorInfo]:
         raise ValueError(f"{path} holds several models ({names}): name the file that is meant")
     pickles = [file.name for file in sorted(path.iterdir()) if file.suffix in PICKLES]
     if pickles:
-        raise ValueError(f"{path} holds {pickles[0]} but no safetensors: convert it with PyTorch first")
+        raise ValueError(f"{path} holds {pickles[0]} but no safetensors: give that file itself as the source")
     raise ValueError(f"{path} holds no safetensors files")
 
 
 def _shard_names(path):
     stem, _, count = SHARD.search(path.name).groups()
+    if int(count) > MAX_SHARDS:
+        raise ValueError(f"{path} calls for {int(count):,} shards, expected at most {MAX_SHARDS:,}")
     return path.name, [f"{stem}-{i + 1:05d}-of-{count}.safetensors" for i in range(int(count))]
 
 
+def read_weight_map(index) -> dict[str, str]:
+    """{key: file} of an index of shards. Raises ValueError for one that names files elsewhere than beside it."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} is no index of shards: it has no weight_map")
+    for key, name in weight_map.items():
+        if not isinstance(name, str) or not name or Path(name).name != name or "\0" in name:
+            raise ValueError(f"{index} says that {key[:80]!r} lies in {shown(name)}, expected a file beside the index")
+    return weight_map
+
+
 def _read_index(index) -> dict[str, TensorInfo]:
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{index} is no index of shards: it has no weight_map") from None
+    weight_map = read_weight_map(index)
     tensors = _read_shards(index.parent, index.name, sorted(set(weight_map.values())))
-    absent = sorted(key for key, file in weight_map.items() if key not in tensors)
+    absent = [key for key, name in weight_map.items() if key not in tensors or tensors[key].file.name != name]
     if absent:
-        raise ValueError(f"{index} names {len(absent)} tensors that its shards do not hold: {', '.join(absent[:3])}")
+        names = ", ".join(sorted(absent)[:3])
+        raise ValueError(f"{index} names {len(absent)} tensors that its shards do not hold: {names}")
     return tensors
 
 
@@ -246,11 +264,14 @@ def _read_shards(folder, named_by, names) -> dict[str, TensorInfo]:
     if missing:
         raise ValueError(
             f"{folder} lacks {len(missing)} of the {len(names)} shards that {named_by} calls for: "
-            f"{', '.join(missing)}. Download them"
+            f"{', '.join(missing[:8])}. Download them"
         )
     tensors: dict[str, TensorInfo] = {}
     for name in names:
-        tensors.update(safetensors_file.read_header(folder / name))
+        for key, info in safetensors_file.read_header(folder / name).items():
+            if key in tensors:
+                raise ValueError(f"{folder / name} and {tensors[key].file.name} both hold {key}: which one is meant?")
+            tensors[key] = info
     return tensors
 
 

@@ -4,7 +4,7 @@ Of a checkpoint only the vision tower and the table of input embeddings are read
 that hold them have to be there. The folder is written as bundles are, with one component `teacher`.
 """
 
-import json
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +20,10 @@ from unialign_jax.conversion import safetensors_file
 from unialign_jax.conversion.importing import DTYPES, Job, check_space, with_progress
 from unialign_jax.conversion.rules import DENSE_FROM_HEADS, SAME, Rule, Table, Transform, affine
 from unialign_jax.conversion.safetensors_file import read_header
-from unialign_jax.conversion.sources import Part
+from unialign_jax.conversion.settings import number, section, shown, whole_number
+from unialign_jax.conversion.sources import Part, check_tokenizer, read_weight_map
+from unialign_jax.data.tokenizer import load_backend
+from unialign_jax.files import read_json
 from unialign_jax.models.teacher import PIXEL_MEAN, PIXEL_STD, ROTARY_BASE, TeacherConfig, init_teacher
 
 COMPONENT = "teacher"
@@ -33,6 +36,8 @@ LAYOUTS = {
     "transformers 5": ("model.visual.", "model.language_model.embed_tokens.weight"),
     "transformers, without a head": ("visual.", "language_model.embed_tokens.weight"),
 }
+MAX_DEPTH = 1000
+FULL_ATTENTION = "full_attention_layers"
 # {our field: its name in vision_config}
 FIELDS = {
     "depth": "depth",
@@ -66,32 +71,48 @@ def config_from_qwen(content, preprocessor, name) -> TeacherConfig:
     settings that this port does not have.
     """
     if content.get("model_type") != "qwen2_5_vl" or "vision_config" not in content:
-        raise ValueError(f"{name} is of model_type {content.get('model_type')!r}, expected 'qwen2_5_vl' (Qwen2.5-VL)")
-    vision, text = content["vision_config"], content.get("text_config") or content
+        raise ValueError(
+            f"{name} is of model_type {shown(content.get('model_type'))}, expected 'qwen2_5_vl' (Qwen2.5-VL)"
+        )
+    vision = section(content, "vision_config", name)
+    text = section(content, "text_config", name) or content
+    rotary_base = number(section(vision, "rope_parameters", name), "rope_theta", ROTARY_BASE, name)
     expected = {
         "hidden_act": (vision.get("hidden_act", "silu"), "silu"),
         "in_channels": (vision.get("in_channels", vision.get("in_chans", 3)), 3),
-        "rope_theta": ((vision.get("rope_parameters") or {}).get("rope_theta", ROTARY_BASE), ROTARY_BASE),
-        "image_mean": (tuple(preprocessor.get("image_mean", PIXEL_MEAN)), PIXEL_MEAN),
-        "image_std": (tuple(preprocessor.get("image_std", PIXEL_STD)), PIXEL_STD),
+        "rope_theta": (rotary_base, ROTARY_BASE),
+        "image_mean": (preprocessor.get("image_mean", list(PIXEL_MEAN)), list(PIXEL_MEAN)),
+        "image_std": (preprocessor.get("image_std", list(PIXEL_STD)), list(PIXEL_STD)),
     }
     for field, (found, needed) in expected.items():
         if found != needed:
-            raise ValueError(f"{name}: {field} is {found}, the teacher only runs {needed}")
-    values = {ours: vision[theirs] for ours, theirs in FIELDS.items() if theirs in vision}
-    if "full_attention_layers" in values:
-        values["full_attention_layers"] = tuple(values["full_attention_layers"])
-    if "vocab_size" in text:
-        values["vocab_size"] = text["vocab_size"]
-    size = preprocessor.get("size") or {}
+            given = shown(found) if isinstance(found, dict) else str(found)[:80]
+            raise ValueError(f"{name}: {field} is {given}, the teacher only runs {needed}")
+    values = {
+        ours: whole_number(vision, theirs, None, name, most=MAX_DEPTH if ours == "depth" else 2**20)
+        for ours, theirs in FIELDS.items()
+        if theirs in vision and ours != FULL_ATTENTION
+    }
+    if FIELDS[FULL_ATTENTION] in vision:
+        layers = vision[FIELDS[FULL_ATTENTION]]
+        if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
+            raise ValueError(f"{name}: {FIELDS[FULL_ATTENTION]} is {shown(layers)}, expected a list of whole numbers")
+        values[FULL_ATTENTION] = tuple(layers)
+    values["vocab_size"] = whole_number(text, "vocab_size", None, name, most=2**24)
+    size = section(preprocessor, "size", name)
     for field, older in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
-        if pixels := preprocessor.get(field) or size.get(older):
-            values[field] = pixels
-    config = TeacherConfig(**values)
-    if text.get("hidden_size", config.output_width) != config.output_width:
+        pixels = whole_number(preprocessor, field, None, name, most=2**30)
+        values[field] = pixels or whole_number(size, older, None, name, most=2**30)
+    try:
+        config = TeacherConfig(**{field: value for field, value in values.items() if value is not None})
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    if config.min_pixels > config.max_pixels:
+        raise ValueError(f"{name}: min_pixels is {config.min_pixels:,}, more than max_pixels, {config.max_pixels:,}")
+    width = whole_number(text, "hidden_size", config.output_width, name)
+    if width != config.output_width:
         raise ValueError(
-            f"{name}: image features are {config.output_width} wide and text embeddings {text['hidden_size']}, "
-            "expected one width"
+            f"{name}: image features are {config.output_width} wide and text embeddings {width}, expected one width"
         )
     return config
 
@@ -134,7 +155,7 @@ def find_layout(keys, name) -> str:
     for layout, (tower, embedding) in LAYOUTS.items():
         if f"{tower}patch_embed.proj.weight" in keys and embedding in keys:
             return layout
-    example = ", ".join(sorted(keys)[:3])
+    example = ", ".join(sorted(keys)[:3])[:200]
     raise ValueError(
         f"{name} holds no Qwen2.5-VL: expected visual.patch_embed.proj.weight and model.embed_tokens.weight (or both "
         f"as transformers 5 names them), found {len(keys)} tensors: {example} ..."
@@ -148,9 +169,7 @@ def open_qwen(source: Path) -> Part:
     model or a damaged file.
     """
     if (source / INDEX).is_file():
-        files = read_json(source / INDEX).get("weight_map")
-        if not isinstance(files, dict):
-            raise ValueError(f"{source / INDEX} has no weight_map: download it again")
+        files = read_weight_map(source / INDEX)
     elif (source / SINGLE).is_file():
         files = dict.fromkeys(read_header(source / SINGLE), SINGLE)
     else:
@@ -169,23 +188,10 @@ def open_qwen(source: Path) -> Part:
     if absent:
         raise ValueError(f"{source / wanted[absent[0]]} lacks {absent[0]}, which {INDEX} says it holds")
     tensors = {key: headers[name][key] for key, name in wanted.items()}
-    unreadable = sorted({info.dtype for info in tensors.values()} - safetensors_file.DTYPES.keys())
+    unreadable = sorted({info.dtype for info in tensors.values()} - set(safetensors_file.FLOATS))
     if unreadable:
-        raise ValueError(f"{source} holds tensors of dtype {', '.join(unreadable)}, which cannot be read here")
+        raise ValueError(f"{source} holds tensors of dtype {', '.join(unreadable)}, expected floats")
     return Part(COMPONENT, layout, tensors, {}, str(source))
-
-
-def read_json(path: Path) -> dict:
-    """Raises FileNotFoundError or ValueError with the path."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there: expected a Qwen2.5-VL folder as it is downloaded")
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): download it again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a JSON object: download it again")
-    return content
 
 
 def preprocessor_settings(source: Path) -> dict:
@@ -193,7 +199,8 @@ def preprocessor_settings(source: Path) -> dict:
     if (source / "preprocessor_config.json").is_file():
         return read_json(source / "preprocessor_config.json")
     if (source / "processor_config.json").is_file():
-        return read_json(source / "processor_config.json").get("image_processor") or {}
+        path = source / "processor_config.json"
+        return section(read_json(path), "image_processor", path)
     return {}
 
 
@@ -218,9 +225,13 @@ def convert_teacher(source, output, *, tokenizer=None, dtype=None, overwrite=Fal
     source, tokenizer = Path(source), Path(tokenizer or source)
     if not source.is_dir():
         raise FileNotFoundError(f"{source} is not a folder: expected a Qwen2.5-VL folder as it is downloaded")
+    if not (source / "config.json").is_file():
+        raise FileNotFoundError(f"{source} holds no config.json: expected a Qwen2.5-VL folder as it is downloaded")
     config = config_from_qwen(read_json(source / "config.json"), preprocessor_settings(source), source / "config.json")
     if not (tokenizer / "tokenizer.json").is_file():
         raise FileNotFoundError(f"{tokenizer} holds no tokenizer.json; download it, or give its folder by --tokenizer")
+    check_tokenizer(tokenizer, tokenizer)
+    load_backend(tokenizer / "tokenizer.json")  # what it may not be, it is not copied as
     part = open_qwen(source)
     shapes = {path: leaf.shape for path, leaf in bundle.flatten(abstract_teacher(config)).items()}
     job = Job(COMPONENT, config, qwen_table(config, part.layout), part, shapes, DTYPES[dtype] if dtype else None)
@@ -254,15 +265,13 @@ def load_teacher(directory, *, mesh=None, dtype=None) -> Teacher:
     """
     directory = Path(directory).absolute()
     bundle.read_config(directory)  # refuses what is no folder of this format and version
-    content = read_json(directory / "config.json").get(COMPONENT)
-    if content is None:
+    path = directory / "config.json"
+    content = section(read_json(path), COMPONENT, path)
+    if not content:
         raise ValueError(
             f"{directory} is a bundle without a teacher: convert Qwen2.5-VL with launch/convert.py teacher"
         )
-    try:
-        config = TeacherConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in content.items()})
-    except TypeError as error:
-        raise ValueError(f"{directory}/config.json describes an unknown teacher: {error}") from None
+    config = parse_teacher(content, path)
     wanted = bundle.flatten(abstract_teacher(config))
     stored = bundle.component_metadata(directory, COMPONENT)
     if {path: leaf.shape for path, leaf in wanted.items()} != {
@@ -281,10 +290,30 @@ def load_teacher(directory, *, mesh=None, dtype=None) -> Teacher:
         raise ValueError(
             f"{directory}/{COMPONENT} is damaged, convert it again ({str(error).splitlines()[0]})"
         ) from error
-    tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer" / "tokenizer.json"))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return Teacher(config, params, tokenizer)
+    return Teacher(config, params, load_backend(directory / "tokenizer" / "tokenizer.json"))
+
+
+def parse_teacher(content: dict, name) -> TeacherConfig:
+    """The architecture as `convert_teacher` wrote it. Raises ValueError for anything else."""
+    values = {}
+    for field in dataclasses.fields(TeacherConfig):
+        if field.name not in content:
+            continue
+        value = content[field.name]
+        if isinstance(field.default, int):
+            value = whole_number(content, field.name, None, name, most=MAX_DEPTH if field.name == "depth" else 2**30)
+        elif isinstance(field.default, tuple) and isinstance(value, list) and all(type(item) is int for item in value):
+            value = tuple(value)
+        elif not isinstance(value, type(field.default)):
+            raise ValueError(f"{name}: {field.name} is {shown(value)}, expected a {type(field.default).__name__}")
+        values[field.name] = value
+    unknown = sorted(content.keys() - values.keys())
+    if unknown:
+        raise ValueError(f"{name} describes an unknown teacher: it has {', '.join(unknown[:3])[:100]}")
+    try:
+        return TeacherConfig(**values)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def tokenize(tokenizer, texts, length=None) -> tuple[np.ndarray, np.ndarray]:

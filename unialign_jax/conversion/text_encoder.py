@@ -1,9 +1,14 @@
 """T5 v1.1's layout, as the transformers library names it (and Stability's single files, behind a prefix)."""
 
-from unialign_jax.conversion.rules import DENSE, DENSE_FROM_HEADS, SAME, Dropped, Rule, Table
+import itertools
+import re
+
+from unialign_jax.conversion.rules import DENSE, DENSE_FROM_HEADS, SAME, Dropped, Rule, Table, shape_of
+from unialign_jax.conversion.settings import number, whole_number
 from unialign_jax.models.text_encoder import TextEncoderConfig
 
 BIAS = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+LAYER = re.compile(r"encoder\.block\.(\d{1,6})\.")
 TABLES = ("shared.weight", "encoder.embed_tokens.weight")  # the same table, under either name or both
 
 
@@ -47,24 +52,30 @@ def infer_config(shapes, settings, name) -> TextEncoderConfig:
     """The architecture from the tensors' shapes; the buckets' distance from config.json, T5's own otherwise."""
     if "encoder.block.0.layer.1.DenseReluDense.wi.weight" in shapes:
         raise ValueError(f"{name} is a T5 v1.0 encoder (its MLP has no gate): SD3 uses T5 v1.1 XXL")
-    try:
-        embedding = next(shapes[key] for key in TABLES if key in shapes)
-        buckets, heads = shapes[BIAS]
-        inner = shapes["encoder.block.0.layer.0.SelfAttention.q.weight"][0]
-        mlp_width = shapes["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"][0]
-    except (KeyError, StopIteration, ValueError) as error:
-        raise ValueError(f"{name} is no whole T5 v1.1 encoder: {error} is missing or has another shape") from None
-    layers = {int(key.split(".")[2]) for key in shapes if key.startswith("encoder.block.")}
-    if layers != set(range(len(layers))):
-        absent = sorted(set(range(max(layers))) - layers)
-        raise ValueError(f"{name} lacks the layers {absent[:8]}: a shard may be missing")
+    table = next((key for key in TABLES if key in shapes), TABLES[0])
+    vocab_size, width = shape_of(shapes, table, 2, name)
+    buckets, heads = shape_of(shapes, BIAS, 2, name)
+    inner, _ = shape_of(shapes, "encoder.block.0.layer.0.SelfAttention.q.weight", 2, name)
+    mlp_width, _ = shape_of(shapes, "encoder.block.0.layer.1.DenseReluDense.wi_0.weight", 2, name)
+    if inner % heads or buckets < 4 or buckets % 2:
+        raise ValueError(f"{name} has {heads} heads in a width of {inner} and {buckets} buckets, which is no T5")
+    layers = {int(match[1]) for match in map(LAYER.match, shapes) if match}
+    absent = list(itertools.islice((i for i in range(max(layers)) if i not in layers), 8))
+    if absent:
+        raise ValueError(f"{name} lacks the layers {absent}: a shard may be missing")
+    max_distance = whole_number(settings, "relative_attention_max_distance", TextEncoderConfig().max_distance, name)
+    if max_distance <= buckets // 4:
+        raise ValueError(f"{name}: relative_attention_max_distance is {max_distance}, too near for {buckets} buckets")
+    epsilon = number(settings, "layer_norm_epsilon", 1e-6, name)
+    if epsilon != 1e-6:
+        raise ValueError(f"{name}: layer_norm_epsilon is {epsilon}, the text encoder here has T5's 1e-06")
     return TextEncoderConfig(
-        vocab_size=embedding[0],
-        width=embedding[1],
+        vocab_size=vocab_size,
+        width=width,
         mlp_width=mlp_width,
         num_heads=heads,
         head_width=inner // heads,
         depth=len(layers),
         num_buckets=buckets,
-        max_distance=settings.get("relative_attention_max_distance", TextEncoderConfig().max_distance),
+        max_distance=max_distance,
     )

@@ -5,7 +5,9 @@ the last block's text half passes its input on (gates zero), the pooled vector's
 and the text head starts from small random numbers.
 """
 
+import itertools
 import math
+import re
 
 import numpy as np
 
@@ -22,13 +24,19 @@ from unialign_jax.conversion.rules import (
     Table,
     affine,
     patch_conv,
+    shape_of,
 )
+from unialign_jax.conversion.settings import section, shown, whole_number
 from unialign_jax.models.mmdit import AlignmentHeadsConfig, MMDiTConfig, position_table
 
 SEED = 20250928  # of the text head (and heads) that SD3 does not have
 POOLED_WIDTH = 2048  # of the pooled CLIP vector in SD3
 NULL_IMAGE_TOKENS = 8  # UniAlignment's unused stand-in for an image
+MAX_GRID = 4096  # patches on a side of the positional table
+HEADS_SETTINGS = "unialign_jax_heads"  # in an exported config.json: how heads differ from the released class's
+RELEASED_HEADS = {"final_silu": True, "pool": True}
 HEADS_PREFIX = "siglip_adapter_"  # of the alignment heads in the released file
+BLOCK = re.compile(r"(?:transformer|joint)_blocks\.(\d{1,6})\.")
 DEFAULT_VOCAB_SIZE = MMDiTConfig().vocab_size
 
 # {stream: names of its parts} in each layout; {layer} is the block.
@@ -305,11 +313,11 @@ def detect_layout(keys) -> str | None:
 def refuse_sd35(shapes, name):
     """Raises ValueError for a transformer of the SD3.5 family, saying what differs."""
     normed = any(".attn.norm_q." in key or ".attn.ln_q." in key for key in shapes)
-    dual = sorted({int(key.split(".")[1]) for key in shapes if ".attn2." in key})
+    dual = sorted(block_numbers(key for key in shapes if ".attn2." in key))
     if not (normed or dual):
         return
-    width = shapes.get("context_embedder.bias", (0,))[0]
-    depth = count_blocks(shapes)
+    width = (shapes.get("context_embedder.bias") or (0,))[0]
+    depth = count_blocks(shapes, name)
     family = {1536: "SD3.5-medium", 2432: "SD3.5-large"}.get(width, "of the SD3.5 family")
     differences = (["normed queries and keys (qk-norm)"] if normed else []) + (
         [f"a second image attention in blocks {dual[0]} to {dual[-1]} (dual attention)"] if dual else []
@@ -320,11 +328,16 @@ def refuse_sd35(shapes, name):
     )
 
 
-def count_blocks(keys) -> int:
-    numbers = {int(key.split(".")[1]) for key in keys if key.startswith(("transformer_blocks.", "joint_blocks."))}
-    if numbers != set(range(len(numbers))):
-        absent = sorted(set(range(max(numbers))) - numbers)
-        raise ValueError(f"the transformer lacks its blocks {absent[:8]}: a shard may be missing")
+def block_numbers(keys) -> set[int]:
+    found = (BLOCK.match(key) for key in keys)
+    return {int(match[1]) for match in found if match}
+
+
+def count_blocks(keys, name) -> int:
+    numbers = block_numbers(keys)
+    absent = list(itertools.islice((i for i in range(max(numbers, default=0)) if i not in numbers), 8))
+    if absent:
+        raise ValueError(f"{name} lacks its blocks {absent}: a shard may be missing")
     return len(numbers)
 
 
@@ -341,20 +354,19 @@ def infer_config(layout, shapes, read, settings, name, vocab_size=None) -> MMDiT
     """
     refuse_sd35(shapes, name)
     ends = {"diffusers": DIFFUSERS_ENDS, "stability": STABILITY_ENDS, "unialign": UNIALIGN_ENDS}[layout]
-    try:
-        width, channels, patch, _ = shapes[f"{ends['patch_embed']}.weight"]
-        text_width = shapes[f"{ends['text_embed']}.weight"][1]
-        mlp_in = (STABILITY_BLOCK if layout == "stability" else DIFFUSERS_BLOCK)["image"]["mlp_in"]
-        mlp = shapes[mlp_in.replace("{layer}", "0") + ".weight"][0]
-        if layout == "unialign":
-            vocab_size = shapes["text_proj_out.weight"][0]
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"{name} is no {layout} transformer: {error} is missing or has an unexpected shape") from None
-    head_width = settings.get("attention_head_dim", 64)
-    if width % head_width:
+    mlp_in = (STABILITY_BLOCK if layout == "stability" else DIFFUSERS_BLOCK)["image"]["mlp_in"].replace("{layer}", "0")
+    width, channels, patch, _ = shape_of(shapes, f"{ends['patch_embed']}.weight", 4, name)
+    _, text_width = shape_of(shapes, f"{ends['text_embed']}.weight", 2, name)
+    mlp, _ = shape_of(shapes, f"{mlp_in}.weight", 2, name)
+    if layout == "unialign":
+        vocab_size, _ = shape_of(shapes, "text_proj_out.weight", 2, name)
+    head_width = whole_number(settings, "attention_head_dim", 64, name)
+    if width % head_width or head_width % 2:
         raise ValueError(f"{name} has width {width}, which heads of width {head_width} do not divide")
-    depth = count_blocks(shapes)
-    max_patches, base_patches = grid(ends["positions"], shapes, read, settings, patch)
+    if mlp % width:
+        raise ValueError(f"{name} has an MLP of width {mlp}, expected a multiple of the model's width {width}")
+    depth = count_blocks(shapes, name)
+    max_patches, base_patches = grid(ends["positions"], shapes, read, settings, patch, name)
     config = MMDiTConfig(
         depth=depth,
         num_heads=width // head_width,
@@ -368,31 +380,49 @@ def infer_config(layout, shapes, read, settings, name, vocab_size=None) -> MMDiT
         max_patches=max_patches,
         base_patches=base_patches,
     )
-    for key, found, said in (
-        ("num_layers", depth, settings.get("num_layers")),
-        ("num_attention_heads", config.num_heads, settings.get("num_attention_heads")),
+    for key, found in (
+        ("num_layers", depth),
+        ("num_attention_heads", config.num_heads),
+        ("in_channels", channels),
+        ("patch_size", patch),
+        ("joint_attention_dim", text_width),
     ):
-        if said is not None and said != found:
+        said = whole_number(settings, key, found, name)
+        if said != found:
             raise ValueError(f"{name}: config.json says {key} {said}, the tensors say {found}")
     return config
 
 
-def grid(key, shapes, read, settings, patch) -> tuple[int, int]:
+def grid(key, shapes, read, settings, patch, name) -> tuple[int, int]:
     """max_patches and base_patches, from config.json or else from the positional buffer itself."""
     default = MMDiTConfig()
-    max_patches = settings.get("pos_embed_max_size")
+    max_patches = whole_number(settings, "pos_embed_max_size", default.max_patches, name, most=MAX_GRID)
     if key in shapes:
-        max_patches = math.isqrt(shapes[key][1])
-    max_patches = max_patches or default.max_patches
-    if "sample_size" in settings:
-        return max_patches, settings["sample_size"] // patch
+        count = shape_of(shapes, key, 3, name)[1]
+        max_patches = math.isqrt(count)
+        if max_patches**2 != count or not 2 <= max_patches <= MAX_GRID:
+            raise ValueError(f"{name}: {key} has {count} positions, expected a square of 2 to {MAX_GRID} on a side")
+    sample_size = whole_number(settings, "sample_size", None, name)
+    if sample_size is not None:
+        if sample_size < patch:
+            raise ValueError(f"{name}: sample_size is {sample_size}, expected at least one patch, {patch}")
+        return max_patches, sample_size // patch
     if key not in shapes:
-        return max_patches, max_patches * default.base_patches // default.max_patches
+        return max_patches, max(1, max_patches * default.base_patches // default.max_patches)
     # The second column's first sine is that of the distance between neighbours, base_patches / max_patches.
-    return max_patches, round(max_patches * math.asin(float(read(key)[0, 1, 0])))
+    sine = float(read(key)[0, 1, 0])
+    base_patches = round(max_patches * math.asin(sine)) if abs(sine) <= 1 else 0
+    if base_patches < 1:
+        raise ValueError(f"{name}: {key} is not SD3's positional table (its second position begins with {sine:.3g})")
+    return max_patches, base_patches
 
 
-def infer_heads_config(shapes) -> AlignmentHeadsConfig:
-    """The released adapters', which end in a SiLU."""
-    hidden, teacher = shapes["siglip_adapter_img.fc.0.weight"][0], shapes["siglip_adapter_img.fc.2.weight"][0]
-    return AlignmentHeadsConfig(hidden_width=hidden, teacher_width=teacher, final_silu=True)
+def infer_heads_config(shapes, settings, name) -> AlignmentHeadsConfig:
+    """The adapters', which pool and end in a SiLU in the released model; our exports' config.json says when not."""
+    hidden, _ = shape_of(shapes, "siglip_adapter_img.fc.0.weight", 2, name)
+    teacher, _ = shape_of(shapes, "siglip_adapter_img.fc.2.weight", 2, name)
+    own = section(settings, HEADS_SETTINGS, name)
+    for key, value in own.items():
+        if key not in ("final_silu", "pool") or not isinstance(value, bool):
+            raise ValueError(f"{name}: {HEADS_SETTINGS} has {key[:40]} {shown(value)}, expected final_silu or pool")
+    return AlignmentHeadsConfig(hidden_width=hidden, teacher_width=teacher, **RELEASED_HEADS | own)

@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 import numpy as np
@@ -63,11 +64,28 @@ class Mixture:
         index, k = interleave(n, self._shares)
         return self._names[index], k
 
-    def batch(self, n: int) -> tuple[str, dict[str, np.ndarray]]:
-        """(stream's name, this host's rows of batch n): every array has a leading axis of the host's number of rows."""
+    def batch(self, n: int, pool: ThreadPoolExecutor | None = None) -> tuple[str, dict[str, np.ndarray]]:
+        """(stream's name, this host's rows of batch n): every array has a leading axis of the host's number of rows.
+
+        The rows are read by the threads of `pool`, or one after another.
+        """
         name, k = self.schedule(n)
-        examples = [self._examples[name][k * self.global_batch + row] for row in self._rows]
-        return name, {key: np.stack([example[key] for example in examples]) for key in examples[0]}
+        examples, start = self._examples[name], k * self.global_batch
+        first = {key: np.asarray(value) for key, value in examples[start + self._rows[0]].items()}
+        # Each example goes to its place at once, so that no more than the batch itself is held.
+        batch = {key: np.empty((len(self._rows), *value.shape), value.dtype) for key, value in first.items()}
+
+        def put(place, example):
+            for key, array in batch.items():
+                array[place] = example[key]
+
+        def read(place):
+            put(place, examples[start + self._rows[place]])
+
+        put(0, first)
+        for _ in (pool.map if pool else map)(read, range(1, len(self._rows))):
+            pass
+        return name, batch
 
     def batches(
         self, start: int = 0, *, num_threads: int = 4, prefetch: int = 4
@@ -76,22 +94,34 @@ class Mixture:
 
         Args:
           start: the first n; starting at ten million costs as little as starting at 0.
-          num_threads: batches made at the same time; 0 makes each when it is asked for.
-          prefetch: batches kept ready at most, and so the memory this takes.
+          num_threads: rows read at the same time; 0 makes each batch when it is asked for.
+          prefetch: batches ready or in the making at most; `batches_ahead` finds it for a budget of memory.
         """
         import grain
 
         if start < 0:
             raise ValueError(f"start is {start}, expected at least 0")
         numbers = grain.MapDataset.range(start, start + 2**40)
-        options = grain.ReadOptions(
-            num_threads=min(num_threads, prefetch), prefetch_buffer_size=prefetch if num_threads else 0
-        )
-        iterator = iter(numbers.map(lambda n: (int(n), *self.batch(int(n)))).to_iter_dataset(options))
+        # As many batches in the making as keep all threads busy: one with rows for all of them, and its successor.
+        making = min(1 + -(-num_threads // len(self._rows)), prefetch) if num_threads else 0
+        options = grain.ReadOptions(num_threads=making, prefetch_buffer_size=prefetch if making else 0)
+        pool = ThreadPoolExecutor(num_threads, "read rows") if making else None
+        iterator = iter(numbers.map(lambda n: (int(n), *self.batch(int(n), pool))).to_iter_dataset(options))
         try:
             yield from iterator
         finally:
-            iterator.close()  # stops the reading threads
+            iterator.close()  # stops the threads that make batches
+            if pool:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+
+# Batches in memory beside those kept ready: the one handed out, and the one before it on its way to a device.
+IN_USE = 2
+
+
+def batches_ahead(batch_bytes: int, budget_bytes: float, most: int) -> int:
+    """How many batches to keep ready, so that they and those in use fit the budget: at least 2, at most `most`."""
+    return min(most, max(2, int(budget_bytes // batch_bytes) - IN_USE))
 
 
 def interleave(n: int, shares: Sequence[int]) -> tuple[int, int]:

@@ -5,24 +5,26 @@ A data folder holds the records of one stream kind: a TFDS data set (`dataset_in
 teacher's width and each shard's length, so that opening a folder reads one small file whatever its size.
 """
 
+import bisect
 import itertools
 import json
 import os
-import shutil
-import tempfile
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from unialign_jax.data.kinds import find_kind
+from unialign_jax.data.kinds import KINDS, find_kind
+from unialign_jax.files import check_regular, first_line, read_json, replacing_folder
 
 SCHEMA_VERSION = 1
 METADATA_FILE = "records.json"
 PREPARE_COMMAND = "python launch/prepare_data.py --help"
 
 _SPLIT = "train"
+_SHARD = re.compile(r"unialign_\w+-train\.array_record-[\w-]+")
 _CHUNK = 128  # records handed to TFDS at a time
 _TEXT_FIELDS = ("key", "caption", "instruction", "question", "answer")
 _TEACHER_FIELDS = ("teacher_image", "teacher_text")
@@ -80,51 +82,34 @@ def write_records(
 ) -> Metadata:
     """Writes `records` in their order as one data folder. Nothing is kept in memory beyond a chunk of records.
 
-    The folder appears when it is whole: everything is written beside it and renamed at the end, and removed if the
-    iterator or a record fails.
+    The folder appears when it is whole (see `files.replacing_folder`); nothing stays if the iterator or a record fails.
 
     Args:
       directory: the folder to make; its parents are made too.
       records: any iterable; all or none of them carry teacher features, all of one width.
       kind: a key of `kinds.KINDS`; says which fields must be filled.
       parameters: JSON-able facts on how the data were made.
-      overwrite: replace an existing data folder (and only a data folder).
+      overwrite: replace an existing data folder, unless it holds anything else too.
       shard_bytes: about how many bytes of records go into one file.
 
     Raises:
-      FileExistsError: the folder exists and `overwrite` is off, or it is not a data folder.
+      FileExistsError: the folder exists and `overwrite` is off, or holds what is no part of a data folder.
+      OSError: it cannot be written.
       ValueError: unknown kind, no records, or a record that misses a field of its kind (named by key).
     """
     find_kind(kind)
-    directory = Path(os.path.abspath(directory))
-    refuse_existing(directory, overwrite=overwrite)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{directory.name}.unfinished-", dir=directory.parent))
-    try:
-        unfinished.chmod(0o755)  # mkdtemp makes private folders
-        metadata = _write_folder(unfinished, iter(records), kind, parameters or {}, shard_bytes)
-        if directory.exists():
-            replaced = Path(tempfile.mkdtemp(prefix=f".{directory.name}.replaced-", dir=directory.parent))
-            directory.rename(replaced / directory.name)
-            unfinished.rename(directory)
-            shutil.rmtree(replaced)
-        else:
-            unfinished.rename(directory)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    return metadata
+    with replacing_folder(directory, overwrite=overwrite, foreign=foreign_names) as unfinished:
+        return _write_folder(unfinished, iter(records), kind, parameters or {}, shard_bytes)
 
 
-def refuse_existing(directory: str | os.PathLike, *, overwrite: bool) -> None:
-    """Raises FileExistsError unless `directory` is free, empty, or a data folder that may be overwritten."""
-    directory = Path(directory)
-    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
-        return
-    if not (directory / METADATA_FILE).is_file():
-        raise FileExistsError(f"{directory} exists and is not a data folder: choose another output folder")
-    if not overwrite:
-        raise FileExistsError(f"{directory} already holds records: choose another folder or pass --overwrite")
+def foreign_names(directory: Path) -> list[str]:
+    """What a folder holds that `write_records` does not write there, so that it is not replaced by a data folder."""
+    own = (METADATA_FILE, "dataset_info.json", "features.json")
+    return sorted(
+        entry.name
+        for entry in directory.iterdir()
+        if not entry.is_file() or not (entry.name in own or _SHARD.fullmatch(entry.name))
+    )
 
 
 def read_metadata(directory: str | os.PathLike) -> Metadata:
@@ -132,7 +117,8 @@ def read_metadata(directory: str | os.PathLike) -> Metadata:
 
     Raises:
       FileNotFoundError: the folder is missing.
-      ValueError: it is empty, not a data folder, of another schema version, or a shard is missing or cut short.
+      ValueError: it is empty, not a data folder, of another schema version, `records.json` makes no sense, or a shard
+        is missing or cut short.
     """
     directory = Path(directory)
     if not directory.exists():
@@ -151,36 +137,54 @@ def read_metadata(directory: str | os.PathLike) -> Metadata:
             f"{directory} is not a data folder (no {METADATA_FILE}, found {', '.join(names[:3])}): "
             f"write one, see `{PREPARE_COMMAND}`"
         )
+    again = f"write the folder again, see `{PREPARE_COMMAND}`"
     try:
-        content = json.loads(path.read_text())
-        version = content["version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): write the folder again, see `{PREPARE_COMMAND}`") from None
-    if version != SCHEMA_VERSION:
-        raise ValueError(
-            f"{directory} holds records of version {version}, this code reads version {SCHEMA_VERSION}: "
-            f"write the folder again, see `{PREPARE_COMMAND}`"
-        )
-    try:
-        metadata = Metadata(
-            kind=content["kind"],
-            num_records=content["num_records"],
-            num_bytes=content["num_bytes"],
-            teacher_width=content["teacher_width"],
-            shards=tuple(content["shards"]),
-            parameters=content["parameters"],
-        )
-    except KeyError as error:
-        raise ValueError(f"{path} lacks {error}: write the folder again, see `{PREPARE_COMMAND}`") from None
+        metadata = _parse_metadata(read_json(path), path)
+    except ValueError as error:
+        raise ValueError(f"{error}: {again}") from None
     for shard in metadata.shards:
         file = directory / shard["file"]
-        found = file.stat().st_size if file.is_file() else None
+        try:
+            found = check_regular(file)
+        except FileNotFoundError:
+            found = None
         if found != shard["num_bytes"]:
             state = "is missing" if found is None else f"has {found} bytes"
             raise ValueError(f"{file} {state}, expected {shard['num_bytes']} bytes: copy or write the folder again")
     if metadata.num_records == 0:
-        raise ValueError(f"data folder {directory} has no records: write it again, see `{PREPARE_COMMAND}`")
+        raise ValueError(f"data folder {directory} has no records: {again}")
     return metadata
+
+
+def _parse_metadata(content: dict, path: Path) -> Metadata:
+    """The object that `records.json` holds, every field checked. Raises ValueError, beginning with `path`."""
+    if content.get("version") != SCHEMA_VERSION:
+        found = f"holds records of version {content['version']!r:.40}" if "version" in content else "names no version"
+        raise ValueError(f"{path} {found}, this code reads version {SCHEMA_VERSION}")
+
+    def check(holder, expected, prefix=""):
+        if not isinstance(holder, dict):
+            raise ValueError(f"{path} has {holder!r:.40} among its {prefix.rstrip('.')}, expected objects")
+        for name, kind in expected.items():
+            if name not in holder:
+                raise ValueError(f"{path} lacks {prefix}{name}")
+            value = holder[name]
+            if not isinstance(value, kind) or isinstance(value, bool) or (kind is int and not 0 <= value < 2**63):
+                wanted = {str: "a text", int: "a whole number of 0 or more", dict: "an object", list: "an array"}[kind]
+                raise ValueError(f"{path} has {value!r:.40} for {prefix}{name}, expected {wanted}")
+
+    fields = {"kind": str, "num_records": int, "num_bytes": int, "teacher_width": int, "parameters": dict}
+    check(content, fields | {"shards": list})
+    if content["kind"] not in KINDS:
+        raise ValueError(f"{path} has {content['kind']!r:.40} for kind, expected one of {', '.join(KINDS)}")
+    for shard in content["shards"]:
+        check(shard, {"file": str, "num_records": int, "num_bytes": int}, "shards.")
+        if not _SHARD.fullmatch(shard["file"]):
+            raise ValueError(f"{path} has {shard['file']!r:.80} for a shard, expected the name of a file beside it")
+    total = sum(shard["num_records"] for shard in content["shards"])
+    if total != content["num_records"]:
+        raise ValueError(f"{path} has {content['num_records']} for num_records, its shards hold {total}")
+    return Metadata(**{name: content[name] for name in fields}, shards=tuple(content["shards"]))
 
 
 class RecordSource:
@@ -197,6 +201,7 @@ class RecordSource:
         self._records = grain.sources.ArrayRecordDataSource(
             [f"{self.directory / shard['file']}[0:{shard['num_records']}]" for shard in self.metadata.shards]
         )
+        self._ends = list(itertools.accumulate(shard["num_records"] for shard in self.metadata.shards))
         self._parse = tf_example_pb2.Example.FromString
 
     def __len__(self) -> int:
@@ -218,7 +223,8 @@ class RecordSource:
             teacher = {name: _decode_teacher(values[name][0]) for name in _TEACHER_FIELDS}
             return Record(image=values["image"][0], conditions=tuple(values["conditions"]), **texts, **teacher)
         except Exception as error:  # whatever the decoders raise on damaged bytes
-            raise RecordError(f"record {index} of {self.directory} is damaged: {_first_line(error)}") from error
+            file = self.metadata.shards[bisect.bisect(self._ends, index)]["file"]
+            raise RecordError(f"record {index} of {self.directory} is damaged ({file}): {first_line(error)}") from error
 
     def __repr__(self) -> str:
         return f"RecordSource({str(self.directory)!r}, kind={self.metadata.kind!r}, records={len(self)})"
@@ -236,7 +242,7 @@ def _write_folder(
 
     chunk = list(itertools.islice(records, _CHUNK))
     if not chunk:
-        raise ValueError(f"no {kind} records to write into {directory.parent}")
+        raise ValueError(f"there are no {kind} records to write")
     teacher_width = 0 if chunk[0].teacher_image is None else len(chunk[0].teacher_image)
     mean_bytes = sum(_num_bytes(record) for record in chunk) / len(chunk)
 
@@ -325,7 +331,3 @@ def _num_bytes(record: Record) -> int:
     teacher = sum(np.size(getattr(record, name)) for name in _TEACHER_FIELDS if getattr(record, name) is not None)
     texts = sum(len(getattr(record, name)) for name in _TEXT_FIELDS)
     return len(record.image) + sum(map(len, record.conditions)) + texts + 2 * teacher
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

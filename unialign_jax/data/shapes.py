@@ -30,6 +30,7 @@ from unialign_jax.data.shapes_scene import (
     oracle_features,
     sample_scene,
 )
+from unialign_jax.files import refuse_existing
 
 WORLD_VERSION = 1  # raise it when the same (seed, index) gives another record
 DEFAULT_NUM_RECORDS = {
@@ -40,6 +41,7 @@ DEFAULT_NUM_RECORDS = {
     "vqa": 3000,
 }
 MAX_REFERENCES = 3
+MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 16, 4096  # pixels a side of a world on disk
 
 _NUMBERS = ("zero", "one", "two", "three")
 _ORDINALS = ("first", "second", "third")
@@ -341,6 +343,7 @@ def write_shapes(
 
     Raises:
       FileExistsError: a folder holds something else and `overwrite` is off; nothing is written then.
+      ValueError: a stream that the world does not have, or a number out of range.
     """
     if not isinstance(num_records, dict):
         num_records = {name: num_records or DEFAULT_NUM_RECORDS[name] for name in DEFAULT_NUM_RECORDS}
@@ -350,6 +353,8 @@ def write_shapes(
             raise ValueError(f"unknown stream {stream!r}: shapes has {', '.join(STREAMS)}")
         if num_records[stream] < 1:
             raise ValueError(f"num_records of {stream} is {num_records[stream]}: expected at least 1")
+        if not MIN_IMAGE_SIZE <= image_size <= MAX_IMAGE_SIZE:
+            raise ValueError(f"image_size is {image_size}, expected {MIN_IMAGE_SIZE} to {MAX_IMAGE_SIZE}")
         jobs[stream] = {
             "source": "shapes",
             "world_version": WORLD_VERSION,
@@ -364,7 +369,7 @@ def write_shapes(
         stream: parameters for stream, parameters in jobs.items() if not _is_there(output_dir / stream, parameters)
     }
     for stream in to_write:
-        records_lib.refuse_existing(output_dir / stream, overwrite=overwrite)
+        refuse_existing(output_dir / stream, overwrite=overwrite, foreign=records_lib.foreign_names)
     for stream, parameters in to_write.items():
         total = parameters["num_records"]
         rendered = (

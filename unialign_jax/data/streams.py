@@ -83,10 +83,15 @@ class Stream:
 
         Raises:
           FileNotFoundError, ValueError: the folder's state (see `records.read_metadata`), or it holds another kind.
+            The message names the stream.
         """
         self.config = config
         self.tokenizer = tokenizer
-        self.records = open_records(config.path)
+        try:
+            self.records = open_records(config.path)
+        except (ValueError, OSError) as error:
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            raise kind(f"stream {config.name}: {error}") from None
         found = self.records.metadata.kind
         if found != config.kind:
             raise ValueError(
@@ -192,18 +197,29 @@ def encode_texts(record: Record, kind: str, tokenizer: Tokenizer, length: int) -
 def encode_question(question: str, answer: str, tokenizer: Tokenizer, length: int) -> tuple[np.ndarray, np.ndarray]:
     """ "Q: {question} A: " and the answer as ids int32 [L], and where the answer and the padding are, bool [L].
 
-    Source: the reference's VQA training format; its prefix carries no EOS, the answer does. Where they do not fit,
-    the end of the question is cut first, then the end of the answer. An empty answer leaves L open positions after
-    the prefix: the form for asking.
+    Source: the reference's VQA training format; its prefix carries no EOS, the answer does. What does not fit is cut
+    as `fit_question` says. An empty answer leaves open positions after the prefix: the form for asking.
     """
-    prefix = tokenizer.token_ids(f"Q: {question} A: ")
-    ending = tokenizer.token_ids("A: ")
-    answer_ids = tokenizer.token_ids(answer) if answer else []
-    answer_ids = answer_ids[: max(1, length - 1 - len(ending))]
-    room = length - 1 - len(answer_ids)
-    if len(prefix) > room:
-        prefix = (prefix[: max(0, room - len(ending))] + ending)[:room]
+    prefix, answer_ids = fit_question(question, answer, tokenizer, length)
     ids = np.full(length, tokenizer.eos_id, dtype=np.int32)
     ids[: len(prefix)] = prefix
     ids[len(prefix) : len(prefix) + len(answer_ids)] = answer_ids
     return ids, np.arange(length) >= len(prefix)
+
+
+def fit_question(question: str, answer: str, tokenizer: Tokenizer, length: int) -> tuple[list[int], list[int]]:
+    """The ids of "Q: {question} A: " and of the answer, cut so that both and one EOS fit into `length`.
+
+    Where they do not fit, the longer one is cut, and neither below half of the room while the other one takes more.
+    Of a question the middle goes, so that its beginning, its end and "A:" stay; of an answer the end goes.
+    """
+    prefix = tokenizer.token_ids(f"Q: {question} A: ")
+    answer_ids = tokenizer.token_ids(answer) if answer else []
+    room = length - 1
+    kept = min(len(prefix), max(room - len(answer_ids), room // 2))
+    if kept < len(prefix):
+        ending = tokenizer.token_ids("A: ")
+        inner = max(0, kept - len(ending))
+        body = prefix[: len(prefix) - len(ending)]
+        prefix = (body[: inner - inner // 2] + body[len(body) - inner // 2 :] + ending)[:kept]
+    return prefix, answer_ids[: room - kept]

@@ -2,12 +2,17 @@
 
 import importlib.resources
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import tokenizers
 
+from unialign_jax.files import check_regular, first_line
+
 NUM_SENTINELS = 100
+MAX_TOKENIZER_FILE = 2**26  # bytes; T5's tokenizer.json has 2.4 million, Qwen's 7 million
 _SHAPES_FILE = "shapes_tokenizer.json"
 
 
@@ -54,14 +59,17 @@ class Tokenizer:
         return padded
 
     def decode(self, ids) -> str:
-        """The text up to the first EOS, without pads and sentinels. `ids`: any integer sequence or [L] array."""
+        """The text up to the first EOS, without pads and sentinels, spaces as `clean_up` leaves them.
+
+        `ids`: any integer sequence or [L] array.
+        """
         kept = []
         for token_id in np.asarray(ids).tolist():
             if token_id == self.eos_id:
                 break
             if token_id not in self._hidden_ids and 0 <= token_id < self.vocab_size:
                 kept.append(token_id)
-        return self._backend.decode(kept, skip_special_tokens=False)
+        return clean_up(self._backend.decode(kept, skip_special_tokens=False))
 
     def save(self, directory: str | os.PathLike) -> None:
         """Writes `tokenizer.json` into a folder that `load_tokenizer` (and transformers) can read."""
@@ -70,10 +78,22 @@ class Tokenizer:
         self._backend.save(str(directory / "tokenizer.json"))
 
 
+def clean_up(text: str) -> str:
+    """ "It is n't , he 's" -> "It isn't, he's": what T5's tokenizer does to a decoded text in the released code.
+
+    (transformers' `clean_up_tokenization_spaces`, then on by default.) Corpora of captions write words so, and a model
+    trained on them answers so; its training texts stay as they are.
+    """
+    for spaced in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
+        text = text.replace(spaced, spaced.strip())
+    return text
+
+
 def load_tokenizer(path: str | os.PathLike | None = None) -> Tokenizer:
     """The packaged `shapes` tokenizer (None), or the one in a T5 tokenizer folder.
 
-    A folder with `tokenizer.json` is read by `tokenizers` alone; one with only `spiece.model` through transformers.
+    Of a folder one file is read: `tokenizer.json` by `tokenizers`, or else `spiece.model` as T5's by transformers. Code
+    or names of classes that lie beside them are never used, and nothing is downloaded or asked.
 
     Raises:
       FileNotFoundError: the folder is missing or holds neither file.
@@ -83,24 +103,46 @@ def load_tokenizer(path: str | os.PathLike | None = None) -> Tokenizer:
         packaged = importlib.resources.files("unialign_jax.data").joinpath(_SHAPES_FILE)
         return Tokenizer(tokenizers.Tokenizer.from_str(packaged.read_text(encoding="utf-8")), _SHAPES_FILE)
     folder = Path(path)
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file, expected the folder of tokenizer.json (or spiece.model)")
     file = folder / "tokenizer.json"
-    if file.is_file():
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise ValueError(f"{file} cannot be read as a tokenizer: {error}") from None
-        return Tokenizer(backend, str(file))
-    if (folder / "spiece.model").is_file():
-        try:
-            import transformers
-        except ImportError:
-            raise ValueError(
-                f"{folder} holds only spiece.model: `pip install transformers sentencepiece` to read it, "
-                "or put a tokenizer.json beside it"
-            ) from None
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        except Exception as error:
-            raise ValueError(f"{folder}/spiece.model cannot be read by transformers: {error}") from error
-        return Tokenizer(tokenizer.backend_tokenizer, str(folder))
+    if os.path.lexists(file):
+        return Tokenizer(load_backend(file), str(file))
+    file = folder / "spiece.model"
+    if os.path.lexists(file):
+        return Tokenizer(_load_sentencepiece(file), str(file))
     raise FileNotFoundError(f"{folder} holds no tokenizer: expected tokenizer.json (or spiece.model) of a T5 tokenizer")
+
+
+def load_backend(file: Path) -> tokenizers.Tokenizer:
+    """A `tokenizer.json`, its own truncation and padding switched off. Raises FileNotFoundError or ValueError."""
+    check_regular(file, MAX_TOKENIZER_FILE)
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(file))
+    except BaseException as error:  # tokenizers raises bare Exception, and a panic of its own that is not even that
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise ValueError(f"{file} cannot be read as a tokenizer: {first_line(error)}") from None
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _load_sentencepiece(file: Path) -> tokenizers.Tokenizer:
+    check_regular(file, MAX_TOKENIZER_FILE)
+    try:
+        import sentencepiece  # noqa: F401 (transformers reads the file with it)
+        import transformers
+    except ImportError:
+        raise ValueError(
+            f"{file} needs two packages: `pip install transformers sentencepiece`, or put a tokenizer.json beside it"
+        ) from None
+    with tempfile.TemporaryDirectory() as alone:  # so that transformers sees no settings and no code
+        shutil.copyfile(file, Path(alone) / "spiece.model")
+        try:
+            tokenizer = transformers.T5TokenizerFast.from_pretrained(
+                alone, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:
+            raise ValueError(f"{file} cannot be read by transformers: {first_line(error)}") from None
+    return tokenizer.backend_tokenizer

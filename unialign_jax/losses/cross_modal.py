@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -25,7 +26,9 @@ def cross_modal_loss(image_features_BND, text_features_BLD, *, temperature=0.07,
       float32 [B], one loss a sample.
     Raises:
       ValueError: B or D of the two differ, or an unknown direction.
+      AssertionError: features of another rank, such as pooled ones.
     """
+    chex.assert_rank([image_features_BND, text_features_BLD], 3)
     image_shape, text_shape = image_features_BND.shape, text_features_BLD.shape
     if (image_shape[0], image_shape[-1]) != (text_shape[0], text_shape[-1]):
         raise ValueError(

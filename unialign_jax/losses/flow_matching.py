@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -20,6 +21,7 @@ def flow_matching_loss(predicted_velocity, target_velocity, sigma, *, form="velo
       float32 [B], one loss a sample.
     Raises:
       ValueError: shapes that differ, or an unknown form.
+      AssertionError: a sigma that is not [B].
     """
     if predicted_velocity.shape != target_velocity.shape:
         raise ValueError(
@@ -28,6 +30,7 @@ def flow_matching_loss(predicted_velocity, target_velocity, sigma, *, form="velo
         )
     if form not in ("velocity", "x0"):
         raise ValueError(f"form is {form!r}; expected 'velocity' (paper, eq. 1) or 'x0' (released code)")
+    chex.assert_shape(sigma, predicted_velocity.shape[:1])  # [B, 1] would make the losses [B, B]
     error = predicted_velocity.astype(jnp.float32) - target_velocity.astype(jnp.float32)
     loss = jnp.mean(jnp.square(error), axis=tuple(range(1, error.ndim)))
     return loss * jnp.square(sigma) if form == "x0" else loss

@@ -1,5 +1,6 @@
 """The intrinsic-modal alignment loss: hidden states should point where a frozen teacher's features point."""
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -15,7 +16,9 @@ def intrinsic_modal_loss(predicted, teacher):
       float32 [B] in [0, 2], the mean over patches where there are any. A zero vector has cosine 0.
     Raises:
       ValueError: shapes that differ.
+      AssertionError: features of another rank, such as a batch's as one vector.
     """
+    chex.assert_rank([predicted, teacher], {2, 3})
     if predicted.shape != teacher.shape:
         raise ValueError(
             f"predicted features have shape {predicted.shape}, the teacher's {teacher.shape}; they must agree"

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,7 +40,10 @@ def masked_text_loss(
       float32 [B], one loss a sample.
     Raises:
       ValueError: shapes that do not fit, a mask_id outside the vocabulary, or an unknown normalization.
+      AssertionError: logits that are not [B, L, V], a mask_fraction that is not [B].
     """
+    chex.assert_rank(logits_BLV, 3)
+    chex.assert_shape(mask_fraction_B, logits_BLV.shape[:1])  # [B, 1] would make the losses [B, B]
     batch, length, vocabulary = logits_BLV.shape
     for name, array in (("ids", ids_BL), ("is_masked", is_masked_BL), ("maskable", maskable_BL)):
         if array.shape != (batch, length):

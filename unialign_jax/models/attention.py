@@ -59,7 +59,7 @@ def attention(
       interpret: run the splash kernel in Pallas' interpreter, which is how it is tested without a TPU.
 
     Returns [B, N, H, d] in the dtype of the inputs. Under `jax.set_mesh(mesh)` the work is split by hand over
-    those axes (one that does not divide is left out).
+    those axes (one that does not divide is left out, and repeats the work).
 
     Raises ValueError for an unknown implementation, a bias that it cannot take, and sizes that do not fit.
     """
@@ -94,15 +94,16 @@ def attention(
 
 
 def split_over_mesh(local, query, key, value, bias, batch_axes, head_axes):
-    """Calls `local(query, key, value, bias)` on each device's own samples and heads; directly without a mesh.
+    """Calls `local(query, key, value, bias)` on each device's own samples and heads; directly on a single device.
 
-    A Pallas kernel and a loop over samples are both opaque to XLA's partitioner: it would gather everything.
+    A Pallas kernel and a loop over samples are both opaque to XLA's partitioner: it refuses the one, and would gather
+    everything for the other. So where no axis divides the work, every device does all of it.
     """
     mesh = jax.sharding.get_abstract_mesh()
+    if all(mesh.shape[name] == 1 for name in mesh.auto_axes):
+        return local(query, key, value, bias)
     batch_axes = axes_that_divide(batch_axes, mesh, query.shape[0])
     head_axes = axes_that_divide(head_axes, mesh, query.shape[2])
-    if not batch_axes and not head_axes:
-        return local(query, key, value, bias)
     tokens_spec = jax.P(batch_axes or None, None, head_axes or None, None)
     bias_spec = None if bias is None else jax.P(head_axes or None, None, None)
     return jax.shard_map(

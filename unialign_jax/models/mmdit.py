@@ -12,6 +12,7 @@ import dataclasses
 import functools
 from typing import NamedTuple
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -382,6 +383,7 @@ def block_modulations(config, params, sigma) -> Modulations:
     They are a third of the parameters and depend on sigma alone: a sampler makes them once, outside its loop, and
     the loop reads a row of this table instead of those weights. Exact: the same numbers as inside.
     """
+    chex.assert_rank(sigma, 1)
     embedding = TimeEmbedder(config.width).apply({"params": params["time_embed"]}, sigma)
 
     def stream(half):
@@ -457,12 +459,16 @@ class AlignmentHeads(nn.Module):
 
     (image_tap [B, N, D], text_tap [B, L, D]) -> (image [B, teacher_width], text [B, teacher_width]), float32. Tokens
     are averaged first, as in the released code; with `pool=False` each is projected: [B, N or L, teacher_width].
+    Raises AssertionError for taps that are not of one batch and width.
     """
 
     config: AlignmentHeadsConfig
 
     @nn.compact
     def __call__(self, image_tap, text_tap):
+        chex.assert_rank([image_tap, text_tap], 3)
+        chex.assert_equal_shape([image_tap, text_tap], dims=(0, 2))
+
         def project(tap, name):
             x = tap.astype(jnp.float32)
             if self.config.pool:

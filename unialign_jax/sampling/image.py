@@ -1,7 +1,11 @@
-"""The image sampler: a solver's table run along the velocity field, and the arithmetic of guidance."""
+"""The image sampler: a solver's table run along the velocity field, and the arithmetic of guidance.
+
+Arrays that do not fit each other raise AssertionError with their shapes.
+"""
 
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -36,9 +40,12 @@ def advance(velocity_fn, state, rows) -> SamplerState:
         one evaluation to the next, or None.
     """
 
+    chex.assert_equal_shape(state)
+
     def evaluate(state, row):
         table, inputs = row
         velocity = velocity_fn(state.latents, table.sigma, inputs).astype(jnp.float32)
+        chex.assert_equal_shape([velocity, state.latents])
         latents = (
             table.latents * state.latents
             + table.velocity * velocity
@@ -87,6 +94,7 @@ def text_guidance(unconditional, conditional, scale, rescale=0.0):
     Returns:
       float32 [B, ...].
     """
+    chex.assert_equal_shape([unconditional, conditional])
     unconditional, conditional = unconditional.astype(jnp.float32), conditional.astype(jnp.float32)
     guided = unconditional + _per_sample(scale, conditional) * (conditional - unconditional)
     return rescale_guidance(guided, conditional, rescale)
@@ -105,6 +113,7 @@ def two_scale_guidance(neither, image_only, both, image_scale, text_scale, resca
     Returns:
       float32 [B, ...].
     """
+    chex.assert_equal_shape([neither, image_only, both])
     neither, image_only, both = (velocity.astype(jnp.float32) for velocity in (neither, image_only, both))
     guided = neither + _per_sample(image_scale, both) * (image_only - neither)
     guided = guided + _per_sample(text_scale, both) * (both - image_only)
@@ -118,6 +127,7 @@ def rescale_guidance(guided, conditional, rescale):
     1 is the rescaled one; the paper uses 0.7). The deviations are each sample's own, over all its elements, and of
     the velocities: like diffusers, it is applied to what the network predicts.
     """
+    chex.assert_equal_shape([guided, conditional])
     axes = tuple(range(1, guided.ndim))
     wanted, found = (jnp.std(velocity, axis=axes, keepdims=True) for velocity in (conditional, guided))
     factor = jnp.where(found > 0, wanted / jnp.where(found > 0, found, 1), 1)  # a constant field stays
@@ -128,4 +138,7 @@ def rescale_guidance(guided, conditional, rescale):
 def _per_sample(value, array):
     """A scalar or [B] as float32, with trailing axes of size 1 so that it multiplies array [B, ...]."""
     value = jnp.asarray(value, jnp.float32)
-    return value if value.ndim == 0 else value.reshape(value.shape + (1,) * (array.ndim - 1))
+    if value.ndim == 0:
+        return value
+    chex.assert_shape(value, array.shape[:1])
+    return value.reshape(value.shape + (1,) * (array.ndim - 1))

@@ -1,20 +1,25 @@
-"""The pure functions that inference compiles: the network, the encoders and the samplers put together.
+"""The pure functions that inference and the samples of training compile: networks, encoders and samplers put together.
 
 Each takes a module and its parameters first, then arrays; seeds, guidance and noise levels are arrays too, so that
 other values of them compile nothing. A sample's random numbers depend on its own seed alone, never on its batch.
+Under `jax.set_mesh(mesh)` samples are split over the mesh where it divides them. Arrays of the wrong rank or shape
+raise AssertionError with both shapes.
 
 Shape letters: B batch, H W image height and width, h w latent height and width, C latent channels, K conditions,
 L text tokens, D width of the text embeddings, E evaluations of the network.
 """
 
+import functools
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
 from unialign_jax.models.autoencoder import Moments, denormalize
 from unialign_jax.models.autoencoder import sample_latents as latents_of
-from unialign_jax.models.mmdit import block_modulations, without_modulations
+from unialign_jax.models.mesh import BATCH_AXES, axes_that_divide
+from unialign_jax.models.mmdit import block_modulations, first_of_pairs, in_pairs, second_of_pairs, without_modulations
 from unialign_jax.sampling import image as image_sampler
 from unialign_jax.sampling.text import sample_text
 
@@ -38,28 +43,45 @@ def encode_prompts(text_encoder, params, ids):
 
 
 def encode_images(autoencoder, params, images):
-    """uint8 [B, H, W, 3] -> normalised latents float32 [B, h, w, C]: the mean of the posterior, nothing drawn.
+    """uint8 [B, H, W, 3] -> normalised latents float32 [B, h, w, C]: the mean of the posterior, nothing drawn."""
+    chex.assert_shape(images, (None, None, None, 3))
+    chex.assert_type(images, jnp.uint8)
 
-    One image at a time: it fills the machine, and memory does not grow with the batch.
-    """
-
-    def encode(image):
+    def encode(params, image):
         pixels = image[None].astype(jnp.float32) / 127.5 - 1
         moments = autoencoder.apply({"params": params}, pixels, method="encode")
         return latents_of(Moments(*moments), None, autoencoder.config)[0]
 
-    return jax.lax.map(encode, images)
+    return one_by_one(encode, params, images)
 
 
 def decode_images(autoencoder, params, latents):
-    """Normalised latents [B, h, w, C] -> uint8 [B, H, W, 3], one image at a time."""
+    """Normalised latents [B, h, w, C] -> uint8 [B, H, W, 3]."""
+    chex.assert_shape(latents, (None, None, None, autoencoder.config.latent_channels))
 
-    def decode(latent):
+    def decode(params, latent):
         raw = denormalize(latent[None], autoencoder.config)
         pixels = autoencoder.apply({"params": params}, raw, method="decode")[0]
         return jnp.clip((pixels + 1) * 127.5 + 0.5, 0, 255).astype(jnp.uint8)
 
-    return jax.lax.map(decode, latents)
+    return one_by_one(decode, params, latents)
+
+
+def one_by_one(function, params, samples):
+    """`function(params, sample)` of each sample [B, ...] in turn; under a mesh each device does its own.
+
+    One image fills a device, and so memory does not grow with the batch. XLA's partitioner cannot split a loop over
+    samples: every device would do all of them.
+    """
+
+    def local(params, samples):
+        return jax.lax.map(functools.partial(function, params), samples)
+
+    axes = axes_that_divide(BATCH_AXES, jax.sharding.get_abstract_mesh(), samples.shape[0])
+    if not axes:
+        return local(params, samples)
+    rows = jax.P(axes)
+    return jax.shard_map(local, in_specs=(jax.P(), rows), out_specs=rows, check_vma=False)(params, samples)
 
 
 def initial_noise(seeds, shape):
@@ -78,7 +100,15 @@ def advance_images(transformer, params, state, table, prompt, negative, guidance
       conditions: latents [B, K, h, w, C] or None; the unconditional half sees them too, except that
         "text_and_image" also asks for a prediction without them.
       mode: one of GUIDANCE_MODES.
+    Raises:
+      ValueError: an unknown mode.
     """
+    if mode not in GUIDANCE_MODES:
+        raise ValueError(f"mode is {mode!r}; expected one of {', '.join(GUIDANCE_MODES)}")
+    evaluations, batch = len(table.sigma), len(state.latents)
+    chex.assert_equal_shape([prompt, negative])
+    chex.assert_shape([guidance.scale, guidance.image_scale, guidance.rescale], (batch,))
+    chex.assert_shape([*table, guidance.active], (evaluations,))
     rows = block_modulations(transformer.config, params, jnp.asarray(table.sigma, jnp.float32))
     lean = without_modulations(params)
 
@@ -87,10 +117,13 @@ def advance_images(transformer, params, state, table, prompt, negative, guidance
         return apply({"params": lean}, latents, text, None, conditions, modulations=modulations).velocity
 
     def both(latents, modulations):
-        """The predictions under the negative and under the given prompt, in one forward of twice the batch."""
-        twice = None if conditions is None else jnp.concatenate([conditions, conditions])
-        doubled = jnp.concatenate([latents, latents])
-        return jnp.split(network(doubled, jnp.concatenate([negative, prompt]), twice, modulations), 2)
+        """The predictions under the negative and under the given prompt, in one forward of twice the batch.
+
+        The two rows of a sample are neighbours, so that a batch that is split over devices stays so.
+        """
+        twice = None if conditions is None else in_pairs(conditions, conditions)
+        velocities = network(in_pairs(latents, latents), in_pairs(negative, prompt), twice, modulations)
+        return first_of_pairs(velocities), second_of_pairs(velocities)
 
     def velocity(latents, sigma, row):
         modulations, active = row
@@ -122,6 +155,7 @@ def sample_images(
       seeds: uint32 [B].
       latent_shape: (h, w, C).
     """
+    chex.assert_shape(seeds, (len(prompt),))
     state = image_sampler.start(initial_noise(seeds, latent_shape))
     state = advance_images(transformer, params, state, table, prompt, negative, guidance, conditions, mode=mode)
     return image_sampler.latents(state)
@@ -152,6 +186,9 @@ def describe(
       seeds: uint32 [B].
     Returns: TextSample.
     """
+    chex.assert_rank(latents, 4)
+    chex.assert_equal_shape([ids, is_target])
+    chex.assert_equal_shape_prefix([latents, ids, seeds], 1)
     # The image is clean: one noise level, 0, and so one row of modulations for all steps.
     table = block_modulations(transformer.config, params["transformer"], jnp.zeros((1,)))
     row = jax.tree.map(lambda x: x[0], table)

@@ -4,19 +4,23 @@ A folder `checkpoints/<step>/state` per save, written by Orbax under a name of i
 either gives the state or raises: a checkpoint of another architecture is refused with the leaves that differ, for a
 damaged one the one before it is taken. Nothing is ever deleted but by the rule on how many to keep.
 
-Damage is a file that is missing, cut short or cannot be decoded. Bits that flipped inside a value are not found: Orbax
-writes no checksums.
+Orbax writes no checksums, so they are recorded when it is done, in the background too, and compared before a
+checkpoint is used: a single flipped bit counts as damage. A checkpoint without them (written by an earlier version, or
+cut off between the save and the record) is used when its files are there and in their whole length.
 """
 
 import contextlib
 import json
 import logging
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import jax
 import tensorstore as ts
 from orbax.checkpoint import v1 as ocp
 
+from unialign_jax import checksums
+from unialign_jax.files import first_line
 from unialign_jax.sharding import path_string
 from unialign_jax.training import distributed
 from unialign_jax.training.state import TrainState
@@ -40,6 +44,8 @@ class Checkpoints:
         self._checkpointer = ocp.training.Checkpointer(
             self.directory, preservation_policy=policies.AnyPreservationPolicy(keep)
         )
+        self._background = ThreadPoolExecutor(1, "checkpoint")
+        self._under_way: Future | None = None
 
     def steps(self) -> list[int]:
         """The steps of the whole checkpoints, as process 0 sees them; all processes ask.
@@ -64,17 +70,32 @@ class Checkpoints:
             )
 
     def save(self, state: TrainState, step: int):
-        """Starts saving and returns once the arrays are copied; the writing goes on in the background.
+        """Starts saving and returns once the arrays are copied; writing and checksums go on in the background.
 
-        Raises OSError when this save, or the one before it, cannot be written, and when the processes see different
-        checkpoints.
+        Waits for the save before it first. Raises OSError when this save, or the one before it, cannot be written, and
+        when the processes see different checkpoints.
         """
+        self._wait()
         if step in self.steps():
             return
         own = self._own_steps()
         self._refuse_if(step in own, f"process 0 sees no checkpoint {step}, another does (this one: {own})")
         with _writing(self.directory):
-            self._checkpointer.save_checkpointables_async(step, {"state": state._asdict()}, force=True)
+            response = self._checkpointer.save_checkpointables_async(step, {"state": state._asdict()}, force=True)
+        self._under_way = self._background.submit(self._complete, response, self.directory / str(step))
+
+    @staticmethod
+    def _complete(response, directory: Path):
+        response.result()  # which also ends the event loop and the thread that Orbax keeps for this save
+        if jax.process_index() == 0:
+            checksums.record(directory)
+
+    def _wait(self):
+        """Waits for the save under way. Raises OSError when it cannot be written."""
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            with _writing(self.directory):
+                under_way.result()
 
     def restore_latest(self, abstract_state: TrainState) -> TrainState | None:
         """The newest whole checkpoint on the shardings of `abstract_state`, or None when there is none at all.
@@ -92,6 +113,8 @@ class Checkpoints:
             directory = self.directory / str(step)
             reason = agreed(directory, damage(directory))
             if reason is None:
+                if not checksums.is_recorded(directory):
+                    log.warning("%s has no checksums, so flipped bits in it would not be found", directory)
                 differences = _differences(_leaf_shapes(abstract_state._asdict()), _stored_shapes(directory))
                 if differences:
                     raise ValueError(
@@ -103,7 +126,7 @@ class Checkpoints:
                 except Exception as error:  # whatever a damaged file makes Orbax raise
                     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
                         raise
-                    reason = _first_line(error)
+                    reason = _start(error)
                 reason = agreed(directory, reason)
             if reason is None:
                 found = int(loaded["state"]["step"])
@@ -138,8 +161,12 @@ class Checkpoints:
 
     def close(self):
         """Waits for the save under way, so that it is whole. Raises OSError when it cannot be written."""
-        with _writing(self.directory):
-            self._checkpointer.close()
+        try:
+            self._wait()
+        finally:
+            self._background.shutdown()
+            with _writing(self.directory):
+                self._checkpointer.close()
 
 
 def agreed(directory: Path, reason: str | None) -> str | None:
@@ -156,24 +183,32 @@ def agreed(directory: Path, reason: str | None) -> str | None:
 
 
 def damage(directory: Path) -> str | None:
-    """What is missing from a checkpoint that was once whole, or None; without reading the arrays through.
+    """What is not as it was in a checkpoint that was once whole, or None. Several processes share the reading.
 
-    Orbax itself gives up on such a checkpoint in ways that look like an empty one. Looked at are its marker, its
-    metadata, and the last byte of every stored value, which a file cut short no longer has.
+    Without recorded checksums the arrays are not read through. Looked at are then the marker, the metadata, which must
+    name the arrays that are stored, and the last byte of every stored value, which a file cut short no longer has.
+    Orbax itself gives up on such a checkpoint in ways that look like an empty one.
     """
+    if checksums.is_recorded(directory):
+        return checksums.difference(directory, jax.process_index(), jax.process_count())
     for name in ("commit_success.txt", "state/_METADATA", "state/manifest.ocdbt"):
         if not (directory / name).is_file():
             return f"{name} is missing"
     try:
-        json.loads((directory / "state/_METADATA").read_text())
+        json.loads((directory / "state/_METADATA").read_bytes())
     except ValueError:
-        return "state/_METADATA is cut short"
+        return "state/_METADATA is damaged"
     try:
         store = ts.KvStore.open({"driver": "ocdbt", "base": f"file://{directory}/state/"}).result()
-        for last_byte in [store.read(key, byte_range=slice(-1, None)) for key in store.list().result()]:
+        keys = store.list().result()
+        for last_byte in [store.read(key, byte_range=slice(-1, None)) for key in keys]:
             last_byte.result()
-    except Exception as error:  # tensorstore's errors are ValueErrors of many kinds
-        return _first_line(error)
+        named = {path.replace("/", ".") for path in _stored_shapes(directory)}
+    except Exception as error:  # tensorstore's errors are ValueErrors of many kinds, Orbax's of every kind
+        return _start(error)
+    folders = (key.decode().rpartition("/") for key in keys)
+    if named != {folder for folder, _, name in folders if name in ("zarr.json", ".zarray")}:
+        return "state/_METADATA or state/_sharding is damaged: they do not name the arrays that are stored"
     return None
 
 
@@ -193,7 +228,7 @@ def load_params(run, abstract, weights="raw"):
         if checkpointer.latest is None:
             raise ValueError(f"init_from: {directory} holds no whole checkpoint")
         step = checkpointer.latest.step
-    if reason := damage(directory / str(step)):
+    if reason := agreed(directory / str(step), damage(directory / str(step))):
         raise ValueError(
             f"init_from: {directory}/{step} cannot be read: {reason}. Remove it to start from the checkpoint before it"
         )
@@ -241,12 +276,11 @@ def _writing(directory):
         yield
     except Exception as error:
         raise OSError(
-            f"{directory}: the checkpoint could not be written: {_first_line(error)}. Look at the disk's space and "
+            f"{directory}: the checkpoint could not be written: {_start(error)}. Look at the disk's space and "
             "rights; the checkpoints before it are whole"
         ) from error
 
 
-def _first_line(error) -> str:
+def _start(error) -> str:
     """The start of an error's first line: tensorstore's go on with pages of its own settings."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return line.split(" [tensorstore_spec")[0][:300]
+    return first_line(error, 10_000).split(" [tensorstore_spec")[0][:300]

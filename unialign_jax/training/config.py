@@ -17,6 +17,7 @@ from unialign_jax.models.autoencoder import AutoencoderConfig
 from unialign_jax.models.mmdit import REMAT_POLICIES, AlignmentHeadsConfig, MMDiTConfig
 from unialign_jax.models.text_encoder import TextEncoderConfig
 from unialign_jax.sharding import complete_mesh_shape, mesh_sizes
+from unialign_jax.sizes import ImageSizes
 from unialign_jax.training.meshes import is_open
 
 
@@ -77,7 +78,8 @@ def paper_config(size="") -> ConfigDict:
             "ema_decay": 0.9999,  # reached in the first 90,000 steps by (1 + n) / (10 + n); 0 keeps no average
             # Data
             "streams": {},
-            "data": {"num_threads": 16, "prefetch": 64, "max_bad_fraction": 0.01},
+            # Threads that read rows, batches made ahead at most, and GB (1e9 bytes) of each host's memory for batches.
+            "data": {"num_threads": 16, "prefetch": 64, "prefetch_gb": 4.0, "max_bad_fraction": 0.01},
             # Machine
             # How many devices along each axis (unialign_jax/sharding.py says what each does). All 0: chosen for the
             # machine (training/meshes.py). As soon as one is given the zeros are ones; -1 is what the others leave.
@@ -181,7 +183,7 @@ def config_problems(config: ConfigDict, device_count: int | None = None) -> list
     for key, weight in config.loss_weights.items():
         expect(weight >= 0 and math.isfinite(weight), f"loss_weights.{key} is {weight}, expected 0 or more")
     positive = ("optimizer.learning_rate", "optimizer.clip_norm", "optimizer.eps", "cross_modal.temperature")
-    for key in (*positive, "sigma.std", "sigma.shift", "samples.shift"):
+    for key in (*positive, "sigma.std", "sigma.shift", "samples.shift", "data.prefetch_gb"):
         value = _get(config, key)
         expect(value > 0 and math.isfinite(value), f"{key} is {value}, expected a number above 0")
     for pattern in config.optimizer.freeze:
@@ -220,12 +222,8 @@ def _check_networks(config, expect):
     if not all([expect(value >= 1, f"{key} is {value}, expected at least 1") for key, value in found.items()]):
         return
     expect(config.text_length >= 2, f"text_length is {config.text_length}, expected at least 2")
-    patch = config.autoencoder.downsample_factor * config.model.patch_size
-    largest = patch * config.model.max_patches
-    expect(
-        config.image_size % patch == 0 and 0 < config.image_size <= largest,
-        f"image_size is {config.image_size}, expected a multiple of {patch} up to {largest}",
-    )
+    problem = ImageSizes.of(config.model, config.autoencoder).problem("image_size", config.image_size)
+    expect(not problem, problem)
     expect(
         config.model.latent_channels == config.autoencoder.latent_channels,
         f"model.latent_channels is {config.model.latent_channels}, "

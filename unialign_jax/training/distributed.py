@@ -220,6 +220,7 @@ def put_rows(sharding: Sharding, batch_size: int, rows: np.ndarray, values: np.n
 def lost_another(error: BaseException) -> bool:
     """Whether an error comes from the runtime: in a run of several processes, most likely from one that is gone.
 
+    So does one of waiting in vain: a save ends in a TimeoutError when another process does not come to its barriers.
     Not so one that would come without the others too: memory that does not suffice, and what the program itself asks.
     """
     chain, runtime = _chain(error), jax.errors.JaxRuntimeError
@@ -227,7 +228,9 @@ def lost_another(error: BaseException) -> bool:
         return False
     # What fails while a program is started, rather than when its result is asked for, comes as a ValueError.
     status = re.compile("(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ")
-    return any(isinstance(link, runtime) or status.match(str(link)) for link in chain)
+    # With an errno it is the disk's.
+    in_vain = any(isinstance(link, TimeoutError) and link.errno is None for link in chain)
+    return in_vain or any(isinstance(link, runtime) or status.match(str(link)) for link in chain)
 
 
 def out_of_memory(error: BaseException) -> str | None:
@@ -263,6 +266,11 @@ def from_first(numbers: list[int]) -> list[int]:
     count = int(multihost_utils.broadcast_one_to_all(np.int32(len(numbers))))
     own = np.array((numbers + [0] * count)[:count], np.int32)
     return multihost_utils.broadcast_one_to_all(own).tolist() if count else []
+
+
+def text_from_first(text: str) -> str:
+    """The text of process 0, whatever the others give; all of them ask."""
+    return bytes(from_first(list(text.encode(errors="replace")))).decode()
 
 
 def wait_for_all(what: str):

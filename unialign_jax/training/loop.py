@@ -19,15 +19,18 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from unialign_jax import bundle, sharding
-from unialign_jax.data.mixture import Mixture
+from unialign_jax.data.mixture import IN_USE, Mixture, batches_ahead
 from unialign_jax.data.streams import Stream, StreamConfig
+from unialign_jax.data.text_lengths import cuts_of
 from unialign_jax.data.tokenizer import load_tokenizer
+from unialign_jax.files import first_line, read_json, replacing_file
 from unialign_jax.training import distributed, flops
 from unialign_jax.training.checkpoints import Checkpoints, load_params
 from unialign_jax.training.config import active_streams, build_configs, config_problems
 from unialign_jax.training.meshes import mesh_for
 from unialign_jax.training.metrics import MetricsWriter, Throughput, to_means
 from unialign_jax.training.optimizer import make_optimizer
+from unialign_jax.training.run_lock import only_run_in
 from unialign_jax.training.samples import Sampler
 from unialign_jax.training.state import (
     Networks,
@@ -38,7 +41,7 @@ from unialign_jax.training.state import (
     init_frozen,
     init_state,
 )
-from unialign_jax.training.step import has_image_pass, lower_train_step, make_train_step
+from unialign_jax.training.step import batch_shapes, has_image_pass, lower_train_step, make_train_step
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +62,9 @@ class Trainer:
 
         self.tokenizer = load_tokenizer(config.tokenizer or None)
         self.streams = open_streams(config, self.tokenizer)
+        if jax.process_index() == 0:
+            for line in (line for stream in self.streams.values() for line in cuts_of(stream)):
+                log.warning("%s; a larger --config.text_length keeps more", line)
         self.rows = distributed.local_rows(sharding.batch_sharding(self.mesh), config.batch_size)
         self.mixture = Mixture(
             list(self.streams.values()), seed=config.seed, global_batch=config.batch_size, rows=self.rows
@@ -143,6 +149,20 @@ class Trainer:
             log.info("compiled the step of %s in %.1f s", name, time.perf_counter() - began)
         return programs
 
+    def batches(self, start: int):
+        """This host's rows of the batches from number `start` on, read ahead within `data.prefetch_gb`."""
+        data, rows = self.config.data, len(self.rows)
+        shapes = [batch_shapes(self.config, stream.config).values() for stream in self.streams.values()]
+        row_bytes = max(sum(x.size * x.dtype.itemsize for x in batch) for batch in shapes) // self.config.batch_size
+        most = data.prefetch if data.num_threads else 0
+        ahead = batches_ahead(rows * row_bytes, data.prefetch_gb * 1e9, most)
+        log.info(
+            "data: %d batches ahead, %.2f GB of this host's memory with those in use (%d rows, up to %.1f MB a batch; "
+            "data.prefetch_gb is %g)",
+            ahead, (ahead + IN_USE) * rows * row_bytes / 1e9, rows, rows * row_bytes / 1e6, data.prefetch_gb,
+        )  # fmt: skip
+        return self.mixture.batches(start, num_threads=data.num_threads, prefetch=ahead)
+
     def put_batch(self, batch: dict[str, np.ndarray]):
         """This host's rows of a batch -> the global arrays."""
         place, size = sharding.batch_sharding(self.mesh), self.config.batch_size
@@ -186,7 +206,7 @@ def open_streams(config, tokenizer) -> dict[str, Stream]:
                 tokenizer,
             )
         except (ValueError, OSError) as error:
-            problems.append(f"stream {name}: {error}")
+            problems.append(str(error))  # which names the stream
             continue
         if intrinsic and stream.teacher_width != config.heads.teacher_width:
             found = f"features of width {stream.teacher_width}" if stream.teacher_width else "no teacher features"
@@ -241,22 +261,26 @@ def write_config(config: ConfigDict, workdir: Path):
     for line in _changes(read_run_config(workdir) or current, current):
         log.warning("configuration changed since the run began: %s", line)
     if jax.process_index() == 0:
-        scratch = workdir / "config.tmp"
-        scratch.write_text(json.dumps(current, indent=2) + "\n")
-        os.replace(scratch, workdir / "config.json")
+        with replacing_file(workdir / "config.json") as path:
+            path.write_text(json.dumps(current, indent=2) + "\n")
 
 
 def read_run_config(run: Path) -> dict | None:
     """What a run's `config.json` says, or None where there is none. Raises ValueError when it cannot be read."""
     path = run / "config.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        config = read_json(path)
+        for key in ("frozen_from", "tokenizer"):
+            if not isinstance(config.get(key, ""), str):
+                raise ValueError(f"its {key} is a {type(config[key]).__name__}, expected a string")
+    except (ValueError, OSError) as error:
         raise ValueError(
-            f"{path} is damaged ({error}); bring it back, or remove it and name frozen_from and tokenizer yourself"
+            f"{path} is damaged ({first_line(error)}); bring it back, or remove it and name frozen_from and tokenizer "
+            "yourself"
         ) from error
+    return config
 
 
 def _changes(before, after, prefix=""):
@@ -265,7 +289,14 @@ def _changes(before, after, prefix=""):
         if isinstance(old, dict) and isinstance(new, dict):
             yield from _changes(old, new, f"{prefix}{key}.")
         elif old != new:
-            yield f"{prefix}{key} from {old!r} to {new!r}"
+            yield f"{prefix}{key} from {_shown(old)} to {_shown(new)}"
+
+
+def _shown(value) -> str:
+    """A value of a configuration in a line; of what none holds, its type."""
+    values = value if isinstance(value, list) else [value]
+    plain = all(isinstance(each, str | int | float | None) for each in values)
+    return repr(value)[:300] if plain else f"a {type(value).__name__}"
 
 
 def train(config: ConfigDict, workdir, *, progress=True, devices=None, stuck_timeout=0) -> TrainState:
@@ -279,9 +310,12 @@ def train(config: ConfigDict, workdir, *, progress=True, devices=None, stuck_tim
       stuck_timeout: seconds that a step or another stage, such as restoring, compiling one stream's step, sampling or
         saving, may take before the process ends itself; 0 waits for ever.
 
-    Raises ValueError for a configuration or data that cannot run, FloatingPointError for a loss that is not finite,
-    SystemExit (128 + signal) after a SIGTERM or SIGINT, once the state is saved.
+    Raises ValueError for a configuration or data that cannot run, OSError for a folder that cannot be written or that
+    another run is in, FloatingPointError for a loss that is not finite, SystemExit (128 + signal) after a SIGTERM or
+    SIGINT, once the state is saved.
     """
+    if "://" in str(workdir) or not str(workdir):
+        raise ValueError(f"the run's folder is {str(workdir)!r}, expected a path; object stores must be mounted first")
     workdir = Path(workdir).absolute()
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
@@ -290,9 +324,14 @@ def train(config: ConfigDict, workdir, *, progress=True, devices=None, stuck_tim
         config = inherit_sources(config, workdir)
         trainer = Trainer(config, devices)
         keep = config.checkpoint
-        checkpoints = Checkpoints(workdir, keep_last=keep.keep_last, keep_every=keep.keep_every)
-        # Outside of what closes the checkpoints: a signal that comes while the last save is written must wait for it.
-        with StopRequest() as stop, contextlib.closing(checkpoints):
+        # Stopping is outside of what closes the checkpoints: a signal while the last save is written must wait for it.
+        with (
+            only_run_in(workdir),
+            StopRequest() as stop,
+            contextlib.closing(
+                Checkpoints(workdir, keep_last=keep.keep_last, keep_every=keep.keep_every)
+            ) as checkpoints,
+        ):
             alive()
             state = checkpoints.restore_latest(trainer.abstract_state)
             if state is None:
@@ -338,7 +377,7 @@ def run_steps(
     config = trainer.config
     step = int(state.step)
     recorder = Recorder(trainer, MetricsWriter(workdir, step), progress, step)
-    batches = trainer.mixture.batches(step, num_threads=config.data.num_threads, prefetch=config.data.prefetch)
+    batches = trainer.batches(step)
     with contextlib.closing(recorder), contextlib.closing(batches):
         while step < config.num_steps and not stop.agreed():
             alive()
@@ -372,7 +411,7 @@ class Recorder:
         self._losses = {}
         self._bad = BadRecords(trainer.config.data.max_bad_fraction)
         device = trainer.mesh.devices.flat[0]
-        self.throughput = Throughput(flops.peak_flops(device.device_kind))
+        self.throughput = Throughput(trainer.mesh.size, flops.peak_flops(device.device_kind))
         self._bar = tqdm(
             total=trainer.config.num_steps,
             initial=start,

@@ -1,15 +1,20 @@
 """What a run measures and where it goes: metrics.jsonl (one JSON object a line) and TensorBoard events."""
 
 import json
-import math
+import logging
 import os
 import resource
+import sys
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
 from tensorboardX import SummaryWriter
+
+from unialign_jax.files import check_regular, parse_json, replacing_file
+
+log = logging.getLogger(__name__)
 
 
 class MetricsWriter:
@@ -42,25 +47,54 @@ class MetricsWriter:
 
 
 def keep_rows_until(path: Path, step: int):
-    """Rewrites a metrics file without the rows after `step` and without a torn last line; a missing file is fine."""
-    if not path.exists():
+    """Rewrites a metrics file without the rows after `step` and without a torn last line; a missing file is fine.
+
+    A row before those that cannot be read is moved to a file beside it (".broken" after the name), with a warning that
+    names the line. Raises ValueError when `path` is no file.
+    """
+    if not os.path.lexists(path):
         return
-    kept = [line for line in path.read_text().splitlines() if _row_step(line) <= step]
-    scratch = path.with_suffix(".jsonl.tmp")
-    scratch.write_text("".join(line + "\n" for line in kept))
-    os.replace(scratch, path)
+    check_regular(path)
+    *lines, torn = path.read_bytes().split(b"\n")
+    if _row_step(torn) is not None:  # whole but for its end
+        lines.append(torn)
+    steps = [_row_step(line) for line in lines]
+    # Steps grow from row to row: one beyond `step` that is followed by one of the past cannot be right.
+    end = max((number + 1 for number, found in enumerate(steps) if found is not None and found <= step), default=0)
+    later = [number for number, found in enumerate(steps) if number >= end and found is not None]
+    past = later[0] if later else len(lines)
+    kept = [line for line, found in zip(lines[:end], steps, strict=False) if found is not None and found <= step]
+    broken = {
+        number + 1: lines[number]
+        for number in range(past)
+        if lines[number].strip() and (steps[number] is None or steps[number] > step)
+    }
+    if broken:
+        aside = path.with_name(path.name + ".broken")
+        with open(aside, "ab") as file:
+            file.writelines(line + b"\n" for line in broken.values())
+        numbers = ", ".join(map(str, list(broken)[:10])) + (", ..." if len(broken) > 10 else "")
+        log.warning(
+            "%s: %d rows cannot be read (lines %s); they are kept in %s", path, len(broken), numbers, aside.name
+        )
+    with replacing_file(path) as scratch:
+        scratch.write_bytes(b"".join(line + b"\n" for line in kept))
 
 
-def _row_step(line: str) -> float:
+def _row_step(line: bytes) -> int | None:
+    """The step of a row, or None for a line that is no row."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+        step = parse_json(line, "row").get("step")
+    except ValueError:
+        return None
+    return step if type(step) is int else None
 
 
 def read_metrics(workdir) -> list[dict]:
-    """The rows of a run's metrics.jsonl, oldest first."""
-    return [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+    """The rows of a run's metrics.jsonl, oldest first. Raises ValueError that names the line that is no row."""
+    path = Path(workdir) / "metrics.jsonl"
+    lines = path.read_bytes().splitlines()
+    return [parse_json(line, f"{path} line {number}") for number, line in enumerate(lines, 1)]
 
 
 def to_means(metrics: dict[str, np.ndarray]) -> dict[str, float]:
@@ -71,8 +105,9 @@ def to_means(metrics: dict[str, np.ndarray]) -> dict[str, float]:
 class Throughput:
     """Steps, samples and FLOPs since the last report, and the share of the time that went into waiting for data."""
 
-    def __init__(self, peak_flops_per_device: float | None):
-        self._peak = peak_flops_per_device
+    def __init__(self, num_devices: int, peak_flops_per_device: float | None):
+        """Args: `num_devices` of the mesh that the steps run on, which need not be all that JAX sees."""
+        self._devices, self._peak = num_devices, peak_flops_per_device
         self.restart()
 
     def restart(self):
@@ -89,7 +124,7 @@ class Throughput:
         seconds = time.perf_counter() - self._start
         if not self._steps:
             return {}
-        per_device = self._flops / seconds / jax.device_count()
+        per_device = self._flops / seconds / self._devices
         values = {
             "images_per_second": self._samples / seconds,
             "seconds_per_step": seconds / self._steps,
@@ -106,4 +141,9 @@ def memory_use() -> dict[str, float]:
     """Peak memory in GB (1e9 bytes): of the first local device where the backend tells, and of this process."""
     stats = jax.local_devices()[0].memory_stats() or {}
     device = {"device_peak_gb": stats["peak_bytes_in_use"] / 1e9} if "peak_bytes_in_use" in stats else {}
-    return device | {"host_peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
+    return device | {"host_peak_gb": peak_bytes(resource.getrusage(resource.RUSAGE_SELF)) / 1e9}
+
+
+def peak_bytes(usage: resource.struct_rusage) -> int:
+    """The most memory that a process has had, of what `resource` or `os.wait4` tells: bytes on macOS, elsewhere KiB."""
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,5 +1,8 @@
 """Pictures and captions of a run under way: real beside generated, real beside predicted."""
 
+import functools
+import hashlib
+import math
 import textwrap
 from pathlib import Path
 
@@ -9,81 +12,82 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from unialign_jax import sharding
+from unialign_jax.data.kinds import has_image_pass
 from unialign_jax.diffusion.flow import sampling_sigmas
-from unialign_jax.models.autoencoder import Moments, denormalize, sample_latents
-from unialign_jax.sampling.image import sample_image_latents, text_guidance
+from unialign_jax.models.mesh import BATCH_AXES
+from unialign_jax.models.precision import storage_dtype
+from unialign_jax.sampling import programs
 from unialign_jax.sampling.solvers import solver_table
-from unialign_jax.sampling.text import sample_text
 from unialign_jax.training.state import Networks
-from unialign_jax.training.step import encode_images, encode_texts, has_image_pass
 
 MARGIN, TEXT_SIZE = 8, 12
+EXAMPLE_KEYS = ("image", "conditions", "prompt_ids", "text_ids", "text_is_target")
 
 
-def make_generate(networks: Networks, eos_id: int, sigmas: np.ndarray):
-    """(transformer params, frozen, batch, guidance scale, key) -> uint8 images [B, H, W, 3] for the batch's prompts."""
-
-    def generate(params, frozen, batch, guidance_scale, key):
-        null, prompt = encode_texts(networks, frozen, jnp.full_like(batch["prompt_ids"], eos_id), batch["prompt_ids"])
-        text = jnp.concatenate([null, prompt])
-        latents, conditions = encode_images(networks, frozen, batch, None)
-        if conditions is not None:
-            conditions = jnp.concatenate([conditions, conditions])
-
-        def velocity(noisy, sigma, _):
-            doubled, sigma = jnp.concatenate([noisy, noisy]), jnp.full((len(text),), sigma)
-            both = networks.transformer.apply({"params": params}, doubled, text, sigma, conditions).velocity
-            return text_guidance(*jnp.split(both, 2), guidance_scale)
-
-        noise = jax.random.normal(key, latents.shape)
-        latents = sample_image_latents(velocity, noise, solver_table("euler", sigmas))
-        images = networks.autoencoder.apply(
-            {"params": frozen["autoencoder"]}, denormalize(latents, networks.autoencoder.config), method="decode"
-        )
-        return jnp.clip((images + 1) * 127.5 + 0.5, 0, 255).astype(jnp.uint8)
-
-    return generate
-
-
-def make_describe(networks: Networks, mask_id: int, num_steps: int):
-    """(transformer params, frozen, batch, key) -> text ids [B, L]: what the text pass reads off the batch's images."""
-
-    def describe(params, frozen, batch, key):
-        pixels = batch["image"].astype(jnp.float32) / 127.5 - 1
-        moments = networks.autoencoder.apply({"params": frozen["autoencoder"]}, pixels, method="encode")
-        latents = sample_latents(Moments(*moments), None, networks.autoencoder.config)
-        sigma = jnp.zeros((latents.shape[0],))
-
-        def logits(ids):
-            (text,) = encode_texts(networks, frozen, ids)
-            return networks.transformer.apply({"params": params}, latents, text, sigma).text_logits
-
-        keys = jax.random.split(key, latents.shape[0])
-        sample = sample_text(
-            logits, batch["text_ids"], batch["text_is_target"], keys, num_steps=num_steps, mask_id=mask_id
-        )
-        return sample.ids
-
-    return describe
+def sample_seeds(seed: int, step: int, count: int) -> np.ndarray:
+    """The seeds uint32 [count] of a run's samples at a step: as `Pipeline` takes them, a new one for each."""
+    digests = (hashlib.sha256(f"{seed}/{step}/{number}".encode()).digest() for number in range(count))
+    return np.array([int.from_bytes(digest[:4], "little") for digest in digests], np.uint32)
 
 
 class Sampler:
     """Writes `samples/<stream>_<step>.png` and `.md` for the first records of every stream.
 
-    All hosts take part; the first one writes. The programs are compiled once per stream.
+    The programs are those of inference (`sampling.programs`), compiled at the first use, and run on the run's mesh:
+    weights lie as in the train step, and the samples are split over all axes that split a batch. All hosts take part;
+    the first one writes.
     """
 
     def __init__(self, config, networks: Networks, mesh, streams, tokenizer, workdir):
         self._config, self._mesh, self._tokenizer = config, mesh, tokenizer
         self._directory = Path(workdir) / "samples"
-        settings = config.samples
-        sigmas = sampling_sigmas(settings.steps, shift=settings.shift)
-        replicated = sharding.replicated(mesh)
-        self._generate = jax.jit(make_generate(networks, tokenizer.eos_id, sigmas), out_shardings=replicated)
-        self._describe = jax.jit(
-            make_describe(networks, tokenizer.mask_id, settings.caption_steps), out_shardings=replicated
-        )
         self._streams = streams
+        settings = config.samples
+        self._table = solver_table("euler", sampling_sigmas(settings.steps, shift=settings.shift))
+        transformer, text_encoder, autoencoder = networks.transformer, networks.text_encoder, networks.autoencoder
+
+        def compute(params):
+            return sharding.computing(params, lambda path: storage_dtype(path, transformer.config.dtype))
+
+        def encode_images(params, images):
+            """uint8 [B, K, H, W, 3] -> latents [B, K, h, w, C]."""
+            latents = programs.encode_images(autoencoder, params, images.reshape(-1, *images.shape[2:]))
+            return latents.reshape(*images.shape[:2], *latents.shape[1:])
+
+        def sample_images(params, seeds, prompt, negative, conditions, *, latent_shape):
+            guidance = programs.Guidance(
+                scale=jnp.full(seeds.shape, settings.guidance_scale, jnp.float32),
+                image_scale=jnp.zeros(seeds.shape),
+                rescale=jnp.zeros(seeds.shape),
+                active=jnp.ones(self._table.sigma.shape, bool),
+            )
+            mode = "none" if settings.guidance_scale == 1 else "text"
+            return programs.sample_images(
+                transformer, params, seeds, self._table, prompt, negative, guidance, conditions,
+                mode=mode, latent_shape=latent_shape,
+            )  # fmt: skip
+
+        def decode_images(params, latents, count):
+            return programs.decode_images(autoencoder, params, latents)[:count]
+
+        def describe(params, latents, ids, is_target, seeds, count):
+            sample = programs.describe(
+                transformer, text_encoder, params, latents, ids, is_target, seeds,
+                settings.caption_steps, 1.0, 0.9, 0.1, mask_id=tokenizer.mask_id, decoding="ancestral",
+            )  # fmt: skip
+            return sample.ids[:count]
+
+        split, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+        on_batch = functools.partial(jax.jit, out_shardings=split)
+        to_hosts = functools.partial(jax.jit, static_argnames="count", out_shardings=everywhere)
+        self._compute = jax.jit(compute)
+        self._encode_prompts = on_batch(functools.partial(programs.encode_prompts, text_encoder))
+        self._encode_images = on_batch(encode_images)
+        self._sample_images = on_batch(sample_images, static_argnames="latent_shape")
+        self._decode_images = to_hosts(decode_images)
+        self._describe = to_hosts(describe)
+        # How many samples the mesh takes at once: a row for each of its parts.
+        self._parts = math.prod(mesh.shape[name] for name in BATCH_AXES)
 
     def is_written(self, step: int) -> bool:
         return all(self._stem(name, step).with_suffix(".md").exists() for name in self._streams)
@@ -92,22 +96,67 @@ class Sampler:
         return self._directory / f"{name}_{step:06d}"
 
     def write(self, step: int, params, frozen) -> list[Path]:
-        """Samples every stream with the transformer's `params`; returns the files written."""
-        settings, paths = self._config.samples, []
-        for name, stream in self._streams.items():
-            examples = [stream[index] for index in range(min(settings.count, len(stream)))]
-            keys = {"image", "conditions", "prompt_ids", "text_ids", "text_is_target"} & examples[0].keys()
-            batch = {key: np.stack([example[key] for example in examples]) for key in sorted(keys)}
-            arrays = jax.device_put(batch, sharding.replicated(self._mesh))
-            key = jax.random.fold_in(jax.random.key(self._config.seed), step)
-            ids = np.asarray(self._describe(params, frozen, arrays, key))
-            generated = None
-            if has_image_pass(stream.config.kind):
-                generated = np.asarray(self._generate(params, frozen, arrays, settings.guidance_scale, key))
-            if jax.process_index() == 0:
-                self._directory.mkdir(parents=True, exist_ok=True)
-                paths += self._write_stream(self._stem(name, step), batch, generated, ids)
+        """Samples every stream with the transformer's `params`; returns the files written, none for a count of 0."""
+        paths = []
+        if not self._config.samples.count:
+            return paths
+        with jax.set_mesh(self._mesh):
+            params = self._compute(params)
+            for name, stream in self._streams.items():
+                batch, generated, ids = self._sample(stream, step, params, frozen)
+                if jax.process_index() == 0:
+                    self._directory.mkdir(parents=True, exist_ok=True)
+                    paths += self._write_stream(self._stem(name, step), batch, generated, ids)
         return paths
+
+    def sample(self, stream, step: int, params, frozen):
+        """The stream's first examples, the images made of their prompts and the texts read off their images.
+
+        Args:
+          step: gives the samples their seeds, together with the run's (`sample_seeds`).
+          params: the transformer's, as the state holds them.
+        Returns:
+          The examples as one batch, uint8 [count, H, W, 3] (None for a kind without image pass), int32 [count, L].
+        """
+        with jax.set_mesh(self._mesh):
+            return self._sample(stream, step, self._compute(params), frozen)
+
+    def _sample(self, stream, step, params, frozen):
+        count = min(self._config.samples.count, len(stream))
+        examples = [stream[index] for index in range(count)]
+        batch = {key: np.stack([example[key] for example in examples]) for key in EXAMPLE_KEYS if key in examples[0]}
+        # Rows beyond the count only fill the mesh: copies of the last one, with nothing to decide.
+        rows = np.minimum(np.arange(-(-count // self._parts) * self._parts), count - 1)
+        is_target = batch["text_is_target"][rows] & (np.arange(len(rows)) < count)[:, None]
+        seeds = self._put(sample_seeds(self._config.seed, step, count), rows)
+        latents = self._encode_images(frozen["autoencoder"], self._put(batch["image"][:, None], rows))[:, 0]
+        ids = self._describe(
+            {"transformer": params, "text_encoder": frozen["text_encoder"]},
+            latents,
+            self._put(batch["text_ids"], rows),
+            self._put(is_target, np.arange(len(rows))),
+            seeds,
+            count,
+        )
+        generated = None
+        if has_image_pass(stream.config.kind):
+            conditions = None
+            if "conditions" in batch:
+                conditions = self._encode_images(frozen["autoencoder"], self._put(batch["conditions"], rows))
+            empty = np.full_like(batch["prompt_ids"], self._tokenizer.eos_id)
+            prompt, negative = (
+                self._encode_prompts(frozen["text_encoder"], self._put(ids, rows))
+                for ids in (batch["prompt_ids"], empty)
+            )
+            made = self._sample_images(params, seeds, prompt, negative, conditions, latent_shape=latents.shape[1:])
+            generated = np.asarray(self._decode_images(frozen["autoencoder"], made, count))
+        return batch, generated, np.asarray(ids)
+
+    def _put(self, values, rows):
+        """values[rows] as a global array; every process has all of `values`, and puts what its devices hold."""
+        return jax.make_array_from_callback(
+            (len(rows), *values.shape[1:]), sharding.batch_sharding(self._mesh), lambda index: values[rows[index[0]]]
+        )
 
     def _write_stream(self, stem, batch, generated, predicted_ids):
         decode = self._tokenizer.decode

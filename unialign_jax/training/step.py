@@ -225,14 +225,15 @@ def batch_shapes(config, stream) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct((config.batch_size, *shape), kind) for name, (shape, kind) in example.items()}
 
 
-def lower_train_step(step, mesh, state, frozen, batch):
+def lower_train_step(step, mesh, state, frozen, batch, platforms=None):
     """A train step for the shapes and shardings of its arguments, ready to compile; the state is donated.
 
-    Args: `state` and `frozen` are abstract and carry their shardings, `batch` is shapes, split here.
+    Args: `state` and `frozen` are abstract and carry their shardings, `batch` is shapes, split here. `platforms`, such
+      as ("tpu",), are those to lower for instead of the one of the mesh's devices.
     """
     place = sharding.batch_sharding(mesh)
     batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for name, x in batch.items()}
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     with jax.set_mesh(mesh):
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
-        return jitted.lower(state, frozen, batch)
+        return jitted.trace(state, frozen, batch).lower(lowering_platforms=platforms)

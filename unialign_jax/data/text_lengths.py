@@ -1,0 +1,126 @@
+"""How long texts are, and how many of them a text length cuts: what is lost in training, told before it is."""
+
+from dataclasses import dataclass
+
+from unialign_jax.data.jsonl import BadRow
+from unialign_jax.data.kinds import find_kind
+from unialign_jax.data.records import Record, RecordError
+from unialign_jax.data.streams import Stream, fit_question
+from unialign_jax.data.tokenizer import Tokenizer
+
+LOOKED_AT = 256  # records of a stream at the start of a run
+
+
+@dataclass
+class _Tally:
+    """The texts of one field so far; tokens without EOS."""
+
+    count: int = 0
+    words: int = 0
+    characters: int = 0
+    most_words: int = 0
+    tokens: int = 0
+    most_tokens: int = 0
+    cut: int = 0
+    lost: int = 0  # tokens
+    example: str = ""  # key of the first that is cut, and where
+
+
+class TextLengths:
+    """Counts the texts of records of one kind: words always, tokens and cuts with a tokenizer and a length."""
+
+    def __init__(self, kind: str, tokenizer: Tokenizer | None = None, length: int | None = None):
+        row = find_kind(kind)
+        self.tokenizer, self.length = tokenizer, length
+        self._asks = row.prompt == "question"
+        fields = ("question", "answer") if self._asks else ("caption", "instruction")
+        self.fields = {name: _Tally() for name in fields if name in row.fields}
+
+    def add(self, record: Record) -> None:
+        for name, tally in self.fields.items():
+            text = getattr(record, name)
+            words = len(text.split())
+            tally.count += 1
+            tally.words += words
+            tally.characters += len(text)
+            tally.most_words = max(tally.most_words, words)
+        if self.tokenizer is not None:
+            for (name, tally), (ids, kept) in zip(self.fields.items(), self._fit(record), strict=True):
+                tally.tokens += len(ids)
+                tally.most_tokens = max(tally.most_tokens, len(ids))
+                if len(kept) < len(ids):
+                    tally.cut += 1
+                    tally.lost += len(ids) - len(kept)
+                    tally.example = tally.example or self._example(record.key, name, kept)
+
+    def check(self, record: Record) -> None:
+        """`add`, as the `check` of `jsonl.read_jsonl`: raises BadRow for a question that leaves an answer no room."""
+        if self._asks and self.length is not None:
+            question = len(self.tokenizer.token_ids(f"Q: {record.question} A: "))
+            if question > self.length - 2:
+                detail = f"{question} tokens, an answer of one and the end need {question + 2}, found {self.length}"
+                raise BadRow("question longer than the text length", f"{record.key} has {detail}")
+        self.add(record)
+
+    def _fit(self, record):
+        """(ids, those that are kept) of every field."""
+        encode = self.tokenizer.token_ids
+        if not self._asks:
+            ids = [encode(getattr(record, name)) for name in self.fields]
+            return [(one, one if self.length is None else one[: self.length - 1]) for one in ids]
+        ids = [encode(f"Q: {record.question} A: "), encode(record.answer)]
+        kept = fit_question(record.question, record.answer, self.tokenizer, self.length) if self.length else ids
+        return list(zip(ids, kept, strict=True))
+
+    def _example(self, key, name, kept):
+        if name == "question":
+            return f'{key} becomes "{_shortened(self.tokenizer.decode(kept))}"'
+        return f'{key} ends after "{_shortened(self.tokenizer.decode(kept), end=True)}"'
+
+    def lines(self) -> list[str]:
+        """A line on the length of each field's texts."""
+        found = []
+        for name, tally in self.fields.items():
+            if tally.count:
+                line = (
+                    f"{name}: {tally.count:,} texts of {tally.words / tally.count:.0f} words on average "
+                    f"({tally.characters / tally.count:.0f} characters), {tally.most_words:,} at most"
+                )
+                if self.tokenizer is not None:
+                    line += f"; {tally.tokens / tally.count:.0f} tokens on average, {tally.most_tokens:,} at most"
+                found.append(line)
+        return found
+
+    def cuts(self) -> list[str]:
+        """A line on each field of which texts are cut: how many, how much of them, and an example."""
+        return [
+            f"{tally.cut:,} of {tally.count:,} {name}s do not fit text_length {self.length} and are cut: "
+            f"{tally.lost:,} of {tally.tokens:,} tokens ({tally.lost / tally.tokens:.0%}) are lost; {tally.example}"
+            for name, tally in self.fields.items()
+            if tally.cut
+        ]
+
+
+def look_at(stream: Stream, most: int = LOOKED_AT) -> TextLengths:
+    """The text lengths of up to `most` records of a stream, evenly spaced; no image is decoded."""
+    found = TextLengths(stream.config.kind, stream.tokenizer, stream.config.text_length)
+    count = min(most, len(stream))
+    for number in range(count):
+        try:
+            found.add(stream.records[number * len(stream) // count])
+        except RecordError:  # the stream tells of it when it comes to it
+            continue
+    return found
+
+
+def cuts_of(stream: Stream) -> list[str]:
+    """What the stream's text length cuts, a line for each field, for the start of a run; empty when nothing is cut."""
+    number = min(LOOKED_AT, len(stream))
+    among = "" if number == len(stream) else f" (of {number} records looked at, evenly spaced among {len(stream):,})"
+    return [f"stream {stream.config.name}: {line}{among}" for line in look_at(stream).cuts()]
+
+
+def _shortened(text: str, most: int = 60, end: bool = False) -> str:
+    if len(text) <= most:
+        return text
+    return f"… {text[-most:].lstrip()}" if end else f"{text[: most // 2].rstrip()} … {text[-most // 2 :].lstrip()}"

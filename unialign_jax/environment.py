@@ -1,0 +1,43 @@
+"""What to say where a package is missing: the commands run with the standard library alone until they import this."""
+
+import os
+import shlex
+import sys
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def explain_missing_packages() -> None:
+    """From here on a package that cannot be imported ends the process in one line that says what to do."""
+    sys.excepthook = _report
+
+
+def missing_package(error: BaseException, root: Path = ROOT, prefix: str = sys.prefix) -> str | None:
+    """The line to say of an error that ends a command; None for one that is not of a missing package.
+
+    Args:
+      root: the folder of the code, where the launch scripts make .venv.
+      prefix: of the environment that runs.
+    """
+    name = (getattr(error, "name", None) or "").partition(".")[0]
+    if not isinstance(error, ModuleNotFoundError) or name in ("", "unialign_jax"):
+        return None
+    made = root / ".venv"
+    activate = shlex.quote(os.path.relpath(made / "bin" / "activate"))
+    if not (made / "bin" / "python").exists():
+        do = "`bash launch/quickstart.sh` makes an environment, `pip install -r requirements.txt` fills this one"
+    elif made.resolve() != Path(prefix).resolve():
+        do = f"the environment that has it is not active: source {activate}"
+    else:
+        do = "`pip install -r requirements.txt -r requirements-test.txt` installs what this environment lacks"
+    return f"error: {sys.executable} has no package {name}; {do}"
+
+
+def _report(kind, error, trace) -> None:
+    line = missing_package(error)
+    if line is None:
+        traceback.print_exception(kind, error, trace)
+    else:
+        print(line, file=sys.stderr)
