@@ -246,7 +246,7 @@ def write_text(path: Path, text: str) -> None:
         with files.replacing_file(path) as partial:
             partial.write_text(text)
     except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror or files.first_line(error)}") from None
+        raise job_runner.cannot_write(path, error) from None
 
 
 def run_jobs(options) -> int:

@@ -35,8 +35,8 @@ from unialign_jax.bundle_config import (
     read_content,
     write_content,
 )
-from unialign_jax.data.tokenizer import Tokenizer, load_tokenizer
-from unialign_jax.files import check_regular, first_line, refuse_existing, replacing_folder, sha256
+from unialign_jax.data.tokenizer import MAX_TOKENIZER_FILE, Tokenizer, load_tokenizer
+from unialign_jax.files import check_inside, check_regular, first_line, refuse_existing, replacing_folder, sha256
 from unialign_jax.models.autoencoder import make_autoencoder
 from unialign_jax.models.mmdit import AlignmentHeads, MMDiT
 from unialign_jax.models.text_encoder import TextEncoder
@@ -400,6 +400,8 @@ class Writer:
             raise FileNotFoundError(f"{tokenizer} holds no tokenizer: expected tokenizer.json or spiece.model")
         target.mkdir()
         for file in files:
+            check_regular(file, MAX_TOKENIZER_FILE)
+            check_inside(file, tokenizer)
             shutil.copyfile(file, target / file.name)
 
     def __exit__(self, _kind, error, _traceback):

@@ -251,7 +251,7 @@ class Results:
             with replacing_file(self.path) as partial:
                 partial.write_bytes(b"".join(map(_encode, self._lines.values())))
         except OSError as error:
-            raise OSError(f"cannot write {self.path}: {error.strerror or first_line(error)}") from None
+            raise cannot_write(self.path, error) from None
         for job in bad:
             self._fail(job, job.error, {"id": job.id})
         return able
@@ -313,7 +313,7 @@ class Results:
             with open(self.path, "ab") as file:
                 file.write(_encode(entry | {"line": job.line}))
         except OSError as error:
-            raise OSError(f"cannot write {self.path}: {error.strerror}") from None
+            raise cannot_write(self.path, error) from None
 
 
 def made_by(path: Path) -> str | None:
@@ -361,4 +361,10 @@ def save_png(image: Image.Image, path: Path, parameters: dict) -> None:
         with replacing_file(path) as partial:
             image.save(partial, "PNG", pnginfo=info)
     except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror or first_line(error)}") from None
+        raise cannot_write(path, error) from None
+
+
+def cannot_write(path: Path, error: OSError) -> OSError:
+    """The error in one line that names the path as it was given, not a scratch file beside it."""
+    reason = error.strerror or first_line(error).removeprefix(f"cannot write {path.absolute()}: ")
+    return OSError(f"cannot write {path}: {reason}")

@@ -58,6 +58,7 @@ PERCEPTION = {
     "depth": "Provide a detailed depth map of the entire scene.",
     "pose": "Provide a detailed pose map of the people in the scene.",
 }
+DTYPES, QUANTIZATIONS = ("bfloat16", "float32"), ("int8", "w8a8")
 MAX_REFERENCES = 4
 MAX_IMAGES = 2**16  # of one prompt
 
@@ -94,8 +95,9 @@ class Pipeline:
         self._defaults = config.sampling_defaults
         self._said = set()  # warnings and programs that were told of
         self.max_batch = check_whole("max_batch", max_batch, 1, 2**16)
-        if dtype not in (None, "bfloat16", "float32"):
-            raise ValueError(f"dtype is {shown(dtype)}, expected bfloat16 or float32")
+        for option, value, choices in (("dtype", dtype, DTYPES), ("quantize", quantize, QUANTIZATIONS)):
+            if value is not None and value not in choices:
+                raise ValueError(f"{option} is {shown(value)}, expected one of {', '.join(choices)}")
         if config.transformer is not None and config.autoencoder is not None:
             self.sizes.check(f"{name}: image_size", config.image_size)
         self.device = device or jax.devices()[0]
@@ -182,7 +184,17 @@ class Pipeline:
 
     @classmethod
     def _with_loader(
-        cls, make_loader, config, tokenizer, name, *, dtype=None, quantize=None, low_memory=False, device=None, **options
+        cls,
+        make_loader,
+        config,
+        tokenizer,
+        name,
+        *,
+        dtype=None,
+        quantize=None,
+        low_memory=False,
+        device=None,
+        **options,
     ):
         if problems := fit_problems(config, tokenizer):
             raise ValueError(f"{name}: {problems[0]}: convert the model again with the parts it was trained with")
