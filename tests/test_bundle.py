@@ -241,6 +241,20 @@ def test_a_bundle_without_hashes_is_read_and_not_called_whole(copy, params, capl
     command_refuses("convert", ["inspect", copy, "--verify"], "records no hashes of its files")
 
 
+def test_older_bundles_are_checked_by_the_hashes_that_they_have(copy):
+    content = json.loads((copy / "config.json").read_text())
+    for entry in content["files"].values():
+        del entry["checksum"]
+    bundle_config.write_content(copy, content)
+    read_all(copy)
+    for name in ("heads", "tokenizer"):
+        path = max(files_of(copy / name), key=lambda path: path.stat().st_size)
+        flip(path, 4 * path.stat().st_size)
+        with pytest.raises(ValueError, match=f"{path.relative_to(copy)} has been changed"):
+            read_all(copy)
+        flip(path, 4 * path.stat().st_size)
+
+
 def test_a_seal_survives_its_own_hash_in_the_text():
     content = {"note": "0" * 64, "text": "été \u2028"}
     text = inventory.sealed(content).encode()
@@ -316,9 +330,10 @@ def test_a_config_that_is_no_object(tmp_path, refuses, content):
         ("dtypes", 3, "dtypes is 3, expected an object"),
         ("provenance", "mine", "provenance is 'mine', expected an object"),
         ("files", [], "files is a JSON list, expected an object"),
-        ("files.a", 3, "files has no size and sha256 of 'a'"),
-        ("files.a", {"size": -1, "sha256": "0" * 64}, "files has no size and sha256 of 'a'"),
-        ("files.a", {"size": 1, "sha256": "zz"}, "files has no size and sha256 of 'a'"),
+        ("files.a", 3, "files has no size and hashes of 'a'"),
+        ("files.a", {"size": -1, "sha256": "0" * 64}, "files has no size and hashes of 'a'"),
+        ("files.a", {"size": 1, "sha256": "0" * 64, "checksum": 7}, "files has no size and hashes of 'a'"),
+        ("files.a", {"size": 1, "sha256": "zz"}, "files has no size and hashes of 'a'"),
         ("files.../a", {"size": 1, "sha256": "0" * 64}, "files names '../a', which is not inside the folder"),
         ("files./etc/passwd", {"size": 1, "sha256": "0" * 64}, "which is not inside the folder"),
         ("version", "1", "is a bundle of version 1"),

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unialign_jax import Pipeline, bundle, files
+from unialign_jax import Pipeline, bundle, checksums
 from unialign_jax.bundle_config import write_content
 from unialign_jax.data.tokenizer import load_tokenizer
 from unialign_jax.diffusion.flow import sampling_sigmas
@@ -292,7 +292,7 @@ def test_long_prompts_are_cut_with_a_warning(pipeline, caplog):
         (lambda p: p.generate("a", seeds=2**70), "seed is 1180591620717411303424, expected 0 to 4294967295"),
         (lambda p: p.generate("a", seeds=True), "seeds is True, expected a whole number"),
         (lambda p: p.generate("a", seeds="7"), "seeds is '7', expected a whole number"),
-        (lambda p: p.generate("a", seeds={7}), "seeds is {7}, expected a whole number"),
+        (lambda p: p.generate("a", seeds={7}), r"seeds is \{7\}, expected a whole number"),
         (lambda p: p.generate("a", seeds=[[7]]), r"seeds is \[\[7\]\], expected a whole number"),
         (lambda p: p.generate("a", seeds=10**5000), "expected 0 to 4294967295"),
         (lambda p: p.generate("a", images_per_prompt=10**9), "images_per_prompt is 1000000000, expected"),
@@ -422,8 +422,8 @@ def test_a_task_or_a_size_beyond_training_is_warned_of_once(tiny_bundle, tmp_pat
 
 def test_components_are_hashed_once(tiny_bundle, monkeypatch):
     hashed = []
-    sha256 = files.sha256
-    monkeypatch.setattr(files, "sha256", lambda path: hashed.append(path) or sha256(path))
+    digest = checksums.digest
+    monkeypatch.setattr(checksums, "digest", lambda path: hashed.append(path) or digest(path))
     lean = Pipeline.from_bundle(tiny_bundle, low_memory=True)
     lean.generate("a red circle", steps=1)
     count = len(hashed)
@@ -440,7 +440,7 @@ def shrunk(config, **changes):
     )
 
 
-def test_a_vocabulary_larger_than_the_tokenizer_says_nothing_that_is_none(tiny_bundle, tmp_path):
+def test_a_vocabulary_larger_than_the_tokenizer_says_nothing_that_is_none(pipeline, tiny_bundle, tmp_path):
     """Logits beyond the tokenizer's ids are never drawn, however large: as if the model had only the others."""
     config, params = bundle.load(tiny_bundle)
     wide = dataclasses.replace(config.transformer, vocab_size=config.transformer.vocab_size + 8)
@@ -451,8 +451,8 @@ def test_a_vocabulary_larger_than_the_tokenizer_says_nothing_that_is_none(tiny_b
     params["text_encoder"] = params["text_encoder"] | {"token_embedding": np.pad(table, ((0, 8), (0, 0)))}
     config = dataclasses.replace(config, transformer=wide, text_encoder=rows)
     bundle.save(tmp_path / "wide", config, params, tokenizer=load_tokenizer())
-    expected = Pipeline.from_bundle(tiny_bundle).caption(picture(), steps=2)
-    assert Pipeline.from_bundle(tmp_path / "wide").caption(picture(), steps=2) == expected
+    expected = pipeline.caption(picture(), steps=2, temperature=0)
+    assert Pipeline.from_bundle(tmp_path / "wide").caption(picture(), steps=2, temperature=0) == expected
 
 
 def test_a_bundle_must_have_what_the_task_needs(tiny_bundle, tmp_path):

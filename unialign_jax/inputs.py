@@ -105,15 +105,15 @@ class TextSettings:
 
 def open_image(image, what) -> Image.Image:
     """A PIL image or a path -> an upright RGB image; ValueError when it cannot be decoded."""
+    if isinstance(image, Image.Image):
+        images.check_shape(image, what)
+        return images.loaded_rgb(image, what)
+    if not isinstance(image, str | os.PathLike):
+        raise ValueError(f"{what} is a {type(image).__name__}, expected a PIL image or a path")
     try:
-        if isinstance(image, Image.Image):
-            images.check_shape(image, what)
-            return images.loaded_rgb(image, what)
-        if isinstance(image, str | os.PathLike):
-            return images.decode_rgb(images.read_bytes(image), f"{what} ({os.fsdecode(image)})")
-    except OSError as error:
+        return images.load_rgb(image)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{what}: {error}") from None
-    raise ValueError(f"{what} is a {type(image).__name__}, expected a PIL image or a path")
 
 
 def check_texts(texts, what) -> list[str]:

@@ -1,5 +1,6 @@
-"""The inventory of a folder: size and SHA-256 of each of its files, taken when it is written, checked when it is read.
+"""The inventory of a folder: size and hashes of each of its files, taken when it is written, checked when it is read.
 
+SHA-256 is what others can check; beside reading, the checksum is compared (see `checksums`), which costs a sixth of it.
 It finds damage, by disks and by copying; who wants to deceive can write another inventory.
 """
 
@@ -11,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
-from unialign_jax import files
+from unialign_jax import checksums, files
 
 THREADS = 4  # hashing releases the GIL; four keep up with a fast disk
 SEAL = "config_sha256"  # the key of a JSON file whose value is the hash of the file itself, with zeros in its place
@@ -19,15 +20,17 @@ _ZEROS = "0" * 64
 
 
 def take(folder: Path, parts: Iterable[str]) -> dict[str, dict]:
-    """{path relative to `folder`: {"size": bytes, "sha256": hexadecimal}} of all files under `parts` of it."""
+    """{path relative to `folder`: {"size": bytes, "sha256": ..., "checksum": ...}} of all files under `parts` of it."""
     paths = sorted(path for part in parts for path in (folder / part).rglob("*") if path.is_file())
     names = [path.relative_to(folder).as_posix() for path in paths]
     with ThreadPoolExecutor(THREADS) as threads:
-        hashes = list(threads.map(files.sha256, paths))
-    return {
-        name: {"size": path.stat().st_size, "sha256": digest}
-        for name, path, digest in zip(names, paths, hashes, strict=True)
-    }
+        entries = list(threads.map(_entry, paths))
+    return dict(zip(names, entries, strict=True))
+
+
+def _entry(path):
+    size, checksum = checksums.digest(path)
+    return {"size": size, "sha256": files.sha256(path), "checksum": checksum}
 
 
 def check_form(inventory, where: str) -> dict[str, dict]:
@@ -38,9 +41,11 @@ def check_form(inventory, where: str) -> dict[str, dict]:
         parts = PurePosixPath(name).parts
         if not parts or name.startswith("/") or ".." in parts or "\0" in name:
             raise ValueError(f"{where}: files names {name!r}, which is not inside the folder")
-        size, digest = (entry.get(key) for key in ("size", "sha256")) if isinstance(entry, dict) else (None, None)
-        if not is_whole(size, 0) or not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
-            raise ValueError(f"{where}: files has no size and sha256 of {name!r}")
+        entry = entry if isinstance(entry, dict) else {}
+        hashes = [entry.get("sha256"), entry.get("checksum", _ZEROS)]  # older bundles have no checksums
+        are_hashes = all(isinstance(text, str) and re.fullmatch("[0-9a-f]{64}", text) for text in hashes)
+        if not is_whole(entry.get("size"), 0) or not are_hashes:
+            raise ValueError(f"{where}: files has no size and hashes of {files.shown(name)}")
     return inventory
 
 
@@ -75,14 +80,21 @@ def additional(folder: Path, inventory: dict, part: str = "") -> list[str]:
 
 
 def changed(folder: Path, inventory: dict, names: Iterable[str]) -> list[str]:
-    """The files of `names` whose content is not what it was."""
+    """The files of `names` whose content is not what it was, by SHA-256."""
     with ThreadPoolExecutor(THREADS) as threads:
-        return [line for line in threads.map(lambda name: _changed(folder, inventory, name), names) if line]
+        found = threads.map(lambda name: _changed(folder, {name: inventory[name] | {"checksum": None}}, name), names)
+        return [line for line in found if line]
 
 
 def _changed(folder, inventory, name) -> str | None:
+    """What is wrong with a file by its checksum, or by SHA-256 where there is none."""
+    entry, path = inventory[name], folder / name
     try:
-        if files.sha256(folder / name) != inventory[name]["sha256"]:
+        if entry.get("checksum"):
+            is_same = checksums.digest(path) == (entry["size"], entry["checksum"])
+        else:
+            is_same = files.sha256(path) == entry["sha256"]
+        if not is_same:
             return f"{name} has been changed (its hash differs)"
     except OSError as error:
         return f"{name} cannot be read ({error.strerror or files.first_line(error)})"

@@ -70,7 +70,7 @@ PLAN = [
     (["--task=edit", "--size=-512"], "size is -512"),
     (["--task=t2i", "--size=1e3"], "invalid int value: '1e3'"),
     (["--task=t2i", "--size=16000000"], "size is 16000000"),
-    (["--task=caption", "--batch=0"], "batch 0, expected"),
+    (["--task=caption", "--batch=0"], "batch is 0, expected"),
     (["--task=t2i", "--topology=v5e-8"], "has 8 chips, sampling runs on one: v5e:1x1"),
     (["--task=t2i", "--quantize=int4"], "invalid choice: 'int4'"),
     # What does not go together
