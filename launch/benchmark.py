@@ -6,6 +6,7 @@
     python launch/benchmark.py options --bundle=bundles/tiny
     python launch/benchmark.py step --micro-batches=1,2,4,8 --remat=none,dots,block
     python launch/benchmark.py memory
+    python launch/benchmark.py soak --steps=2000 --saves=200
 
 `train` runs the same number of optimizer steps twice: the bare compiled step on one batch that is already on the
 device, and the training loop with data, metrics and progress. Their ratio is what the loop costs.
@@ -14,6 +15,7 @@ device, and the training loop with data, metrics and progress. Their ratio is wh
 `options` says what the options of sampling cost, and how far each leads from the plain sampler.
 `step` measures the training step alone: time, MFU and memory at several settings, and the share of each part.
 `memory` puts the plan's memory of a training step beside that of a run.
+`soak` watches the memory, descriptors and threads of a long run with many saves.
 """
 
 import argparse
@@ -37,12 +39,18 @@ import benchmark_convert  # beside this file
 import benchmark_memory
 import benchmark_options
 import benchmark_sample
+import benchmark_soak
 import benchmark_step
 from benchmark_sample import MOST_ROUNDS
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"error: {message}; --help explains\n")
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="the training loop against the bare step")
     train.add_argument("--config", default="configs/stage1.py:tiny", help="stage file, default %(default)s")
@@ -65,7 +73,10 @@ def main(argv=None):
     memory = commands.add_parser("memory", help="the plan's memory of a training step beside a run's")
     benchmark_memory.add_arguments(memory)
     memory.set_defaults(measure=benchmark_memory.benchmark_memory)
-    for command in (train, convert, sample, options, step, memory):
+    soak = commands.add_parser("soak", help="a long run with many saves: memory, descriptors and threads")
+    benchmark_soak.add_arguments(soak)
+    soak.set_defaults(measure=benchmark_soak.benchmark_soak)
+    for command in (train, convert, sample, options, step, memory, soak):
         command.add_argument("--output", type=Path, help="also write the figures to this JSON file")
     arguments = parser.parse_args(argv)
     from unialign_jax import files
@@ -75,12 +86,12 @@ def main(argv=None):
             files.check_json_output(arguments.output)
         figures = arguments.measure(arguments)
         figures = machine() | figures  # afterwards: it takes the device, which `sample` leaves to other processes
+        show(figures)
+        if arguments.output:
+            with files.replacing_file(arguments.output) as scratch:
+                scratch.write_text(json.dumps(figures, indent=2) + "\n")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    show(figures)
-    if arguments.output:
-        with files.replacing_file(arguments.output) as scratch:
-            scratch.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def show(figures):
@@ -122,7 +133,7 @@ def benchmark_train(arguments) -> dict:
     distributed.take_gpu_memory(os.environ)  # as in training
     config = read_config(arguments.config, arguments.set)
     config.num_steps = 1 << 30  # each measurement sets its own end
-    config.checkpoint.every = 1 << 31
+    config.checkpoint.every = 1 << 30
     config.samples.every = 0
     trainer = Trainer(config)
     began = time.perf_counter()

@@ -42,8 +42,9 @@ text head is drawn from a fixed seed, the last block's text half is silent, the 
 UNIALIGN = """\
 The released UniAlignment model, or DualDiffusion's -> a bundle, with the alignment heads when the file has them.
 
---source is the released folder (transformer/ vae/ text_encoder/ tokenizer/), or the transformer's folder or file alone,
-with the other parts by their own options. The learned mask embedding is found in the folder, or given.
+--source is the released folder (transformer/ vae/ text_encoder/ tokenizer/), or the transformer's folder or file alone
+(safetensors, or a trainer's consolidated .pth), with the other parts by their own options. The learned mask embedding
+is found in the folder, or given.
 """
 TEACHER = """\
 Qwen2.5-VL (any size) -> the frozen teacher of the intrinsic-modal loss: its vision tower and its input embeddings.
@@ -52,9 +53,10 @@ EXPORT = """\
 A bundle or a training run -> files that PyTorch loads strictly.
 
 formats
-  unialign    the released folder: transformer/ (heads included when there are any), vae/, text_encoder/, tokenizer/
-  diffusers   SD3's folder (transformer/ vae/ text_encoder_3/ tokenizer_3/). It makes the same images from a prompt, but
-              has no place for the text head and the last block's text half: no captions, no answers.
+  unialign    the released folder: transformer/ (heads included when there are any), vae/, text_encoder/, tokenizer/,
+              scheduler/ and model_index.json
+  diffusers   SD3's folder (the same with text_encoder_3/ tokenizer_3/). It makes the same images from a prompt, but has
+              no place for the text head and the last block's text half: no captions, no answers.
   stability   the same as Stability's single .safetensors file
   bundle      of a run alone: a bundle to sample from or to start another run from. T5, VAE and tokenizer are those that
               the run was trained with, or --bundle's.
@@ -225,10 +227,9 @@ def inspect(arguments):
         if not bundle.is_bundle(arguments.path):
             raise ValueError(f"{arguments.path} is not a bundle, so that there are no recorded hashes to verify")
         problems = bundle.verify(arguments.path)
-        for line in problems[1:]:
-            print(line)
         if problems:
-            raise ValueError(f"{arguments.path} is not as it was written ({len(problems)} files): {problems[0]}")
+            more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+            raise ValueError(f"{arguments.path} is not as it was written: {'; '.join(problems[:8])}{more}")
         print("every file is as it was written")
     return None
 
@@ -237,6 +238,13 @@ def quiet_about_closed_loops(unraisable):
     """After a failed write the storage library's threads still report to an event loop that is gone."""
     if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
+
+
+def message(error) -> str:
+    """An error as one line, without the system's error number."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split("\n"))
 
 
 COMMANDS = {"sd3": convert, "unialign": convert, "teacher": teacher, "export": export, "inspect": inspect}
@@ -257,8 +265,7 @@ def main(argv=None) -> int:
     except (ValueError, OSError, ImportError) as error:
         if arguments.traceback:
             raise
-        own = isinstance(error, OSError) and error.strerror and not error.filename
-        print(f"error: {error.strerror if own else error}", file=sys.stderr)
+        print(f"error: {message(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted; nothing was kept", file=sys.stderr)

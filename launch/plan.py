@@ -49,11 +49,16 @@ TAKES = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"error: {message}; --help explains\n")
+
+
 def parse_arguments(argv):
     """The command line -> its options, and the --config.KEY=VALUE changes as "KEY=VALUE"."""
     argv = sys.argv[1:] if argv is None else [str(argument) for argument in argv]
     changes = [argument.removeprefix("--config.") for argument in argv if argument.startswith("--config.")]
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

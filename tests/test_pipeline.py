@@ -7,6 +7,7 @@ import logging
 import weakref
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +21,7 @@ from unialign_jax.diffusion.flow import sampling_sigmas
 from unialign_jax.models.autoencoder import Moments, denormalize, make_autoencoder, sample_latents
 from unialign_jax.models.mmdit import MMDiT
 from unialign_jax.models.text_encoder import TextEncoder
+from unialign_jax.sampling import programs
 
 SIDE = 32
 
@@ -188,6 +190,20 @@ def test_values_compile_nothing(pipeline):
     assert compiled  # the listener works
 
 
+def test_each_program_is_traced_once(tiny_bundle, monkeypatch):
+    """Whatever the seeds, guidance, schedule, texts and images."""
+    chex.clear_trace_counter()
+    for name in ("encode_images", "sample_images", "decode_images", "describe"):
+        monkeypatch.setattr(programs, name, chex.assert_max_traces(getattr(programs, name), n=1))
+    once = Pipeline.from_bundle(tiny_bundle)
+    for seed, scale in ((0, 7.0), (5, 2.0)):
+        image = picture(seed)
+        once.edit("make it green", image, steps=2, seeds=seed, guidance_scale=scale, shift=1 + scale)
+        once.edit("add a star", image, steps=2, guidance_rescale=0.5, solver="unipc", negative_prompts="a dog")
+        once.caption(image, steps=1 + seed, seeds=seed, temperature=0.5 * scale)
+        once.answer(image, "is it red ?", steps=3, max_tokens=4)
+
+
 def test_guidance_modes(pipeline):
     make = lambda **options: pipeline.generate("a red circle", steps=3, **options)[0]  # noqa: E731
     plain = make(guidance_scale=1.0)
@@ -268,6 +284,17 @@ def test_long_prompts_are_cut_with_a_warning(pipeline, caplog):
     with caplog.at_level(logging.WARNING):
         pipeline.generate(prompt, steps=2)
     assert "cut off" in caplog.text and "a blue square" in caplog.text
+
+
+def test_long_questions_are_cut_with_a_warning(pipeline, caplog):
+    image = Image.new("RGB", (32, 32))
+    with caplog.at_level(logging.WARNING):
+        pipeline.answer(image, "is there a " + "red " * 40 + "star?", steps=2)
+    assert "question 0 is 49 tokens long, the model reads 23: its middle is left out" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        pipeline.answer(image, "is there a red star?", steps=2)
+    assert "question" not in caplog.text
 
 
 @pytest.mark.bad_input

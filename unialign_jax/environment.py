@@ -3,7 +3,6 @@
 import os
 import shlex
 import sys
-import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,6 +37,6 @@ def missing_package(error: BaseException, root: Path = ROOT, prefix: str = sys.p
 def _report(kind, error, trace) -> None:
     line = missing_package(error)
     if line is None:
-        traceback.print_exception(kind, error, trace)
+        sys.__excepthook__(kind, error, trace)
     else:
         print(line, file=sys.stderr)

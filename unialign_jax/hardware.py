@@ -39,7 +39,7 @@ CHIPS = (
     Chip("A100", ("A100",), 312e12),
 )
 
-MOST = {2: 256, 3: 8960}  # chips of a slice, by the axes of its torus
+MOST_CHIPS = {2: 256, 3: 8960}  # of a slice, by the axes of its torus
 
 
 def find_chip(device_kind: str) -> Chip | None:
@@ -57,15 +57,9 @@ def topology_name(name: str) -> str:
     """
     if match := re.fullmatch(r"(v4|v5e|v5p|v6e):([0-9]{1,4}(?:x[0-9]{1,4}){1,2})", name):
         chip = next(chip for chip in CHIPS if chip.name == match[1])
-        sides = list(map(int, match[2].split("x")))
-        if (
-            len(sides) < chip.axes
-            or max(sides[chip.axes :], default=1) > 1
-            or not 1 <= math.prod(sides) <= MOST[chip.axes]
-        ):
-            raise ValueError(
-                f"topology is {name!r}: a {chip.name} slice has {chip.axes} sides and 1 to {MOST[chip.axes]:,} chips"
-            )
+        sides, most = list(map(int, match[2].split("x"))), MOST_CHIPS[chip.axes]
+        if len(sides) < chip.axes or sides[chip.axes :] not in ([], [1]) or not 1 <= math.prod(sides) <= most:
+            raise ValueError(f"topology is {name!r}: a {chip.name} slice has {chip.axes} sides and 1 to {most:,} chips")
         return name
     match = re.fullmatch(r"(v4|v5litepod|v5e|v5p|v6e)-([0-9]{1,9})", name)
     if not match:

@@ -475,8 +475,10 @@ class Pipeline:
         length = self._check_text_length(text_length)
         self._warn_of_task("vqa")
         for number, question in enumerate(questions):
-            room = length - 1 - len(self.tokenizer.token_ids("Q:  A: "))
-            self._warn_of_cut(question, room, f"question {number}")
+            count = len(self.tokenizer.token_ids(f"Q: {question} A: "))
+            if count >= length:
+                text = "question %d is %d tokens long, the model reads %d: its middle is left out"
+                log.warning(text, number, count, length - 1)
         encoded = [encode_question(question, "", self.tokenizer, length) for question in questions]
         ids, is_target = (np.stack(column) for column in zip(*encoded, strict=True))
         return self._fill_texts(images, ids, is_target, settings, seeds)

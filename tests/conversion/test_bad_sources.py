@@ -13,6 +13,7 @@ from unialign_jax import bundle
 from unialign_jax.conversion import importing, sources
 from unialign_jax.conversion.importing import convert_sd3, convert_unialign
 
+bad_input = pytest.mark.bad_input
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 
 
@@ -31,6 +32,7 @@ def refuses(tmp_path):
         with pytest.raises(error, match=match) as raised:
             convert(source, tmp_path / "bundle", **options)
         assert set(tmp_path.iterdir()) == before
+        assert "\n" not in str(raised.value)
         return str(raised.value)
 
     return check
@@ -42,6 +44,7 @@ def change(path, update=None, remove=()):
     save_file(tensors, path)
 
 
+@bad_input
 @pytest.mark.parametrize("keep, match", [(0.7, "is cut short: .* bytes of"), (0.0, "not a safetensors file")])
 def test_a_truncated_file(folder, refuses, keep, match):
     path = folder / TRANSFORMER
@@ -50,6 +53,7 @@ def test_a_truncated_file(folder, refuses, keep, match):
     refuses(folder, match)
 
 
+@bad_input
 @pytest.mark.parametrize(
     "content, match",
     [
@@ -63,6 +67,7 @@ def test_a_file_of_another_kind(folder, refuses, content, match):
     refuses(folder, match)
 
 
+@bad_input
 def test_missing_shards_are_named(folder, refuses):
     shards = sorted((folder / "text_encoder_3").glob("*-of-*.safetensors"))
     shards[1].unlink()
@@ -71,6 +76,7 @@ def test_missing_shards_are_named(folder, refuses):
     refuses(folder, f"lacks 1 of the {len(shards)} shards .* {shards[1].name}")
 
 
+@bad_input
 def test_every_missing_unknown_and_misshapen_tensor_is_listed(folder, refuses):
     key = "transformer_blocks.1.attn.to_q.weight"
     change(
@@ -85,12 +91,14 @@ def test_every_missing_unknown_and_misshapen_tensor_is_listed(folder, refuses):
     assert "proj_out.bias has shape (5,), expected (16,)" in message
 
 
+@bad_input
 def test_a_whole_block_that_is_missing(folder, refuses):
     keys = [key for key in load_file(folder / TRANSFORMER) if key.startswith("transformer_blocks.1.")]
     change(folder / TRANSFORMER, remove=keys)
     refuses(folder, r"lacks its blocks \[1\]")
 
 
+@bad_input
 def test_sd35_medium_and_large_are_told_apart_from_sd3(tmp_path, refuses):
     diffusers = pytest.importorskip("diffusers")
     import torch
@@ -130,6 +138,7 @@ def write_header_only(path, shapes):
         file.truncate(8 + len(text) + position)
 
 
+@bad_input
 def test_something_else_altogether(tmp_path, refuses):
     save_file({"conv.weight": np.zeros((2, 2))}, tmp_path / "other.safetensors")
     refuses(tmp_path / "other.safetensors", "neither an SD3 or UniAlignment transformer.* begin with conv.weight")
@@ -139,11 +148,13 @@ def test_something_else_altogether(tmp_path, refuses):
     refuses(tmp_path / "pickles", "holds pytorch_model.bin but no safetensors")
 
 
+@bad_input
 def test_the_wrong_command_is_said(sd3_folder, released_folder, refuses):
     refuses(released_folder, "not SD3's: use `convert.py unialign`")
     refuses(sd3_folder, "use `convert.py sd3`", convert=convert_unialign)
 
 
+@bad_input
 def test_parts_that_are_missing_are_asked_for(folder, sd3_folder, refuses, tmp_path):
     shutil.rmtree(folder / "vae")
     shutil.rmtree(folder / "text_encoder_3")
@@ -171,6 +182,7 @@ def test_parts_that_are_not_asked_for_may_be_damaged(folder, tmp_path, refuses):
     refuses(folder, "unknown component 'unet', expected some of transformer", components=["unet"])
 
 
+@bad_input
 def test_parts_of_different_models(folder, refuses):
     config = json.loads((folder / "text_encoder_3/config.json").read_text())
     shutil.rmtree(folder / "text_encoder_3")
@@ -180,18 +192,21 @@ def test_parts_of_different_models(folder, refuses):
     refuses(folder, "the transformer reads text of width 24, the text encoder gives 48")
 
 
+@bad_input
 def test_another_positional_table(folder, refuses):
     table = load_file(folder / TRANSFORMER)["pos_embed.pos_embed"]
     change(folder / TRANSFORMER, {"pos_embed.pos_embed": table[:, ::-1].copy()})
     refuses(folder, "differs from SD3's positional table")
 
 
+@bad_input
 def test_an_older_vae(folder, refuses):
     path = folder / "vae/diffusion_pytorch_model.safetensors"
     change(path, {"quant_conv.weight": np.zeros((8, 8, 1, 1), np.float32)})
     refuses(folder, "quantisation convolutions, so it is not SD3's VAE")
 
 
+@bad_input
 def test_a_config_that_contradicts_the_tensors(folder, refuses):
     path = folder / "transformer/config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"num_layers": 24}))

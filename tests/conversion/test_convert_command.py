@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,55 @@ def test_errors_are_one_line_and_a_status(command, tmp_path, sd3_bundle, capsys)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ("sd3 --source={tmp}/nowhere --output={tmp}/x", ["nowhere: there is no such file or folder"]),
+        ("sd3 --source={tmp}/pipe --output={tmp}/x", ["pipe is a device, pipe or socket"]),
+        ("sd3 --source={tmp}/text --output={tmp}/x", ["text is not a safetensors file"]),
+        ("sd3 --source={tmp}/pickle.pth --output={tmp}/x", ["pickle.pth is not a PyTorch file"]),
+        ("sd3 --source={tmp}/empty --output={tmp}/x", ["empty holds no safetensors files"]),
+        ("sd3 --source={tmp}/bad\0name --output={tmp}/x", ["cannot be opened"]),
+        ("sd3 --source={sd3} --output={tmp}/mine", ["mine"]),
+        ("sd3 --source={sd3} --output={tmp}/mine --overwrite", ["mine"]),
+        ("sd3 --source={sd3} --output={tmp}/text --overwrite", ["text"]),
+        ("sd3 --source={sd3} --tokenizer={tmp}/text --output={tmp}/x", ["text is a file, expected the folder"]),
+        ("sd3 --source={sd3} --tokenizer={tmp}/empty --output={tmp}/x", ["empty holds no tokenizer"]),
+        ("sd3 --source={sd3} --mask-embedding={tmp}/empty --output={tmp}/x", ["empty is a folder, expected a file"]),
+        ("sd3 --source={sd3} --mask-embedding={tmp}/text --output={tmp}/x", ["text is not a PyTorch file"]),
+        ("sd3 --source={sd3} --mask-embedding={tmp}/no --output={tmp}/x", ["no: there is no such file"]),
+        ("sd3 --source={sd3} --vae={tmp}/text --output={tmp}/x", ["text is not a safetensors file"]),
+        ("sd3 --source={sd3} --text-encoder={tmp}/empty --output={tmp}/x", ["empty holds no safetensors files"]),
+        ("sd3 --source={sd3} --components=unet --output={tmp}/x", ["unknown component 'unet'"]),
+        ("sd3 --source={sd3} --dtype=int8 --output={tmp}/x", ["invalid choice"]),
+        ("unialign --source={sd3} --output={tmp}/x", ["use `convert.py sd3`"]),
+        ("teacher --source={tmp}/text --output={tmp}/x", ["text is not a folder"]),
+        ("teacher --source={tmp}/empty --output={tmp}/x", ["empty holds no config.json"]),
+        ("export --bundle={tmp}/empty --format=unialign --output={tmp}/x", ["empty is not a bundle"]),
+        ("export --bundle={tmp}/nowhere --format=unialign --output={tmp}/x", ["nowhere"]),
+        ("export --run={tmp}/empty --format=unialign --output={tmp}/x", ["empty is no run's folder"]),
+        ("export --format=unialign --output={tmp}/x", ["needs --bundle or --run"]),
+        ("export --bundle={tmp}/empty --format=gguf --output={tmp}/x", ["invalid choice"]),
+        ("inspect {tmp}/pipe", ["pipe is a device, pipe or socket"]),
+        ("inspect {tmp}/empty", ["empty holds no safetensors files"]),
+        ("inspect {tmp}/text", ["text is not a safetensors file"]),
+        ("inspect {tmp}/empty --verify", ["empty holds no safetensors files"]),
+    ],
+)
+def test_what_cannot_be_converted_is_one_line(arguments, words, sd3_folder, tmp_path, command_refuses):
+    (tmp_path / "text").write_text("precious")
+    (tmp_path / "pickle.pth").write_bytes(b"\x80\x02}.")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes").write_text("precious")
+    os.mkfifo(tmp_path / "pipe")
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    message = command_refuses("convert", arguments.format(tmp=tmp_path, sd3=sd3_folder).split(), *words)
+    assert "Errno" not in message and "partial" not in message
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+
 def test_a_damaged_bundle_fails_verification(command, sd3_bundle, tmp_path, capsys):
     import shutil
 
@@ -116,7 +166,7 @@ def test_a_damaged_bundle_fails_verification(command, sd3_bundle, tmp_path, caps
     largest = max((path for path in damaged.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-1])
     assert command(["inspect", str(damaged), "--verify"]) == 1
-    assert "is not as it was written (1 files): " in capsys.readouterr().err
+    assert "is not as it was written: " in capsys.readouterr().err
     content = json.loads((damaged / "config.json").read_text())
     (damaged / "config.json").write_text(json.dumps(content | {"version": 2}))
     assert command(["inspect", str(damaged)]) == 1

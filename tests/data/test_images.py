@@ -84,6 +84,13 @@ def test_floats_that_are_not_finite():
     assert_grey(decode(encode(values, "TIFF")), np.array([[0, 255, 0, 0, 128, 255]]))
 
 
+def test_large_floats_are_scaled_as_a_whole():
+    """Piece by piece, by the least and the greatest of all."""
+    values = np.arange(600 * 7, dtype=np.float32).reshape(600, 7) * 3 - 1000
+    expected = np.floor(np.arange(600 * 7) / (600 * 7 - 1) * 255 + 0.5).reshape(600, 7)
+    assert_grey(decode(encode(values, "TIFF")), expected)
+
+
 def test_whole_numbers_of_32_bits():
     values = np.array([[-1000, 0, 3000]], np.int32)
     assert_grey(decode(encode(values, "TIFF")), np.array([[0, round(255 / 4), 255]]))
@@ -124,6 +131,18 @@ def test_first_frame_and_formats():
         assert np.abs(decode(data).astype(int) - (255, 0, 0)).max() < 8, image_format
     for image_format in ("BMP", "AVIF", "JPEG"):
         assert np.abs(decode(encode(frames[0], image_format)).astype(int) - (255, 0, 0)).max() < 8, image_format
+
+
+def test_to_rgb_gives_a_copy():
+    """And leaves the image it was given alone."""
+    turned = Image.new("RGB", (4, 2), "red")
+    turned.getexif()[0x0112] = 6
+    for image in (Image.new("RGB", (4, 2), "red"), Image.new("L", (4, 2)), turned):
+        before = (image.mode, image.size, image.tobytes())
+        for found in (images.to_rgb(image), images.loaded_rgb(image, "it")):
+            found.paste((1, 2, 3), (0, 0, *found.size))
+        assert (image.mode, image.size, image.tobytes()) == before
+    assert images.to_rgb(turned).size == (2, 4)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

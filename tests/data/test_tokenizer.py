@@ -1,8 +1,10 @@
 """The packaged tokenizer's layout and round trips; T5 folders against transformers."""
 
+import io
 import json
 import string
 import struct
+import sys
 
 import numpy as np
 import pytest
@@ -145,12 +147,19 @@ def test_spaces_are_cleaned_up_as_by_transformers(shapes_tokenizer, t5_folder, t
     assert shapes_tokenizer.decode(ids) == clean_up(shapes_tokenizer._backend.decode(ids))
 
 
-def test_spiece_only_folder(t5_folder):
+def test_spiece_only_folder(t5_folder, monkeypatch):
     pytest.importorskip("sentencepiece")
     (t5_folder / "spiece.model").write_bytes(sentencepiece_model(t5_pieces()))
     from_json = load_tokenizer(t5_folder)
     (t5_folder / "tokenizer.json").unlink()
+    # What transformers' AutoTokenizer would ask about and, told "y", run.
+    marker = t5_folder / "ran"
+    (t5_folder / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Evil: pass\n")
+    auto_map = {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}, "tokenizer_class": "Evil"}
+    (t5_folder / "tokenizer_config.json").write_text(json.dumps(auto_map))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
     from_spiece = load_tokenizer(t5_folder)
+    assert not marker.exists() and sys.stdin.tell() == 0
     assert from_spiece.mask_id == from_json.mask_id
     for text in TEXTS:
         assert from_spiece.token_ids(text) == from_json.token_ids(text)

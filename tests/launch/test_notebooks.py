@@ -1,6 +1,9 @@
 """The notebooks of launch/colab, executed as a user would run them, but small."""
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -18,6 +21,8 @@ from unialign_jax.models.text_encoder import TextEncoderConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "launch/colab").glob("*.ipynb"))
+NAMES = ("quickstart.ipynb", "unialign_tpu.ipynb")
+SHEETS = ("generate", "caption", "edit", "perceive", "personalize", "conversation")
 # The tiny networks, smaller still: they compile in seconds.
 SMALLER = ["batch_size=2", "image_size=32", "text_length=24"]
 SMALLER += ["model.depth=1", "model.tap_depth=1", "model.num_heads=2", "model.head_width=16", "model.text_width=32"]
@@ -71,7 +76,7 @@ def difference(folder, a, b):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_committed_clean(path):
+def test_committed_form(path):
     notebook = nbformat.read(path, as_version=nbformat.NO_CONVERT)
     nbformat.validate(notebook)
     assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
@@ -80,8 +85,55 @@ def test_committed_clean(path):
     assert len(set(ids)) == len(ids)
     for cell in notebook.cells:
         assert cell.source.strip() and set(cell.metadata) <= {"tags"}
-        if cell.cell_type == "code":
-            assert cell.outputs == [] and cell.execution_count is None
+
+
+def test_outputs_are_stored_where_there_is_something_to_see():
+    quickstart, full_size = (nbformat.read(ROOT / "launch/colab" / name, as_version=4) for name in NAMES)
+    assert all(cell.get("outputs", []) == [] for cell in full_size.cells)
+    assert "No outputs are stored below" in full_size.cells[0].source
+
+    assert sheets(quickstart) == dict.fromkeys(SHEETS, 1)
+    assert (ROOT / "launch/colab/quickstart.ipynb").stat().st_size < 2**20
+    outputs = [output for cell in quickstart.cells for output in cell.get("outputs", [])]
+    assert {output.output_type for output in outputs} <= {"stream", "display_data"}
+    texts = "".join(output.get("text", "") for output in outputs)
+    assert "flow_matching" in texts and "model:" in texts
+    assert not re.search(r"\r|(?<![\w.])/(tmp|root|home|work|usr)/", texts)  # no machine's own folders
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_code_is_found_in_a_checkout_and_asked_for_elsewhere(name, monkeypatch, tmp_path):
+    cells = {cell.id: cell for cell in nbformat.read(ROOT / "launch/colab" / name, as_version=4).cells}
+    finding = cells["setup"].source.split("# What it needs.")[0]
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def run(folder, **others):
+        monkeypatch.chdir(folder)
+        names = {}
+        exec(cells["parameters"].source, names)
+        exec(finding, names | others, names)
+        return names["code"]
+
+    assert run(ROOT / "launch/colab") == run(ROOT) == ROOT
+
+    def clone(command, check):
+        assert command[:3] == ["git", "clone", "--depth=1"] and check
+        assert command[3:] == ["--", "https://example.org/code.git", "unialign-jax"]
+
+    monkeypatch.setattr(subprocess, "run", clone)
+    found = run(tmp_path, input=lambda question: " https://example.org/code.git\n")
+    assert found == tmp_path / "unialign-jax"
+
+
+def test_one_version_of_cuda_everywhere():
+    texts = [
+        *ROOT.glob("*.txt"),
+        *ROOT.glob("launch/**/*.txt"),
+        *NOTEBOOKS,
+        *ROOT.glob("docs/*.md"),
+        ROOT / "README.md",
+    ]
+    assert {found for path in texts for found in re.findall(r"jax\[(cuda\d+)", path.read_text())} == {"cuda13"}
 
 
 def test_quickstart(execute, tmp_path):
@@ -90,9 +142,7 @@ def test_quickstart(execute, tmp_path):
     notebook, found = execute("quickstart.ipynb", parameters, ["captions"])
 
     assert len(found["captions"]) == 4 and all(isinstance(caption, str) for caption in found["captions"])
-    assert sheets(notebook) == dict.fromkeys(
-        ("generate", "caption", "edit", "perceive", "personalize", "conversation"), 1
-    )
+    assert sheets(notebook) == dict.fromkeys(SHEETS, 1)
     for name, count in (("generated", 8), ("edited", 4), ("map", 4), ("personalized", 2)):
         made = pictures(tmp_path, name)
         assert [picture.shape for picture in made] == [(32, 32, 3)] * count

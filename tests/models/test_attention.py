@@ -124,6 +124,17 @@ def test_a_batch_that_the_mesh_does_not_divide_still_works():
     np.testing.assert_allclose(out, expected, atol=5e-6)
 
 
+@pytest.mark.parametrize("implementation", ["xla", "splash"])
+def test_where_nothing_divides_every_device_does_all(implementation):
+    inputs = make_inputs((3, 20, 3, 8))
+    expected = output_and_gradients(inputs, implementation="xla")
+    axis_types = (jax.sharding.AxisType.Auto,) * 2
+    with jax.set_mesh(jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=axis_types)):
+        found = output_and_gradients(inputs, implementation=implementation, interpret=implementation == "splash")
+    for name, a, b in zip(("output", "dquery", "dkey", "dvalue"), found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5, err_msg=name)
+
+
 def test_auto_is_resolved_by_platform():
     expected = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn", "rocm": "xla", "cpu": "xla"}
     assert {platform: resolve_implementation("auto", platform) for platform in expected} == expected

@@ -2,15 +2,19 @@
 
 import logging
 import os
+import random
 import resource
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unialign_jax.training.checkpoints import Checkpoints, load_params
+from unialign_jax import checksums
+from unialign_jax.runs import latest_step
+from unialign_jax.training.checkpoints import Checkpoints, damage, load_params
 from unialign_jax.training.state import TrainState
 
 
@@ -96,6 +100,12 @@ def change(pattern, make_bytes):
     return damage
 
 
+def flip(path, bit):
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
 DAMAGES = {
     "no marker": remove("commit_success.txt"),
     "no metadata": remove("state/_METADATA"),
@@ -109,13 +119,30 @@ DAMAGES = {
     "zeroed data": change("state/**/d/*", lambda b: bytes(len(b))),
     "no state": remove("state"),
     "an empty folder": remove("*"),
+    "a flipped bit in a value": lambda checkpoint: flip(values(checkpoint), 3000),
+    "a flipped bit in the metadata": lambda checkpoint: flip(checkpoint / "state/_METADATA", 300),
+    "a flipped bit in the shardings": lambda checkpoint: flip(checkpoint / "state/_sharding", 300),
+    "no checksums and a flipped bit in the shardings": lambda checkpoint: (
+        (checkpoint / checksums.RECORD).unlink(),
+        flip(checkpoint / "state/_sharding", 300),
+    ),
+    "no checksums and half the data": lambda checkpoint: (
+        (checkpoint / checksums.RECORD).unlink(),
+        DAMAGES["half the data"](checkpoint),
+    ),
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
-def test_a_damaged_checkpoint_is_passed_over_and_kept(run, damage, caplog):
+def values(checkpoint):
+    """The file that holds most of the arrays."""
+    return max(checkpoint.glob("state/**/d/*"), key=lambda path: path.stat().st_size)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("harm", DAMAGES.values(), ids=DAMAGES.keys())
+def test_a_damaged_checkpoint_is_passed_over_and_kept(run, harm, caplog):
     newest = run / "checkpoints" / "6"
-    damage(newest)
+    harm(newest)
     damaged = contents(newest)
     with caplog.at_level(logging.WARNING, "unialign_jax"):
         state = restore(run)
@@ -131,6 +158,81 @@ def test_a_damaged_checkpoint_is_passed_over_and_kept(run, damage, caplog):
     checkpoints.close()
     assert int(restore(run).step) == 6
     assert contents(run / "checkpoints" / "damaged-6") == damaged
+
+
+def test_every_flipped_bit_is_found_in_files_of_every_kind(run):
+    checkpoint, draw = run / "checkpoints" / "6", random.Random(0)
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    assert {path.name for path in files} >= {"_CHECKPOINT_METADATA", "_METADATA", "_sharding", "manifest.ocdbt"}
+    assert damage(checkpoint) is None
+    for path in (*files, *(values(checkpoint) for _ in range(10))):
+        bit = draw.randrange(path.stat().st_size * 8)
+        flip(path, bit)
+        reason = damage(checkpoint)
+        name = path.relative_to(checkpoint).as_posix()
+        assert reason and (name in reason or name == checksums.RECORD), name
+        flip(path, bit)
+    assert damage(checkpoint) is None
+
+
+def test_without_checksums_damaged_metadata_are_no_other_architecture(run):
+    checkpoint, draw = run / "checkpoints" / "6", random.Random(0)
+    (checkpoint / checksums.RECORD).unlink()
+    for name in ("state/_METADATA", "state/_sharding"):
+        for _ in range(4):
+            bit = draw.randrange((checkpoint / name).stat().st_size * 8)
+            flip(checkpoint / name, bit)
+            assert damage(checkpoint)
+            flip(checkpoint / name, bit)
+    assert damage(checkpoint) is None
+
+
+def test_a_checkpoint_without_checksums_is_used_and_said(run, caplog):
+    """Written by an earlier version, or the process was killed between the save and the record."""
+    (run / "checkpoints" / "6" / checksums.RECORD).unlink()
+    before = contents(run)
+    with caplog.at_level(logging.WARNING, "unialign_jax"):
+        jax.tree.map(np.testing.assert_array_equal, restore(run), make_state(6))
+    (told,) = [record.getMessage() for record in caplog.records if record.name.startswith("unialign_jax")]
+    assert told == f"{run}/checkpoints/6 has no checksums, so flipped bits in it would not be found"
+    assert contents(run) == before
+
+
+def test_checksums_are_there_when_the_next_save_or_the_end_comes(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    for step in (1, 2):
+        checkpoints.save(make_state(step), step)
+    assert checksums.is_recorded(tmp_path / "checkpoints" / "1")
+    checkpoints.close()
+    assert checksums.difference(tmp_path / "checkpoints" / "2") is None
+
+
+def test_checksums_that_cannot_be_taken_are_an_error(tmp_path, monkeypatch, refuses):
+    def record(folder):
+        raise OSError(5, "Input/output error", str(folder))
+
+    monkeypatch.setattr(checksums, "record", record)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(make_state(1), 1)
+    refuses(checkpoints.close, "the checkpoint could not be written", "Input/output error")
+
+
+def test_saves_leave_no_descriptors_and_no_threads(tmp_path):
+    checkpoints, state, found = Checkpoints(tmp_path), make_state(1), []
+    for step in range(1, 31):
+        checkpoints.save(state, step)
+        found.append((len(os.listdir("/proc/self/fd")), threading.active_count()))
+    checkpoints.close()
+    for before, after in zip(found[5], found[-1], strict=True):
+        assert after < before + 12, found  # a save under way has some; left behind, 24 saves would leave 72 and 24
+
+
+def test_the_newest_that_is_not_damaged_is_exported(run, caplog):
+    (run / "config.json").write_text("{}")
+    assert latest_step(run, verify=True) == 6
+    flip(values(run / "checkpoints" / "6"), 3000)
+    assert latest_step(run, verify=True) == 3
+    assert "checkpoints/6 cannot be read (state/" in caplog.text
 
 
 def test_damaged_twice_both_are_kept(run):
@@ -246,6 +348,10 @@ def test_another_runs_parameters_that_cannot_be_had(run, tmp_path):
         load_params(run, params_like(width=5))
     DAMAGES["half the data"](run / "checkpoints" / "6")
     with pytest.raises(ValueError, match="/6 cannot be read: .*Remove it to start from the checkpoint before it"):
+        load_params(run, params_like())
+    shutil.rmtree(run / "checkpoints" / "6")
+    flip(values(run / "checkpoints" / "3"), 3000)
+    with pytest.raises(ValueError, match="/3 cannot be read: .* its checksum differs"):
         load_params(run, params_like())
 
 

@@ -1,5 +1,7 @@
 """Configurations: the stages run, and what is wrong with one is said at once, each thing in one line."""
 
+import json
+import logging
 import math
 from pathlib import Path
 
@@ -7,7 +9,7 @@ import jax
 import pytest
 
 from unialign_jax.training.config import config_problems, paper_config, stream
-from unialign_jax.training.loop import Trainer
+from unialign_jax.training.loop import Trainer, inherit_sources, write_config
 from unialign_jax.training.stages import load_stage, make_changes, parse_value, read_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,6 +86,7 @@ BAD_VALUES = [
 ]
 
 
+@pytest.mark.bad_input
 @pytest.mark.bad_input
 @pytest.mark.parametrize(("key", "value", "expected"), BAD_VALUES)
 def test_each_bad_value_is_one_line_that_names_it(key, value, expected):
@@ -208,7 +211,7 @@ def test_a_stage_file_that_is_missing_or_broken(tmp_path):
     for source, expected in {
         "x = (": "was never closed",
         "import nowhere": "line 1: ModuleNotFoundError: No module named 'nowhere'",
-        "x = 1": "AttributeError: .* 'get_config'",
+        "x = 1": "it has no function get_config",
         "def get_config(size):\n    return {}": "get_config returns dict, expected a ConfigDict",
         "from unialign_jax.training.config import paper_config\n\n\ndef get_config(size):\n"
         "    config = paper_config(size)\n    config.batch_size = 'many'\n    return config": "line 6: TypeError",
@@ -217,3 +220,16 @@ def test_a_stage_file_that_is_missing_or_broken(tmp_path):
         with pytest.raises(ValueError, match=expected) as error:
             load_stage(str(tmp_path / "mine.py"))
         assert "\n" not in str(error.value)
+
+
+def test_a_run_from_before_a_key_was_known_goes_on(tmp_path, caplog):
+    config = load_stage(f"{ROOT}/configs/stage1.py:tiny")
+    before = json.loads(config.to_json_best_effort())
+    del before["data"]["prefetch_gb"]
+    (tmp_path / "config.json").write_text(json.dumps(before | {"frozen_from": "kept", "of_old": 1}))
+    config = inherit_sources(config, tmp_path)
+    assert config.frozen_from == "kept"
+    with caplog.at_level(logging.WARNING):
+        write_config(config, tmp_path)
+    assert "data.prefetch_gb from None to 4.0" in caplog.text and "of_old from 1 to None" in caplog.text
+    assert json.loads((tmp_path / "config.json").read_text())["data"]["prefetch_gb"] == 4.0

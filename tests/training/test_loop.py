@@ -5,6 +5,7 @@ import sys
 import time
 from pathlib import Path
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -165,7 +166,11 @@ def test_one_forward_for_both_passes_changes_nothing(on_one_device, tmp_path):
             np.testing.assert_allclose(merged[name], apart[name], rtol=1e-5, atol=1e-5, err_msg=name)
 
 
-def test_one_compilation_per_stream_and_none_after(small_config, tmp_path):
+def test_one_compilation_per_stream_and_none_after(small_config, tmp_path, monkeypatch):
+    chex.clear_trace_counter()
+    step_function = Trainer.step_function
+    # Counted together, by the function's name: once for each of the five streams.
+    monkeypatch.setattr(Trainer, "step_function", lambda *args: chex.assert_max_traces(step_function(*args), n=5))
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, _, **details: (

@@ -1,6 +1,7 @@
 """metrics.jsonl: rows that an interrupted run would write twice are written once; means, rates, records replaced."""
 
 import json
+import os
 import types
 
 import numpy as np
@@ -41,6 +42,63 @@ def test_a_torn_last_row_is_dropped(tmp_path, torn):
     keep_rows_until(path, 10)
     assert path.read_text() == whole
     assert not list(tmp_path.glob("*.tmp"))
+
+
+ROWS = [b'{"step": %d, "stream": "edit"}' % step for step in (1, 2, 3, 4, 5)]
+BROKEN = {
+    "a flipped bit": b'{"step": 2, "stream: "edit"}',
+    "not UTF-8": b'{"step": 2, "stream": "\xff"}',
+    "NUL": b"\0" * 30,
+    "no object": b"[1, 2]",
+    "null": b"null",
+    "no step": b'{"stream": "edit"}',
+    "a step of text": b'{"step": "2"}',
+    "a step that is no number": b'{"step": NaN}',
+    "half a step": b'{"step": 2.5}',
+    "true": b'{"step": true}',
+    "two rows in one": b'{"step": 2}{"step": 3}',
+    "deep": b"[" * 100_000,
+    "many digits": b'{"step": ' + b"1" * 5000 + b"}",
+    "a step out of order": b'{"step": 2000, "stream": "edit"}',
+}
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("row", BROKEN.values(), ids=BROKEN.keys())
+def test_a_broken_row_is_kept_aside_and_said(tmp_path, caplog, row):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"\n".join([ROWS[0], row, *ROWS[2:]]) + b"\n")
+    keep_rows_until(path, 4)
+    assert path.read_bytes().splitlines() == [ROWS[0], ROWS[2], ROWS[3]]
+    assert (tmp_path / "metrics.jsonl.broken").read_bytes() == row + b"\n"
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert told == f"{path}: 1 rows cannot be read (lines 2); they are kept in metrics.jsonl.broken"
+    keep_rows_until(path, 3)  # and once only
+    assert len(caplog.records) == 1 and path.read_bytes().splitlines() == [ROWS[0], ROWS[2]]
+
+
+@pytest.mark.bad_input
+def test_broken_rows_of_several_resumes_are_all_kept(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for broken in (b"first", b"second"):
+        path.write_bytes(b"\n".join([ROWS[0], broken]) + b"\n")
+        keep_rows_until(path, 1)
+    assert (tmp_path / "metrics.jsonl.broken").read_bytes() == b"first\nsecond\n"
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device"])
+def test_metrics_that_are_no_file(tmp_path, refuses, kind):
+    path = tmp_path / "metrics.jsonl"
+    {"folder": path.mkdir, "pipe": lambda: os.mkfifo(path), "device": lambda: path.symlink_to("/dev/zero")}[kind]()
+    refuses(lambda: keep_rows_until(path, 3), str(path), "expected a file")
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("row", [BROKEN["not UTF-8"], BROKEN["no object"], BROKEN["deep"]])
+def test_reading_names_the_file_and_the_line(tmp_path, refuses, row):
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([ROWS[0], row]) + b"\n")
+    refuses(lambda: read_metrics(tmp_path), f"{tmp_path}/metrics.jsonl line 2")
 
 
 def test_a_missing_file_is_fine(tmp_path):

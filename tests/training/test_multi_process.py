@@ -1,6 +1,7 @@
 """Real processes over loopback, with gloo between their CPU devices."""
 
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -21,6 +22,7 @@ from unialign_jax.training import distributed
 from unialign_jax.training.checkpoints import Checkpoints
 from unialign_jax.training.loop import train
 from unialign_jax.training.metrics import read_metrics
+from unialign_jax.training.run_lock import only_run_in
 from unialign_jax.training.state import TrainState
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,8 +105,9 @@ def test_many_processes_are_one_run_through_a_loss_and_a_stop(small_config, shap
     of_four = rows(workdir)
 
     two = tmp_path / "two"
-    # The state split, and gradients in rings between the processes.
-    with processes(2, command(2, "mesh.data=2"), two) as started:
+    # The state split, and gradients in rings between the processes; both take part in the samples, one writes them.
+    samples = ("samples.every=2", "samples.count=3", "samples.steps=1", "samples.caption_steps=1")
+    with processes(2, command(2, "mesh.data=2", *samples), two) as started:
         wait_until(lambda: "resuming" in said(two, 0), started, two)
         wait_until(lambda: 3 <= len(rows(workdir)) != len(of_four), started, two)
         began = len(rows(workdir))
@@ -114,6 +117,8 @@ def test_many_processes_are_one_run_through_a_loss_and_a_stop(small_config, shap
     stopped = rows(workdir)[-1]["step"]
     assert all(f"stopped by SIGTERM at step {stopped}, saved" in said(two, index) for index in range(2))
     assert (workdir / "checkpoints" / str(stopped)).is_dir()
+    written = {path.suffix for path in (workdir / "samples").iterdir()}
+    assert written == {".png", ".md"}
 
     config.num_steps = stopped + 2
     train(config, workdir, progress=False, devices=jax.devices()[:1])
@@ -163,7 +168,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from unialign_jax.training import distributed
+from pathlib import Path
 from unialign_jax.training.checkpoints import Checkpoints, agreed
+from unialign_jax.training.run_lock import only_run_in
 from unialign_jax.training.state import TrainState
 
 index, folders = int(sys.argv[2]), sys.argv[3:]
@@ -193,6 +200,7 @@ print("restored", int(state.step), flush=True)
 refused(lambda: more.save(state, 2))
 renamed = Checkpoints(folders[2])
 refused(lambda: renamed.restore_latest(like))
+refused(lambda: only_run_in(Path(folders[2])).__enter__())  # the test is in it
 last_words.take_back()
 """
 
@@ -211,10 +219,10 @@ def test_processes_that_see_different_checkpoints_refuse_them_together(tmp_path)
         folders = [str(tmp_path / name) for name in ("both", "old", "renamed")]
         return "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{SEEN}", coordinator, str(index), *folders
 
-    with processes(2, command, logs) as started:
+    with only_run_in(tmp_path / "renamed"), processes(2, command, logs) as started:
         assert [process.wait(PATIENCE) for process in started] == [0, 0], said(logs, 0) + said(logs, 1)
     for index, (own, other) in enumerate((([1, 2], [1]), ([1], [1, 2]))):
-        first, restored, second, third = (
+        first, restored, second, third, fourth = (
             line for line in said(logs, index).splitlines() if line.startswith(("refused", "restored", "taken"))
         )
         assert f"process 0 sees the checkpoints [1, 2], another not all of them (this one: {own})" in first
@@ -222,7 +230,61 @@ def test_processes_that_see_different_checkpoints_refuse_them_together(tmp_path)
         assert restored == "restored 1"
         assert f"process 0 sees no checkpoint 2, another does (this one: {other})" in second
         assert "/4 holds the state of another step (in this process 3)" in third
+        assert f"renamed is in use: process {os.getpid()} on host {socket.gethostname()}, since " in fourth
     assert "folder: process 1 cannot read it (torn); agreeing with the others may take 5 minutes" in said(logs, 1)
+
+
+LOST_IN_A_SAVE = """
+import importlib.util, os, signal, sys
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+from unialign_jax.training import loop
+from unialign_jax.training.checkpoints import Checkpoints
+from unialign_jax.training.state import TrainState
+
+root, coordinator, index, workdir = sys.argv[1:]
+spec = importlib.util.spec_from_file_location("command", root + "/launch/train.py")
+command = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(command)
+
+
+def train(*_, **__):
+    "Two saves of 64 MB, of which one process does not live to see the second written."
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("device",))
+    place = jax.NamedSharding(mesh, jax.P("device"))
+    values = np.random.default_rng(0).normal(size=2**24).astype(np.float32)
+    state = TrainState(jax.make_array_from_callback(values.shape, place, lambda i: values[i]), {}, {}, ())
+    with ocp.Context(async_options=ocp.options.AsyncOptions(timeout_secs=5)):  # not ten minutes
+        checkpoints = Checkpoints(workdir)
+    checkpoints.save(state, 1)
+    checkpoints.save(state, 2)
+    if index == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    checkpoints.save(state, 3)
+
+
+loop.train = train
+command.main([
+    f"--config={root}/configs/stage1.py:tiny", f"--workdir={workdir}", f"--coordinator={coordinator}",
+    "--num-processes=2", f"--process-id={index}",
+])
+"""
+
+
+def test_a_process_lost_in_a_save_is_told_as_in_every_other_case(tmp_path):
+    """The one that is left waits in vain for the other's part, before it hears of its end."""
+    logs = tmp_path / "log"
+
+    def command(coordinator, index):
+        script = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{LOST_IN_A_SAVE}"
+        return "-c", script, str(ROOT), coordinator, str(index), str(tmp_path / "run")
+
+    with processes(2, command, logs) as started:
+        assert [process.wait(PATIENCE) for process in started] == [75, -signal.SIGKILL], said(logs, 0)
+    last = said(logs, 0).splitlines()[-1]
+    assert last.startswith("error: this process cannot go on, most likely because another was lost (") and AGAIN in last
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").glob("[0-9]")) == ["1"]
 
 
 def test_a_coordinator_that_does_not_answer(tmp_path):
@@ -259,6 +321,25 @@ def test_a_lost_process_is_told_from_other_errors():
     assert distributed.lost_another(jax.errors.JaxRuntimeError("UNAVAILABLE: Socket closed"))
     assert not distributed.lost_another(ValueError("stream vqa: record 3 cannot be decoded"))
     assert not distributed.lost_another(jax.errors.JaxRuntimeError("INVALID_ARGUMENT: Executable expected 3 buffers"))
+
+
+def wrapped_by_a_save(error, workdir):
+    checkpoints = Checkpoints(workdir)
+    with pytest.raises(OSError, match="the checkpoint could not be written") as wrapped, checkpoints._writing():
+        raise error
+    return wrapped.value
+
+
+def test_waiting_in_vain_in_a_save_is_a_lost_process_and_a_full_disk_is_not(tmp_path):
+    """What Orbax raises when another process does not come to its barriers; the same class tells of a disk's errno."""
+    in_vain = TimeoutError("Timeout waiting at barrier '[op=2.state] save_and_finalize'. The original error was: ...")
+    chained = TimeoutError("ChainedFuture completed 2/3 futures but timed out after 3.28 seconds.")
+    chained.__cause__ = in_vain
+    for error in (in_vain, chained, TimeoutError("Timed out after 600 seconds."), TimeoutError()):
+        assert distributed.lost_another(error) and distributed.lost_another(wrapped_by_a_save(error, tmp_path))
+    for number in (errno.ETIMEDOUT, errno.ENOSPC, errno.EIO):
+        disk = OSError(number, os.strerror(number), "checkpoints/3")
+        assert not distributed.lost_another(disk) and not distributed.lost_another(wrapped_by_a_save(disk, tmp_path))
 
 
 def test_memory_that_does_not_suffice_is_told_from_a_lost_process():

@@ -1,11 +1,13 @@
 """Samples of a run: the same on every mesh, the same as the pipeline's, and the sheet that shows them."""
 
+import chex
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from unialign_jax import Pipeline, bundle
+from unialign_jax.sampling import programs
 from unialign_jax.training.loop import Trainer
 from unialign_jax.training.samples import Sampler, draw_sheet, sample_seeds
 
@@ -96,6 +98,18 @@ def test_samples_are_those_of_the_pipeline(small_config, random_params, on_one_d
         else:
             found = [trainer.tokenizer.decode(row).strip() for row in ids]
             assert found == pipeline.caption(pictures, **texts), name
+
+
+def test_samples_of_later_steps_trace_nothing(small_config, random_params, monkeypatch, tmp_path):
+    chex.clear_trace_counter()
+    for name in ("encode_images", "sample_images", "decode_images", "describe"):
+        monkeypatch.setattr(programs, name, chex.assert_max_traces(getattr(programs, name), n=1))
+    trainer = Trainer(small_config("stage1", samples__count=COUNT), jax.devices()[:1])
+    sampler = Sampler(trainer.config, trainer.networks, trainer.mesh, trainer.streams, trainer.tokenizer, tmp_path)
+    params, text_encoder = jax.device_put((random_params["transformer"], random_params["text_encoder"]))
+    for step in (2, 4):
+        sampler.write(step, params, {"text_encoder": text_encoder, "autoencoder": {}})
+    assert sampler.is_written(2) and sampler.is_written(4)
 
 
 def test_every_sample_and_step_has_a_seed_of_its_own():

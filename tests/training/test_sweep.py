@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -12,6 +14,7 @@ from unialign_jax.planning import GIB
 from unialign_jax.training import plan, plan_report, sweep
 from unialign_jax.training.stages import read_config
 
+ROOT = Path(__file__).resolve().parents[2]
 STEP = plan.StepPlan(
     stream="text_to_image",
     chips=256,
@@ -137,14 +140,40 @@ def test_folders_of_something_else_are_refused(tmp_path):
     path.write_text(json.dumps(row))
     with pytest.raises(ValueError, match=r"plan-image0-text-v5e-256.json is of other code \(dcn\): name another"):
         plan_report.read_folder(tmp_path)
-    path.write_text("[]")
-    with pytest.raises(ValueError, match="plan-image0-text-v5e-256.json is no plan of a sweep: remove it"):
-        plan_report.read_folder(tmp_path)
-    path.write_text("{")
-    with pytest.raises(ValueError, match=r"plan-image0-text-v5e-256.json is damaged .* remove it"):
-        plan_report.read_folder(tmp_path)
     with pytest.raises(ValueError, match="has no plans: python launch/plan.py"):
         plan_report.read_folder(tmp_path / "nothing")
+
+
+DAMAGED = [
+    ("plan", "{", "is not JSON"),
+    ("plan", "[]", "holds a JSON list, expected an object"),
+    ("plan", "[" * 99999, "nested too deeply"),
+    ("plan", b'{"step": "\xe9"}', "not UTF-8"),
+    ("plan", {"step": ...}, "is not of a sweep (its step)"),
+    ("plan", {"step": "none"}, "is not of a sweep (its step)"),
+    ("plan", {"made": {"date": 2026}}, "is not of a sweep (its date)"),
+    ("plan", {"chip": "v9"}, "is of the chip 'v9', expected one of v4, v5e"),
+    ("plan", {"chips": "16"}, "is not of a sweep (its chips)"),
+    ("plan", {"tried": None}, "is not of a sweep (its tried)"),
+    ("stage", "null", "holds a JSON NoneType"),
+    ("stage", {"streams": ...}, "is not of a sweep (its streams)"),
+    ("stage", {"streams": {"edit": 1}}, "is not of a sweep (its shape)"),
+    ("stage", {"num_steps": "many"}, "is not of a sweep (its num_steps)"),
+]
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(("kind", "content", "words"), DAMAGED, ids=lambda value: str(value)[:30])
+def test_damaged_files_of_a_sweep_are_named(tmp_path, refuses, kind, content, words):
+    for name in ("plan-image0-text-v5e-16.json", "stage-stage1.json"):
+        shutil.copy(ROOT / "docs/plans" / name, tmp_path)
+    plan_report.read_folder(tmp_path)
+    (path,) = tmp_path.glob(f"{kind}-*.json")
+    if isinstance(content, dict):
+        changed = json.loads(path.read_text()) | content
+        content = json.dumps({key: value for key, value in changed.items() if value is not ...})
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    refuses(lambda: plan_report.read_folder(tmp_path), path.name, words)
 
 
 def test_the_slices_of_the_sweep():

@@ -20,6 +20,7 @@ from unialign_jax.training import distributed
 from unialign_jax.training.checkpoints import Checkpoints
 from unialign_jax.training.loop import Trainer, train
 from unialign_jax.training.metrics import read_metrics
+from unialign_jax.training.run_lock import only_run_in
 from unialign_jax.training.samples import Sampler
 from unialign_jax.training.stages import read_config
 
@@ -84,6 +85,7 @@ def main(monkeypatch):
         logger.setLevel(level)
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -204,8 +206,7 @@ def test_missing_data_and_a_mesh_that_does_not_fit_as_processes(tmp_path):
     code, out, err = command(f"--config={STAGE}", f"--workdir={tmp_path}/run", cwd=tmp_path)
     assert (code, out) == (1, "")
     assert err.splitlines() == [
-        "error: the data cannot be used:",
-        "  stream text_to_image: data folder data/shapes/text_to_image does not exist: "
+        "error: the data cannot be used: stream text_to_image: data folder data/shapes/text_to_image does not exist: "
         "write it first, see `python launch/prepare_data.py --help`",
     ]
     mesh = ("--config.mesh.tensor=3", "--config.batch_size=7", "--config.accumulation=2")
@@ -366,6 +367,25 @@ def test_a_torn_config_json_is_not_written_over(config, finished):
     with pytest.raises(ValueError, match="config.json is damaged .*; bring it back, or remove it and name frozen_from"):
         run(config(), finished)
     assert contents(finished) == before
+
+
+def test_a_second_run_in_a_folder_is_refused_and_changes_nothing(config, finished, refuses):
+    with only_run_in(finished):
+        before = contents(finished)
+        refuses(lambda: run(config(seed=1, num_steps=9), finished), f"{finished} is in use: process {os.getpid()} on host")
+        assert contents(finished) == before
+    assert int(run(config(), finished).step) == 6
+
+
+def test_a_broken_row_of_metrics_does_not_stop_a_resume(config, finished, caplog):
+    path = finished / "metrics.jsonl"
+    rows = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*rows[:1], b"\xff\xfe\n", *rows[2:]]))
+    with caplog.at_level(logging.WARNING, "unialign_jax"):
+        run(config(num_steps=7), finished)
+    assert [row["step"] for row in read_metrics(finished)] == [1, 3, 4, 5, 6, 7]
+    assert (finished / "metrics.jsonl.broken").read_bytes() == b"\xff\xfe\n"
+    assert f"{path}: 1 rows cannot be read (lines 2)" in caplog.text
 
 
 def test_a_workdir_that_is_a_file(config, tmp_path):

@@ -173,19 +173,17 @@ def left_out(trees, chosen, format) -> list[str]:
     if format == "unialign":
         if "heads" not in trees:
             return []
-        config = trees["heads"].config
-        lines = []
-        if not config.final_silu:
-            lines.append("the alignment heads' lack of a last SiLU: the released class applies one (training only)")
-        if not config.pool:
-            lines.append("the alignment heads' work on single tokens: the released class pools first (training only)")
-        return lines
+        kept = {
+            "final_silu": "that the alignment heads end without a SiLU, which the released class applies (in training)",
+            "pool": "that the alignment heads read single tokens, which the released class pools first (in training)",
+        }
+        return [line for field, line in kept.items() if not getattr(trees["heads"].config, field)]
     lines = ["the text head (captions and answers)", "the text half of the last block, which only the text head reads"]
     return lines + (["the alignment heads (training only)"] if "heads" in trees else [])
 
 
 def check_output(output, format, overwrite):
-    """Raises FileExistsError or ValueError, before anything is read, unless `output` may be written."""
+    """Raises FileExistsError, ValueError or OSError, before any weights are read, unless `output` may be written."""
     if format != "stability":
         refuse_existing(output, overwrite=overwrite, foreign=strangers)
         return
@@ -288,14 +286,14 @@ def write_folder(folder, format, pieces, tokenizer, bar):
     """Fills an empty folder so that PyTorch's pipelines and each of their parts open it."""
     suffix = "_3" if format == "diffusers" else ""  # T5 is SD3's third text encoder
     folders = {"transformer": "transformer", "autoencoder": "vae", "text_encoder": f"text_encoder{suffix}"}
+    if tokenizer is not None:
+        write_tokenizer(folder / f"tokenizer{suffix}", tokenizer)
     for piece in pieces:
         part = folder / folders[piece.component]
         part.mkdir()
         name = "model" if piece.component == "text_encoder" else "diffusion_pytorch_model"
         write_tensors(part / f"{name}.safetensors", {"": piece}, bar)
         write_json(part / "config.json", SETTINGS[piece.component](piece, format))
-    if tokenizer is not None:
-        write_tokenizer(folder / f"tokenizer{suffix}", tokenizer)
     if (folder / "transformer").is_dir():
         (folder / "scheduler").mkdir()
         write_json(folder / "scheduler/scheduler_config.json", SCHEDULER)

@@ -180,6 +180,12 @@ class Job:
             more = f"; and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
             where = f"{part.name if part else name} does not fit the layout {table.layout}"
             raise ValueError(f"{where}: {'; '.join(problems[:MAX_PROBLEMS])}{more}")
+        try:
+            for dropped in table.dropped:
+                if dropped.check is not None and part:
+                    dropped.check(part.read)
+        except ValueError as error:
+            raise ValueError(f"{part.name}: {error}") from None
         self.dtypes = rules.leaf_dtypes(table, part.dtypes if part else {}, shapes, dtype)
         self.size = sum(int(np.prod(shape)) * self.dtypes[path].itemsize for path, shape in shapes.items())
 

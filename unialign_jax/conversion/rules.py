@@ -224,9 +224,6 @@ def import_leaves(table: Table, read: Callable, shapes, dtypes) -> Iterator[tupl
     by_target = {}
     for entry in expand(table):
         by_target.setdefault(entry.target, []).append(entry)
-    for dropped in table.dropped:
-        if dropped.check is not None:
-            dropped.check(read)
     for path, shape in shapes.items():
         leaf = np.empty(shape, dtypes[path])
         for entry in by_target.get(path, ()):

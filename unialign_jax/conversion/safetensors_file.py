@@ -69,26 +69,29 @@ def read_header(path) -> dict[str, TensorInfo]:
             raise truncated(path, total, 8 + length)
         text = file.read(length)
     try:
-        header = json.loads(text, object_pairs_hook=unique_keys)
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        if end > total:
-            raise truncated(path, total, end)
         with safetensors.safe_open(path, "numpy"):  # checks every entry, reads no tensor
             pass
-        return {
-            name: TensorInfo(path, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
-            for name, entry in entries.items()
-        }
-    except Truncated:
-        raise
-    except RecursionError:
-        reason = "it is nested too deeply"
-    except UnicodeDecodeError:
-        reason = "it is not UTF-8"
-    except (ValueError, LookupError, TypeError, AttributeError, safetensors.SafetensorError) as error:
+        header = json.loads(text, object_pairs_hook=unique_keys)
+    except (safetensors.SafetensorError, ValueError) as error:
+        end = 8 + length + announced_bytes(text)
+        if end > total:
+            raise truncated(path, total, end) from None
         reason = first_line(error).removeprefix("Error while deserializing header: ")
-    raise ValueError(f"{path} has a damaged safetensors header ({reason}): download it again")
+        raise ValueError(f"{path} has a damaged safetensors header ({reason}): download it again") from None
+    return {
+        name: TensorInfo(path, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
+def announced_bytes(text) -> int:
+    """How many bytes of tensors a header speaks of, of any kind; 0 where it is too damaged to tell."""
+    try:
+        entries = [entry for name, entry in json.loads(text).items() if name != "__metadata__"]
+        return max((int(entry["data_offsets"][1]) for entry in entries), default=0)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return 0
 
 
 def unique_keys(pairs) -> dict:
@@ -111,12 +114,8 @@ def describe_start(start: bytes) -> str:
     return "its first bytes give no header length"
 
 
-class Truncated(ValueError):
-    """A file of which the end is missing."""
-
-
 def truncated(path, found, expected):
-    return Truncated(f"{path} is cut short: {found:,} bytes of {expected:,}. Download it again")
+    return ValueError(f"{path} is cut short: {found:,} bytes of {expected:,}. Download it again")
 
 
 def read_tensor(info: TensorInfo) -> np.ndarray:

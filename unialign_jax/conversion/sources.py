@@ -244,7 +244,7 @@ def read_weight_map(index) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} is no index of shards: it has no weight_map")
     for key, name in weight_map.items():
-        if not isinstance(name, str) or not name or Path(name).name != name or "\0" in name:
+        if not isinstance(name, str) or name in ("", "..") or Path(name).name != name or "\0" in name:
             raise ValueError(f"{index} says that {key[:80]!r} lies in {shown(name)}, expected a file beside the index")
     return weight_map
 

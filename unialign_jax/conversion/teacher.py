@@ -70,7 +70,7 @@ def config_from_qwen(content, preprocessor, name) -> TeacherConfig:
     What is absent has Qwen's published value; `name` is for messages. Raises ValueError for another model, and for
     settings that this port does not have.
     """
-    if content.get("model_type") != "qwen2_5_vl" or "vision_config" not in content:
+    if content.get("model_type") != "qwen2_5_vl" or content.get("vision_config") is None:
         raise ValueError(
             f"{name} is of model_type {shown(content.get('model_type'))}, expected 'qwen2_5_vl' (Qwen2.5-VL)"
         )
@@ -300,7 +300,7 @@ def parse_teacher(content: dict, name) -> TeacherConfig:
         if field.name not in content:
             continue
         value = content[field.name]
-        if isinstance(field.default, int):
+        if isinstance(field.default, int) and value is not None:
             value = whole_number(content, field.name, None, name, most=MAX_DEPTH if field.name == "depth" else 2**30)
         elif isinstance(field.default, tuple) and isinstance(value, list) and all(type(item) is int for item in value):
             value = tuple(value)

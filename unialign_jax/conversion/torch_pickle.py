@@ -81,7 +81,9 @@ def read_single(path) -> np.ndarray:
 def describe(value) -> str:
     if isinstance(value, TensorInfo):
         return "a tensor"
-    return f"{len(value)} entries" if isinstance(value, dict | list | tuple) else f"a {type(value).__name__.lower()}"
+    if isinstance(value, dict | list | tuple):
+        return f"{len(value)} entries"
+    return "text" if isinstance(value, str) else "nothing" if value is None else "a number"
 
 
 def read_content(path):
@@ -105,9 +107,9 @@ def read_content(path):
     except Refused as error:
         raise ValueError(f"{path} is refused: {error}") from None
     except (zipfile.BadZipFile, EOFError, struct.error, NotImplementedError, ValueError, OSError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error, 100)
         raise ValueError(
-            f"{path} is not a PyTorch file (no zip archive, as PyTorch 1.6 and newer write), or not all of one "
-            f"({first_line(error, 100)})"
+            f"{path} is not a PyTorch file (a zip archive, as PyTorch writes since 1.6), or not all of one ({reason})"
         ) from None
 
 

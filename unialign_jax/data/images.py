@@ -9,7 +9,7 @@ import io
 import os
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from unialign_jax.data import signatures
 from unialign_jax.files import check_regular, first_line
@@ -19,6 +19,9 @@ MAX_BYTES = 2**28
 MAX_PIXELS = 2**26
 MAX_ASPECT = 100  # longer side to shorter: filling 512 x 512 with 1 x 60,000 pixels would take 512 x 30,000,000
 
+# The grey of 8 bits for each of 16, value / 257 rounded; 257 is odd, so that none is half-way between two.
+_NEAREST = ((np.arange(65536) + 128) // 257).astype(np.uint8)
+_ORIENTATION = 0x0112  # EXIF's tag of how the camera was held
 _DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -76,9 +79,13 @@ def decode_rgb(data: bytes, name: str) -> Image.Image:
 
 
 def loaded_rgb(image: Image.Image, name: str) -> Image.Image:
-    """`to_rgb` of an image that may not be decoded yet. Raises ValueError, beginning with `name`, for damaged data."""
+    """`to_rgb` of an image that may not be decoded yet; one that was opened from a file is not copied without need.
+
+    Raises ValueError, beginning with `name`, for damaged data.
+    """
     try:
-        return to_rgb(image)
+        image.load()
+        return _upright_rgb(image) if isinstance(image, ImageFile.ImageFile) else to_rgb(image)
     except Exception as error:  # PIL's decoders raise many kinds on damaged bytes
         raise ValueError(f"{name} cannot be decoded: {first_line(error)}") from None
 
@@ -100,8 +107,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     Raises ValueError for floats none of which is finite; PIL's own errors when the data are damaged.
     """
+    found = _upright_rgb(image)
+    return image.copy() if found is image else found
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
     is_sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
     if image.mode in _DEEP_MODES:
         values = np.asarray(image)
         grey = _sixteen_bits(values) if is_sixteen else _without_white(values)
@@ -113,25 +126,26 @@ def to_rgb(image: Image.Image) -> Image.Image:
         layer = image.convert("RGBA")
         image = Image.new("RGBA", layer.size, (255, 255, 255, 255))
         image.alpha_composite(layer)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # a copy takes as long as to decode
 
 
 def _sixteen_bits(values: np.ndarray) -> np.ndarray:
-    # 257 is odd: no value is half-way between two results.
-    return ((np.clip(values, 0, 65535).astype(np.uint32) + 128) // 257).astype(np.uint8)
+    return _NEAREST[np.clip(values, 0, 65535)]
 
 
 def _without_white(values: np.ndarray) -> np.ndarray:
-    values = values.astype(np.float64)
     finite = values[np.isfinite(values)]
     if not finite.size:
         raise ValueError("it holds no finite number")
-    low, high = finite.min(), finite.max()
+    low, high = float(finite.min()), float(finite.max())
     if low >= 0 and high <= 1:
         low, high = 0.0, 1.0
-    scaled = (values - low) / ((high - low) or 1.0)
-    scaled = np.clip(np.nan_to_num(scaled, nan=0.0, posinf=1.0, neginf=0.0), 0, 1)
-    return (scaled * 255 + 0.5).astype(np.uint8)
+    grey = np.empty(values.shape, np.uint8)
+    for start in range(0, len(values), 256):  # in pieces, as doubles take much memory
+        scaled = (values[start : start + 256].astype(np.float64) - low) / ((high - low) or 1.0)
+        scaled = np.clip(np.nan_to_num(scaled, nan=0.0, posinf=1.0, neginf=0.0), 0, 1)
+        grey[start : start + 256] = scaled * 255 + 0.5
+    return grey
 
 
 def fill_size(image: Image.Image, width: int, height: int) -> Image.Image:

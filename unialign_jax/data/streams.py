@@ -200,26 +200,25 @@ def encode_question(question: str, answer: str, tokenizer: Tokenizer, length: in
     Source: the reference's VQA training format; its prefix carries no EOS, the answer does. What does not fit is cut
     as `fit_question` says. An empty answer leaves open positions after the prefix: the form for asking.
     """
-    prefix, answer_ids = fit_question(question, answer, tokenizer, length)
+    prefix = tokenizer.token_ids(f"Q: {question} A: ")
+    answer_ids = tokenizer.token_ids(answer) if answer else []
+    prefix, answer_ids = fit_question(prefix, answer_ids, tokenizer.token_ids("A: "), length)
     ids = np.full(length, tokenizer.eos_id, dtype=np.int32)
     ids[: len(prefix)] = prefix
     ids[len(prefix) : len(prefix) + len(answer_ids)] = answer_ids
     return ids, np.arange(length) >= len(prefix)
 
 
-def fit_question(question: str, answer: str, tokenizer: Tokenizer, length: int) -> tuple[list[int], list[int]]:
-    """The ids of "Q: {question} A: " and of the answer, cut so that both and one EOS fit into `length`.
+def fit_question(prefix: list, answer: list, ending: list, length: int) -> tuple[list, list]:
+    """The ids of a question, which end in `ending` ("A: "), and of its answer, cut to fit into `length` with one EOS.
 
     Where they do not fit, the longer one is cut, and neither below half of the room while the other one takes more.
-    Of a question the middle goes, so that its beginning, its end and "A:" stay; of an answer the end goes.
+    Of a question the middle goes, so that its beginning, its end and `ending` stay; of an answer the end goes.
     """
-    prefix = tokenizer.token_ids(f"Q: {question} A: ")
-    answer_ids = tokenizer.token_ids(answer) if answer else []
     room = length - 1
-    kept = min(len(prefix), max(room - len(answer_ids), room // 2))
+    kept = min(len(prefix), max(room - len(answer), room // 2))
     if kept < len(prefix):
-        ending = tokenizer.token_ids("A: ")
         inner = max(0, kept - len(ending))
         body = prefix[: len(prefix) - len(ending)]
         prefix = (body[: inner - inner // 2] + body[len(body) - inner // 2 :] + ending)[:kept]
-    return prefix, answer_ids[: room - kept]
+    return prefix, answer[: room - kept]

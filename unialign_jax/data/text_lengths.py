@@ -7,6 +7,7 @@ from unialign_jax.data.kinds import find_kind
 from unialign_jax.data.records import Record, RecordError
 from unialign_jax.data.streams import Stream, fit_question
 from unialign_jax.data.tokenizer import Tokenizer
+from unialign_jax.files import one_line
 
 LOOKED_AT = 256  # records of a stream at the start of a run
 
@@ -34,9 +35,31 @@ class TextLengths:
         self.tokenizer, self.length = tokenizer, length
         self._asks = row.prompt == "question"
         fields = ("question", "answer") if self._asks else ("caption", "instruction")
+        self._ending = [] if tokenizer is None else tokenizer.token_ids("A: ")
         self.fields = {name: _Tally() for name in fields if name in row.fields}
 
     def add(self, record: Record) -> None:
+        self._add(record, self._encode(record))
+
+    def check(self, record: Record) -> None:
+        """`add`, as the `check` of `jsonl.read_jsonl`: raises BadRow for a question that leaves an answer no room."""
+        ids = self._encode(record)
+        if self._asks and self.length is not None and len(ids[0]) > self.length - 2:
+            needed = len(ids[0]) + 2
+            detail = f"{record.key} needs {needed} tokens for an answer of one, the text length is {self.length}"
+            raise BadRow("question longer than the text length", detail)
+        self._add(record, ids)
+
+    def _encode(self, record) -> list[list[int]]:
+        """The ids of every field; none without a tokenizer."""
+        if self.tokenizer is None:
+            return []
+        texts = [getattr(record, name) for name in self.fields]
+        if self._asks:
+            texts[0] = f"Q: {texts[0]} A: "
+        return [self.tokenizer.token_ids(text) for text in texts]
+
+    def _add(self, record, ids):
         for name, tally in self.fields.items():
             text = getattr(record, name)
             words = len(text.split())
@@ -44,33 +67,17 @@ class TextLengths:
             tally.words += words
             tally.characters += len(text)
             tally.most_words = max(tally.most_words, words)
-        if self.tokenizer is not None:
-            for (name, tally), (ids, kept) in zip(self.fields.items(), self._fit(record), strict=True):
-                tally.tokens += len(ids)
-                tally.most_tokens = max(tally.most_tokens, len(ids))
-                if len(kept) < len(ids):
-                    tally.cut += 1
-                    tally.lost += len(ids) - len(kept)
-                    tally.example = tally.example or self._example(record.key, name, kept)
-
-    def check(self, record: Record) -> None:
-        """`add`, as the `check` of `jsonl.read_jsonl`: raises BadRow for a question that leaves an answer no room."""
-        if self._asks and self.length is not None:
-            question = len(self.tokenizer.token_ids(f"Q: {record.question} A: "))
-            if question > self.length - 2:
-                detail = f"{question} tokens, an answer of one and the end need {question + 2}, found {self.length}"
-                raise BadRow("question longer than the text length", f"{record.key} has {detail}")
-        self.add(record)
-
-    def _fit(self, record):
-        """(ids, those that are kept) of every field."""
-        encode = self.tokenizer.token_ids
-        if not self._asks:
-            ids = [encode(getattr(record, name)) for name in self.fields]
-            return [(one, one if self.length is None else one[: self.length - 1]) for one in ids]
-        ids = [encode(f"Q: {record.question} A: "), encode(record.answer)]
-        kept = fit_question(record.question, record.answer, self.tokenizer, self.length) if self.length else ids
-        return list(zip(ids, kept, strict=True))
+        kept = ids
+        if ids and self.length is not None:
+            cut = [one[: self.length - 1] for one in ids]
+            kept = fit_question(*ids, self._ending, self.length) if self._asks else cut
+        for (name, tally), one, left in zip(self.fields.items() if ids else (), ids, kept, strict=True):
+            tally.tokens += len(one)
+            tally.most_tokens = max(tally.most_tokens, len(one))
+            if len(left) < len(one):
+                tally.cut += 1
+                tally.lost += len(one) - len(left)
+                tally.example = tally.example or one_line(self._example(record.key, name, left))
 
     def _example(self, key, name, kept):
         if name == "question":

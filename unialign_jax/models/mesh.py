@@ -20,7 +20,7 @@ TILE = 8 * 128
 def keep_batch_sharded(x, axes=BATCH_AXES):
     """Under a mesh, holds the batch axis split over `axes`: XLA must move parameters, not activations.
 
-    A batch that the mesh does not divide, such as a few samples drawn during training, is left alone.
+    A batch that the mesh does not divide is left alone.
     """
     mesh = jax.sharding.get_abstract_mesh()
     chosen = axes_that_divide(axes, mesh, x.shape[0])

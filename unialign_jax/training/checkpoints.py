@@ -12,6 +12,7 @@ cut off between the save and the record) is used when its files are there and in
 import contextlib
 import json
 import logging
+import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -46,6 +47,7 @@ class Checkpoints:
         )
         self._background = ThreadPoolExecutor(1, "checkpoint")
         self._under_way: Future | None = None
+        self._failed = False
 
     def steps(self) -> list[int]:
         """The steps of the whole checkpoints, as process 0 sees them; all processes ask.
@@ -80,7 +82,7 @@ class Checkpoints:
             return
         own = self._own_steps()
         self._refuse_if(step in own, f"process 0 sees no checkpoint {step}, another does (this one: {own})")
-        with _writing(self.directory):
+        with self._writing():
             response = self._checkpointer.save_checkpointables_async(step, {"state": state._asdict()}, force=True)
         self._under_way = self._background.submit(self._complete, response, self.directory / str(step))
 
@@ -94,8 +96,20 @@ class Checkpoints:
         """Waits for the save under way. Raises OSError when it cannot be written."""
         under_way, self._under_way = self._under_way, None
         if under_way is not None:
-            with _writing(self.directory):
+            with self._writing():
                 under_way.result()
+
+    @contextlib.contextmanager
+    def _writing(self):
+        """Turns what Orbax raises while it writes into one line about the disk."""
+        try:
+            yield
+        except Exception as error:
+            self._failed = True
+            raise OSError(
+                f"{self.directory}: the checkpoint could not be written: {_start(error)}. Look at the disk's space and "
+                "rights; the checkpoints before it are whole"
+            ) from error
 
     def restore_latest(self, abstract_state: TrainState) -> TrainState | None:
         """The newest whole checkpoint on the shardings of `abstract_state`, or None when there is none at all.
@@ -165,7 +179,8 @@ class Checkpoints:
             self._wait()
         finally:
             self._background.shutdown()
-            with _writing(self.directory):
+        if not self._failed:  # Orbax would wait once more for a process that is gone
+            with self._writing():
                 self._checkpointer.close()
 
 
@@ -212,6 +227,14 @@ def damage(directory: Path) -> str | None:
     return None
 
 
+def checkpoints_of(run) -> Path:
+    """The folder of the checkpoints of the run that init_from names. Raises FileNotFoundError where there is none."""
+    directory = Path(run).absolute() / "checkpoints"
+    if not os.path.isdir(directory):
+        raise FileNotFoundError(f"init_from: {run} is no run's folder, it has no checkpoints/ inside")
+    return directory
+
+
 def load_params(run, abstract, weights="raw"):
     """Trained parameters of another run, onto the shardings of `abstract` ({"transformer": ..., "heads": ...}).
 
@@ -221,9 +244,7 @@ def load_params(run, abstract, weights="raw"):
 
     Raises ValueError when the folder has no checkpoint or its leaves differ, FileNotFoundError when it is not there.
     """
-    directory = Path(run).absolute() / "checkpoints"
-    if not directory.is_dir():
-        raise FileNotFoundError(f"init_from: {run} is no run's folder, it has no checkpoints/ inside")
+    directory = checkpoints_of(run)
     with ocp.training.Checkpointer(directory) as checkpointer:
         if checkpointer.latest is None:
             raise ValueError(f"init_from: {directory} holds no whole checkpoint")
@@ -267,18 +288,6 @@ def _differences(expected: dict, found: dict, most=8) -> list[str]:
         if expected.get(path) != found.get(path):
             lines.append(f"{path}: expected {expected.get(path, 'nothing')}, found {found.get(path, 'nothing')}")
     return lines if len(lines) <= most else lines[:most] + [f"and {len(lines) - most} more leaves"]
-
-
-@contextlib.contextmanager
-def _writing(directory):
-    """Turns what Orbax raises while it writes into one line about the disk."""
-    try:
-        yield
-    except Exception as error:
-        raise OSError(
-            f"{directory}: the checkpoint could not be written: {_start(error)}. Look at the disk's space and "
-            "rights; the checkpoints before it are whole"
-        ) from error
 
 
 def _start(error) -> str:

@@ -139,7 +139,9 @@ def config_problems(config: ConfigDict, device_count: int | None = None) -> list
       device_count: what the mesh spans; None when it is not known, and then the mesh is not looked at.
     """
     problems = _key_problems(config)
-    if any(problem.startswith("missing") for problem in problems):
+    if not any(problem.startswith("missing") for problem in problems):
+        problems += _type_problems(config)
+    if any(not problem.startswith("unknown") for problem in problems):
         return problems
 
     def expect(condition, text):
@@ -189,7 +191,7 @@ def config_problems(config: ConfigDict, device_count: int | None = None) -> list
     for pattern in config.optimizer.freeze:
         try:
             re.compile(pattern)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             problems.append(f"optimizer.freeze has {pattern!r}, which is no regular expression: {error}")
     choices = {
         "flow_matching_form": ("velocity", "x0"),
@@ -199,7 +201,16 @@ def config_problems(config: ConfigDict, device_count: int | None = None) -> list
     }
     for key, allowed in choices.items():
         expect(_get(config, key) in allowed, f"{key} is {_get(config, key)!r}, expected one of {', '.join(allowed)}")
+    for key, value in flat_items(config):
+        if isinstance(value, float) and not math.isfinite(value):
+            told = any(problem.startswith(f"{key} is ") for problem in problems)
+            expect(told, f"{key} is {value}, expected a finite number")
     return problems
+
+
+def listed(what: str, problems: list[str]) -> str:
+    """What is wrong, as a message: a single problem on the same line, several on a line each."""
+    return f"{what}: {problems[0]}" if len(problems) == 1 else "\n  ".join([f"{what}:", *problems])
 
 
 def batch_shards(mesh: dict[str, int], device_count: int) -> int:
@@ -276,12 +287,43 @@ def _check_streams(config, expect):
 
 def _key_problems(config):
     """Keys that a stage file has added by mistake, or taken away."""
-    expected = dict(flat_items(paper_config())).keys() | {
-        f"streams.{name}.{key}" for name in config.streams for key in stream("text_to_image", "")
-    }
+    expected = _defaults(config).keys()
     found = dict(flat_items(config)).keys()
     unknown = [f"unknown key {key}{nearest(key, expected)}" for key in sorted(found - expected)]
-    return unknown + [f"missing key {key}" for key in sorted(expected - found)]
+    missing = [f"missing key {key}" for key in sorted(expected - found)]
+    if not isinstance(config.get("streams"), ConfigDict):
+        missing.append("missing key streams: expected a group with a task stream at least")
+    return unknown + missing
+
+
+def _defaults(config) -> dict:
+    """Dotted key -> its value in the recipe, for the streams that this configuration has."""
+    streams = config.get("streams")
+    names = streams if isinstance(streams, ConfigDict) else ()
+    example = stream("text_to_image", "")
+    return dict(flat_items(paper_config())) | {f"streams.{n}.{key}": v for n in names for key, v in example.items()}
+
+
+def _type_problems(config):
+    """Values of another type than the recipe's, and numbers that no array holds."""
+    problems, defaults = [], _defaults(config)
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", tuple: "a tuple"}
+    for key, value in flat_items(config):
+        if key not in defaults:
+            continue
+        kind = type(defaults[key])
+        if kind is float and type(value) is int:
+            kind = int
+        least, most = (0, 2**32 - 1) if key == "seed" else (1 - 2**31, 2**31 - 1)
+        fits = isinstance(value, (tuple, list) if kind is tuple else kind)
+        if not fits or (isinstance(value, bool) and kind is not bool):
+            problems.append(f"{key} is {str(value)[:60]!r}, expected {words.get(kind, kind.__name__)}")
+        elif kind is tuple and not all(type(part) is type((*defaults[key], "")[0]) for part in value):
+            problems.append(f"{key} is {str(value)[:60]}, expected values such as {defaults[key] or ('transformer/',)}")
+        elif kind is int and not least <= value <= most:
+            shown = value if abs(value) < 10**20 else "a number of more than 20 digits"
+            problems.append(f"{key} is {shown}, expected {least} to {most}")
+    return problems
 
 
 def nearest(key: str, known) -> str:
@@ -298,7 +340,7 @@ def flat_items(config: ConfigDict, prefix=""):
         if isinstance(value, ConfigDict):
             yield from flat_items(value, f"{prefix}{key}.")
         else:
-            yield prefix + key, value
+            yield f"{prefix}{key}", value
 
 
 def _get(config, dotted):

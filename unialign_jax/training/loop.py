@@ -25,8 +25,8 @@ from unialign_jax.data.text_lengths import cuts_of
 from unialign_jax.data.tokenizer import load_tokenizer
 from unialign_jax.files import first_line, read_json, replacing_file
 from unialign_jax.training import distributed, flops
-from unialign_jax.training.checkpoints import Checkpoints, load_params
-from unialign_jax.training.config import active_streams, build_configs, config_problems
+from unialign_jax.training.checkpoints import Checkpoints, checkpoints_of, load_params
+from unialign_jax.training.config import active_streams, build_configs, config_problems, listed
 from unialign_jax.training.meshes import mesh_for
 from unialign_jax.training.metrics import MetricsWriter, Throughput, to_means
 from unialign_jax.training.optimizer import make_optimizer
@@ -52,9 +52,7 @@ class Trainer:
     def __init__(self, config: ConfigDict, devices=None):
         self.config = config
         devices = jax.devices() if devices is None else devices
-        problems = config_problems(config, len(devices))
-        if problems:
-            raise ValueError("the configuration cannot run:\n  " + "\n  ".join(problems))
+        check_config(config, len(devices))
         self.networks = Networks.create(*build_configs(config, devices[0].platform))
         choice = mesh_for(config, devices, self.networks)
         self.mesh = sharding.make_mesh(**choice.sizes, devices=devices)
@@ -169,6 +167,12 @@ class Trainer:
         return {key: distributed.put_rows(place, size, self.rows, value) for key, value in batch.items()}
 
 
+def check_config(config: ConfigDict, device_count: int):
+    """Raises ValueError with all that is wrong with a configuration."""
+    if problems := config_problems(config, device_count):
+        raise ValueError(listed("the configuration cannot run", problems))
+
+
 def inherit_sources(config, workdir: Path) -> ConfigDict:
     """The configuration with an empty `frozen_from` and `tokenizer` filled in, so that config.json names what was used.
 
@@ -180,7 +184,10 @@ def inherit_sources(config, workdir: Path) -> ConfigDict:
         before = {"frozen_from": str(source), "tokenizer": str(bundle.tokenizer_path(source) or "")}
     else:
         start = read_run_config(Path(config.init_from)) if config.init_from else None
-        before = read_run_config(workdir) or start or {}
+        before = read_run_config(workdir)
+        if before is None and config.init_from:
+            checkpoints_of(config.init_from)  # a new run will need them; better told now than after it is compiled
+        before = before or start or {}
     for key in ("frozen_from", "tokenizer"):
         config[key] = config[key] or before.get(key, "")
     return config
@@ -220,7 +227,7 @@ def open_streams(config, tokenizer) -> dict[str, Stream]:
             f"model.vocab_size is {config.model.vocab_size}, but the tokenizer has {tokenizer.vocab_size} ids"
         )
     if problems:
-        raise ValueError("the data cannot be used:\n  " + "\n  ".join(problems))
+        raise ValueError(listed("the data cannot be used", problems))
     return streams
 
 
@@ -317,6 +324,7 @@ def train(config: ConfigDict, workdir, *, progress=True, devices=None, stuck_tim
     if "://" in str(workdir) or not str(workdir):
         raise ValueError(f"the run's folder is {str(workdir)!r}, expected a path; object stores must be mounted first")
     workdir = Path(workdir).absolute()
+    check_config(config, len(jax.devices() if devices is None else devices))
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
     with distributed.ending_when_stuck(stuck_timeout) as alive:

@@ -28,7 +28,7 @@ from unialign_jax import hardware, sharding
 from unialign_jax.collectives import KINDS, Collective, read_collectives
 from unialign_jax.planning import GIB
 from unialign_jax.training import flops
-from unialign_jax.training.config import active_streams, build_configs, config_problems
+from unialign_jax.training.config import active_streams, build_configs, config_problems, listed
 from unialign_jax.training.meshes import mesh_for
 from unialign_jax.training.optimizer import make_optimizer
 from unialign_jax.training.state import Networks, abstract_frozen, abstract_state
@@ -121,7 +121,7 @@ def plan_step(config, devices, name: str, *, usable=None, dump=None, chip=None) 
     """
     problems = config_problems(config, len(devices))
     if problems:
-        raise ValueError("the configuration cannot run:\n  " + "\n  ".join(problems))
+        raise ValueError(listed("the configuration cannot run", problems))
     networks = Networks.create(*build_configs(config, devices[0].platform))
     choice = mesh_for(config, devices, networks)
     mesh = sharding.make_mesh(**choice.sizes, devices=devices)

@@ -8,16 +8,18 @@ import textwrap
 from pathlib import Path
 
 from unialign_jax import hardware
+from unialign_jax.files import check_regular, replacing_file
 from unialign_jax.planning import GIB
 from unialign_jax.training.meshes import format_mesh
 from unialign_jax.training.plan import MATMUL_SHARE, StepPlan
-from unialign_jax.training.sweep import TOPOLOGIES, read_json, read_rows
+from unialign_jax.training.sweep import STAGE, TOPOLOGIES, check_kinds, read_json, read_rows
 
 BEGIN = "<!-- plans: written by python launch/plan.py --report, not by hand -->"
 END = "<!-- end of plans -->"
 PLOT = "scaling.png"
 GENERATIONS = ("v4", "v5e", "v5p", "v6e")
 COLORS = dict(zip(GENERATIONS, ("#4c78a8", "#f58518", "#54a24b", "#b279a2"), strict=True))
+ROW = {"chip": str, "chips": int, "slices": int, "usable": int | None, "tried": list}  # of a plan, beside sweep.ROW
 KINDS = ("all-gather", "reduce-scatter", "all-reduce")  # the others are one column
 
 
@@ -28,19 +30,31 @@ def write_report(folder: Path, docs: Path):
     """
     rows, stages = read_folder(folder)
     page = docs / "tpu.md"
+    check_regular(page)
     text = splice(page.read_text(), markdown(rows, stages))
     plot(rows, stages[0], docs / PLOT)
-    page.write_text(text)
+    with replacing_file(page) as scratch:
+        scratch.write_text(text)
 
 
 def read_folder(folder: Path) -> tuple[list[dict], list[dict]]:
     """The rows of a sweep, "step" as a StepPlan or None, in the order of the tables; and its stages by name."""
     rows = read_rows(folder)
-    stages = [read_json(path) for path in sorted(folder.glob("stage-*.json"))]
+    stages = [read_json(path, STAGE) for path in sorted(folder.glob("stage-*.json"))]
     if not rows or not stages:
         raise ValueError(
             f"{folder} has no plans: python launch/plan.py --config=FILE --all --output={folder} makes them"
         )
+    for row in rows:
+        path = folder / f"plan-{row['shape']}-{row['topology']}.json"
+        check_kinds(path, row, ROW)
+        check_kinds(path, row["made"], dict.fromkeys(("date", "jax", "libtpu"), str))
+        if row["chip"] not in GENERATIONS:
+            raise ValueError(f"{path} is of the chip {row['chip']!r}, expected one of {', '.join(GENERATIONS)}")
+    for stage in stages:
+        for stream in stage["streams"].values():
+            path = folder / f"stage-{stage['name']}.json"
+            check_kinds(path, stream if isinstance(stream, dict) else {}, {"shape": str, "weight": int | float})
     rows = [row | {"step": row["step"] and StepPlan(**row["step"])} for row in rows]
     return sorted(rows, key=lambda row: (GENERATIONS.index(row["chip"]), row["chips"])), stages
 

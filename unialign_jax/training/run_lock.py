@@ -18,7 +18,7 @@ from typing import IO
 
 import jax
 
-from unialign_jax.files import check_regular, first_line, parse_json
+from unialign_jax.files import check_regular, first_line, one_line, parse_json
 from unialign_jax.training import distributed
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,8 @@ def _take(workdir: Path, patience: float) -> IO[str]:
         file = open(workdir / FILE, "a+", errors="replace")
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = f"{error.strerror}: {error.filename}" if getattr(error, "strerror", None) else first_line(error)
-        raise OSError(f"the run's folder {workdir} cannot be made or written ({reason}): choose another") from error
+        folder = one_line(str(workdir))
+        raise OSError(f"the run's folder {folder} cannot be made or written ({reason}): choose another") from error
     deadline, waiting = time.monotonic() + patience, False
     while not _locked(file, workdir):
         host, holder = _holder(file)
@@ -105,7 +106,7 @@ def _holder(file) -> tuple[str, str]:
         file.seek(0)
         with contextlib.suppress(ValueError):
             found = parse_json(file.read(10_000), FILE)
-            host, pid, since = (" ".join(str(found.get(key)).split())[:100] for key in ("host", "pid", "since"))
+            host, pid, since = (one_line(str(found.get(key)), 100) for key in ("host", "pid", "since"))
             return host, f"process {pid} on host {host}, since {since},"
         time.sleep(0.05)
     return socket.gethostname(), "another process"

@@ -145,8 +145,8 @@ class Sampler:
                 conditions = self._encode_images(frozen["autoencoder"], self._put(batch["conditions"], rows))
             empty = np.full_like(batch["prompt_ids"], self._tokenizer.eos_id)
             prompt, negative = (
-                self._encode_prompts(frozen["text_encoder"], self._put(ids, rows))
-                for ids in (batch["prompt_ids"], empty)
+                self._encode_prompts(frozen["text_encoder"], self._put(texts, rows))
+                for texts in (batch["prompt_ids"], empty)
             )
             made = self._sample_images(params, seeds, prompt, negative, conditions, latent_shape=latents.shape[1:])
             generated = np.asarray(self._decode_images(frozen["autoencoder"], made, count))

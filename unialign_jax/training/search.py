@@ -13,7 +13,7 @@ import numpy as np
 from unialign_jax import hardware
 from unialign_jax.planning import GIB
 from unialign_jax.training import meshes
-from unialign_jax.training.config import active_streams, batch_shards, build_configs, config_problems
+from unialign_jax.training.config import active_streams, batch_shards, build_configs, config_problems, listed
 from unialign_jax.training.plan import DoesNotFit, StepPlan, compute_seconds, group_bandwidth, step_work
 from unialign_jax.training.state import Networks
 from unialign_jax.training.step import has_image_pass
@@ -68,7 +68,7 @@ def candidates(config, devices, name: str) -> list[Candidate]:
     whole = config.copy_and_resolve_references()
     whole.accumulation = 1
     if problems := config_problems(whole, len(devices)):
-        raise ValueError("the configuration cannot run:\n  " + "\n  ".join(problems))
+        raise ValueError(listed("the configuration cannot run", problems))
     networks = Networks.create(*build_configs(config, devices[0].platform))
     stream = active_streams(config)[name]
     needs = meshes.read_needs(config, networks)

@@ -13,12 +13,13 @@ import math
 import os
 import re
 import sys
+import typing
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 
-from unialign_jax import hardware, planning
+from unialign_jax import files, hardware, planning
 from unialign_jax.training import plan, search
 from unialign_jax.training.config import active_streams, flat_items
 from unialign_jax.training.step import has_image_pass
@@ -114,21 +115,39 @@ def sweep(config, reference: str, topologies, folder: Path, *, plan_row: Callabl
 
 def read_rows(folder: Path) -> list[dict]:
     """All plans of a folder. Raises ValueError naming a file that cannot be read, or is of other code."""
-    rows = {path: read_json(path) for path in sorted(folder.glob("plan-*.json"))}
-    figures = {field.name for field in dataclasses.fields(plan.StepPlan)}
-    for path, row in rows.items():
-        if not isinstance(row, dict) or not {"step", "program", "topology", "shape", "made"} <= row.keys():
-            raise ValueError(f"{path} is no plan of a sweep: remove it, and the sweep makes it again")
-        if row["step"] and (differing := figures ^ row["step"].keys()):
+    kinds = typing.get_type_hints(plan.StepPlan).items()
+    figures = {name: kind if kind in (str, dict) else kind | int for name, kind in kinds}  # 0 is a float too
+    rows = []
+    for path in sorted(folder.glob("plan-*.json")):
+        row = read_json(path, ROW)
+        if row["step"] and (differing := figures.keys() ^ row["step"].keys()):
             raise ValueError(f"{path} is of other code ({min(differing)}): name another folder, or remove it")
-    return list(rows.values())
+        if row["step"]:
+            check_kinds(path, row["step"], figures)
+        rows.append(row)
+    return rows
 
 
-def read_json(path: Path) -> dict:
+# What the files hold that others than their writer read.
+ROW = {"step": dict | None, "program": dict, "topology": str, "shape": str, "made": dict}
+STAGE = {"name": str, "num_steps": int, "batch_size": int, "streams": dict}
+
+
+def check_kinds(path: Path, content: dict, kinds: dict):
+    """Raises ValueError for a file that lacks a key, or has a value of another kind."""
+    for key, kind in kinds.items():
+        if key not in content or not isinstance(content[key], kind):
+            raise ValueError(f"{path} is not of a sweep (its {key}): remove it, and the sweep makes it again")
+
+
+def read_json(path: Path, kinds: dict) -> dict:
+    """A file of the folder, whose keys `kinds` are there and of their kinds."""
     try:
-        return json.loads(path.read_text())
+        content = files.read_json(path)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): remove it, and the sweep makes it again") from error
+        raise ValueError(f"{error}: remove it, and the sweep makes it again") from None
+    check_kinds(path, content, kinds)
+    return content
 
 
 def check_program(folder, row, program):

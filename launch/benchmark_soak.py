@@ -1,0 +1,109 @@
+"""The `soak` part of launch/benchmark.py: a long run of launch/train.py, watched from outside.
+
+    python launch/benchmark.py soak --config=configs/stage1.py:tiny --steps=2000 --saves=200
+
+Trains in a folder of its own with many saves, and looks at the process's memory, file descriptors and threads several
+times a second. What a step or a save left behind would show in a long run only. Flat means that between the third
+tenth of the run and the last the median memory grew by less than 2%, and the most descriptors and threads by less than
+4. Linux only.
+"""
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+LAUNCH = Path(__file__).resolve().parent
+
+
+def add_arguments(parser):
+    parser.add_argument("--config", default="configs/stage1.py:tiny", help="stage file, default %(default)s")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a configuration key")
+    parser.add_argument("--steps", type=int, default=2000, help="steps of the run, default %(default)s")
+    parser.add_argument("--saves", type=int, default=200, help="saves of the run, default %(default)s")
+    parser.add_argument("--scratch", type=Path, help="where the run's folder is made, default the system's")
+
+
+def benchmark_soak(arguments) -> dict:
+    """{figure: value}, of which `by tenth of the run` is a table. Raises ValueError, OSError when the run fails."""
+    from unialign_jax.training.stages import read_config
+
+    if not 10 <= arguments.saves <= arguments.steps:
+        raise ValueError(f"--saves is {arguments.saves}, expected 10 to --steps, {arguments.steps}")
+    if not Path("/proc/self/fd").is_dir():
+        raise OSError("the soak reads /proc, which only Linux has")
+    changes = [
+        *arguments.set,
+        f"num_steps={arguments.steps}",
+        f"checkpoint.every={arguments.steps // arguments.saves}",
+        "samples.every=0",
+        "samples.count=0",
+    ]
+    read_config(arguments.config, changes)  # what is wrong with it is said here
+    if arguments.scratch:
+        arguments.scratch.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="soak-", dir=arguments.scratch) as scratch:
+        command = [sys.executable, LAUNCH / "train.py", "--noprogress", f"--config={arguments.config}"]
+        command += [f"--workdir={scratch}/run", *(f"--config.{change}" for change in changes)]
+        began = time.perf_counter()
+        with open(Path(scratch) / "log", "w+") as log:
+            with subprocess.Popen(command, stdout=log, stderr=log) as process:
+                looks = list(watch(process, Path(scratch) / "run"))
+            log.seek(0)
+            last = (log.read().strip().splitlines() or ["no output"])[-1]
+        if process.returncode:
+            step = looks[-1][0] if looks else 0
+            last = last.removeprefix("error: ")
+            raise ValueError(f"train.py ended with status {process.returncode} after step {step}: {last}")
+        seconds = time.perf_counter() - began
+    return {
+        "config": " ".join([arguments.config, *arguments.set]),
+        "steps, saves": f"{arguments.steps}, {arguments.steps // (arguments.steps // arguments.saves)}",
+        "seconds, start and compiling included": seconds,
+    } | summary(looks, arguments.steps)
+
+
+def watch(process, workdir, interval=0.2):
+    """(step of the newest checkpoint, memory in MB, descriptors, threads) of a process, until it ends."""
+    step = 0
+    while process.poll() is None:
+        saved = (path.name for path in (workdir / "checkpoints").glob("*"))
+        step = max([step, *(int(name) for name in saved if name.isdecimal())])
+        folder = Path(f"/proc/{process.pid}")
+        try:
+            status = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
+            descriptors = len(list((folder / "fd").iterdir()))
+            yield step, int(status["VmRSS"].split()[0]) * 1024 / 1e6, descriptors, int(status["Threads"])
+        except (OSError, KeyError):  # it ended while we looked
+            break
+        time.sleep(interval)
+
+
+def summary(looks, steps: int, tenths=10) -> dict:
+    """The table of a run's tenths, and whether it is flat. Raises ValueError when one was not looked at."""
+    rows = []
+    for number in range(tenths):
+        low, high = steps * number // tenths, steps * (number + 1) // tenths
+        inside = [look for look in looks if low < look[0] <= high or (number == 0 and look[0] == 0)]
+        if not inside:
+            raise ValueError(f"no checkpoint was seen between steps {low} and {high}: take more steps")
+        _, memory, descriptors, threads = zip(*inside, strict=True)
+        rows.append(
+            {
+                "steps": f"{low + 1}-{high}",
+                "memory, median MB": round(statistics.median(memory)),
+                "descriptors, most": max(descriptors),
+                "threads, most": max(threads),
+            }
+        )
+    early, late = rows[2], rows[-1]
+    growth = {name: late[name] - early[name] for name in early if name != "steps"}
+    memory, descriptors, threads = growth.values()
+    flat = memory < 0.02 * early["memory, median MB"] and descriptors < 4 and threads < 4
+    return {
+        "growth from the third tenth to the last": f"{memory} MB, {descriptors} descriptors, {threads} threads",
+        "flat": "yes" if flat else "no",
+        "by tenth of the run": rows,
+    }

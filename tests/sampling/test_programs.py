@@ -1,0 +1,44 @@
+"""What the compiled programs of inference refuse; that they are right is tested by the pipeline and the samples."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unialign_jax.models import presets
+from unialign_jax.models.autoencoder import make_autoencoder
+from unialign_jax.sampling import image as image_sampler
+from unialign_jax.sampling import programs
+from unialign_jax.sampling.solvers import SolverTable
+
+AUTOENCODER = make_autoencoder(presets.AUTOENCODER["tiny"])
+LATENTS, TEXT, TABLE = jnp.zeros((2, 4, 4, 3)), jnp.zeros((2, 5, 8)), SolverTable(*np.zeros((5, 3), np.float32))
+GUIDANCE = programs.Guidance(jnp.ones(2), jnp.ones(2), jnp.ones(2), np.ones(3, bool))
+
+
+def advance(prompt=TEXT, negative=TEXT, guidance=GUIDANCE, mode="text"):
+    state = image_sampler.start(LATENTS)
+    return programs.advance_images(None, {}, state, TABLE, prompt, negative, guidance, mode=mode)
+
+
+@pytest.mark.parametrize(
+    ("call", "found"),
+    [
+        (lambda: programs.encode_images(AUTOENCODER, {}, jnp.zeros((8, 8, 3), jnp.uint8)), r"\(8, 8, 3\)"),
+        (lambda: programs.encode_images(AUTOENCODER, {}, jnp.zeros((1, 8, 8, 3))), "float32.*uint8"),
+        (lambda: programs.decode_images(AUTOENCODER, {}, LATENTS), r"\(2, 4, 4, 3\).*48"),
+        (lambda: advance(negative=TEXT[:1]), r"\(2, 5, 8\).*\(1, 5, 8\)|\(1, 5, 8\).*\(2, 5, 8\)"),
+        (lambda: advance(guidance=GUIDANCE._replace(scale=jnp.ones((2, 1)))), r"\(2, 1\).*\(2\)"),
+        (lambda: advance(guidance=GUIDANCE._replace(active=np.ones(4, bool))), r"\(4,\).*\(3\)"),
+        (lambda: image_sampler.text_guidance(LATENTS, LATENTS[:1], 7.0), r"\(1, 4, 4, 3\)"),
+        (lambda: image_sampler.text_guidance(LATENTS, LATENTS, jnp.ones((2, 1))), r"\(2, 1\).*\(2\)"),
+        (lambda: image_sampler.text_guidance(LATENTS, LATENTS, jnp.ones(3)), r"\(3,\).*\(2\)"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused_with_their_shapes(call, found):
+    with pytest.raises(AssertionError, match=found):
+        call()
+
+
+def test_an_unknown_mode_is_refused():
+    with pytest.raises(ValueError, match="mode is 'both'; expected one of none, text, interval, text_and_image"):
+        advance(mode="both")
