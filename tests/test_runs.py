@@ -78,7 +78,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(copy, caplog):
     largest.write_bytes(data)
     with caplog.at_level(logging.WARNING):
         assert runs.open_to_sample(copy).step == 3
-    assert "checkpoints/12 cannot be used" in caplog.text
+    assert "checkpoints/12 cannot be read" in caplog.text
     assert runs.open_to_sample(copy, verify=False).step == 12
 
 

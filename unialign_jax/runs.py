@@ -73,7 +73,7 @@ def latest_step(run, *, verify: bool = False) -> int:
         reason = damage(checkpoints / str(step)) if verify else None
         if reason is None:
             return step
-        log.warning("%s cannot be used (%s): the one before it is taken", checkpoints / str(step), reason)
+        log.warning("%s cannot be read (%s): the one before it is taken", checkpoints / str(step), reason)
     raise ValueError(f"{checkpoints} holds no whole checkpoint")
 
 
