@@ -74,7 +74,6 @@ def test_watching_a_process_until_it_ends(tmp_path):
 )
 def test_a_soak_that_cannot_be(command_refuses, monkeypatch, arguments, words):
     monkeypatch.setattr(sys, "path", list(sys.path))
-    root = Path(__file__).resolve().parents[1]
-    config = [] if any("--config" in argument for argument in arguments) else [f"--config={root}/configs/stage1.py:tiny"]
+    config = [f"--config={Path(__file__).resolve().parents[1]}/configs/stage1.py:tiny"]
     monkeypatch.chdir(os.sep)
     command_refuses("benchmark", ["soak", *config, *arguments], words)

@@ -372,7 +372,8 @@ def test_a_torn_config_json_is_not_written_over(config, finished):
 def test_a_second_run_in_a_folder_is_refused_and_changes_nothing(config, finished, refuses):
     with only_run_in(finished):
         before = contents(finished)
-        refuses(lambda: run(config(seed=1, num_steps=9), finished), f"{finished} is in use: process {os.getpid()} on host")
+        other = config(seed=1, num_steps=9)
+        refuses(lambda: run(other, finished), f"{finished} is in use: process {os.getpid()} on host")
         assert contents(finished) == before
     assert int(run(config(), finished).step) == 6
 
