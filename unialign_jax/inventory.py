@@ -134,8 +134,8 @@ def refuse(folder: Path, problems: list[str], cause: BaseException | None = None
     if problems:
         more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
         raise ValueError(
-            f"{folder} is not as it was written: {problems[0]}{more}; bring it back, or read it as it is with "
-            "--no-verify (verify=False)"
+            f"{folder} is not as it was written: {problems[0]}{more}; bring it back (generate.py --no-verify, or "
+            "verify=False, reads it as it is)"
         ) from cause
 
 

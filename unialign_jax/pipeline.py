@@ -71,7 +71,11 @@ class Pipeline:
     most `max_batch`, filled up to a power of two, and each shape is compiled once. Guidance, seeds, shift and
     temperature can change without compiling; sizes, the number of steps and the kind of guidance cannot.
 
-    Bad arguments raise ValueError in one line. Prompts that are too long are cut, with a warning that quotes the rest.
+    Steps, guidance scale and shift that are not given are the bundle's own (`config.sampling_defaults`); the released
+    model's are 28 steps (50 with images, 32 of a text), guidance 7, shift 3.
+
+    Bad arguments raise ValueError in one line. Prompts that are too long are cut, with a warning that quotes the rest;
+    a task that the model was not trained for, and sizes beyond its training's, are warned of once.
     """
 
     def __init__(

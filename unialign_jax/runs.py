@@ -234,6 +234,7 @@ def open_to_sample(run, weights: str | None = None, *, verify: bool = True) -> R
     if weights not in (None, *WEIGHTS):
         raise ValueError(f"weights is {weights!r}, expected one of {', '.join(WEIGHTS)}")
     settings, step = read_settings(run), latest_step(run, verify=verify)
+    to_verify = {"text_encoder", "autoencoder"} if verify else set()  # each the first time that it is read
     weights = weights or ("ema" if has_average(run, step) else "raw")
     trees = open_run(run, weights, step)
     configs = component_configs(run, settings)
@@ -246,10 +247,14 @@ def open_to_sample(run, weights: str | None = None, *, verify: bool = True) -> R
         if name in trees:
             return trees[name].leaves(list(trees[name].shapes))
         if source:
-            return bundle.read_leaves(source, name, verify=verify)
+            return frozen_leaves(name)
         if not drawn:
             drawn.update(draw_frozen(settings))
         return ((path, np.asarray(leaf)) for path, leaf in bundle.flatten(drawn[name][1]).items())
+
+    def frozen_leaves(name):
+        yield from bundle.read_leaves(source, name, verify=name in to_verify)
+        to_verify.discard(name)
 
     config = bundle.BundleConfig(**configs, **describe(run, settings))
     described = [Path(folder) / "config.json" for folder in (run, source) if folder]
