@@ -56,7 +56,7 @@ PLAN = [
     # Configurations
     (["--config=configs/stage9.py"], "there is no stage file configs/stage9.py"),
     (["--config="], "--config"),
-    (["--config=launch"], "launch is a folder"),
+    (["--config=launch"], "'launch' is a folder"),
     (["--config=README.md"], "README.md gives no configuration"),
     ([STAGE + "x"], "gives no configuration"),
     ([STAGE, "--stream=video"], "unknown stream 'video', expected one of text_to_image"),
