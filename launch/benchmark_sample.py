@@ -203,7 +203,7 @@ def parameter_loader(settings, config, dtype):
 
     device = jax.devices()[0]
     if settings["bundle"]:
-        return weights.BundleLoader(
+        return weights.bundle_loader(
             settings["bundle"], config, dtype=dtype, device=device, quantize=settings["quantize"]
         )
 

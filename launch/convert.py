@@ -1,7 +1,6 @@
 """Weights in and out: python launch/convert.py --help"""
 
 import argparse
-import json
 import logging
 import sys
 import time
@@ -197,42 +196,25 @@ def export(arguments):
 
 
 def export_run(arguments):
-    """The run as a bundle, with the frozen encoders that it was trained with."""
-    from unialign_jax.conversion.exporting import bundle_from_run, latest_step
+    """The run as a bundle, with the frozen encoders and the tokenizer that it was trained with."""
+    from unialign_jax import runs
+    from unialign_jax.conversion.exporting import bundle_from_run
 
-    latest_step(arguments.run)  # refuses what is no run
-    settings = json.loads((Path(arguments.run) / "config.json").read_text())
+    if not runs.is_run(arguments.run):
+        raise FileNotFoundError(f"{arguments.run} is no run's folder: expected config.json and checkpoints/ inside")
+    settings = runs.read_settings(arguments.run)
     source = arguments.bundle or settings.get("frozen_from") or None
-    frozen, tokenizer = None, None
-    if source is None:
-        frozen, tokenizer = random_frozen(settings)
     bundle_from_run(
         arguments.output,
         arguments.run,
         weights=arguments.weights,
         source=source,
-        frozen=frozen,
-        tokenizer=tokenizer,
+        frozen=None if source else runs.draw_frozen(settings),
         dtype=arguments.dtype,
         overwrite=arguments.overwrite,
         progress=True,
     )
     return f"{arguments.output}, a bundle of the run"
-
-
-def random_frozen(settings):
-    """The encoders that a run without a bundle draws from their fixed seed, and its tokenizer."""
-    from ml_collections import ConfigDict
-
-    from unialign_jax.data.tokenizer import load_tokenizer
-    from unialign_jax.training.config import build_configs
-    from unialign_jax.training.state import Networks, init_frozen
-
-    networks = Networks.create(*build_configs(ConfigDict(settings), "cpu"))
-    params = init_frozen(networks)
-    modules = {"text_encoder": networks.text_encoder, "autoencoder": networks.autoencoder}
-    frozen = {name: (module.config, params[name]) for name, module in modules.items()}
-    return frozen, load_tokenizer(settings.get("tokenizer") or None)
 
 
 def inspect(arguments):
@@ -247,7 +229,7 @@ def inspect(arguments):
         problems = bundle.verify(arguments.path)
         if problems:
             more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-            raise ValueError(f"{arguments.path} is damaged: {'; '.join(problems[:8])}{more}")
+            raise ValueError(f"{arguments.path} is not as it was written: {'; '.join(problems[:8])}{more}")
         print("every file is as it was written")
     return None
 

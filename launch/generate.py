@@ -5,6 +5,7 @@ import contextlib
 import functools
 import hashlib
 import logging
+import os
 import signal
 import sys
 import time
@@ -20,11 +21,13 @@ explain_missing_packages()
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from unialign_jax import job_runner, jobs
+from unialign_jax import files, job_runner, jobs
+
+log = logging.getLogger("generate")
 
 DESCRIPTION = """\
-Makes images and texts with the model of a bundle (a folder written by launch/convert.py): one call of one task, or a
-file of many jobs of any tasks, in full batches.
+Makes images and texts with the model of a bundle (a folder written by launch/convert.py), or of a training run's newest
+checkpoint: one call of one task, or a file of many jobs of any tasks, in full batches.
 """
 
 EXAMPLES = """\
@@ -48,15 +51,17 @@ examples
   python launch/generate.py --bundle=bundles/unialign --task=caption --image=fox.png --max-tokens=64
   python launch/generate.py --bundle=bundles/unialign --task=vqa --image=fox.png --question="What animal is this?"
   python launch/generate.py --bundle=bundles/unialign --jobs=jobs.jsonl --output=results --batch=16
+  python launch/generate.py --bundle=runs/quickstart --task=t2i --prompt="a red circle" --output=circle.png
 
 jobs
   A jobs file has one JSON object a line: "task", its "prompt", "instruction" or "question", its "image" or "images"
   (paths relative to the file), an "id" if you like, and any option of the task above, with _ for -:
     {"id": "fox", "task": "t2i", "prompt": "a red fox in the snow", "seed": 3, "guidance_interval": [0.2, 0.9]}
     {"task": "caption", "image": "photos/1.jpg"}
-  The output folder gets ID.png for every image and a line in results.jsonl for every job. A bad job is reported and
-  passed over (the exit status is then 1). After an interruption the same command goes on; it tries failed jobs again,
-  and does anew what has changed. docs/inference.md says more.
+  The output folder gets ID.png for every image (an id such as animals/fox makes folders) and a line in results.jsonl
+  for every job. A bad job is reported and passed over (the exit status is then 1). After an interruption the same
+  command goes on, and tries failed jobs again; with --overwrite it does anew what has changed. docs/inference.md says
+  more.
 """
 
 
@@ -82,9 +87,11 @@ def parse_arguments(argv):
         allow_abbrev=False,
         usage="python launch/generate.py --bundle=DIR (--task=TASK [options] | --jobs=FILE) [--output=PATH]",
     )
-    parser.add_argument("--bundle", required=True, metavar="DIR", help="the model")
+    parser.add_argument("--bundle", required=True, metavar="DIR", help="the model: a bundle, or a run's folder")
     parser.add_argument("--jobs", metavar="FILE", help="a file of jobs, instead of --task and its options")
     parser.add_argument("--output", metavar="PATH", help="PNG file; text file (printed in any case); folder of --jobs")
+
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there, or what other jobs made")
 
     task = parser.add_argument_group("the task")
     task.add_argument("--task", choices=jobs.TASKS, help="see below")
@@ -106,14 +113,23 @@ def parse_arguments(argv):
     model.add_argument("--quantize", choices=["int8", "w8a8"], help="int8 weights; w8a8: int8 activations too")
     model.add_argument("--low-memory", action="store_true", help="on the device only what is in use; slower")
     model.add_argument("--attention", default="auto", metavar="NAME", help="auto, xla, cudnn (GPU) or splash (TPU)")
-    model.add_argument("--compilation-cache", metavar="DIR", help="keep compiled programs there between calls")
+    model.add_argument("--weights", choices=["raw", "ema"], help="of a run: default its average, if it keeps one")
+    model.add_argument(
+        "--no-verify", dest="verify", action="store_false", help="read the bundle without checking its files' hashes"
+    )
+    model.add_argument(
+        "--compilation-cache",
+        metavar="DIR",
+        default=str(Path("~") / ".cache" / "unialign_jax" / "compiled"),
+        help="keeps compiled programs between calls; none: keep nothing (default %(default)s)",
+    )
     model.add_argument("--traceback", action="store_true", help="show where an error came from")
 
     options = parser.parse_args(argv)
     keys = ("prompt", "instruction", "question", "image", *jobs.OPTIONS)
     given = [key for key in keys if getattr(options, key) is not None]
-    if options.batch < 1:
-        parser.error(f"--batch is {options.batch}, expected at least 1")
+    if not 1 <= options.batch <= 2**16:
+        parser.error(f"--batch is {options.batch}, expected 1 to {2**16}")
     if options.jobs:
         if options.task or given:
             parser.error(f"{flag('task' if options.task else given[0])} goes into the lines of the jobs file")
@@ -130,23 +146,32 @@ def parse_arguments(argv):
 
 
 class Model:
-    """The bundle as the command line names it: checked at once, opened when it is needed."""
+    """The bundle, or the run, as the command line names it: checked at once, opened when it is needed."""
 
     def __init__(self, options):
-        from unialign_jax import bundle
+        from unialign_jax import bundle, runs
 
-        self._options = options
-        config = bundle.read_config(options.bundle)
+        self._options, self._run = options, None
+        folder = Path(options.bundle)
+        self.stamp = {"bundle": folder.resolve().name}
+        if not bundle.is_bundle(folder) and runs.is_run(folder):
+            self._run = run = runs.open_to_sample(folder, options.weights, verify=options.verify)
+            config, digest = run.config, run.digest
+            self.stamp |= {"step": run.step, "weights": run.weights}
+        else:
+            if options.weights:
+                raise ValueError(f"--weights goes with a run's folder, and {folder} is none")
+            config = bundle.read_config(folder, verify=options.verify)
+            # config.json has the hashes of all other files.
+            digest = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
         missing = {"transformer", "text_encoder", "autoencoder"}.difference(config.components)
         if missing:
             raise ValueError(
                 f"{options.bundle} lacks {', '.join(sorted(missing))}, it has {', '.join(config.components)}: convert "
                 "the model again with all parts (python launch/convert.py --help)"
             )
-        # config.json has the hashes of all other files.
-        digest = hashlib.sha256((Path(options.bundle) / "config.json").read_bytes()).hexdigest()[:16]
-        self.stamp = {
-            "bundle": Path(options.bundle).resolve().name,
+        digest = digest[:16]
+        self.stamp |= {
             "bundle_hash": digest,
             "dtype": options.dtype or "default",
             "quantize": options.quantize,
@@ -155,20 +180,32 @@ class Model:
         self.identity = f"{digest} {options.dtype} {options.quantize}"  # all of it that changes results
 
     def open(self):
-        import jax
-
         from unialign_jax import Pipeline
 
-        if self._options.compilation_cache:
-            jax.config.update("jax_compilation_cache_dir", self._options.compilation_cache)
-        return Pipeline.from_bundle(
-            self._options.bundle,
-            dtype=self._options.dtype,
-            quantize=self._options.quantize,
-            low_memory=self._options.low_memory,
-            attention=self._options.attention,
-            max_batch=self._options.batch,
-        )
+        options = self._options
+        keep_compiled(options.compilation_cache)
+        log.info("opening %s", options.bundle)
+        how = {name: getattr(options, name) for name in ("dtype", "quantize", "low_memory", "attention")}
+        how["max_batch"] = options.batch
+        if self._run:
+            return Pipeline.from_run(self._run, **how)
+        return Pipeline.from_bundle(options.bundle, verify=options.verify, **how)
+
+
+def keep_compiled(directory: str) -> None:
+    """Keeps compiled programs between calls, in a folder that is made; where it cannot be, says so and goes on."""
+    import jax
+
+    if directory == "none":
+        return
+    folder = Path(directory).expanduser()
+    try:
+        job_runner.check_writable(folder)
+    except OSError as error:
+        log.warning("compiled programs are not kept: %s", error)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def generate(options) -> int:
@@ -176,23 +213,40 @@ def generate(options) -> int:
     began = time.monotonic()
     job = jobs.make_job(options.fields, Path(), named=flag)
     model = Model(options)
-    output = Path(options.output) if options.output else None
-    if output:
-        job_runner.check_writable(output.parent)
-        if output.is_dir():
-            raise IsADirectoryError(f"{output} is a folder, expected the name of a file")
+    paths = output_paths(options, job)
+    for path in paths:
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder, expected the name of a file")
+        if os.path.lexists(path) and not options.overwrite:
+            raise FileExistsError(f"{path} is there already; choose another --output, or give --overwrite")
+        job_runner.check_writable(path.parent)
     made = job_runner.make(job, model.open(), options.batch)
     if job.task in jobs.TEXT_TASKS:
         print(made[0])
-        if output:
-            output.write_text(made[0] + "\n")
+        for path in paths:
+            write_text(path, made[0] + "\n")
         return 0
-    for number, image in enumerate(made):
-        path = output if job.count == 1 else output.with_stem(f"{output.stem}_{number}")
+    for number, (path, image) in enumerate(zip(paths, made, strict=True)):
         job_runner.save_png(image, path, job_runner.describe(image, job_runner.Sample(job, number), model.stamp))
         print(f"wrote {path}")
     print(f"done in {time.monotonic() - began:.1f} s")
     return 0
+
+
+def output_paths(options, job) -> list[Path]:
+    """The files that a call writes: one, or NAME_0.png, NAME_1.png, ... for a count; none for a text without one."""
+    if not options.output:
+        return []
+    output = Path(options.output)
+    return [output] if job.count == 1 else [output.with_stem(f"{output.stem}_{i}") for i in range(job.count)]
+
+
+def write_text(path: Path, text: str) -> None:
+    try:
+        with files.replacing_file(path) as partial:
+            partial.write_text(text)
+    except OSError as error:
+        raise job_runner.cannot_write(path, error) from None
 
 
 def run_jobs(options) -> int:
@@ -200,7 +254,7 @@ def run_jobs(options) -> int:
     model = Model(options)
     read = jobs.read_jobs(options.jobs, model.identity)
     results = job_runner.Results(options.output, model.stamp)
-    todo = results.begin(read)
+    todo = results.begin(read, overwrite=options.overwrite)
     if results.earlier:
         print(f"{results.earlier} of {len(read)} jobs are done already")
     try:
@@ -229,9 +283,17 @@ def sigterm_interrupts():
         signal.signal(signal.SIGTERM, before)
 
 
+def message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return files.first_line(error, 500)
+
+
 def main(argv=None) -> int:
     options = parse_arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("unialign_jax").setLevel(logging.INFO)  # what is being read, compiled and sampled
+    log.setLevel(logging.INFO)
     for name in ("absl", "asyncio"):  # the storage library logs its own tracebacks; the error raised says it all
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
@@ -241,7 +303,7 @@ def main(argv=None) -> int:
         if options.traceback:
             raise
         hint = "; try a smaller --batch, --low-memory or --quantize=int8" if "RESOURCE_EXHAUSTED" in str(error) else ""
-        print(f"error: {jobs.first_line(error)}{hint}", file=sys.stderr)
+        print(f"error: {message(error)}{hint}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
         print(f"interrupted: {stop if stop.args else 'nothing was written'}", file=sys.stderr)

@@ -14,6 +14,8 @@ import pytest
 from PIL import Image
 
 from unialign_jax import Pipeline
+from unialign_jax.bundle_config import write_content
+from unialign_jax.sizes import ImageSizes
 
 SCRIPT = Path(__file__).resolve().parents[1] / "launch/generate.py"
 
@@ -24,6 +26,12 @@ def command():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(autouse=True)
+def no_cache_at_home(command, monkeypatch):
+    """The tests' own compilation cache stays."""
+    monkeypatch.setattr(command, "keep_compiled", lambda directory: None)
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +106,7 @@ def test_jobs_of_every_task(command, opened, tiny_bundle, photo, tmp_path, capsy
     assert expected.items() <= parameters.items()
     assert parameters["prompt"].startswith("Provide a detailed depth map")
 
+    assert lines["a"]["hash"] and parameters["job_hash"] == lines["p"]["hash"]
     assert run(command, *arguments) == 1  # the bad one is still bad
     said = capsys.readouterr().out
     assert "7 of 8 jobs are done already" in said and "7 of 8 jobs are done, 1 failed" in said
@@ -123,6 +132,12 @@ def test_a_text_is_printed_and_written(command, tiny_bundle, opened, photo, tmp_
     assert capsys.readouterr().out == text + "\n"
     assert run(command, *arguments, f"--output={tmp_path}/caption.txt") == 0
     assert (tmp_path / "caption.txt").read_text() == text + "\n"
+    (tmp_path / "caption.txt").write_text("mine")
+    assert run(command, *arguments, f"--output={tmp_path}/caption.txt") == 1
+    assert "caption.txt is there already" in capsys.readouterr().err
+    assert (tmp_path / "caption.txt").read_text() == "mine"
+    assert run(command, *arguments, f"--output={tmp_path}/caption.txt", "--overwrite") == 0
+    assert (tmp_path / "caption.txt").read_text() == text + "\n"
 
 
 def test_how_the_bundle_is_opened(command, tiny_bundle):
@@ -137,6 +152,7 @@ def test_how_the_bundle_is_opened(command, tiny_bundle):
     assert len({identity(), identity("--dtype=bfloat16"), identity("--quantize=int8")}) == 3
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -153,16 +169,53 @@ def test_how_the_bundle_is_opened(command, tiny_bundle):
         (["--task=t2i", "--prompt=a", "--height=36", "--output=OUT/a.png"], "height is 36, expected a multiple of 8"),
         (["--task=t2i", "--prompt=a", "--output=OUT/photo.png/a.png"], "cannot write into"),
         (["--task=t2i", "--prompt=a", "--output=OUT/folder.png"], "folder.png is a folder, expected the name"),
-        (["--task=caption", "--image=OUT/gone.png"], "gone.png cannot be read: No such file or directory"),
+        (["--task=caption", "--image=OUT/gone.png"], "gone.png: there is no such file"),
         (["--task=caption", "--image=OUT/photo.png", "--image=OUT/photo.png"], "caption needs 1 image (--image), 2"),
         (["--task=perceive", "--image=OUT/photo.png", "--output=OUT/a.png"], "--kind is not given, expected one of"),
         (["--task=vqa", "--image=OUT/photo.png"], "--question is not given; vqa needs one"),
-        (["--task=t2i", "--prompt=a", "--batch=0"], "--batch is 0, expected at least 1"),
+        (["--task=t2i", "--prompt=a", "--batch=0"], "--batch is 0, expected 1 to"),
         (["--jobs=OUT/jobs.jsonl"], "--jobs needs --output, a folder"),
         (["--jobs=OUT/jobs.jsonl", "--steps=3", "--output=OUT/o"], "--steps goes into the lines of the jobs file"),
         (["--jobs=OUT/gone.jsonl", "--output=OUT/o"], "gone.jsonl: there is no such jobs file"),
-        (["--jobs=OUT/jobs.jsonl", "--output=OUT/o"], "lines 1 and 2 have both the id 'x'"),
-        (["--jobs=OUT/one.jsonl", "--output=OUT/photo.png"], "cannot write into"),
+        (["--jobs=OUT", "--output=OUT/o"], "is a folder, expected a file"),
+        (["--jobs=/dev/zero", "--output=OUT/o"], "is a device, pipe or socket"),
+        (["--jobs=OUT/one.jsonl", "--output=OUT/photo.png"], "photo.png: File exists"),
+        (["--task=t2i", "--prompt=a", "--output=OUT/photo.png"], "photo.png is there already; choose another --output"),
+        (["--task=t2i", "--prompt=a", "--count=2", "--output=OUT/b.png"], "b_1.png is there already"),
+        (["--task=t2i", "--prompt=a", "--output=OUT/\0/a.png"], "cannot write into"),
+        (["--task=t2i", "--prompt=a", "--batch=1e9"], "invalid int value: '1e9'"),
+        (["--task=t2i", "--prompt=a", "--batch=100000"], "--batch is 100000, expected 1 to 65536"),
+        (
+            ["--task=t2i", "--prompt=a", "--seed=1180591620717411303424", "--output=OUT/a.png"],
+            "expected a whole number",
+        ),
+        (
+            ["--task=t2i", "--prompt=a", "--seed=-1", "--output=OUT/a.png"],
+            "--seed is -1, expected a whole number from 0",
+        ),
+        (["--task=t2i", "--prompt=a", "--seed=1.5", "--output=OUT/a.png"], '--seed is "1.5", expected a whole number'),
+        (["--task=t2i", "--prompt=a", "--seed=" + "9" * 5000, "--output=OUT/a.png"], "--seed is "),
+        (
+            ["--task=t2i", "--prompt=a", "--guidance-scale=nan", "--output=OUT/a.png"],
+            "--guidance-scale is NaN, expected",
+        ),
+        (["--task=t2i", "--prompt=a", "--guidance-scale=inf", "--output=OUT/a.png"], "--guidance-scale is Infinity"),
+        (["--task=t2i", "--prompt=a", "--shift=-inf", "--output=OUT/a.png"], "--shift is -Infinity, expected a number"),
+        (["--task=t2i", "--prompt=a", "--height=10000000", "--output=OUT/a.png"], "height is 10000000, expected"),
+        (
+            ["--task=t2i", "--prompt=a", "--width=0", "--output=OUT/a.png"],
+            "--width is 0, expected a whole number of at",
+        ),
+        (["--task=t2i", "--prompt=a", "--count=1000000", "--output=OUT/a.png"], "--count is 1000000, expected"),
+        (["--task=t2i", "--prompt=\udcff", "--output=OUT/a.png"], "expected a text that is not empty"),
+        (["--task=t2i", "--prompt=a", "--weights=ema", "--output=OUT/a.png"], "--weights goes with a run's folder"),
+        (["--task=t2i", "--prompt=a", "--weights=best", "--output=OUT/a.png"], "invalid choice: 'best'"),
+        (["--task=edit", "--instruction=a", "--image=OUT", "--output=OUT/a.png"], "is a folder, expected a file"),
+        (["--task=edit", "--instruction=a", "--image=/dev/zero", "--output=OUT/a.png"], "is a device, pipe or socket"),
+        (
+            ["--task=edit", "--instruction=a", "--image=OUT/one.jsonl", "--output=OUT/a.png"],
+            "it is no image of a known",
+        ),
     ],
 )
 def test_errors_are_one_line(command, opened, tiny_bundle, photo, tmp_path, capsys, arguments, message):
@@ -170,41 +223,43 @@ def test_errors_are_one_line(command, opened, tiny_bundle, photo, tmp_path, caps
     row = json.dumps({"id": "x", "task": "t2i", "prompt": "a"}) + "\n"
     (tmp_path / "jobs.jsonl").write_text(row * 2)
     (tmp_path / "one.jsonl").write_text(row)
-    before = sorted(tmp_path.rglob("*"))
+    (tmp_path / "b_1.png").write_text("mine")
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
     arguments = [argument.replace("OUT", str(tmp_path)) for argument in arguments]
     assert run(command, f"--bundle={tiny_bundle}", *arguments) in (1, 2)
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
-    assert sorted(tmp_path.rglob("*")) == before
+    assert "object at 0x" not in error and ".partial" not in error and "Errno" not in error
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
 
 
 def test_a_bundle_that_will_not_do(command, tiny_bundle, tmp_path, capsys):
     arguments = ["--task=t2i", "--prompt=a", f"--output={tmp_path}/a.png"]
     lacking = shutil.copytree(tiny_bundle, tmp_path / "lacking")
     content = json.loads((lacking / "config.json").read_text())
-    (lacking / "config.json").write_text(json.dumps(content | {"text_encoder": None}))
+    write_content(lacking, content | {"text_encoder": None})
     bare = shutil.copytree(tiny_bundle, tmp_path / "bare")
     shutil.rmtree(bare / "tokenizer")
     for bundle, message in (
         (tmp_path / "nowhere", "there is no such bundle"),
         (tmp_path, "is not a bundle"),
         (lacking, "lacks text_encoder, it has transformer, autoencoder"),
-        (bare, "has no tokenizer"),
+        (bare, "is not as it was written: tokenizer/tokenizer.json is missing"),
     ):
         assert run(command, f"--bundle={bundle}", *arguments) == 1
-        error = capsys.readouterr().err
-        assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: ") and message in error
         jobs = tmp_path / "jobs.jsonl"
         jobs.write_text('{"task": "t2i", "prompt": "a"}')
         assert run(command, f"--bundle={bundle}", f"--jobs={jobs}", f"--output={tmp_path}/out") == 1
-        error = capsys.readouterr().err
-        assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: ") and message in error
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_keep_what_is_done(command, tiny_bundle, tmp_path, capsys, monkeypatch, request, number, status):
     class Struck:
-        size_multiple, max_size = 16, 64
+        sizes, edit_limit = ImageSizes(16, 64), 64
 
         def load(self):
             pass
@@ -240,14 +295,15 @@ def test_damaged_weights_are_one_error(command, tiny_bundle, tmp_path, capsys):
             path.write_bytes(b"")
     (tmp_path / "jobs.jsonl").write_text('{"task": "t2i", "prompt": "a"}\n{"task": "t2i", "prompt": "b"}\n')
     assert run(command, f"--bundle={damaged}", f"--jobs={tmp_path}/jobs.jsonl", f"--output={tmp_path}/out") == 1
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith(f"error: {damaged}/transformer cannot be read")
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith(f"error: {damaged} is not as it was written: transformer/")
+    assert "has 0 bytes, expected" in line
     assert (tmp_path / "out/results.jsonl").read_text() == ""
 
 
 def test_memory_that_is_short_is_said(command, tiny_bundle, tmp_path, capsys, monkeypatch):
     class Full:
-        size_multiple, max_size = 16, 64
+        sizes, edit_limit = ImageSizes(16, 64), 64
 
         def generate(self, prompts, **options):
             raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nand pages more")
@@ -280,4 +336,4 @@ def test_runs_from_a_checkout(tmp_path):
         env=environment,
     )
     assert process.returncode == 1 and process.stdout == ""
-    assert process.stderr == "error: image none.png cannot be read: No such file or directory\n"
+    assert process.stderr == "error: image none.png: there is no such file\n"

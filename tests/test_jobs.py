@@ -2,9 +2,12 @@
 
 import dataclasses
 import json
+import os
+import struct
 import subprocess
 import sys
 import threading
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +17,13 @@ from PIL import Image
 from unialign_jax import job_runner
 from unialign_jax.job_runner import Results, batches, run
 from unialign_jax.jobs import OPTIONS, TASKS, BadJob, Job, make_job, read_jobs
+from unialign_jax.sizes import ImageSizes
 
 
 class FakePipeline:
     """Stands in for a `Pipeline`: colours by seed for images, echoes for texts; trips over the words it is told to."""
 
-    size_multiple, max_size = 16, 64
+    sizes, edit_limit = ImageSizes(16, 64), 64
 
     def __init__(self, *, fails=(), stops=()):
         self.calls, self._fails, self._stops = [], fails, stops
@@ -64,7 +68,19 @@ def folder(tmp_path):
     exif[0x0112] = 6
     Image.new("RGB", (32, 48), "blue").save(tmp_path / "turned.jpg", exif=exif)
     (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "page.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    os.mkfifo(tmp_path / "pipe.png")
+    Image.new("L", (300, 1)).save(tmp_path / "thread.png")
+    (tmp_path / "bomb.png").write_bytes(png_of_size(2**15, 2**15))
     return tmp_path
+
+
+def png_of_size(width, height):
+    """A PNG whose header promises that size, and which has no pixels."""
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return data + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
 
 
 def write(folder, *rows):
@@ -77,11 +93,11 @@ def lines_of(folder):
     return {entry["id"]: entry for entry in map(json.loads, (folder / "results.jsonl").read_text().splitlines())}
 
 
-def work(jobs_path, output, pipeline=None, batch=4, model=""):
+def work(jobs_path, output, pipeline=None, batch=4, model="", overwrite=False):
     """One run of the command's inside; the results and the pipeline."""
     pipeline = pipeline or FakePipeline()
     results = Results(output)
-    todo = results.begin(read_jobs(jobs_path, model))
+    todo = results.begin(read_jobs(jobs_path, model), overwrite=overwrite)
     run(todo, pipeline, results, batch)
     return results, pipeline
 
@@ -111,6 +127,10 @@ def test_every_task_reads(folder):
     assert read[4].files == ["000006_0.png", "000006_1.png"] and read[1].files == ["e-1.png"] and not read[6].files
 
 
+T2I = {"task": "t2i", "prompt": "a"}
+
+
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     "row, message",
     [
@@ -122,6 +142,38 @@ def test_every_task_reads(folder):
         ({"task": "t2i", "prompt": "\ud800"}, 'prompt is "\\ud800", expected a text'),
         ({"task": "t2i", "prompt": "a", "shift": 10**400}, "expected a number from 0.01 to 100"),
         ({"task": "caption", "image": "red.png", "entropy_bound": 10**400}, "expected at least 0"),
+        (T2I | {"seed": 2**70}, "seed is 1180591620717411303424, expected a whole number from 0 to 4294967295"),
+        (T2I | {"seed": -1}, "seed is -1, expected a whole number from 0"),
+        ('{"task": "t2i", "prompt": "a", "seed": ' + "9" * 5000 + "}", "digits"),
+        (T2I | {"seed": "7"}, 'seed is "7", expected a whole number'),
+        (T2I | {"seed": [1, 2]}, "seed is [1, 2], expected a whole number"),
+        (T2I | {"count": 10**9}, "count is 1000000000, expected a whole number from 1 to 256"),
+        (T2I | {"height": -16}, "height is -16, expected a whole number of at least 1"),
+        (T2I | {"height": 2**64 + 0.5}, "expected a whole number of at least 1"),
+        (T2I | {"prompt": "x" * 2**21}, "expected a text that is not empty"),
+        (T2I | {"prompt": ["a", "b"]}, "expected a text"),
+        (T2I | {"prompt": {"text": "a"}}, "expected a text"),
+        (T2I | {"negative_prompt": 5}, "negative_prompt is 5, expected a text"),
+        (T2I | {"negative_prompt": "\udfff"}, "expected a text"),
+        (T2I | {"guidance_interval": [[0], 1]}, "expected two numbers"),
+        (T2I | {"guidance_interval": [0, 1, 2]}, "expected two numbers"),
+        (T2I | {"solver": {"euler": 1}}, "expected one of euler"),
+        (T2I | {"task": ["t2i"]}, 'task is ["t2i"], expected one of'),
+        (T2I | {"x" * 10_000: 1}, "t2i takes no xxx"),
+        ('{"task": "t2i", "prompt": "a", "steps": 1e999}', "steps is Infinity, expected a whole number"),
+        ('{"task": "t2i", "prompt": "a", "options": ' + "[" * 50_000 + "]" * 50_000 + "}", "is nested too deeply"),
+        ("null", "expected a JSON object"),
+        ({"task": "caption", "image": "."}, "is a folder, expected a file"),
+        ({"task": "caption", "image": "a\0b.png"}, "cannot be opened"),
+        ({"task": "caption", "image": "\ud800.png"}, "cannot be opened"),
+        ({"task": "caption", "image": "x" * 5000 + ".png"}, "File name too long"),
+        ({"task": "caption", "image": "/dev/zero"}, "is a device, pipe or socket"),
+        ({"task": "caption", "image": "pipe.png"}, "is a device, pipe or socket"),
+        ({"task": "caption", "image": "empty.png"}, "it is empty"),
+        ({"task": "caption", "image": "page.eps"}, "it is no image of a known format"),
+        ({"task": "caption", "image": "bomb.png"}, "it has more than 67,108,864 pixels"),
+        ({"task": "caption", "image": "thread.png"}, "expected sides that differ by a factor of 100 at most"),
+        ({"task": "caption", "image": "red.png", "text_length": 10**6}, "text_length is 1000000, expected"),
         ({"prompt": "a"}, "task not given, expected one of t2i, edit"),
         ({"task": "draw", "prompt": "a"}, 'task is "draw", expected one of t2i'),
         ({"task": "t2i"}, "prompt is not given; t2i needs one"),
@@ -132,8 +184,8 @@ def test_every_task_reads(folder):
         ({"task": "caption", "image": "red.png", "count": 2}, "caption takes no count; it takes image, images, seed"),
         ({"task": "edit", "prompt": "a", "instruction": "b", "image": "red.png"}, "instruction and prompt are both"),
         ({"task": "edit", "prompt": "a"}, "edit needs 1 image (image), 0 given"),
-        ({"task": "edit", "prompt": "a", "image": "gone.png"}, "gone.png cannot be read: No such file"),
-        ({"task": "edit", "prompt": "a", "image": "text.png"}, "text.png cannot be read: it is of no known format"),
+        ({"task": "edit", "prompt": "a", "image": "gone.png"}, "gone.png: there is no such file"),
+        ({"task": "edit", "prompt": "a", "image": "text.png"}, "text.png cannot be decoded: it is no image of a"),
         ({"task": "edit", "prompt": "a", "image": ["red.png"]}, "expected paths of image files"),
         ({"task": "personalize", "prompt": "a", "images": ["red.png"] * 5}, "needs 1 to 4 images (image), 5 given"),
         ({"task": "perceive", "image": "red.png"}, "kind is not given, expected one of canny, depth, pose"),
@@ -146,6 +198,20 @@ def test_every_task_reads(folder):
         ({"task": "t2i", "prompt": "a", "seed": 2**32 - 1, "count": 2}, "seed is 4294967295, too large for 2 images"),
         ({"id": "../a", "task": "t2i", "prompt": "a"}, 'id is "../a", expected a file name'),
         ({"id": ".a", "task": "t2i", "prompt": "a"}, 'id is ".a", expected a file name'),
+        (T2I | {"id": "/etc/a"}, 'id is "/etc/a", expected a file name'),
+        (T2I | {"id": "a/../../b"}, 'id is "a/../../b", expected a file name'),
+        (T2I | {"id": "a/.."}, "expected a file name"),
+        (T2I | {"id": "a//b"}, "expected a file name"),
+        (T2I | {"id": "a/"}, "expected a file name"),
+        (T2I | {"id": "a/./b"}, "expected a file name"),
+        (T2I | {"id": "a\\b"}, "expected a file name"),
+        (T2I | {"id": "a\n"}, "expected a file name"),
+        (T2I | {"id": "a\0"}, "expected a file name"),
+        (T2I | {"id": ""}, "expected a file name"),
+        (T2I | {"id": "x" * 300}, "at most 200 characters"),
+        (T2I | {"id": "a/" * 20 + "b"}, "expected a file name"),
+        (T2I | {"id": "results.jsonl"}, "is the file of all results"),
+        (T2I | {"id": "Results.JSONL/a"}, "is the file of all results"),
         ({"id": 3, "task": "t2i", "prompt": "a"}, "id is 3, expected a file name"),
     ],
 )
@@ -163,16 +229,68 @@ def test_bytes_that_are_no_text_spoil_their_line_alone(folder):
     assert (first.text, second.error, third.text) == ("a", "is not UTF-8", "b")
 
 
-def test_two_jobs_that_would_write_the_same_stop_everything(folder):
-    job = {"task": "t2i", "prompt": "a"}
-    with pytest.raises(ValueError, match="lines 1 and 4 have both the id 'x'"):
-        read_jobs(write(folder, job | {"id": "x"}, job, "", job | {"id": "x"}))
-    with pytest.raises(ValueError, match="lines 1 and 2 have both the file x_0.png"):
-        read_jobs(write(folder, job | {"id": "x", "count": 2}, job | {"id": "x_0"}))
-    with pytest.raises(ValueError, match="has no jobs"):
-        read_jobs(write(folder, "", " "))
-    with pytest.raises(FileNotFoundError, match="there is no such jobs file"):
-        read_jobs(folder / "gone.jsonl")
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    "first, second, message",
+    [
+        ({"id": "x"}, {"id": "x"}, "line 1 has the id 'x' already; give this one another id"),
+        ({"id": "x", "count": 2}, {"id": "x_0"}, "line 1 has the file x_0.png already"),
+        ({"id": "x_0"}, {"id": "x", "count": 2}, "line 1 has the file x_0.png already"),
+        ({"id": "000002"}, {}, "line 1 has the id '000002' already"),
+        ({"id": "a"}, {"id": "a.png/b"}, "a.png would be a file and a folder"),
+        ({"id": "a.png/b"}, {"id": "a"}, "a.png would be a file and a folder"),
+    ],
+)
+def test_a_job_that_would_write_anothers_file_is_bad_and_the_others_are_not(folder, first, second, message):
+    read = read_jobs(write(folder, T2I | first, T2I | second, T2I | {"id": "fine"}))
+    assert [type(job) for job in read] == [Job, BadJob, Job]
+    assert message in read[1].error and read[1].id == "line 2"
+
+
+def test_a_job_beside_its_duplicate_is_done_once(folder):
+    rows = [T2I | {"id": "x"}, T2I | {"id": "x", "seed": 4}, T2I | {"id": "y"}]
+    for _ in range(2):
+        results, _ = work(write(folder, *rows), folder / "out")
+    assert (results.earlier, results.failed) == (2, 1)
+    lines = lines_of(folder / "out")
+    assert {name: line["status"] for name, line in lines.items()} == {"x": "done", "y": "done", "line 2": "failed"}
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("gone.jsonl", "there is no such jobs file"),
+        ("empty.png", "has no jobs"),
+        (".", "is a folder, expected a file"),
+        ("pipe.png", "is a device, pipe or socket"),
+        ("/dev/zero", "is a device, pipe or socket"),
+    ],
+)
+def test_a_file_that_has_no_jobs(folder, refuses, name, words):
+    refuses(lambda: read_jobs(folder / name), words)
+
+
+def test_ids_may_name_folders_inside_the_output(folder):
+    rows = [T2I | {"id": "animals/fox/1"}, T2I | {"id": "animals/owl", "count": 2}, T2I | {"id": "animals"}]
+    work(write(folder, *rows), folder / "out")
+    written = sorted(path.relative_to(folder / "out").as_posix() for path in (folder / "out").rglob("*.png"))
+    assert written == ["animals.png", "animals/fox/1.png", "animals/owl_0.png", "animals/owl_1.png"]
+    results, pipeline = work(write(folder, *rows), folder / "out")
+    assert (results.earlier, pipeline.calls) == (3, [])
+
+
+def test_a_link_or_a_file_in_the_way_of_a_folder_fails_its_job_alone(folder):
+    (folder / "outside").mkdir()
+    (folder / "out").mkdir()
+    (folder / "out/link").symlink_to(folder / "outside")
+    (folder / "out/file").write_text("mine")
+    rows = [T2I | {"id": name} for name in ("link/a", "file/b", "c")]
+    results, _ = work(write(folder, *rows), folder / "out")
+    assert (results.done, results.failed) == (1, 2)
+    errors = {name: line.get("error", "") for name, line in lines_of(folder / "out").items()}
+    assert "leads out of the output" in errors["link/a"] and "is a file" in errors["file/b"]
+    assert not list((folder / "outside").iterdir()) and (folder / "out/file").read_text() == "mine"
 
 
 def test_a_hash_says_what_a_result_depends_on(folder):
@@ -290,7 +408,7 @@ def test_a_run_of_all_tasks(folder):
     assert written == {"results.jsonl", "t_0.png", "t_1.png", "t_2.png", "e.png", "p.png", "r.png"}
     with Image.open(folder / "out/t_1.png") as image:
         assert image.getpixel((0, 0)) == (6, 3, 0)
-        assert json.loads(image.text["parameters"]) == {"task": "t2i", "id": "t"}
+        assert json.loads(image.text["parameters"]) == {"task": "t2i", "id": "t", "job_hash": lines["t"]["hash"]}
 
 
 def test_what_is_done_is_not_done_again(folder):
@@ -303,11 +421,43 @@ def test_what_is_done_is_not_done_again(folder):
     rows[1]["seed"] = 3  # its job has changed
     rows[2]["id"] = "c2"  # its name has: the old results stay
     rows.append({"id": "e", "task": "t2i", "prompt": "e"})
-    results, pipeline = work(write(folder, *rows), folder / "out")
+    before = (folder / "out/results.jsonl").read_bytes()
+    with pytest.raises(FileExistsError, match="holds 1 results that other jobs made.* the first b.png; .*--overwrite"):
+        work(write(folder, *rows), folder / "out")
+    assert (folder / "out/results.jsonl").read_bytes() == before
+    results, pipeline = work(write(folder, *rows), folder / "out", overwrite=True)
     assert (results.earlier, results.done, pipeline.calls) == (1, 4, [("t2i", [0, 3, 0, 0])])
     assert list(lines_of(folder / "out")) == ["c", "d", "a", "b", "c2", "e"]
-    results, pipeline = work(write(folder, *rows), folder / "out", model="another")
+    results, pipeline = work(write(folder, *rows), folder / "out", model="another", overwrite=True)
     assert results.done == 5
+
+
+def test_what_others_left_is_not_replaced_unasked(folder):
+    (folder / "out").mkdir()
+    Image.new("RGB", (8, 8), "green").save(folder / "out/a.png")
+    mine = (folder / "out/a.png").read_bytes()
+    with pytest.raises(FileExistsError, match="the first a.png"):
+        work(write(folder, T2I | {"id": "a"}), folder / "out")
+    assert (folder / "out/a.png").read_bytes() == mine
+    work(write(folder, T2I | {"id": "a"}), folder / "out", overwrite=True)
+    assert (folder / "out/a.png").read_bytes() != mine
+    # Texts are kept in results.jsonl alone.
+    work(write(folder, {"id": "t", "task": "caption", "image": "red.png"}), folder / "texts")
+    with pytest.raises(FileExistsError, match="the first the text of t"):
+        work(write(folder, {"id": "t", "task": "caption", "image": "red.png", "seed": 1}), folder / "texts")
+    # A line that became bad does not take away what it made before.
+    results, _ = work(write(folder, {"id": "t", "task": "caption"}), folder / "texts")
+    lines = lines_of(folder / "texts")
+    assert (lines["t"]["status"], lines["line 1"]["status"]) == ("done", "failed")
+
+
+def test_a_picture_whose_line_a_kill_prevented_is_made_again(folder):
+    jobs_path = write(folder, *(T2I | {"id": name} for name in "ab"))
+    work(jobs_path, folder / "out")
+    first, _ = (folder / "out/results.jsonl").read_text().splitlines()
+    (folder / "out/results.jsonl").write_text(first + "\n")
+    results, _ = work(jobs_path, folder / "out")
+    assert (results.earlier, results.done) == (1, 1)
 
 
 def test_one_bad_job_takes_no_other_down(folder, caplog):
@@ -323,8 +473,8 @@ def test_one_bad_job_takes_no_other_down(folder, caplog):
     failed = {name: entry["error"] for name, entry in lines.items() if entry["status"] == "failed"}
     assert list(failed) == ["000002", "000008", "000003", "000006"]
     assert failed["000003"] == "bad cannot be drawn"
-    assert "cut.png cannot be read" in failed["000006"]
-    assert failed["000008"] == "height is 40, expected a multiple of 16 up to 64"
+    assert "cut.png cannot be decoded" in failed["000006"]
+    assert failed["000008"] == "height is 40, expected a multiple of 16 up to 64, such as 32"
     assert "line 3, job 000003: bad cannot be drawn" in caplog.messages
     assert pipeline.calls == [("t2i", [0, 0, 0])] + [("t2i", [0])] * 3 + [("edit", [0, 0])]
 
@@ -395,12 +545,28 @@ def test_reading_and_writing_go_on_beside_the_pipeline(folder, monkeypatch):
     assert results.done == 2
 
 
-def test_output_folders_that_will_not_do(folder):
-    with pytest.raises(OSError, match="cannot write into .*red.png/out: Not a directory"):
-        Results(folder / "red.png/out")
-    (folder / "results.jsonl").write_text('{"loss": 1}\n{"loss": 2}\n')
-    with pytest.raises(ValueError, match=r"results.jsonl:1 is no line of results; choose another --output"):
-        Results(folder)
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    "lines",
+    [
+        b'{"loss": 1}\n{"loss": 2}\n',
+        b"[1]\n2\n",
+        b'{"status": "done", "id": ["a"]}\n{}\n',
+        b"\xff\xfe\n\n",
+        b"[" * 100_000 + b"\n\n",
+    ],
+)
+def test_results_of_something_else(folder, refuses, lines):
+    (folder / "results.jsonl").write_bytes(lines)
+    refuses(lambda: Results(folder), "results.jsonl:1 is no line of results; choose another --output")
+    assert (folder / "results.jsonl").read_bytes() == lines
+
+
+@pytest.mark.bad_input
+def test_an_output_folder_that_cannot_be(folder, refuses):
+    refuses(lambda: Results(folder / "red.png/out"), "cannot write into", "red.png/out: Not a directory")
+    (folder / "results.jsonl").mkdir()
+    refuses(lambda: Results(folder), "results.jsonl is a folder, expected a file")
 
 
 def test_png_text_survives_any_language(folder):
@@ -410,8 +576,9 @@ def test_png_text_survives_any_language(folder):
     with Image.open(folder / "a.png") as opened:
         assert json.loads(opened.text["parameters"]) == parameters
         np.testing.assert_array_equal(np.asarray(opened), np.asarray(image))
-    with pytest.raises(OSError, match="cannot write .*b.png"):
-        job_runner.save_png(image, folder / "none" / "b.png", parameters)
+    with pytest.raises(OSError, match="cannot write .*/red.png/b.png: ") as raised:
+        job_runner.save_png(image, folder / "red.png" / "b.png", parameters)
+    assert ".partial" not in str(raised.value) and "Errno" not in str(raised.value)
 
 
 def test_jobs_are_checked_without_jax():

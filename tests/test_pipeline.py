@@ -1,8 +1,11 @@
 """Every task on a small bundle of random weights, against plain loops over the networks."""
 
+import dataclasses
+import io
 import json
 import logging
 import weakref
+from pathlib import Path
 
 import chex
 import jax
@@ -11,7 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unialign_jax import Pipeline, bundle
+from unialign_jax import Pipeline, bundle, checksums
+from unialign_jax.bundle_config import write_content
+from unialign_jax.data.tokenizer import load_tokenizer
 from unialign_jax.diffusion.flow import sampling_sigmas
 from unialign_jax.models.autoencoder import Moments, denormalize, make_autoencoder, sample_latents
 from unialign_jax.models.mmdit import MMDiT
@@ -79,8 +84,8 @@ def test_numbers_of_numpy_are_numbers(pipeline, tmp_path):
     assert json.loads(image.info["parameters"])["guidance_scale"] == 3
     talk = pipeline.conversation(picture(), **options)
     talk.edit("a hat")
-    talk.save(tmp_path)
-    assert json.loads((tmp_path / "conversation.json").read_text())["edits"][0]["steps"] == 1
+    talk.save(tmp_path / "talk")
+    assert json.loads((tmp_path / "talk/conversation.json").read_text())["edits"][0]["steps"] == 1
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -261,6 +266,13 @@ def test_a_conversation_is_kept_undone_and_replayed(pipeline, tmp_path):
     kept = json.loads((tmp_path / "talk/conversation.json").read_text())
     assert [step["seeds"] for step in kept["edits"]] == [0, 9]
     assert difference(Image.open(tmp_path / "talk/2.png"), second) == 0
+    talk.save(tmp_path / "talk")  # its own folder
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/1.png").write_text("precious")
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match="1.png"):
+            talk.save(tmp_path / "mine", overwrite=overwrite)
+    assert (tmp_path / "mine/1.png").read_text() == "precious"
     talk.undo()
     talk.undo()
     with pytest.raises(ValueError, match="no edit to undo"):
@@ -285,12 +297,60 @@ def test_long_questions_are_cut_with_a_warning(pipeline, caplog):
     assert "question" not in caplog.text
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     "call, message",
     [
+        (lambda p: p.generate(None), "prompt is a NoneType, expected a text or a list of texts"),
+        (lambda p: p.generate({"a": 1}), "prompt is a dict, expected a text or a list"),
+        (lambda p: p.generate([3]), "prompt 0 is a int, expected a text"),
+        (lambda p: p.generate("x" * 2**21), "prompt 0 has 2,097,152 characters, expected at most"),
+        (lambda p: p.generate("\ud800"), "prompt 0 holds half of a character"),
+        (lambda p: p.generate("a", negative_prompts=3), "negative_prompts is 3, expected a text"),
+        (lambda p: p.generate("a", negative_prompts=[None]), "negative prompt 0 is a NoneType, expected a text"),
+        (lambda p: p.generate("a", negative_prompts="\udfff"), "negative prompt 0 holds half of a character"),
+        (lambda p: p.generate("a", height=10_000_000), "height is 10000000, expected a multiple of 8 up to 768"),
+        (lambda p: p.generate("a", height=2**70), "height is 1180591620717411303424, expected a multiple of 8"),
+        (lambda p: p.generate("a", height=True), "height is True, expected a multiple of 8"),
+        (lambda p: p.generate("a", height=float("nan")), "height is nan, expected a multiple of 8"),
+        (lambda p: p.generate("a", steps=10**9), "steps is 1000000000, expected a whole number from 1 to 1000"),
+        (lambda p: p.generate("a", steps=True), "steps is True, expected a whole number"),
+        (lambda p: p.generate("a", steps="28"), "steps is '28', expected a whole number"),
+        (lambda p: p.generate("a", seeds=2**70), "seed is 1180591620717411303424, expected 0 to 4294967295"),
+        (lambda p: p.generate("a", seeds=True), "seeds is True, expected a whole number"),
+        (lambda p: p.generate("a", seeds="7"), "seeds is '7', expected a whole number"),
+        (lambda p: p.generate("a", seeds={7}), r"seeds is \{7\}, expected a whole number"),
+        (lambda p: p.generate("a", seeds=[[7]]), r"seeds is \[\[7\]\], expected a whole number"),
+        (lambda p: p.generate("a", seeds=10**5000), "expected 0 to 4294967295"),
+        (lambda p: p.generate("a", images_per_prompt=10**9), "images_per_prompt is 1000000000, expected"),
+        (lambda p: p.generate("a", guidance_scale="7"), "guidance_scale is '7', expected 0 to 100"),
+        (lambda p: p.generate("a", guidance_scale=True), "guidance_scale is True, expected 0 to 100"),
+        (lambda p: p.generate("a", guidance_scale=float("inf")), "guidance_scale is inf, expected 0 to 100"),
+        (lambda p: p.generate("a", guidance_scale=[7]), r"guidance_scale is \[7\], expected 0 to 100"),
+        (lambda p: p.generate("a", guidance_interval={0, 1}), "guidance_interval is {0, 1}, expected two"),
+        (lambda p: p.generate("a", guidance_interval=(0, float("nan"))), "0 <= low <= high <= 1"),
+        (lambda p: p.generate("a", shift=0), "shift is 0, expected 0.01 to 100"),
+        (lambda p: p.generate("a", solver=["euler"]), r"solver is \['euler'\], expected one of"),
+        (lambda p: p.edit("a", b"bytes"), "image 0 is a bytes, expected a PIL image or a path"),
+        (lambda p: p.edit("a", io.BytesIO(b"x")), "image 0 is a BytesIO, expected a PIL image or a path"),
+        (lambda p: p.edit("a", Path(__file__)), "cannot be decoded: it is no image of a known format"),
+        (lambda p: p.edit("a", "/dev/zero"), "image 0.*/dev/zero is a device, pipe or socket, expected a file"),
+        (lambda p: p.edit("a", "/"), "image 0.*is a folder, expected a file"),
+        (lambda p: p.edit("a", "a\0b.png"), "image 0.*cannot be opened"),
+        (lambda p: p.edit("a", Image.new("RGB", (2000, 1))), "image 0 is 2,000 x 1 pixels, expected sides that"),
+        (lambda p: p.edit("a", [[picture()]]), "image 0 is a list, expected a PIL image or a path"),
+        (lambda p: p.perceive(["depth"], picture()), r"kind is \['depth'\], expected one of canny"),
+        (lambda p: p.perceive("depth", picture(), instruction=""), "instruction 0 is empty"),
+        (lambda p: p.personalize("a", []), "expected 1 to 4"),
+        (lambda p: p.caption(picture(), temperature=float("nan")), "temperature is nan, expected 0 to 100"),
+        (lambda p: p.caption(picture(), entropy_bound=-1), "entropy_bound is -1, expected a number of at least 0"),
+        (lambda p: p.caption(picture(), text_length=10**9), "text_length is 1000000000, expected a whole number"),
+        (lambda p: p.caption(picture(), max_tokens=True), "max_tokens is True, expected a whole number"),
+        (lambda p: p.caption(picture(), decoding={}), "decoding is {}, expected one of ancestral"),
+        (lambda p: p.answer(picture(), ["a", 5]), "question 1 is a int, expected a text"),
         (lambda p: p.generate(" "), "prompt 0 is empty"),
         (lambda p: p.generate([]), "no prompt was given"),
-        (lambda p: p.generate("a", height=36), "height is 36, expected a multiple of 8 up to 256, such as 32"),
+        (lambda p: p.generate("a", height=36), "height is 36, expected a multiple of 8 up to 768, such as 32"),
         (lambda p: p.generate("a", width=1024), "width is 1024"),
         (lambda p: p.generate("a", steps=0), "steps is 0, expected a whole number from 1 to 1000"),
         (lambda p: p.generate("a", steps=2.5), "steps is 2.5, expected a whole number"),
@@ -314,7 +374,7 @@ def test_long_questions_are_cut_with_a_warning(pipeline, caplog):
         (lambda p: p.generate("a", seeds=-1), "seed is -1"),
         (lambda p: p.generate(["a", "b"], negative_prompts=["c"] * 3), "2 prompts, but 3 negative prompts"),
         (lambda p: p.edit(["a", "b"], [picture()] * 3), "2 instructions, but 3 images"),
-        (lambda p: p.edit("a", "/nowhere/image.png"), "image 0 .* cannot be read as an image"),
+        (lambda p: p.edit("a", "/nowhere/image.png"), "image 0.*/nowhere/image.png: there is no such file"),
         (lambda p: p.edit("a", 3), "image 0 is a int, expected a PIL image or a path"),
         (lambda p: p.perceive("smell", picture()), "expected one of canny, depth, pose"),
         (lambda p: p.personalize("a", [picture()] * 5), "has 5 references, expected 1 to 4"),
@@ -331,6 +391,97 @@ def test_bad_input_is_one_clear_line(call, message, pipeline):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"dtype": "float8"}, "dtype is 'float8', expected one of bfloat16, float32"),
+        ({"dtype": 32}, "dtype is 32, expected one of"),
+        ({"quantize": "int4"}, "quantize is 'int4', expected one of int8, w8a8"),
+        ({"attention": "flash"}, "flash"),
+        ({"max_batch": 0}, "max_batch is 0, expected a whole number from 1"),
+        ({"max_batch": 2.5}, "max_batch is 2.5, expected a whole number"),
+        ({"max_batch": 2**40}, "max_batch is 1099511627776, expected"),
+        ({"weights": "ema"}, "weights is 'ema', which a run's folder has"),
+    ],
+)
+def test_a_pipeline_that_cannot_be(tiny_bundle, refuses, options, message):
+    refuses(lambda: Pipeline.from_bundle(tiny_bundle, **options), message)
+
+
+def rewritten(source, target, **changes):
+    """A bundle like another, of which config.json says something else; its files stay where they are."""
+    target.mkdir()
+    for path in source.iterdir():
+        if path.is_dir():
+            (target / path.name).symlink_to(path)
+    write_content(target, json.loads((source / "config.json").read_text()) | changes)
+    return target
+
+
+def test_a_bundle_is_sampled_as_it_says_and_as_one_asks(tiny_bundle, tmp_path):
+    sampling = {"steps": 2, "edit_steps": 1, "caption_steps": 3, "guidance_scale": 3.5, "shift": 2.0}
+    pipeline = Pipeline.from_bundle(rewritten(tiny_bundle, tmp_path / "own", sampling=sampling))
+
+    def made(images):
+        parameters = json.loads(images[0].info["parameters"])
+        return tuple(parameters[key] for key in ("task", "steps", "guidance_scale", "shift"))
+
+    assert made(pipeline.generate("a red circle")) == ("generate", 2, 3.5, 2.0)
+    assert made(pipeline.generate("a red circle", steps=1, guidance_scale=5.0, shift=1.0)) == ("generate", 1, 5.0, 1.0)
+    assert made(pipeline.edit("make it green", picture())) == ("edit", 1, 3.5, 2.0)
+    assert made(pipeline.perceive("depth", picture())) == ("perceive", 1, 3.5, 2.0)
+    assert pipeline.caption(picture()) == pipeline.caption(picture(), steps=3)
+
+
+def test_a_task_or_a_size_beyond_training_is_warned_of_once(tiny_bundle, tmp_path, caplog):
+    pipeline = Pipeline.from_bundle(rewritten(tiny_bundle, tmp_path / "t2i", tasks=["t2i"]))
+    with caplog.at_level(logging.WARNING):
+        pipeline.generate("a red circle", steps=1)
+        assert not caplog.messages
+        for _ in range(2):
+            pipeline.perceive("depth", picture(), steps=1, height=48, width=48)
+    assert [message.split(str(tmp_path))[-1] for message in caplog.messages] == [
+        "/t2i was not trained for perceive, as far as it says (its tasks: t2i)",
+        "sides beyond 32 pixels, which the model was trained at, may repeat what they show",
+    ]
+
+
+def test_components_are_hashed_once(tiny_bundle, monkeypatch):
+    hashed = []
+    digest = checksums.digest
+    monkeypatch.setattr(checksums, "digest", lambda path: hashed.append(path) or digest(path))
+    lean = Pipeline.from_bundle(tiny_bundle, low_memory=True)
+    lean.generate("a red circle", steps=1)
+    count = len(hashed)
+    assert any("transformer" in str(path) for path in hashed)
+    lean.generate("a red circle", steps=1)
+    assert len(hashed) == count
+    Pipeline.from_bundle(tiny_bundle, verify=False).load()
+    assert len(hashed) == count
+
+
+def shrunk(config, **changes):
+    return bundle.BundleConfig(
+        transformer=dataclasses.replace(config.transformer, **changes), text_encoder=config.text_encoder
+    )
+
+
+def test_a_vocabulary_larger_than_the_tokenizer_says_nothing_that_is_none(pipeline, tiny_bundle, tmp_path):
+    """Logits beyond the tokenizer's ids are never drawn, however large: as if the model had only the others."""
+    config, params = bundle.load(tiny_bundle)
+    wide = dataclasses.replace(config.transformer, vocab_size=config.transformer.vocab_size + 8)
+    rows = dataclasses.replace(config.text_encoder, vocab_size=wide.vocab_size)
+    head, table = params["transformer"]["text_head"], params["text_encoder"]["token_embedding"]
+    kernel, bias = np.pad(head["kernel"], ((0, 0), (0, 8))), np.pad(head["bias"], (0, 8), constant_values=99)
+    params["transformer"] = params["transformer"] | {"text_head": {"kernel": kernel, "bias": bias}}
+    params["text_encoder"] = params["text_encoder"] | {"token_embedding": np.pad(table, ((0, 8), (0, 0)))}
+    config = dataclasses.replace(config, transformer=wide, text_encoder=rows)
+    bundle.save(tmp_path / "wide", config, params, tokenizer=load_tokenizer())
+    expected = pipeline.caption(picture(), steps=2, temperature=0)
+    assert Pipeline.from_bundle(tmp_path / "wide").caption(picture(), steps=2, temperature=0) == expected
+
+
 def test_a_bundle_must_have_what_the_task_needs(tiny_bundle, tmp_path):
     config, params = bundle.load(tiny_bundle, components=["transformer", "text_encoder"])
     lacking = bundle.BundleConfig(transformer=config.transformer, text_encoder=config.text_encoder)
@@ -340,5 +491,8 @@ def test_a_bundle_must_have_what_the_task_needs(tiny_bundle, tmp_path):
     bundle.save(tmp_path / "mute", lacking, params)
     with pytest.raises(ValueError, match="has no tokenizer"):
         Pipeline.from_bundle(tmp_path / "mute")
+    bundle.save(tmp_path / "small", shrunk(config, vocab_size=100), params, tokenizer=load_tokenizer())
+    with pytest.raises(ValueError, match="the tokenizer has 512 tokens, the transformer predicts 100"):
+        Pipeline.from_bundle(tmp_path / "small")
     with pytest.raises(FileNotFoundError):
         Pipeline.from_bundle(tmp_path / "nothing")

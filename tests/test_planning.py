@@ -89,7 +89,7 @@ def test_bad_arguments_are_said_in_a_line():
         planning.topology_devices("v5e")
     with pytest.raises(ValueError, match=r"^unknown task 'paint', expected one of t2i, edit, caption$"):
         planning.sampling_programs("paint", jax.devices()[0])
-    with pytest.raises(ValueError, match=r"^size is 500 and batch 1, expected a multiple of 16 up to 1024"):
+    with pytest.raises(ValueError, match=r"^size is 500, expected a multiple of 16 up to 3072, such as 496"):
         planning.sampling_programs("t2i", jax.devices()[0], size=500)
 
 

@@ -1,20 +1,20 @@
 """A model on disk: one folder with everything that running it needs.
 
-    config.json       the architecture of each component, where its weights came from, the hash of every file
+    config.json       the architecture of each component, what it was trained for, how it is sampled, where its weights
+                      came from, the hash of every file (bundle_config.py, inventory.py)
     transformer/  text_encoder/  autoencoder/  heads/     parameters as Orbax pytrees, layers stacked
     tokenizer/        tokenizer.json or spiece.model
 
 The heads are there only when the model has them, and an autoencoder without parameters has no folder. A bundle is
-written beside its place and renamed when whole: a folder with a config.json is a whole bundle.
+written beside its place and renamed when whole: a folder with a config.json is a whole bundle. What is read is checked
+against the hashes, each file beside its reading.
 """
 
+import contextlib
 import dataclasses
 import errno
-import hashlib
 import importlib.metadata
-import itertools
-import json
-import os
+import logging
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,24 +22,33 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from unialign_jax import sharding
-from unialign_jax.models.autoencoder import AutoencoderConfig, make_autoencoder
-from unialign_jax.models.mmdit import AlignmentHeads, AlignmentHeadsConfig, MMDiT, MMDiTConfig
-from unialign_jax.models.text_encoder import TextEncoder, TextEncoderConfig
+from unialign_jax import inventory, sharding
+from unialign_jax.bundle_config import (
+    COMPONENTS,
+    SIZES,
+    BundleConfig,
+    is_bundle,
+    parse_config,
+    read_content,
+    write_content,
+)
+from unialign_jax.data.tokenizer import MAX_TOKENIZER_FILE, Tokenizer, load_tokenizer
+from unialign_jax.files import check_inside, check_regular, first_line, refuse_existing, replacing_folder, sha256
+from unialign_jax.models.autoencoder import make_autoencoder
+from unialign_jax.models.mmdit import AlignmentHeads, MMDiT
+from unialign_jax.models.text_encoder import TextEncoder
 
-FORMAT, VERSION = "unialign_jax bundle", 1
-COMPONENTS = {
-    "transformer": MMDiTConfig,
-    "heads": AlignmentHeadsConfig,
-    "text_encoder": TextEncoderConfig,
-    "autoencoder": AutoencoderConfig,
-}
-SIZES = ("image_size", "text_length")
+__all__ = ["BundleConfig", "COMPONENTS", "SIZES", "is_bundle", "sha256"]  # what others know by this module's name
+
+log = logging.getLogger(__name__)
+
 GROUP_BYTES = 256 * 2**20  # small arrays are written together up to this size
 CHUNK_BYTES = 64 * 2**20  # arrays are stored in pieces of this size, so that a device reads its part alone
 READ_BYTES = 2**30  # host memory that reading may use beside the arrays themselves, or the largest array's if more
+PARTS = (*COMPONENTS, "teacher", "tokenizer")  # the folders of a bundle
 TOKENIZER_FILES = (
     "tokenizer.json",
     "spiece.model",
@@ -49,72 +58,13 @@ TOKENIZER_FILES = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class BundleConfig:
-    """What a bundle says of itself. A component that it lacks is None.
-
-    `image_size` (pixels of a side) and `text_length` (tokens) are what the model was trained with, and so what sampling
-    starts from. `dtypes` gives the stored dtypes by component, such as {"transformer": ["float16", "float32"]};
-    `provenance` is whatever the writer recorded (sources with sizes and hashes, layout, versions).
-    """
-
-    transformer: MMDiTConfig | None = None
-    heads: AlignmentHeadsConfig | None = None
-    text_encoder: TextEncoderConfig | None = None
-    autoencoder: AutoencoderConfig | None = None
-    image_size: int = 512
-    text_length: int = 256
-    dtypes: dict = dataclasses.field(default_factory=dict)
-    provenance: dict = dataclasses.field(default_factory=dict)
-
-    @property
-    def components(self) -> tuple[str, ...]:
-        return tuple(name for name in COMPONENTS if getattr(self, name) is not None)
-
-
-def is_bundle(directory) -> bool:
-    """Whether the folder holds a whole bundle (of any version)."""
-    try:
-        return json.loads((Path(directory) / "config.json").read_text()).get("format") == FORMAT
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def read_config(directory) -> BundleConfig:
+def read_config(directory, *, verify: bool = True) -> BundleConfig:
     """The bundle's config.json, without its weights.
 
-    Raises FileNotFoundError when there is no such folder, ValueError when it is no bundle or of another version.
+    Raises FileNotFoundError when there is no such folder, ValueError when it is no bundle, of another version, holds
+    what no bundle holds, or (with `verify`) is not as it was written.
     """
-    return _parse_config(directory, _read_json(directory))
-
-
-def _read_json(directory) -> dict:
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise FileNotFoundError(f"{directory}: there is no such bundle; make one with launch/convert.py")
-    if not is_bundle(directory):
-        raise ValueError(f"{directory} is not a bundle: expected a folder written by launch/convert.py")
-    content = json.loads((directory / "config.json").read_text())
-    if content.get("version") != VERSION:
-        raise ValueError(
-            f"{directory} is a bundle of version {content.get('version')}, this code reads version {VERSION}: "
-            "convert the model anew, or use the code that wrote it"
-        )
-    return content
-
-
-def _parse_config(directory, content) -> BundleConfig:
-    configs = {}
-    for name, kind in COMPONENTS.items():
-        values = content.get(name)
-        if values is None:
-            continue
-        try:
-            configs[name] = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-        except TypeError as error:
-            raise ValueError(f"{directory}/config.json describes an unknown {name}: {error}") from None
-    sizes = {key: content[key] for key in SIZES if key in content}
-    return BundleConfig(**configs, **sizes, dtypes=content.get("dtypes", {}), provenance=content.get("provenance", {}))
+    return parse_config(directory, read_content(directory, verify))
 
 
 def tokenizer_path(directory) -> Path | None:
@@ -123,12 +73,29 @@ def tokenizer_path(directory) -> Path | None:
     return folder if folder.is_dir() else None
 
 
+def read_tokenizer(directory, *, verify: bool = True) -> Tokenizer:
+    """The bundle's tokenizer. Raises ValueError when it has none, or (with `verify`) not the one that was written."""
+    directory = Path(directory)
+    recorded = read_content(directory, verify)["files"] if verify else {}
+    with inventory.checked(directory, recorded, "tokenizer") if recorded else contextlib.nullcontext():
+        if tokenizer_path(directory) is None:
+            raise ValueError(f"{directory} has no tokenizer: convert the model again with --tokenizer=FOLDER")
+        return load_tokenizer(tokenizer_path(directory))
+
+
 def abstract_params(config: BundleConfig, components=None) -> dict:
     """{component: tree of float32 ShapeDtypeStructs} of the components that `config` has, or of those named."""
     return {name: _abstract_component(config, name) for name in components or config.components}
 
 
 def _abstract_component(config, name):
+    try:
+        return jax.eval_shape(*_initializer(config, name)).get("params", {})
+    except Exception as error:  # numbers that contradict each other, in many ways
+        raise ValueError(f"the configuration's {name} cannot be built: {first_line(error)}") from None
+
+
+def _initializer(config, name):
     if name == "transformer":
         c = config.transformer
         latents = jnp.zeros((1, c.patch_size, c.patch_size, c.latent_channels))
@@ -141,7 +108,7 @@ def _abstract_component(config, name):
     else:
         side = config.autoencoder.downsample_factor
         module, inputs = make_autoencoder(config.autoencoder), (jnp.zeros((1, side, side, 3)),)
-    return jax.eval_shape(module.init, jax.random.key(0), *inputs).get("params", {})
+    return module.init, jax.random.key(0), *inputs
 
 
 def flatten(tree) -> dict:
@@ -163,7 +130,7 @@ def unflatten(leaves) -> dict:
 # Reading
 
 
-def load(directory, *, components=None, mesh=None, dtype=None) -> tuple[BundleConfig, dict]:
+def load(directory, *, components=None, mesh=None, dtype=None, verify=True) -> tuple[BundleConfig, dict]:
     """The bundle's architecture and its parameters, on their devices.
 
     Args:
@@ -171,14 +138,18 @@ def load(directory, *, components=None, mesh=None, dtype=None) -> tuple[BundleCo
       components: which to load, of "transformer", "heads", "text_encoder", "autoencoder"; all that it has when None.
       mesh: where the arrays go, split by `sharding.TABLE`; the first device when None.
       dtype: what to cast to while reading: one dtype, or {component: dtype}; as stored when None (or absent).
+      verify: whether to hash what is read, beside the reading, and to refuse it where it is not as it was written.
 
     Returns (config, {component: params}). Every device reads its own part of an array, already cast.
     Raises FileNotFoundError or ValueError, in one line, for a folder that is no whole bundle, another version, or a
     component that it lacks.
     """
-    config = read_config(directory)
+    content = read_content(directory, verify)
+    config = parse_config(directory, content)
     names = tuple(components) if components is not None else config.components
     _require(directory, config, names)
+    if verify and content["files"]:
+        inventory.refuse(directory, list(inventory.at_a_glance(Path(directory), content["files"], names).values()))
     abstract = abstract_params(config, names)
     for name in names:
         chosen = dtype.get(name) if isinstance(dtype, dict) else dtype
@@ -191,46 +162,75 @@ def load(directory, *, components=None, mesh=None, dtype=None) -> tuple[BundleCo
         )
     if mesh is None:
         mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    return config, restore(directory, sharding.with_shardings(abstract, sharding.tree_shardings(abstract, mesh)))
+    abstract = sharding.with_shardings(abstract, sharding.tree_shardings(abstract, mesh))
+    return config, restore(directory, abstract, verify=verify)
 
 
-def restore(directory, abstract: dict) -> dict:
+def restore(directory, abstract: dict, *, verify: bool = True) -> dict:
     """{component: params} in the shapes, dtypes and shardings of `abstract`, {component: tree of ShapeDtypeStructs}.
 
-    For a caller that has decided where everything lives, such as a training run. Raises ValueError when the bundle
-    lacks a component or its parameters have other shapes, listing them.
+    For a caller that has decided where everything lives, such as a training run; several processes share the hashing
+    of a component that is spread over them. Raises ValueError when the bundle lacks a component, when its parameters
+    have other shapes, listing them, and (with `verify`) when its files are not as they were written.
     """
     directory = Path(directory).absolute()
-    config = read_config(directory)
-    _require(directory, config, abstract)
+    content = read_content(directory, verify)
+    _require(directory, parse_config(directory, content), abstract)
+    if verify and not content["files"]:
+        log.warning("%s", NO_HASHES.format(directory))
     params = {}
     for name, tree in abstract.items():
         wanted = flatten(tree)
         if not wanted:
             params[name] = {}
             continue
-        found = {path: leaf.shape for path, leaf in component_metadata(directory, name).items()}
-        differences = [
-            f"{name}/{path}: wanted {wanted[path].shape if path in wanted else 'nothing'}, "
-            f"the bundle has {tuple(found[path]) if path in found else 'nothing'}"
-            for path in sorted(wanted.keys() | found.keys())
-            if path not in wanted or path not in found or tuple(wanted[path].shape) != tuple(found[path])
-        ]
-        if differences:
-            more = f" and {len(differences) - 6} more" if len(differences) > 6 else ""
-            raise ValueError(f"{directory} does not fit this model: {'; '.join(differences[:6])}{more}")
-        context = ocp.Context()
-        largest = max(leaf.size * max(np.dtype(leaf.dtype).itemsize, 4) for leaf in wanted.values())
-        context.memory.read_concurrent_bytes = max(READ_BYTES, largest + 1)
+        together = any(not leaf.sharding.is_fully_addressable for leaf in wanted.values() if leaf.sharding)
+        share = slice(jax.process_index(), None, jax.process_count()) if together else slice(None)
         try:
-            with context:
-                params[name] = ocp.load(directory / name, tree)
-        except Exception as error:
-            raise ValueError(
-                f"{directory}/{name} cannot be read ({_first_line(error)}); "
-                "`python launch/convert.py inspect --verify` says which files are damaged"
-            ) from error
+            with verifying(directory, name, content["files"] if verify else {}, share):
+                params[name] = _restore_component(directory, name, tree, wanted)
+            problem = None
+        except ValueError as error:
+            problem = error
+        if together and np.any(multihost_utils.process_allgather(np.array(problem is not None))):
+            problem = problem or ValueError(f"{directory}/{name} cannot be read: another process says why")
+        if problem:
+            raise problem
     return params
+
+
+NO_HASHES = "{} records no hashes of its files, so that damaged weights cannot be found: write it anew to have them"
+
+
+def verifying(directory: Path, name: str, recorded: dict, share: slice = slice(None)):
+    """A context in which a component is read, and hashed beside it where hashes are recorded."""
+    return inventory.checked(directory, recorded, name, share) if recorded else contextlib.nullcontext()
+
+
+def _restore_component(directory, name, tree, wanted):
+    found = {path: leaf.shape for path, leaf in component_metadata(directory, name).items()}
+    differences = [
+        f"{name}/{path}: wanted {wanted[path].shape if path in wanted else 'nothing'}, "
+        f"the bundle has {tuple(found[path]) if path in found else 'nothing'}"
+        for path in sorted(wanted.keys() | found.keys())
+        if path not in wanted or path not in found or tuple(wanted[path].shape) != tuple(found[path])
+    ]
+    if differences:
+        more = f" and {len(differences) - 6} more" if len(differences) > 6 else ""
+        raise ValueError(f"{directory} does not fit this model: {'; '.join(differences[:6])}{more}")
+    context = ocp.Context()
+    largest = max(leaf.size * max(np.dtype(leaf.dtype).itemsize, 4) for leaf in wanted.values())
+    context.memory.read_concurrent_bytes = max(READ_BYTES, largest + 1)
+    try:
+        with context:
+            return ocp.load(directory / name, tree)
+    except Exception as error:
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            raise  # the files may be whole
+        raise ValueError(
+            f"{directory}/{name} cannot be read ({first_line(error, 200)}); "
+            "`python launch/convert.py inspect --verify` says which files are damaged"
+        ) from error
 
 
 def _require(directory, config, names):
@@ -250,24 +250,33 @@ def component_metadata(directory, name) -> dict:
     folder = Path(directory).absolute() / name
     if not folder.is_dir():
         return {}
+    for path in folder.rglob("*"):
+        if not path.is_dir():
+            check_regular(path)  # a pipe would be waited for
     try:
         return flatten(ocp.metadata(folder).metadata)
     except Exception as error:
-        raise ValueError(f"{folder} is damaged: {_first_line(error)}") from error
+        raise ValueError(f"{folder} is damaged: {first_line(error, 200)}") from error
 
 
 def component_dtypes(directory, name) -> dict[str, np.dtype]:
     return {path: np.dtype(leaf.dtype) for path, leaf in component_metadata(directory, name).items()}
 
 
-def read_leaves(directory, name, paths=None):
+def read_leaves(directory, name, paths=None, *, verify: bool = True):
     """A component's stored arrays on the host, as stored: (path, array) pairs, a few small ones or one large at a time.
 
-    Args: `paths` of those that are wanted, in their order; all when None.
+    Args:
+      paths: of those that are wanted, in their order; all when None.
+      verify: whether to hash the component's files beside it; ValueError then comes after the last array.
     """
-    metadata = component_metadata(directory, name)
-    folder = Path(directory).absolute() / name
-    return in_groups(lambda wanted: ocp.load(folder, wanted), metadata, metadata if paths is None else paths)
+    directory = Path(directory).absolute()
+    recorded = read_content(directory)["files"] if verify else {}
+    with verifying(directory, name, recorded):
+        metadata = component_metadata(directory, name)
+        yield from in_groups(
+            lambda wanted: ocp.load(directory / name, wanted), metadata, metadata if paths is None else paths
+        )
 
 
 def in_groups(load, metadata, paths):
@@ -288,19 +297,21 @@ def in_groups(load, metadata, paths):
 
 
 def verify(directory) -> list[str]:
-    """What is wrong with the bundle's files, one line each; empty when all are as they were written."""
-    directory = Path(directory)
-    recorded = _read_json(directory).get("files", {})
-    lines = []
-    for name, entry in recorded.items():
-        path = directory / name
-        if not path.is_file():
-            lines.append(f"{name} is missing")
-        elif path.stat().st_size != entry["size"]:
-            lines.append(f"{name} has {path.stat().st_size:,} bytes, expected {entry['size']:,}")
-        elif sha256(path) != entry["sha256"]:
-            lines.append(f"{name} has been changed (its hash differs)")
-    return lines
+    """What is wrong with the bundle's files, one line each; empty when all are as they were written.
+
+    Raises ValueError when no hashes are recorded, and for a config.json that cannot be read or has been changed.
+    """
+    directory = Path(directory).absolute()
+    recorded = read_content(directory)["files"]
+    if not recorded:
+        raise ValueError(NO_HASHES.format(directory))
+    parts = {name.split("/")[0] for name in recorded} | {name for name in PARTS if (directory / name).exists()}
+    problems = inventory.at_a_glance(directory, recorded, sorted(parts))
+    for name in inventory.additional(directory, recorded):
+        if name != "config.json":
+            problems.setdefault(name, f"{name} is not in the inventory")
+    sound = [name for name in recorded if name not in problems]
+    return [*problems.values(), *inventory.changed(directory, recorded, sound)]
 
 
 # Writing
@@ -323,33 +334,32 @@ def save(directory, config: BundleConfig, params: dict, *, tokenizer=None, overw
             writer.add_tokenizer(tokenizer)
         writer.provenance = config.provenance
         writer.sizes = {key: getattr(config, key) for key in SIZES}
+        writer.tasks, writer.sampling = config.tasks, config.sampling
 
 
 class Writer:
-    """Writes a bundle component by component into `<directory>.partial`, which gets its name when all went well.
+    """Writes a bundle component by component into a folder of its own, which gets its name when all went well.
 
         with Writer(directory) as writer:
             writer.add("transformer", config, leaves)
 
     What an interrupted writer left is removed by the next. Raises FileExistsError for an existing `directory`, unless
-    `overwrite` is set and it is a bundle.
+    `overwrite` is set and it holds a bundle's own files alone.
+
+    Attributes, to be set before the end; see `BundleConfig`:
+      provenance, tasks, sampling
+      sizes: of SIZES, where they differ from the released model's.
     """
 
     def __init__(self, directory, *, overwrite=False):
         self.directory = Path(directory).absolute()
-        self.scratch = self.directory.with_name(self.directory.name + ".partial")
-        self.provenance = {}
-        self.sizes = {}  # of SIZES, where they differ from the released model's
-        if self.directory.exists():
-            if not overwrite:
-                raise FileExistsError(f"{directory} exists already; choose another --output, or give --overwrite")
-            if not is_bundle(self.directory):
-                raise FileExistsError(f"{directory} exists and is not a bundle, so it is not overwritten")
-        self._configs, self._dtypes = {}, {}
+        self.provenance, self.sizes, self.tasks, self.sampling = {}, {}, None, {}
+        self._options = {"overwrite": overwrite, "foreign": strangers}
+        refuse_existing(self.directory, **self._options)
+        self._configs, self._dtypes, self._folder = {}, {}, contextlib.ExitStack()
 
     def __enter__(self):
-        shutil.rmtree(self.scratch, ignore_errors=True)
-        self.scratch.mkdir(parents=True)
+        self.scratch = self._folder.enter_context(replacing_folder(self.directory, **self._options))
         return self
 
     def add(self, name, config, leaves: Iterable[tuple[str, np.ndarray]]):
@@ -390,43 +400,52 @@ class Writer:
             raise FileNotFoundError(f"{tokenizer} holds no tokenizer: expected tokenizer.json or spiece.model")
         target.mkdir()
         for file in files:
+            check_regular(file, MAX_TOKENIZER_FILE)
+            check_inside(file, tokenizer)
             shutil.copyfile(file, target / file.name)
 
-    def __exit__(self, kind, error, _traceback):
+    def __exit__(self, _kind, error, _traceback):
         try:
-            if kind is None:
+            with self._folder:  # gives the folder its name, or removes it where an error passes through
+                if error is not None:
+                    raise error
                 self._finish()
-            elif is_disk_full(error):
+        except BaseException as found:
+            if is_disk_full(found):
                 raise OSError(
                     errno.ENOSPC, f"the disk of {self.directory.parent} is full; nothing was kept. Free some space, or "
                     "choose another --output"
-                ) from error  # fmt: skip
-        finally:
-            shutil.rmtree(self.scratch, ignore_errors=True)
+                ) from found  # fmt: skip
+            if found is not error:
+                raise
 
     def _finish(self):
-        files = {}
-        for path in sorted(path for path in self.scratch.rglob("*") if path.is_file()):
-            files[str(path.relative_to(self.scratch))] = {"size": path.stat().st_size, "sha256": sha256(path)}
-        content = {
-            "format": FORMAT,
-            "version": VERSION,
-            **{name: None for name in COMPONENTS},
-            **{name: dataclasses.asdict(config) for name, config in self._configs.items()},
-            **{key: self.sizes.get(key, getattr(BundleConfig, key)) for key in SIZES},
-            "dtypes": self._dtypes,
-            "provenance": {**self.provenance, "versions": versions()},
-            "files": files,
-        }
-        (self.scratch / "config.json").write_text(json.dumps(content, indent=2) + "\n")
-        if self.directory.exists():  # an older bundle steps aside only now
-            old = self.directory.with_name(self.directory.name + ".old")
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(self.directory, old)
-            os.replace(self.scratch, self.directory)
-            shutil.rmtree(old)
-        else:
-            os.replace(self.scratch, self.directory)
+        write_content(
+            self.scratch,
+            {
+                **{name: None for name in COMPONENTS},
+                **{name: dataclasses.asdict(config) for name, config in self._configs.items()},
+                **{key: self.sizes.get(key, getattr(BundleConfig, key)) for key in SIZES},
+                "tasks": None if self.tasks is None else list(self.tasks),
+                "sampling": self.sampling,
+                "dtypes": self._dtypes,
+                "provenance": {**self.provenance, "versions": versions()},
+                "files": inventory.take(self.scratch, [*self._configs, "tokenizer"]),
+            },
+        )
+
+
+def strangers(directory: Path) -> list[str]:
+    """What a folder holds that no bundle's writer wrote there; hidden files too."""
+    try:
+        recorded = read_content(directory, verify=False)["files"]
+    except (OSError, ValueError):
+        return sorted(path.name for path in directory.iterdir())
+    paths = (path for path in directory.rglob("*") if not path.is_dir() or path.is_symlink())
+    names = sorted(path.relative_to(directory).as_posix() for path in paths)
+    known = recorded.keys() | {"config.json"}
+    # Without recorded hashes the names of a bundle's folders are all that is known.
+    return [name for name in names if name not in known and (recorded or name.split("/")[0] not in PARTS)]
 
 
 def is_disk_full(error) -> bool:
@@ -438,11 +457,6 @@ def is_disk_full(error) -> bool:
     return False
 
 
-def sha256(path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def versions() -> dict[str, str]:
     result = {}
     for name in ("unialign_jax", "jax", "flax", "orbax-checkpoint", "numpy"):
@@ -451,7 +465,3 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             result[name] = "not installed as a package"
     return result
-
-
-def _first_line(error) -> str:
-    return next(itertools.chain(str(error).strip().splitlines(), [type(error).__name__]))[:200]

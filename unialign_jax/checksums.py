@@ -22,7 +22,7 @@ _SIDE = 512  # words of a square's row and column
 
 def record(folder: str | os.PathLike) -> None:
     """Writes the checksums of all files below `folder` into it. Raises OSError."""
-    files = {name: [size, found] for name, (size, found) in _each(_digest, sorted(_listing(Path(folder)).items()))}
+    files = {name: [size, found] for name, (size, found) in _each(digest, sorted(_listing(Path(folder)).items()))}
     with replacing_file(Path(folder) / RECORD) as path:
         path.write_text(json.dumps({"files": files}, indent=1) + "\n")
 
@@ -52,7 +52,7 @@ def difference(folder: str | os.PathLike, part: int = 0, parts: int = 1) -> str 
             if (now := found[name].stat().st_size) != size:
                 return f"{name} has {now} bytes, expected {size}"
         largest_first = sorted(recorded, key=lambda name: (-recorded[name][0], name))
-        for name, now in _each(_digest, [(name, found[name]) for name in largest_first[part::parts]]):
+        for name, now in _each(digest, [(name, found[name]) for name in largest_first[part::parts]]):
             if now != recorded[name]:
                 return f"{name} is not what was written: its checksum differs"
     except OSError as error:
@@ -74,8 +74,8 @@ def _each(function, named_paths):
         yield from zip((name for name, _ in named_paths), results, strict=True)
 
 
-def _digest(path: Path) -> tuple[int, str]:
-    """A file's bytes and digest."""
+def digest(path: Path) -> tuple[int, str]:
+    """A file's size in bytes, and its digest."""
     total, size = hashlib.sha256(), 0
     buffer = bytearray(_SIDE * _SIDE * 8)
     view, words = memoryview(buffer), np.frombuffer(buffer, "<u8").reshape(_SIDE, _SIDE)

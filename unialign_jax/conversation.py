@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from unialign_jax.files import replacing_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Conversation:
         self._defaults = dict(options or {})
         self._edits: list[Edit] = []
         self._undone: list[Edit] = []
+        self._saved_in: Path | None = None
 
     @property
     def image(self) -> Image.Image:
@@ -82,16 +86,31 @@ class Conversation:
             talk.edit(step.instruction, seed=options.pop("seeds"), **options)
         return talk
 
-    def save(self, directory) -> None:
-        """Writes 0.png (the original), 1.png, ... and conversation.json into a folder, which it makes."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        self.original.save(directory / "0.png")
-        steps = []
-        for number, step in enumerate(self._edits, start=1):
-            step.image.save(directory / f"{number}.png")
-            options = {key: value for key, value in step.options.items() if key != "callback"}
-            steps.append({"instruction": step.instruction, "image": f"{number}.png", **options})
-        (directory / "conversation.json").write_text(
-            json.dumps({"original": "0.png", "edits": steps}, indent=2, default=np.generic.item) + "\n"
-        )
+    def save(self, directory, *, overwrite: bool = False) -> None:
+        """Writes 0.png (the original), 1.png, ... and conversation.json into a folder, which it makes.
+
+        Raises FileExistsError when the folder holds anything, unless this conversation was saved there before, or
+        `overwrite` is set and it holds a conversation alone; OSError when it cannot be written.
+        """
+        directory = Path(directory).absolute()
+        with replacing_folder(
+            directory, overwrite=overwrite or directory == self._saved_in, foreign=_strangers
+        ) as folder:
+            self.original.save(folder / "0.png")
+            steps = []
+            for number, step in enumerate(self._edits, start=1):
+                step.image.save(folder / f"{number}.png")
+                options = {key: value for key, value in step.options.items() if key != "callback"}
+                steps.append({"instruction": step.instruction, "image": f"{number}.png", **options})
+            (folder / "conversation.json").write_text(
+                json.dumps({"original": "0.png", "edits": steps}, indent=2, default=np.generic.item) + "\n"
+            )
+        self._saved_in = directory
+
+
+def _strangers(folder: Path) -> list[str]:
+    """What no conversation writes."""
+    names = sorted(path.name for path in folder.iterdir())
+    if "conversation.json" not in names:
+        return names
+    return [name for name in names if not re.fullmatch(r"\d+\.png|conversation\.json", name)]

@@ -26,6 +26,15 @@ def first_line(error: BaseException, most: int = 300) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
 
 
+def shown(value, most: int = 60) -> str:
+    """A value in a message: its repr on one line, at most `most` characters."""
+    try:
+        text = " ".join(repr(value).split())
+    except (ValueError, RecursionError):  # a number of too many digits, or nested too deeply
+        text = f"a {type(value).__name__} that cannot be shown"
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
 def check_regular(path: str | os.PathLike, most: int | None = None) -> int:
     """The size in bytes of a regular file, which a link may lead to.
 
@@ -38,7 +47,7 @@ def check_regular(path: str | os.PathLike, most: int | None = None) -> int:
         raise FileNotFoundError(f"{path}: there is no such file") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL or a lone surrogate in the path
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise ValueError(f"{str(path)!r} cannot be opened: {reason}") from None
+        raise ValueError(f"{shown(str(path), 200)} cannot be opened: {reason}") from None
     if not stat.S_ISREG(found.st_mode):
         kind = "folder" if stat.S_ISDIR(found.st_mode) else "device, pipe or socket"
         raise ValueError(f"{path} is a {kind}, expected a file")

@@ -1,21 +1,22 @@
 """What a user hands to a pipeline, checked: images, texts, seeds and numbers. Every error is one line."""
 
-import contextlib
 import dataclasses
 import math
-from pathlib import Path
+import os
 
 import numpy as np
 from PIL import Image
 
-from unialign_jax.data.streams import to_rgb
+from unialign_jax.data import images
 from unialign_jax.diffusion.flow import sampling_sigmas
+from unialign_jax.files import shown
 from unialign_jax.sampling.programs import Guidance
 from unialign_jax.sampling.solvers import SOLVERS, solver_table
 from unialign_jax.sampling.text import DECODINGS
 
 MAX_STEPS = 1000
 MAX_TOKENS = 4096
+MAX_CHARACTERS = 2**20  # of a text, most of which no model reads
 SEEDS = 2**32
 
 
@@ -49,12 +50,14 @@ class ImageSettings:
         check_range("shift", self.shift, 0.01, 100)
         if self.image_guidance_scale is not None:
             check_range("image_guidance_scale", self.image_guidance_scale, 0, 100)
-        if self.solver not in SOLVERS:
-            raise ValueError(f"solver is {self.solver!r}, expected one of {', '.join(SOLVERS)}")
+        if not isinstance(self.solver, str) or self.solver not in SOLVERS:
+            raise ValueError(f"solver is {shown(self.solver)}, expected one of {', '.join(SOLVERS)}")
         interval = self.guidance_interval
-        numbers = [x for x in interval if isinstance(x, int | float | np.number)] if np.iterable(interval) else []
-        if not len(numbers) == 2 == len(interval) or not 0 <= numbers[0] <= numbers[1] <= 1:
-            raise ValueError(f"guidance_interval is {interval!r}, expected two noise levels, 0 <= low <= high <= 1")
+        is_pair = isinstance(interval, list | tuple | np.ndarray) and len(interval) == 2
+        numbers = [x for x in interval if isinstance(x, int | float | np.number)] if is_pair else []
+        if len(numbers) != 2 or not 0 <= numbers[0] <= numbers[1] <= 1:
+            found = shown(interval)
+            raise ValueError(f"guidance_interval is {found}, expected two noise levels, 0 <= low <= high <= 1")
 
     def table(self):
         return solver_table(self.solver, sampling_sigmas(self.steps, shift=self.shift))
@@ -96,33 +99,47 @@ class TextSettings:
         check_range("entropy_bound", self.entropy_bound, 0, math.inf)
         if self.max_tokens is not None:
             check_whole("max_tokens", self.max_tokens, 1, MAX_TOKENS)
-        if self.decoding not in DECODINGS:
-            raise ValueError(f"decoding is {self.decoding!r}, expected one of {', '.join(DECODINGS)}")
+        if not isinstance(self.decoding, str) or self.decoding not in DECODINGS:
+            raise ValueError(f"decoding is {shown(self.decoding)}, expected one of {', '.join(DECODINGS)}")
 
 
 def open_image(image, what) -> Image.Image:
     """A PIL image or a path -> an upright RGB image; ValueError when it cannot be decoded."""
+    if isinstance(image, Image.Image):
+        images.check_shape(image, what)
+        return images.loaded_rgb(image, what)
+    if not isinstance(image, str | os.PathLike):
+        raise ValueError(f"{what} is a {type(image).__name__}, expected a PIL image or a path")
     try:
-        if isinstance(image, Image.Image):
-            return to_rgb(image)
-        with contextlib.closing(Image.open(image)) as opened:
-            return to_rgb(opened)
-    except AttributeError:
-        raise ValueError(f"{what} is a {type(image).__name__}, expected a PIL image or a path") from None
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        name = f" ({image})" if isinstance(image, str | Path) else ""
-        raise ValueError(f"{what}{name} cannot be read as an image: {error}") from None
+        return images.load_rgb(image)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{what}: {error}") from None
 
 
 def check_texts(texts, what) -> list[str]:
     """One text or a list -> a list of texts that are not empty."""
-    texts = [texts] if isinstance(texts, str) else list(texts)
+    if isinstance(texts, str):
+        texts = [texts]
+    elif not isinstance(texts, list | tuple):
+        raise ValueError(f"{what} is a {type(texts).__name__}, expected a text or a list of texts")
     if not texts:
         raise ValueError(f"no {what} was given, expected at least one")
     for number, text in enumerate(texts):
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{what} {number} is empty ({text!r}): say what the model is to do")
-    return texts
+        check_text(text, f"{what} {number}")
+        if not text.strip():
+            raise ValueError(f"{what} {number} is empty ({shown(text)}): say what the model is to do")
+    return list(texts)
+
+
+def check_text(text, what):
+    """Raises ValueError for what is no text, is longer than MAX_CHARACTERS or holds halves of characters."""
+    if not isinstance(text, str):
+        raise ValueError(f"{what} is a {type(text).__name__}, expected a text")
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"{what} has {len(text):,} characters, expected at most {MAX_CHARACTERS:,}")
+    if text.encode(errors="ignore").decode() != text:
+        raise ValueError(f"{what} holds half of a character (a lone surrogate): {shown(text)}")
+    return text
 
 
 def spread(texts, images, what):
@@ -136,26 +153,32 @@ def spread(texts, images, what):
 def check_seeds(seeds, count) -> list[int]:
     """One seed for each of `count` results; a number stands for itself and those after it, None for 0."""
     seeds = 0 if seeds is None else seeds
-    if isinstance(seeds, int | np.integer):
+    if is_whole(seeds):
         seeds = range(int(seeds), int(seeds) + count)
-    if not np.iterable(seeds) or not all(isinstance(seed, int | np.integer) for seed in seeds):
-        raise ValueError(f"seeds is {seeds!r}, expected a whole number, or one for each result")
+    is_list = isinstance(seeds, list | tuple | range | np.ndarray)
+    if not is_list or not all(is_whole(seed) for seed in seeds):
+        raise ValueError(f"seeds is {shown(seeds)}, expected a whole number, or one for each result")
     seeds = [int(seed) for seed in seeds]
     if len(seeds) != count:
         raise ValueError(f"{len(seeds)} seeds for {count} results: give one to each, or a single number")
     wrong = next((seed for seed in seeds if not 0 <= seed < SEEDS), None)
     if wrong is not None:
-        raise ValueError(f"seed is {wrong}, expected 0 to {SEEDS - 1}")
+        raise ValueError(f"seed is {shown(wrong)}, expected 0 to {SEEDS - 1}")
     return seeds
 
 
 def check_range(name, value, low, high):
-    if not isinstance(value, int | float | np.number) or not low <= value <= high:
-        raise ValueError(f"{name} is {value!r}, expected {low} to {high}")
+    if not isinstance(value, int | float | np.number) or isinstance(value, bool) or not low <= value <= high:
+        expected = f"{low} to {high}" if high < math.inf else f"a number of at least {low}"
+        raise ValueError(f"{name} is {shown(value)}, expected {expected}")
     return value
 
 
 def check_whole(name, value, low, high):
-    if not isinstance(value, int | np.integer) or not low <= value <= high:
-        raise ValueError(f"{name} is {value!r}, expected a whole number from {low} to {high}")
+    if not is_whole(value) or not low <= value <= high:
+        raise ValueError(f"{name} is {shown(value)}, expected a whole number from {low} to {high}")
     return value
+
+
+def is_whole(value) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)

@@ -1,13 +1,14 @@
 """Jobs through a pipeline, in full batches, into a folder.
 
-The folder gets ID.png (ID_0.png, ID_1.png, ... for a count) and results.jsonl: a line for each job, written as soon as
-the job is done. A job whose line is there with the same hash is not done again.
+The folder gets ID.png (ID_0.png, ID_1.png, ... for a count; an id may name folders) and results.jsonl: a line for each
+job, written as soon as the job is done. A job whose line is there with the same hash is not done again; what other jobs
+left is not replaced unless that is asked for.
 """
 
 import collections
+import dataclasses
 import json
 import logging
-import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -18,12 +19,12 @@ from typing import NamedTuple
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from unialign_jax.data.streams import to_rgb
-from unialign_jax.jobs import BadJob, Job, check_size, first_line
+from unialign_jax.data import images as image_files
+from unialign_jax.files import check_regular, first_line, replacing_file
+from unialign_jax.jobs import RESULTS, TEXT_TASKS, BadJob, Job, check_size
 
 log = logging.getLogger(__name__)
 
-RESULTS = "results.jsonl"
 # What the pipeline raises for a sample it cannot make: bad input, and JAX for want of memory.
 FAILURES = (ValueError, OSError, RuntimeError, MemoryError)
 
@@ -57,8 +58,8 @@ def shape_of(job: Job, pipeline):
         shape.append(max(len(job.images), job.options.get("slots", 3)))
     if job.task in ("edit", "perceive") and not ("height" in job.options or "width" in job.options):
         # An edit has its image's size, at the nearest multiples.
-        shrink = min(1, pipeline.max_size / max(job.sizes[0]))
-        shape.append(tuple(round(side * shrink / pipeline.size_multiple) for side in job.sizes[0]))
+        shrink = min(1, pipeline.edit_limit / max(job.sizes[0]))
+        shape.append(tuple(round(side * shrink / pipeline.sizes.multiple) for side in job.sizes[0]))
     return tuple(shape)
 
 
@@ -89,10 +90,9 @@ def load_images(samples: Sequence[Sample]) -> list:
 
     def load(path):
         try:
-            with Image.open(path) as image:
-                return to_rgb(image)
-        except Exception as error:  # PIL's decoders raise many kinds on damaged bytes
-            return ValueError(f"image {path} cannot be read: {first_line(error)}")
+            return image_files.load_rgb(path)
+        except (OSError, ValueError) as error:
+            return ValueError(f"image {error}")
 
     opened = {path: load(path) for path in dict.fromkeys(path for sample in samples for path in sample.job.images)}
     lists = [[opened[path] for path in sample.job.images] for sample in samples]
@@ -199,39 +199,91 @@ class Results:
         self.done = self.failed = self.earlier = 0
         check_writable(self.directory)
         self._lines = {}
-        lines = self.path.read_bytes().split(b"\n") if self.path.exists() else []
-        for number, line in enumerate(lines, start=1):
+        for number, line, is_last in self._read():
             try:
                 entry = json.loads(line)
                 if entry["status"] in ("done", "failed"):
                     self._lines[entry["id"]] = entry
-            except (ValueError, TypeError, KeyError):
-                if line.strip() and number < len(lines):  # the last one, without its end, was torn by a kill
+            except (ValueError, TypeError, KeyError, RecursionError):
+                if line.strip() and not is_last:  # the last one, without its end, was torn by a kill
                     raise ValueError(
                         f"{self.path}:{number} is no line of results; choose another --output, or move the file away"
                     ) from None
 
-    def begin(self, jobs: Sequence[Job | BadJob]) -> list[Job]:
+    def _read(self):
+        if not self.path.exists():
+            return
+        check_regular(self.path)
+        try:
+            lines = self.path.read_bytes().split(b"\n")
+        except OSError as error:
+            raise OSError(f"{self.path} cannot be read: {error.strerror}") from None
+        for number, line in enumerate(lines, start=1):
+            yield number, line, number == len(lines)
+
+    def begin(self, jobs: Sequence[Job | BadJob], *, overwrite: bool = False) -> list[Job]:
         """Opens results.jsonl for this run: keeps the lines of what is done, records the bad jobs, returns the others.
 
         Lines of ids that `jobs` does not have are kept.
+
+        Args: `overwrite` says whether results of other jobs, or of these before they were changed, may be replaced.
+        Raises FileExistsError when there are any and they may not; nothing has then been changed.
         """
+        jobs = [self._placed(job) for job in jobs]
         todo = [job for job in jobs if isinstance(job, BadJob) or not self._is_done(job)]
+        able = [job for job in todo if isinstance(job, Job)]
+        lost = [name for job in able for name in self._would_replace(job)]
+        if lost and not overwrite:
+            raise FileExistsError(
+                f"{self.directory} holds {len(lost)} results that other jobs made, or these before they (or the model) "
+                f"were changed, the first {lost[0]}; choose another --output, or replace them by --overwrite"
+            )
         self.earlier = len(jobs) - len(todo)
-        for job in todo:
+        # A line that has become bad does not take the place of what its id made before.
+        bad = [
+            dataclasses.replace(job, id=f"line {job.line}") if self._was_done(job) else job
+            for job in todo
+            if isinstance(job, BadJob)
+        ]
+        for job in (*able, *bad):
             self._lines.pop(job.id, None)
-        partial = self.directory / f".{RESULTS}.partial"
-        partial.write_bytes(b"".join(map(_encode, self._lines.values())))
-        os.replace(partial, self.path)
-        for job in todo:
-            if isinstance(job, BadJob):
-                self._fail(job, job.error, {"id": job.id})
-        return [job for job in todo if isinstance(job, Job)]
+        try:
+            with replacing_file(self.path) as partial:
+                partial.write_bytes(b"".join(map(_encode, self._lines.values())))
+        except OSError as error:
+            raise cannot_write(self.path, error) from None
+        for job in bad:
+            self._fail(job, job.error, {"id": job.id})
+        return able
+
+    def _placed(self, job):
+        """The job, or why its folder cannot be inside of the results'."""
+        folder = (self.directory / job.id).parent if isinstance(job, Job) else self.directory
+        if not folder.resolve().is_relative_to(self.directory.resolve()):
+            return BadJob(job.id, job.line, f"id is {job.id!r}, but {folder} is a link that leads out of the output")
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        if not existing.is_dir():
+            return BadJob(job.id, job.line, f"id is {job.id!r}, but {existing} is a file")
+        return job
+
+    def _was_done(self, job):
+        return self._lines.get(job.id, {}).get("status") == "done"
 
     def _is_done(self, job):
-        entry = self._lines.get(job.id, {})
-        is_same = entry.get("status") == "done" and entry.get("hash") == job.hash
+        is_same = self._was_done(job) and self._lines[job.id].get("hash") == job.hash
         return is_same and all((self.directory / name).is_file() for name in job.files)
+
+    def _would_replace(self, job) -> list[str]:
+        """What is there under this job's names and is no result of it."""
+        entry = self._lines.get(job.id, {})
+        is_same = entry.get("hash") == job.hash
+        if job.task in TEXT_TASKS:
+            return [f"the text of {job.id}"] if self._was_done(job) and not is_same else []
+        own = entry.get("files") if is_same else ()
+        own = own if isinstance(own, list) else ()
+        paths = {name: self.directory / name for name in job.files if name not in own}
+        # A kill may have come between writing an image and its line.
+        return [name for name, path in paths.items() if path.exists() and made_by(path) != job.hash]
 
     def record(self, job: Job, outcomes: Sequence, seconds: float) -> None:
         """Writes what became of a job: an image, a text or an error for each of its samples."""
@@ -242,7 +294,8 @@ class Results:
             return
         if job.files:
             for number, (name, image) in enumerate(zip(job.files, outcomes, strict=True)):
-                save_png(image, self.directory / name, describe(image, Sample(job, number), self._stamp))
+                parameters = describe(image, Sample(job, number), self._stamp) | {"job_hash": job.hash}
+                save_png(image, self.directory / name, parameters)
             made = {"files": job.files}
         else:
             made = {"text": outcomes[0]}
@@ -260,7 +313,16 @@ class Results:
             with open(self.path, "ab") as file:
                 file.write(_encode(entry | {"line": job.line}))
         except OSError as error:
-            raise OSError(f"cannot write {self.path}: {error.strerror}") from None
+            raise cannot_write(self.path, error) from None
+
+
+def made_by(path: Path) -> str | None:
+    """The hash of the job that made a picture; None for every other file."""
+    try:
+        with image_files.open_image(image_files.read_bytes(path), str(path)) as image:
+            return json.loads(image.info["parameters"])["job_hash"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _encode(entry) -> bytes:
@@ -274,8 +336,9 @@ def check_writable(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        raise OSError(f"cannot write into {folder}: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise OSError(f"cannot write into {folder}: {reason}".replace("\0", "\\0")) from None
 
 
 def describe(image: Image.Image, sample: Sample, stamp: dict) -> dict:
@@ -287,16 +350,21 @@ def describe(image: Image.Image, sample: Sample, stamp: dict) -> dict:
 
 
 def save_png(image: Image.Image, path: Path, parameters: dict) -> None:
-    """Writes a PNG with its parameters as a text chunk; the file appears when it is whole.
+    """Writes a PNG with its parameters as a text chunk, and makes its folder; the file appears when it is whole.
 
     Raises OSError in one line.
     """
     info = PngInfo()
     info.add_text("parameters", json.dumps(parameters))
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        image.save(partial, "PNG", pnginfo=info)
-        os.replace(partial, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing_file(path) as partial:
+            image.save(partial, "PNG", pnginfo=info)
     except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {error.strerror or error}") from None
+        raise cannot_write(path, error) from None
+
+
+def cannot_write(path: Path, error: OSError) -> OSError:
+    """The error in one line that names the path as it was given, not a scratch file beside it."""
+    reason = error.strerror or first_line(error).removeprefix(f"cannot write {path.absolute()}: ")
+    return OSError(f"cannot write {path}: {reason}")

@@ -10,16 +10,20 @@ launch/generate.py has. Image paths are relative to the file.
 import collections
 import dataclasses
 import hashlib
-import io
 import json
 import math
 import re
 from collections.abc import Callable
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from unialign_jax.data import images
+from unialign_jax.files import check_regular, first_line
 
-SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+RESULTS = "results.jsonl"  # in the folder of results: no job may be called so
+SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}(/[A-Za-z0-9][A-Za-z0-9._-]{0,99}){0,7}")
+MAX_ID = 200  # characters
+MAX_FILE = 2**30  # bytes of a jobs file
+MAX_CHARACTERS = 2**20  # of a text
 SEEDS = 2**32
 TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
@@ -70,6 +74,8 @@ class Option:
         if self.kind == "whole":
             fits = isinstance(value, int) and not isinstance(value, bool) and self.low <= value <= self.high
             expected = f"a whole number from {self.low} to {self.high}"
+            if self.high == math.inf:
+                expected = f"a whole number of at least {self.low}"
         elif self.kind == "number":
             fits = _is_number(value) and self.low <= value <= self.high
             expected = f"a number from {self.low} to {self.high}" if self.high < math.inf else f"at least {self.low}"
@@ -80,9 +86,9 @@ class Option:
         elif self.kind == "choice":
             fits, expected = value in self.choices, f"one of {', '.join(self.choices)}"
         else:
-            fits, expected = _is_text(value), "a text"
+            fits, expected = _is_text(value), f"a text of at most {MAX_CHARACTERS} characters"
         if not fits:
-            raise ValueError(f"{name} is {json.dumps(value)}, expected {expected}")
+            raise ValueError(f"{name} is {shown(value)}, expected {expected}")
         if self.kind == "number":
             return float(value)
         return [float(number) for number in value] if self.kind == "interval" else value
@@ -109,15 +115,17 @@ OPTIONS = {
     "negative_prompt": Option("text", IMAGE_TASKS, "what guidance leads away from"),
     "height": Option("whole", IMAGE_TASKS, "in pixels, a multiple of 16 (the model's; of an edit, its image's)", 1),
     "width": Option("whole", IMAGE_TASKS, "likewise", 1),
-    "steps": Option("whole", tuple(TASKS), "of the sampler (t2i 28; with images 50; texts 32)", 1, 1000),
-    "guidance_scale": Option("number", IMAGE_TASKS, "of the text; 1 is without, at half the work (7)", 0, 100),
+    "steps": Option("whole", tuple(TASKS), "of the sampler (the bundle's, or 28; with images 50; texts 32)", 1, 1000),
+    "guidance_scale": Option(
+        "number", IMAGE_TASKS, "of the text; 1 is without, at half the work (the bundle's, or 7)", 0, 100
+    ),
     "guidance_interval": Option("interval", IMAGE_TASKS, "noise levels at which guidance acts (0,1)"),
     "guidance_rescale": Option("number", IMAGE_TASKS, "takes back contrast that guidance adds (0)", 0, 1),
     "image_guidance_scale": Option(
         "number", CONDITION_TASKS, "of the images, apart from the text's (text guidance alone)", 0, 100
     ),
     "solver": Option("choice", IMAGE_TASKS, "of the flow (euler)", choices=("euler", "heun", "dpmpp_2m", "unipc")),
-    "shift": Option("number", IMAGE_TASKS, "of the noise levels (3)", 0.01, 100),
+    "shift": Option("number", IMAGE_TASKS, "of the noise levels (the bundle's, or 3)", 0.01, 100),
     "kind": Option("choice", ("perceive",), "the map to make", choices=("canny", "depth", "pose")),
     "slots": Option("whole", ("personalize",), "fewer references than this are repeated in turn (3)", 1, 4),
     "max_tokens": Option("whole", TEXT_TASKS, "most tokens of the text (the model's text length)", 1, 4096),
@@ -180,26 +188,75 @@ class BadJob:
 def read_jobs(path, model: str = "") -> list[Job | BadJob]:
     """The jobs of a file, in its order; a line that is no job becomes a `BadJob`, blank lines are left out.
 
+    A job that would write what one before it writes is bad too. Its id is then its line ("line 7"), as no job's can be.
+
     Args: `model` identifies the model, for the jobs' hashes.
-    Raises OSError for a file that cannot be read; ValueError when it has no jobs, or when two would write the same.
+    Raises OSError or ValueError for a file that cannot be read or has no jobs.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such jobs file")
-    jobs, writers = [], {}
-    for number, content in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if not content.strip():
+    check_regular(path, MAX_FILE)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise OSError(f"{path} cannot be read: {error.strerror}") from None
+    jobs, written = [], Written()
+    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        if not line.strip():
             continue
-        job = _read_line(content, number, path.parent, model)
-        for name in (job.id, *(job.files if isinstance(job, Job) else ())):
-            if name in writers:
-                what = f"the id {name!r}" if name == job.id else f"the file {name}"
-                raise ValueError(f"{path}: lines {writers[name]} and {number} have both {what}; give one another id")
-            writers[name] = number
+        job = _read_line(line, number, path.parent, model)
+        if problem := written.problem(job):
+            job = BadJob(f"line {number}", number, problem)
+        else:
+            written.add(job)
         jobs.append(job)
     if not jobs:
         raise ValueError(f"{path} has no jobs: expected one JSON object a line")
     return jobs
+
+
+class Written:
+    """Which ids, files and folders the jobs so far have."""
+
+    def __init__(self):
+        self._lines = {}  # id or file -> the line that has it first
+        self._folders = set()
+
+    def problem(self, job: Job | BadJob) -> str | None:
+        """Why a job cannot be beside those so far; None when it can."""
+        for name in (job.id, *_files(job)):
+            if name in self._lines:
+                what = f"the id {name!r}" if name == job.id else f"the file {name}"
+                return f"line {self._lines[name]} has {what} already; give this one another id"
+        both = [name for name in _files(job) if name in self._folders]
+        both += [name for name in _folders(job) if name in self._lines and name.endswith(".png")]
+        return f"{both[0]} would be a file and a folder; give this one another id" if both else None
+
+    def add(self, job: Job | BadJob) -> None:
+        self._lines |= dict.fromkeys((job.id, *_files(job)), job.line)
+        self._folders |= set(_folders(job))
+
+
+def _files(job):
+    return job.files if isinstance(job, Job) else []
+
+
+def _folders(job):
+    parts = job.id.split("/")
+    return ["/".join(parts[:count]) for count in range(1, len(parts))]
+
+
+def check_id(value) -> str:
+    """A job's id. Raises ValueError for what cannot name files inside the folder of results."""
+    if not isinstance(value, str) or len(value) > MAX_ID or not SAFE_ID.fullmatch(value):
+        raise ValueError(
+            f"id is {shown(value)}, expected a file name without an ending, of letters, digits, . _ - and beginning "
+            f"with a letter or digit, or several with / between, as folders; at most {MAX_ID} characters"
+        )
+    if value.split("/")[0].lower() == RESULTS:
+        raise ValueError(f"id is {shown(value)}, but {RESULTS} is the file of all results; give it another")
+    return value
 
 
 def _read_line(content, line, folder, model):
@@ -217,12 +274,7 @@ def _read_line(content, line, folder, model):
             raise ValueError("expected a JSON object")
         given = fields.pop("id", None)
         if given is not None:
-            if not isinstance(given, str) or not SAFE_ID.fullmatch(given):
-                raise ValueError(
-                    f"id is {json.dumps(given)}, expected a file name of at most 100 letters, digits, . _ - without an "
-                    "ending, which begins with a letter or digit"
-                )
-            name = given
+            name = check_id(given)
         return make_job(fields, folder, id=name, line=line, model=model)
     except ValueError as error:
         return BadJob(name, line, first_line(error))
@@ -256,7 +308,7 @@ def make_job(
     fields = {key: value for key, value in fields.items() if value is not None}
     task = fields.pop("task", None)
     if not isinstance(task, str) or task not in TASKS:
-        found = "not given" if task is None else f"is {json.dumps(task)}"
+        found = "not given" if task is None else f"is {shown(task)}"
         raise ValueError(f"{named('task')} {found}, expected one of {', '.join(TASKS)}")
     reads = TASKS[task]
     text = _take_text(fields, task, reads, named)
@@ -265,7 +317,8 @@ def make_job(
         if key not in OPTIONS or task not in OPTIONS[key].tasks:
             known = [*reads.texts, *(("image", "images") if reads.images[1] else ())]
             known += [name for name, option in OPTIONS.items() if task in option.tasks]
-            raise ValueError(f"{task} takes no {named(key)}; it takes {', '.join(dict.fromkeys(map(named, known)))}")
+            takes = ", ".join(dict.fromkeys(map(named, known)))
+            raise ValueError(f"{task} takes no {named(key)[:60]}; it takes {takes}")
     values = {key: OPTIONS[key].check(named(key), value) for key, value in fields.items()}
     if task == "perceive" and "kind" not in values:
         raise ValueError(f"{named('kind')} is not given, expected one of {', '.join(OPTIONS['kind'].choices)}")
@@ -296,7 +349,7 @@ def _take_text(fields, task, reads, named):
         raise ValueError(f"{' and '.join(map(named, given))} are both given; {task} takes one text")
     for key, text in given.items():
         if not _is_text(text) or not text.strip():
-            raise ValueError(f"{named(key)} is {json.dumps(text)}, expected a text that is not empty")
+            raise ValueError(f"{named(key)} is {shown(text)}, expected a text that is not empty")
         return text
     if reads.texts and reads.needs_text:
         raise ValueError(f"{named(reads.texts[0])} is not given; {task} needs one")
@@ -311,7 +364,7 @@ def _take_images(fields, task, reads, named):
         raise ValueError("image and images are both given, expected one of them")
     paths = [fields.pop("image")] if "image" in fields else fields.pop("images", [])
     if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
-        raise ValueError(f"{named('image')} is {json.dumps(paths)}, expected paths of image files")
+        raise ValueError(f"{named('image')} is {shown(paths)}, expected paths of image files")
     if not low <= len(paths) <= high:
         wanted = f"{low} to {high} images" if low < high else "1 image"
         raise ValueError(f"{task} needs {wanted} ({named('image')}), {len(paths)} given")
@@ -321,31 +374,32 @@ def _take_images(fields, task, reads, named):
 def _inspect_image(path) -> tuple[str, tuple[int, int]]:
     """(hash of the file, (width, height) of the image as it is seen), from its header alone."""
     try:
-        content = path.read_bytes()
+        content = images.read_bytes(path)
     except OSError as error:
-        raise ValueError(f"image {path} cannot be read: {error.strerror}") from None
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            width, height = image.size
+        raise ValueError(f"image {error}") from None
+    with images.open_image(content, f"image {path}") as image:
+        width, height = image.size
+        try:
             turned = "exif" in image.info and image.getexif().get(0x0112) in TURNED
-    except UnidentifiedImageError:
-        raise ValueError(f"image {path} cannot be read: it is of no known format") from None
-    except Exception as error:  # PIL's decoders raise many kinds on damaged bytes
-        raise ValueError(f"image {path} cannot be read: {first_line(error)}") from None
+        except Exception as error:  # PIL's readers raise many kinds on damaged bytes
+            raise ValueError(f"image {path} cannot be decoded: {first_line(error)}") from None
     return hashlib.sha256(content).hexdigest(), (height, width) if turned else (width, height)
 
 
 def check_size(job: Job, pipeline):
     """Raises ValueError for a height or width that this pipeline's model does not make."""
-    multiple, largest = pipeline.size_multiple, pipeline.max_size
     for name in ("height", "width"):
-        value = job.options.get(name, multiple)
-        if value % multiple or value > largest:
-            raise ValueError(f"{name} is {value}, expected a multiple of {multiple} up to {largest}")
+        if name in job.options:
+            pipeline.sizes.check(name, job.options[name])
 
 
-def first_line(error) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:500]
+def shown(value, most: int = 100) -> str:
+    """A value of JSON in a message, on one line."""
+    try:
+        text = json.dumps(value)
+    except (ValueError, RecursionError):  # a number of too many digits, or nested too deeply
+        text = f"a {type(value).__name__} that cannot be shown"
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def _is_number(value) -> bool:
@@ -354,4 +408,6 @@ def _is_number(value) -> bool:
 
 def _is_text(value) -> bool:
     """Whether a tokenizer can read it: JSON and the command line may bring halves of characters (lone surrogates)."""
-    return isinstance(value, str) and value.encode(errors="ignore").decode() == value
+    if not isinstance(value, str) or len(value) > MAX_CHARACTERS:
+        return False
+    return value.encode(errors="ignore").decode() == value

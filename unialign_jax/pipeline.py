@@ -8,10 +8,12 @@
     print(pipeline.caption(edited)[0], pipeline.answer(edited, "What colour is the circle?")[0])
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import logging
+import time
 from collections.abc import Callable, Sequence
 
 import jax
@@ -19,16 +21,20 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from unialign_jax import bundle, weights
+from unialign_jax import bundle, runs
+from unialign_jax.bundle_config import fit_problems
 from unialign_jax.conversation import Conversation
-from unialign_jax.data.streams import encode_question, fill_size
-from unialign_jax.data.tokenizer import Tokenizer, load_tokenizer
+from unialign_jax.data.images import fill_size
+from unialign_jax.data.streams import encode_question
+from unialign_jax.data.tokenizer import Tokenizer
+from unialign_jax.files import shown
 from unialign_jax.inputs import (
     MAX_TOKENS,
     ImageSettings,
     Picture,
     TextSettings,
     check_seeds,
+    check_text,
     check_texts,
     check_whole,
     open_image,
@@ -41,6 +47,8 @@ from unialign_jax.models.text_encoder import TextEncoder
 from unialign_jax.quantization import quantize_module
 from unialign_jax.sampling import image as image_sampler
 from unialign_jax.sampling import programs
+from unialign_jax.sizes import ImageSizes
+from unialign_jax.weights import Loader, Weights, bundle_loader
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +58,7 @@ PERCEPTION = {
     "depth": "Provide a detailed depth map of the entire scene.",
     "pose": "Provide a detailed pose map of the people in the scene.",
 }
+DTYPES, QUANTIZATIONS = ("bfloat16", "float32"), ("int8", "w8a8")
 MAX_REFERENCES = 4
 MAX_IMAGES = 2**16  # of one prompt
 
@@ -62,7 +71,11 @@ class Pipeline:
     most `max_batch`, filled up to a power of two, and each shape is compiled once. Guidance, seeds, shift and
     temperature can change without compiling; sizes, the number of steps and the kind of guidance cannot.
 
-    Bad arguments raise ValueError in one line. Prompts that are too long are cut, with a warning that quotes the rest.
+    Steps, guidance scale and shift that are not given are the bundle's own (`config.sampling_defaults`); the released
+    model's are 28 steps (50 with images, 32 of a text), guidance 7, shift 3.
+
+    Bad arguments raise ValueError in one line. Prompts that are too long are cut, with a warning that quotes the rest;
+    a task that the model was not trained for, and sizes beyond its training's, are warned of once.
     """
 
     def __init__(
@@ -83,12 +96,17 @@ class Pipeline:
         by name, and is called when they are first needed; `name` is for messages.
         """
         self.config, self.tokenizer, self.name = config, tokenizer, name
-        if max_batch < 1:
-            raise ValueError(f"max_batch is {max_batch}, expected at least 1")
-        self.max_batch = max_batch
+        self._defaults = config.sampling_defaults
+        self._said = set()  # warnings and programs that were told of
+        self.max_batch = check_whole("max_batch", max_batch, 1, 2**16)
+        for option, value, choices in (("dtype", dtype, DTYPES), ("quantize", quantize, QUANTIZATIONS)):
+            if value is not None and value not in choices:
+                raise ValueError(f"{option} is {shown(value)}, expected one of {', '.join(choices)}")
+        if config.transformer is not None and config.autoencoder is not None:
+            self.sizes.check(f"{name}: image_size", config.image_size)
         self.device = device or jax.devices()[0]
         dtype = dtype or default_dtype(self.device)
-        self._weights = weights.Weights(load, low_memory)
+        self._weights = Weights(load, low_memory)
 
         with_dtype = lambda part: part and dataclasses.replace(part, dtype=dtype)  # noqa: E731
         if (transformer := with_dtype(config.transformer)) is not None:
@@ -124,6 +142,8 @@ class Pipeline:
         cls,
         directory,
         *,
+        weights: str | None = None,
+        verify: bool = True,
         dtype: str | None = None,
         quantize: str | None = None,
         low_memory: bool = False,
@@ -131,10 +151,15 @@ class Pipeline:
         max_batch: int = 8,
         device: jax.Device | None = None,
     ) -> "Pipeline":
-        """Opens a bundle (a folder written by launch/convert.py); weights are read when a task first needs them.
+        """Opens a bundle (a folder written by launch/convert.py), or a training run's newest whole checkpoint; weights
+        are read when a task first needs them.
 
         Args:
-          directory: the bundle.
+          directory: the bundle, or the run's folder.
+          weights: of a run, "raw" or "ema"; when None its average, as its own samples, and the raw ones where it keeps
+            none.
+          verify: whether to hash what is read of a bundle, once and beside the reading, and to refuse what is not as it
+            was written.
           dtype: what matmuls compute in and large weights are kept in; bfloat16 when None, float32 on a CPU.
           quantize: "int8" (weights of T5 and the MM-DiT's blocks), "w8a8" (activations too), or None.
           low_memory: keep only the components on the device that the current part of a task reads.
@@ -142,38 +167,47 @@ class Pipeline:
           max_batch: the most samples in one forward.
           device: where to run; JAX's first device when None.
 
-        Raises FileNotFoundError or ValueError for a folder that is no bundle or has no tokenizer.
+        Raises FileNotFoundError or ValueError for a folder that is neither or has no tokenizer, and ValueError, here or
+        when they are read, for files that are damaged.
         """
-        config = bundle.read_config(directory)
-        if bundle.tokenizer_path(directory) is None:
-            raise ValueError(f"{directory} has no tokenizer: convert the model again with --tokenizer=FOLDER")
-        tokenizer = load_tokenizer(bundle.tokenizer_path(directory))
-        if config.transformer is not None and tokenizer.vocab_size != config.transformer.vocab_size:
-            raise ValueError(
-                f"{directory}: its tokenizer has {tokenizer.vocab_size} ids, but the model predicts "
-                f"{config.transformer.vocab_size}: convert the model again with the tokenizer it was trained with"
-            )
+        options = {"dtype": dtype, "quantize": quantize, "low_memory": low_memory, "attention": attention}
+        options |= {"max_batch": max_batch, "device": device}
+        if not bundle.is_bundle(directory) and runs.is_run(directory):
+            return cls.from_run(runs.open_to_sample(directory, weights, verify=verify), **options)
+        if weights is not None:
+            raise ValueError(f"weights is {shown(weights)}, which a run's folder has, and {directory} is none")
+        config = bundle.read_config(directory, verify=verify)
+        tokenizer = bundle.read_tokenizer(directory, verify=verify)
+        make_loader = functools.partial(bundle_loader, directory, config, verify=verify)
+        return cls._with_loader(make_loader, config, tokenizer, str(directory), **options)
+
+    @classmethod
+    def from_run(cls, run: runs.Run, **options) -> "Pipeline":
+        """A training run's checkpoint, opened by `runs.open_to_sample`; `options` are those of `from_bundle`."""
+        return cls._with_loader(functools.partial(Loader, run.leaves), run.config, run.tokenizer, run.name, **options)
+
+    @classmethod
+    def _with_loader(
+        cls,
+        make_loader,
+        config,
+        tokenizer,
+        name,
+        *,
+        dtype=None,
+        quantize=None,
+        low_memory=False,
+        device=None,
+        **options,
+    ):
+        if problems := fit_problems(config, tokenizer):
+            raise ValueError(f"{name}: {problems[0]}: convert the model again with the parts it was trained with")
         device = device or jax.devices()[0]
-        load = weights.BundleLoader(
-            directory,
-            config,
-            dtype=dtype or default_dtype(device),
-            device=device,
-            quantize=quantize,
-            keep_on_host=low_memory,
+        load = make_loader(
+            dtype=dtype or default_dtype(device), device=device, quantize=quantize, keep_on_host=low_memory
         )
-        return cls(
-            config,
-            load,
-            tokenizer,
-            name=str(directory),
-            dtype=dtype,
-            quantize=quantize,
-            low_memory=low_memory,
-            attention=attention,
-            max_batch=max_batch,
-            device=device,
-        )
+        options |= {"dtype": dtype, "quantize": quantize, "low_memory": low_memory, "device": device}
+        return cls(config, load, tokenizer, name=name, **options)
 
     def load(self) -> None:
         """Reads all weights now, not when a task first needs them.
@@ -194,35 +228,43 @@ class Pipeline:
         negative_prompts: str | Sequence[str] = "",
         height: int | None = None,
         width: int | None = None,
-        steps: int = 28,
-        guidance_scale: float = 7.0,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         guidance_rescale: float = 0.0,
         seeds: int | Sequence[int] | None = None,
         images_per_prompt: int = 1,
         solver: str = "euler",
-        shift: float = 3.0,
+        shift: float | None = None,
         callback: Callable[["Step"], None] | None = None,
     ) -> list[Image.Image]:
         """Images of the prompts, `images_per_prompt` of the first, then of the second, and so on.
 
         Args:
           negative_prompts: what guidance leads away from; one for all, or one a prompt.
-          height, width: pixels, multiples of 16 up to 1024; the bundle's training size when neither is given, and a
-            square when one is.
-          steps: steps of the solver (Heun evaluates the network twice in each but the last).
-          guidance_scale: of the text; 1 switches guidance off, and halves the work.
+          height, width: pixels, multiples of 16 up to 3072 (`sizes`); the bundle's training size when neither is given,
+            and a square when one is.
+          steps: steps of the solver (Heun evaluates the network twice in each but the last); the bundle's when None.
+          guidance_scale: of the text; 1 switches guidance off, and halves the work. The bundle's when None.
           guidance_interval: the noise levels, 0 to 1, at which guidance acts (arXiv 2404.07724).
           guidance_rescale: 0 to 1, takes back the contrast that guidance adds (arXiv 2305.08891).
           seeds: one for every image; a number s stands for s, s + 1, ...; 0, 1, ... when None.
           solver: "euler", "heun", "dpmpp_2m" or "unipc".
-          shift: of the noise levels; SD3 samples at 3.
+          shift: of the noise levels; the bundle's when None.
           callback: called with a `Step` after every evaluation of the network; the loop then runs step by step, and
             reads the weights of the modulations in each.
 
         Each image carries what made it, as JSON, in `image.info["parameters"]`.
         """
-        settings = ImageSettings(steps, guidance_scale, guidance_interval, guidance_rescale, None, solver, shift)
+        settings = self._image_settings(
+            "steps",
+            steps=steps,
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            guidance_rescale=guidance_rescale,
+            solver=solver,
+            shift=shift,
+        )
         prompts = check_texts(prompts, "prompt")
         size = self._check_size(height, width)
         pictures = [Picture(prompt, size=size) for prompt in prompts]
@@ -236,15 +278,15 @@ class Pipeline:
         negative_prompts: str | Sequence[str] = "",
         height: int | None = None,
         width: int | None = None,
-        steps: int = 50,
-        guidance_scale: float = 7.0,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
         image_guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         guidance_rescale: float = 0.0,
         seeds: int | Sequence[int] | None = None,
         images_per_prompt: int = 1,
         solver: str = "euler",
-        shift: float = 3.0,
+        shift: float | None = None,
         callback: Callable[["Step"], None] | None = None,
     ) -> list[Image.Image]:
         """The images as the instructions change them; one instruction, or one image, may stand for all.
@@ -258,9 +300,40 @@ class Pipeline:
           image_guidance_scale: of the image, apart from the text's (InstructPix2Pix, arXiv 2211.09800): higher stays
             closer to it, 1 is neutral; None asks for text guidance alone, which is how the model was trained.
         """
-        settings = ImageSettings(
-            steps, guidance_scale, guidance_interval, guidance_rescale, image_guidance_scale, solver, shift
+        return self._edit(
+            "edit",
+            instructions,
+            images,
+            negative_prompts=negative_prompts,
+            height=height,
+            width=width,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            image_guidance_scale=image_guidance_scale,
+            guidance_interval=guidance_interval,
+            guidance_rescale=guidance_rescale,
+            seeds=seeds,
+            images_per_prompt=images_per_prompt,
+            solver=solver,
+            shift=shift,
+            callback=callback,
         )
+
+    def _edit(
+        self,
+        task,
+        instructions,
+        images,
+        *,
+        negative_prompts="",
+        height=None,
+        width=None,
+        seeds=None,
+        images_per_prompt=1,
+        callback=None,
+        **sampling,
+    ):
+        settings = self._image_settings("edit_steps", **sampling)
         instructions, images = spread(check_texts(instructions, "instruction"), self._open(images), "instructions")
         pictures = []
         for number, (instruction, image) in enumerate(zip(instructions, images, strict=True)):
@@ -271,19 +344,19 @@ class Pipeline:
                 size, final = self._working_size(image, number)
                 source = image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
             pictures.append(Picture(instruction, size=size, final_size=final, conditions=(source,)))
-        return self._render("edit", pictures, settings, negative_prompts, seeds, images_per_prompt, callback)
+        return self._render(task, pictures, settings, negative_prompts, seeds, images_per_prompt, callback)
 
     def perceive(self, kind: str, images, *, instruction: str | None = None, **options) -> list[Image.Image]:
         """What the images show as maps: `kind` is "canny", "depth" or "pose".
 
         Args: `instruction` replaces the sentence that asks for the kind; the others are those of `edit`.
         """
-        if kind not in PERCEPTION:
-            raise ValueError(f"kind is {kind!r}, expected one of {', '.join(PERCEPTION)}")
-        maps = self.edit(instruction or PERCEPTION[kind], images, **options)
+        if not isinstance(kind, str) or kind not in PERCEPTION:
+            raise ValueError(f"kind is {shown(kind)}, expected one of {', '.join(PERCEPTION)}")
+        maps = self._edit("perceive", PERCEPTION[kind] if instruction is None else instruction, images, **options)
         for image in maps:
             parameters = json.loads(image.info["parameters"])
-            image.info["parameters"] = json.dumps(parameters | {"task": "perceive", "kind": kind})
+            image.info["parameters"] = json.dumps(parameters | {"kind": kind})
         return maps
 
     def personalize(
@@ -295,15 +368,15 @@ class Pipeline:
         negative_prompts: str | Sequence[str] = "",
         height: int | None = None,
         width: int | None = None,
-        steps: int = 50,
-        guidance_scale: float = 7.0,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
         image_guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         guidance_rescale: float = 0.0,
         seeds: int | Sequence[int] | None = None,
         images_per_prompt: int = 1,
         solver: str = "euler",
-        shift: float = 3.0,
+        shift: float | None = None,
         callback: Callable[["Step"], None] | None = None,
     ) -> list[Image.Image]:
         """New images of the subjects in the reference images, one to four references a prompt.
@@ -312,8 +385,15 @@ class Pipeline:
           references: a list of images for each prompt; of a single prompt, its list.
           slots: fewer references than this are repeated in turn, as in training; 1 repeats none.
         """
-        settings = ImageSettings(
-            steps, guidance_scale, guidance_interval, guidance_rescale, image_guidance_scale, solver, shift
+        settings = self._image_settings(
+            "edit_steps",
+            steps=steps,
+            guidance_scale=guidance_scale,
+            image_guidance_scale=image_guidance_scale,
+            guidance_interval=guidance_interval,
+            guidance_rescale=guidance_rescale,
+            solver=solver,
+            shift=shift,
         )
         single = isinstance(prompts, str)
         prompts = check_texts(prompts, "prompt")
@@ -347,7 +427,7 @@ class Pipeline:
         images,
         *,
         max_tokens: int | None = None,
-        steps: int = 32,
+        steps: int | None = None,
         decoding: str = "ancestral",
         temperature: float = 1.0,
         threshold: float = 0.9,
@@ -360,15 +440,18 @@ class Pipeline:
         Args:
           images: PIL images or paths; their middle square is read, at the bundle's training size.
           max_tokens: the most tokens of a caption, exact; the text length when None.
-          steps: of the denoising from all masks to none; steps that would change nothing cost nothing.
+          steps: of the denoising from all masks to none; steps that would change nothing cost nothing. The bundle's
+            when None.
           decoding: "ancestral" (the reference's), "confidence", "entropy" or "top_k"; see `sampling.text`.
           temperature: of the token distributions; 0 takes the most likely token.
           threshold, entropy_bound: of the decodings "confidence" and "entropy".
           text_length: tokens of the text stream, the bundle's training length when None.
           seeds: as in `generate`.
         """
+        steps = self._defaults["caption_steps"] if steps is None else steps
         settings = TextSettings(steps, decoding, temperature, threshold, entropy_bound, max_tokens)
         images = self._open(images)
+        self._warn_of_task("caption")
         ids = np.full((len(images), self._check_text_length(text_length)), self.tokenizer.eos_id, np.int32)
         return self._fill_texts(images, ids, np.ones_like(ids, bool), settings, seeds)
 
@@ -378,7 +461,7 @@ class Pipeline:
         questions: str | Sequence[str],
         *,
         max_tokens: int | None = None,
-        steps: int = 32,
+        steps: int | None = None,
         decoding: str = "ancestral",
         temperature: float = 1.0,
         threshold: float = 0.9,
@@ -390,9 +473,11 @@ class Pipeline:
 
         The question is fixed as "Q: {question} A: " and the rest is filled in. The arguments are those of `caption`.
         """
+        steps = self._defaults["caption_steps"] if steps is None else steps
         settings = TextSettings(steps, decoding, temperature, threshold, entropy_bound, max_tokens)
         questions, images = spread(check_texts(questions, "question"), self._open(images), "questions")
         length = self._check_text_length(text_length)
+        self._warn_of_task("vqa")
         for number, question in enumerate(questions):
             count = len(self.tokenizer.token_ids(f"Q: {question} A: "))
             if count >= length:
@@ -404,11 +489,39 @@ class Pipeline:
 
     # What the tasks share
 
+    def _image_settings(
+        self,
+        steps_key,
+        *,
+        steps=None,
+        guidance_scale=None,
+        guidance_interval=(0.0, 1.0),
+        guidance_rescale=0.0,
+        image_guidance_scale=None,
+        solver="euler",
+        shift=None,
+    ) -> ImageSettings:
+        """The settings, with the bundle's own for those that are not given; `steps_key` is its name for the steps."""
+        own = self._defaults
+        return ImageSettings(
+            own[steps_key] if steps is None else steps,
+            own["guidance_scale"] if guidance_scale is None else guidance_scale,
+            guidance_interval,
+            guidance_rescale,
+            image_guidance_scale,
+            solver,
+            own["shift"] if shift is None else shift,
+        )
+
     def _render(self, task, pictures, settings, negatives, seeds, per_prompt, callback):
         """The pictures: texts first, then conditions, latents and pixels, each for all batches."""
         self._require(task, "transformer", "text_encoder", "autoencoder")
         check_whole("images_per_prompt", per_prompt, 1, MAX_IMAGES)
-        negatives = [negatives] * len(pictures) if isinstance(negatives, str) else list(negatives)
+        negatives = [negatives] * len(pictures) if isinstance(negatives, str) else negatives
+        if not isinstance(negatives, list | tuple):
+            raise ValueError(f"negative_prompts is {shown(negatives)}, expected a text or a list of texts")
+        for number, negative in enumerate(negatives):
+            check_text(negative, f"negative prompt {number}")
         if len(negatives) != len(pictures):
             raise ValueError(f"{len(pictures)} prompts, but {len(negatives)} negative prompts: give one to all or each")
         seeds = check_seeds(seeds, len(pictures) * per_prompt)
@@ -419,6 +532,8 @@ class Pipeline:
         ]
         table = settings.table()
         mode = settings.mode(bool(pictures[0].conditions))
+        self._warn_of_task({"generate": "t2i"}.get(task, task))
+        self._warn_of_size([picture.size for picture in pictures])
         batches = self._batches([(picture.size, len(picture.conditions)) for picture in pictures])
         prompts = [picture.prompt for picture in pictures]
         # Without guidance the negative prompt is not read, and so T5 need not read it.
@@ -445,9 +560,11 @@ class Pipeline:
                 batch_seeds = jnp.array([seeds[i] for i in padded], jnp.uint32)
                 shape = self._latent_shape(first.size)
                 if callback is None:
-                    latents = self._sample(
-                        params["transformer"], batch_seeds, table, *arguments, mode=mode, latent_shape=shape
-                    )
+                    what = f"{count_of(len(padded), 'image')} of {first.size[1]} x {first.size[0]} pixels"
+                    with self._telling(what, mode, len(first.conditions), len(table.sigma)):
+                        latents = self._sample(
+                            params["transformer"], batch_seeds, table, *arguments, mode=mode, latent_shape=shape
+                        )
                 else:
                     latents = self._sample_in_steps(
                         params["transformer"], batch_seeds, table, arguments, mode, shape, members, callback
@@ -526,18 +643,19 @@ class Pipeline:
                 padded = np.array(padded)
                 # Rows that only fill the batch have nothing to decide, and so cause no step.
                 open_rows = is_target[padded] & (np.arange(len(padded)) < len(members))[:, None]
-                sample = self._describe(
-                    params,
-                    jnp.stack([latents[i] for i in padded]),
-                    ids[padded],
-                    open_rows,
-                    seeds[padded],
-                    settings.steps,
-                    float(settings.temperature),
-                    float(settings.threshold),
-                    float(settings.entropy_bound),
-                    decoding=settings.decoding,
-                )
+                with self._telling(f"{count_of(len(padded), 'text')} of {ids.shape[1]} tokens", settings.decoding):
+                    sample = self._describe(
+                        params,
+                        jnp.stack([latents[i] for i in padded]),
+                        ids[padded],
+                        open_rows,
+                        seeds[padded],
+                        settings.steps,
+                        float(settings.temperature),
+                        float(settings.threshold),
+                        float(settings.entropy_bound),
+                        decoding=settings.decoding,
+                    )
                 for i, row in zip(members, np.asarray(sample.ids), strict=False):
                     texts[i] = self.tokenizer.decode(row[first[i] :]).strip()
         return texts
@@ -566,33 +684,27 @@ class Pipeline:
             )
 
     @property
-    def size_multiple(self) -> int:
-        """Heights and widths are multiples of this: one patch of latents, 16 pixels."""
-        return self.config.autoencoder.downsample_factor * self.config.transformer.patch_size
+    def sizes(self) -> ImageSizes:
+        """The heights and widths that images may have."""
+        return ImageSizes.of(self.config.transformer, self.config.autoencoder)
 
     @property
-    def max_size(self) -> int:
-        """The largest height or width, 1024 pixels for SD3's positional grid."""
-        return self.config.transformer.base_patches * self.size_multiple
+    def edit_limit(self) -> int:
+        """The largest side that an edit has unless one is asked for: SD3's own size, 1024 pixels."""
+        return self.config.transformer.base_patches * self.sizes.multiple
 
     def _check_size(self, height, width):
         self._require("an image", "transformer", "autoencoder")
-        multiple, largest = self.size_multiple, self.max_size
         for name, value in (("height", height), ("width", width)):
-            if value is None:
-                continue
-            is_whole = isinstance(value, int | np.integer)
-            if not is_whole or value % multiple or not multiple <= value <= largest:
-                below = min(largest, max(multiple, value // multiple * multiple)) if is_whole else multiple
-                raise ValueError(
-                    f"{name} is {value!r}, expected a multiple of {multiple} up to {largest}, such as {below}"
-                )
-        return height or width or self.config.image_size, width or height or self.config.image_size
+            if value is not None:
+                self.sizes.check(name, value)
+        side = self.config.image_size
+        return height or width or side, width or height or side
 
     def _working_size(self, image, number):
         """((height, width) that the network works at, the same of the result) for an image of any size."""
         self._require("an edit", "transformer", "autoencoder")
-        multiple, largest = self.size_multiple, self.max_size
+        multiple, largest = self.sizes.multiple, self.edit_limit
         shrink = min(1.0, largest / max(image.size))
         working = tuple(
             max(multiple, round(side * shrink / multiple) * multiple) for side in (image.height, image.width)
@@ -601,7 +713,7 @@ class Pipeline:
             return working, (image.height, image.width)
         final = tuple(max(1, round(side * shrink)) for side in (image.height, image.width))
         log.warning(
-            "image %d is %d x %d pixels, the largest side is %d: the edit will be %d x %d",
+            "image %d is %d x %d pixels, the largest side is %d unless one is asked for: the edit will be %d x %d",
             number, image.width, image.height, largest, final[1], final[0],
         )  # fmt: skip
         return working, final
@@ -611,8 +723,34 @@ class Pipeline:
         return size[0] // factor, size[1] // factor, self.config.autoencoder.latent_channels
 
     def _check_text_length(self, length):
-        length = self.config.text_length if length is None else length
-        return check_whole("text_length", length, 8, MAX_TOKENS)
+        return self.config.text_length if length is None else check_whole("text_length", length, 8, MAX_TOKENS)
+
+    @contextlib.contextmanager
+    def _telling(self, what, *shape):
+        """Around the call of a program: says, the first time of a shape, that it is compiled and when it runs."""
+        is_new, began = (what, shape) not in self._said, time.monotonic()
+        self._said.add((what, shape))
+        if is_new:
+            log.info("compiling the program for %s", what)
+        yield
+        if is_new:
+            log.info("sampling, after %.1f s of compiling", time.monotonic() - began)
+
+    def _warn_of_task(self, task):
+        trained = self.config.tasks
+        if trained is not None and task not in trained:
+            known = ", ".join(trained) or "none"
+            self._say_once(f"{self.name} was not trained for {task}, as far as it says (its tasks: {known})")
+
+    def _warn_of_size(self, sizes):
+        trained = self.config.image_size
+        if max(map(max, sizes)) > trained:
+            self._say_once(f"sides beyond {trained} pixels, which the model was trained at, may repeat what they show")
+
+    def _say_once(self, line):
+        if line not in self._said:
+            self._said.add(line)
+            log.warning("%s", line)
 
     def _warn_of_cut(self, text, room, what):
         ids = self.tokenizer.token_ids(text)
@@ -652,6 +790,10 @@ class Step:
         with self._pipeline._weights.use("autoencoder", "transformer") as params:
             pixels = self._pipeline._decode_images(params["autoencoder"], self.latents)
         return [Image.fromarray(array) for array in np.asarray(pixels)]
+
+
+def count_of(number, what) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def default_dtype(device) -> str:

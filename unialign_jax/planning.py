@@ -17,10 +17,11 @@ from jax.experimental import topologies
 
 from unialign_jax import hardware, weights
 from unialign_jax.bundle import BundleConfig
-from unialign_jax.inputs import ImageSettings
+from unialign_jax.inputs import ImageSettings, check_whole
 from unialign_jax.models import presets
 from unialign_jax.pipeline import Pipeline
 from unialign_jax.quantization import abstract_quantized, tree_bytes
+from unialign_jax.sizes import ImageSizes
 
 TASKS = ("t2i", "edit", "caption")
 GIB = 2**30
@@ -101,12 +102,8 @@ def published_config() -> BundleConfig:
 
 def check_sampling(config: BundleConfig, size: int, batch: int) -> None:
     """Raises ValueError for a size in pixels or a batch that the pipeline of such a model does not take."""
-    multiple = config.autoencoder.downsample_factor * config.transformer.patch_size
-    largest = config.transformer.base_patches * multiple
-    if size % multiple or not 0 < size <= largest or batch < 1:
-        raise ValueError(
-            f"size is {size} and batch {batch}, expected a multiple of {multiple} up to {largest}, and at least 1"
-        )
+    ImageSizes.of(config.transformer, config.autoencoder).check("size", size)
+    check_whole("batch", batch, 1, 2**16)
 
 
 def sampling_programs(task, device, *, config=None, size=512, batch=1, steps=None, dtype="bfloat16", quantize=None):

@@ -1,12 +1,15 @@
-"""A bundle's parameters on their way to the device: which are there, and in which dtype."""
+"""A model's parameters on their way to the device: which are there, and in which dtype."""
 
 import contextlib
+import logging
 
 import jax
 
 from unialign_jax import bundle
 from unialign_jax.models.precision import storage_dtype
 from unialign_jax.quantization import quantize_leaf
+
+log = logging.getLogger(__name__)
 
 QUANTIZED = ("transformer", "text_encoder")
 
@@ -22,35 +25,67 @@ def abstract_component(config: bundle.BundleConfig, name: str, dtype, sharding=N
     )
 
 
-class BundleLoader:
-    """Reads a bundle's components: `loader("text_encoder")` -> parameters on the device, in their dtypes.
+class Loader:
+    """A component's parameters by name, on the device and in their dtypes; a source's own are read each time.
 
     With a `quantize` mode the transformer and the text encoder are made int8 on the host, array by array, so that the
     device never holds them unquantised; `keep_on_host` then keeps them there too, for a component that comes back.
     """
 
-    def __init__(self, directory, config, *, dtype, device, quantize=None, keep_on_host=False):
-        self._directory, self._config, self._dtype, self._device = directory, config, dtype, device
+    def __init__(self, leaves, restore=None, *, dtype, device, quantize=None, keep_on_host=False):
+        """Args: `leaves` gives a component's (path, array) pairs; `restore`, where there is one, all of them at once in
+        the shapes, dtypes and shardings of {component: tree}, which is faster.
+        """
+        self._leaves, self._restore, self._dtype, self._device = leaves, restore, dtype, device
         self._quantize, self._keep_on_host = quantize, keep_on_host
         self._on_host = {}
 
     def __call__(self, name):
         if not self._quantize or name not in QUANTIZED:
-            place = jax.sharding.SingleDeviceSharding(self._device)
-            abstract = abstract_component(self._config, name, self._dtype, place)
-            return bundle.restore(self._directory, {name: abstract})[name]
+            return self._as_stored(name)
         if name in self._on_host:
             return jax.device_put(self._on_host[name], self._device)
         host = jax.local_devices(backend="cpu")[0] if self._keep_on_host else self._device
         params = bundle.unflatten(
             {
                 path: quantize_leaf(path, leaf, dtype=storage_dtype(path, self._dtype), device=host)
-                for path, leaf in bundle.read_leaves(self._directory, name)
+                for path, leaf in self._leaves(name)
             }
         )
         if self._keep_on_host:
             self._on_host[name] = params
         return jax.device_put(params, self._device)
+
+    def _as_stored(self, name):
+        if self._restore:
+            return self._restore(name)
+        return bundle.unflatten(
+            {
+                path: jax.device_put(leaf.astype(storage_dtype(path, self._dtype)), self._device)
+                for path, leaf in self._leaves(name)
+            }
+        )
+
+
+def bundle_loader(directory, config, *, dtype, device, verify=True, **options) -> Loader:
+    """A `Loader` of a bundle's components; with `verify` each is checked against its hashes the first time it is read.
+
+    Args: `options` are those of `Loader`.
+    """
+    to_verify = set(config.components) if verify else set()
+    place = jax.sharding.SingleDeviceSharding(device)
+
+    def leaves(name):
+        yield from bundle.read_leaves(directory, name, verify=name in to_verify)
+        to_verify.discard(name)
+
+    def restore(name):
+        abstract = {name: abstract_component(config, name, dtype, place)}
+        params = bundle.restore(directory, abstract, verify=name in to_verify)[name]
+        to_verify.discard(name)
+        return params
+
+    return Loader(leaves, restore, dtype=dtype, device=device, **options)
 
 
 class Weights:
@@ -68,6 +103,7 @@ class Weights:
                 del self._resident[name]
         for name in names:
             if name not in self._resident:
+                log.info("reading the %s", name.replace("_", " "))
                 self._resident[name] = self._load(name)
         yield {name: self._resident[name] for name in names}
 

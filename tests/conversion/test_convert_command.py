@@ -166,7 +166,7 @@ def test_a_damaged_bundle_fails_verification(command, sd3_bundle, tmp_path, caps
     largest = max((path for path in damaged.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-1])
     assert command(["inspect", str(damaged), "--verify"]) == 1
-    assert "is damaged" in capsys.readouterr().err
+    assert "is not as it was written: " in capsys.readouterr().err
     content = json.loads((damaged / "config.json").read_text())
     (damaged / "config.json").write_text(json.dumps(content | {"version": 2}))
     assert command(["inspect", str(damaged)]) == 1

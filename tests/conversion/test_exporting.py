@@ -395,17 +395,17 @@ def test_a_runs_newest_checkpoint_is_exported(weights, run, tmp_path):
         export(tmp_path / "other", format="unialign", run=tmp_path)
 
 
-def test_a_run_becomes_a_bundle_with_given_encoders(run, sd3_bundle, tmp_path):
+def test_a_run_becomes_a_bundle_with_given_encoders(run, tiny_bundle, tmp_path):
     workdir, state = run
-    bundle_from_run(tmp_path / "out", workdir, weights="ema", source=sd3_bundle, dtype="bfloat16")
+    bundle_from_run(tmp_path / "out", workdir, weights="ema", source=tiny_bundle, dtype="bfloat16")
     config, params = bundle.load(tmp_path / "out")
     assert config.components == ("transformer", "heads", "text_encoder", "autoencoder")
     rounded = jax.tree.map(lambda x: x.astype("bfloat16"), state.ema)
     jax.tree.map(np.testing.assert_array_equal, params["transformer"], rounded)
-    _, expected = bundle.load(sd3_bundle, components=["text_encoder", "autoencoder"])
+    _, expected = bundle.load(tiny_bundle, components=["text_encoder", "autoencoder"])
     for name, tree in expected.items():
         jax.tree.map(np.testing.assert_array_equal, params[name], tree)
     settings = json.loads((workdir / "config.json").read_text())
     assert (config.image_size, config.text_length) == (settings["image_size"], settings["text_length"])
-    assert config.provenance["step"] == 12 and config.provenance["frozen_from"] == "sd3"
+    assert config.provenance["step"] == 12 and config.provenance["frozen_from"] == "tiny"
     assert (tmp_path / "out/tokenizer/tokenizer.json").is_file()

@@ -65,12 +65,12 @@ PLAN = [
     ([STAGE, "--config.image_size=500"], "image_size"),
     # Sampling
     (["--task=paint"], "invalid choice: 'paint'"),
-    (["--task=t2i", "--size=500"], "size is 500 and batch 1, expected a multiple of 16"),
+    (["--task=t2i", "--size=500"], "size is 500, expected a multiple of 16"),
     (["--task=t2i", "--size=0"], "size is 0"),
     (["--task=edit", "--size=-512"], "size is -512"),
     (["--task=t2i", "--size=1e3"], "invalid int value: '1e3'"),
     (["--task=t2i", "--size=16000000"], "size is 16000000"),
-    (["--task=caption", "--batch=0"], "batch 0, expected"),
+    (["--task=caption", "--batch=0"], "batch is 0, expected"),
     (["--task=t2i", "--topology=v5e-8"], "has 8 chips, sampling runs on one: v5e:1x1"),
     (["--task=t2i", "--quantize=int4"], "invalid choice: 'int4'"),
     # What does not go together
@@ -111,7 +111,7 @@ BENCHMARK = [
     (["convert", "--scratch=FILE"], "--scratch=FILE cannot be a folder: File exists"),
     (["sample"], "one of the arguments --bundle --random is required"),
     (["sample", "--random=huge"], "invalid choice: 'huge'"),
-    (["sample", "--random=unialign_2b", "--size=500"], "size is 500 and batch 1, expected a multiple of 16 up to 1024"),
+    (["sample", "--random=unialign_2b", "--size=500"], "size is 500, expected a multiple of 16 up to 3072"),
     (["sample", "--random=tiny", "--size=0"], "size is 0"),
     (["sample", "--random=tiny", "--size=-64"], "size is -64"),
     (["sample", "--random=tiny", "--steps=0"], "--steps is 0, expected a whole number from 1 to 1000"),

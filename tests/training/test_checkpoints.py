@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from unialign_jax import checksums
-from unialign_jax.conversion.exporting import latest_step
+from unialign_jax.runs import latest_step
 from unialign_jax.training.checkpoints import Checkpoints, damage, load_params
 from unialign_jax.training.state import TrainState
 
@@ -229,9 +229,9 @@ def test_saves_leave_no_descriptors_and_no_threads(tmp_path):
 
 def test_the_newest_that_is_not_damaged_is_exported(run, caplog):
     (run / "config.json").write_text("{}")
-    assert latest_step(run) == 6
+    assert latest_step(run, verify=True) == 6
     flip(values(run / "checkpoints" / "6"), 3000)
-    assert latest_step(run) == 3
+    assert latest_step(run, verify=True) == 3
     assert "checkpoints/6 cannot be read (state/" in caplog.text
 
 

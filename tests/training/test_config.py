@@ -233,3 +233,13 @@ def test_a_run_from_before_a_key_was_known_goes_on(tmp_path, caplog):
         write_config(config, tmp_path)
     assert "data.prefetch_gb from None to 4.0" in caplog.text and "of_old from 1 to None" in caplog.text
     assert json.loads((tmp_path / "config.json").read_text())["data"]["prefetch_gb"] == 4.0
+
+
+def test_a_bundle_of_frozen_encoders_brings_its_tokenizer(small_config, tiny_bundle, tmp_path):
+    """The text encoder must read the ids that it was made for; a resumed run keeps what it was trained with."""
+    config = inherit_sources(small_config("stage1", frozen_from=str(tiny_bundle)), tmp_path)
+    assert config.tokenizer == str(tiny_bundle / "tokenizer")
+    named = inherit_sources(small_config("stage1", frozen_from=str(tiny_bundle), tokenizer="other"), tmp_path)
+    assert named.tokenizer == "other"
+    (tmp_path / "config.json").write_text(json.dumps({"frozen_from": str(tiny_bundle), "tokenizer": ""}))
+    assert inherit_sources(small_config("stage1"), tmp_path).tokenizer == ""

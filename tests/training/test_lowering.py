@@ -22,6 +22,7 @@ from unialign_jax.sampling import image as image_sampler
 from unialign_jax.sampling import programs
 from unialign_jax.sampling.solvers import solver_table
 from unialign_jax.sampling.text import DECODINGS
+from unialign_jax.training import samples
 from unialign_jax.training.config import build_configs
 from unialign_jax.training.optimizer import make_optimizer
 from unialign_jax.training.samples import Sampler
@@ -188,10 +189,10 @@ def test_the_samples_of_every_stream(mesh, platform, monkeypatch, tmp_path):
     """The sampler of training as it runs, each of its programs lowered instead of compiled and run."""
     config, mesh = made_small("stage3"), on(mesh)
     networks = Networks.create(*build_configs(config, platform))
-    lowered, real_jit = [], jax.jit
+    lowered = []
 
     def lowering_jit(function, **options):
-        program, seen = real_jit(function, **options), {}
+        program, seen = jax.jit(function, **options), {}
 
         def call(*arguments, **keywords):
             described = [(np.shape(x), getattr(x, "sharding", None)) for x in jax.tree.leaves(arguments)]
@@ -207,7 +208,8 @@ def test_the_samples_of_every_stream(mesh, platform, monkeypatch, tmp_path):
 
         return call
 
-    monkeypatch.setattr(jax, "jit", lowering_jit)
+    # Of what the sampler's own file sees of JAX, and of nothing else.
+    monkeypatch.setattr(samples, "jax", types.SimpleNamespace(**vars(jax) | {"jit": lowering_jit}))
     streams = {name: Blank(settings) for name, settings in config.streams.items() if name not in SAME}
     tokenizer = types.SimpleNamespace(eos_id=1, mask_id=511, decode=str)
     sampler = Sampler(config, networks, mesh, streams, tokenizer, tmp_path)

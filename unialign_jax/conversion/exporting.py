@@ -6,28 +6,23 @@ prompt, but have no place for the text head, for the last block's text half (whi
 for the heads.
 """
 
-import dataclasses
 import errno
 import json
-import logging
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from orbax.checkpoint import v1 as ocp
 from tqdm import tqdm
 
 from unialign_jax import bundle
 from unialign_jax.conversion import autoencoder, rules, safetensors_file, text_encoder, transformer
-from unialign_jax.conversion.importing import DTYPES, check_space, with_progress
+from unialign_jax.conversion.importing import DTYPES, check_fit, check_space, with_progress
 from unialign_jax.conversion.rules import Table
 from unialign_jax.files import check_inside, read_json, refuse_existing, replacing_folder
 from unialign_jax.models.mmdit import AlignmentHeadsConfig
-
-log = logging.getLogger(__name__)
+from unialign_jax.runs import StoredTree, describe, latest_step, open_run, read_run_tokenizer, read_settings
 
 FORMATS = ("unialign", "diffusers", "stability")
 CLASSES = {"unialign": "SD3JointModelFlexible", "diffusers": "SD3Transformer2DModel"}
@@ -44,17 +39,8 @@ TOKENIZER_SETTINGS = (
 )
 
 
-class StoredTree(NamedTuple):
-    """One component's arrays on disk; `leaves(paths)` gives (path, array) pairs, few of them in memory at a time."""
-
-    config: object
-    shapes: dict[str, tuple[int, ...]]
-    dtypes: dict[str, np.dtype]
-    leaves: Callable[[list[str]], Iterator[tuple[str, np.ndarray]]]
-
-
 def open_bundle(directory) -> dict[str, StoredTree]:
-    """The components of a bundle."""
+    """The components of a bundle; what is read of them is checked against its hashes."""
     config = bundle.read_config(directory)
     trees = {}
     for name in config.components:
@@ -66,63 +52,6 @@ def open_bundle(directory) -> dict[str, StoredTree]:
             lambda paths, name=name: bundle.read_leaves(directory, name, paths),
         )
     return trees
-
-
-def open_run(workdir, weights="raw") -> dict[str, StoredTree]:
-    """The transformer ("raw", or "ema" for its average) and the heads of a run's newest whole checkpoint.
-
-    Raises FileNotFoundError when the folder is no run's, ValueError when it has no whole checkpoint or no average.
-    """
-    workdir = Path(workdir).absolute()
-    folder = workdir / "checkpoints" / str(latest_step(workdir))
-    settings = json.loads((workdir / "config.json").read_text())
-    metadata = bundle.flatten(ocp.checkpointables_metadata(folder).metadata["state"])
-    prefixes = {"transformer": "params/transformer/", "heads": "params/heads/"}
-    if weights == "ema":
-        prefixes["transformer"] = "ema/"
-        if not any(path.startswith("ema/") for path in metadata):
-            raise ValueError(f"{folder} keeps no average of the weights: export the raw ones by --weights=raw")
-    kinds = {"transformer": ("model", bundle.COMPONENTS["transformer"]), "heads": ("heads", bundle.COMPONENTS["heads"])}
-    trees = {}
-    for name, prefix in prefixes.items():
-        key, kind = kinds[name]
-        found = {path.removeprefix(prefix): leaf for path, leaf in metadata.items() if path.startswith(prefix)}
-        trees[name] = StoredTree(
-            kind(**settings[key]),
-            {path: tuple(leaf.shape) for path, leaf in found.items()},
-            {path: np.dtype(leaf.dtype) for path, leaf in found.items()},
-            lambda paths, prefix=prefix: read_run(folder, metadata, prefix, paths),
-        )
-    return trees
-
-
-def latest_step(workdir) -> int:
-    """The step of a run's newest whole checkpoint; a damaged one is passed over, with a warning.
-
-    The errors are those of `open_run`.
-    """
-    from unialign_jax.training.checkpoints import damage
-
-    workdir = Path(workdir)
-    checkpoints = workdir / "checkpoints"
-    if not (workdir / "config.json").is_file() or not checkpoints.is_dir():
-        raise FileNotFoundError(f"{workdir} is no run's folder: expected config.json and checkpoints/ inside")
-    steps = [int(path.name) for path in checkpoints.iterdir() if re.fullmatch(r"\d+", path.name)]
-    for step in sorted(steps, reverse=True):
-        reason = damage(checkpoints.absolute() / str(step))
-        if reason is None:
-            return step
-        log.warning("%s cannot be read (%s): the one before it is taken", checkpoints / str(step), reason)
-    raise ValueError(f"{checkpoints} holds no whole checkpoint")
-
-
-def read_run(folder, metadata, prefix, paths):
-    def load(wanted):
-        return ocp.load_checkpointables(folder, {"state": wanted})["state"]
-
-    for path, leaf in bundle.in_groups(load, metadata, [prefix + path for path in paths]):
-        yield path.removeprefix(prefix), leaf
-        del leaf
 
 
 def export(
@@ -192,40 +121,42 @@ def bundle_from_run(
     Args:
       output: the bundle to write.
       run, weights: as in `export`.
-      source: the bundle that the text encoder, the autoencoder and the tokenizer are taken from; or else
-      frozen: {"text_encoder": (config, params), "autoencoder": (config, params)} and
-      tokenizer: a tokenizer folder or a `Tokenizer`.
+      source: the bundle that the text encoder and the autoencoder are taken from; or else
+      frozen: {"text_encoder": (config, params), "autoencoder": (config, params)}.
+      tokenizer: a `Tokenizer` in place of the run's own.
       dtype: "float32", "float16" or "bfloat16" to store transformer and heads; as in the checkpoint when None.
+
+    Raises ValueError also when the parts do not fit each other.
     """
-    trained = open_run(run, weights)
-    pieces = {}
-    for name, tree in trained.items():
-        config = tree.config
-        if getattr(config, "attention", None) == "auto":  # a bundle runs anywhere; its user chooses what is fast there
-            config = dataclasses.replace(config, attention="xla")
-        pieces[name] = (config, tree.leaves(list(tree.shapes)), DTYPES[dtype] if dtype else None)
+    settings, step = read_settings(run), latest_step(run, verify=True)
+    trained = open_run(run, weights, step)
+    tokenizer = tokenizer or read_run_tokenizer(settings, run)
+    pieces = {
+        name: (tree.config, tree.leaves(list(tree.shapes)), DTYPES[dtype] if dtype else None)
+        for name, tree in trained.items()
+    }
     if source is not None:
         for name, tree in open_bundle(source).items():
             if name not in trained:
                 pieces[name] = (tree.config, tree.leaves(list(tree.shapes)), None)
-        tokenizer = tokenizer or bundle.tokenizer_path(source)
     for name, (config, params) in (frozen or {}).items():
         leaves = ((path, np.asarray(leaf)) for path, leaf in bundle.flatten(params).items())
         pieces.setdefault(name, (config, leaves, None))
+    about = describe(run, settings)
+    check_fit(bundle.BundleConfig(**{name: config for name, (config, *_) in pieces.items()}), tokenizer)
     size = sum(int(np.prod(shape)) * 4 for tree in trained.values() for shape in tree.shapes.values())
     check_space(output, size)
     with (
         bundle.Writer(output, overwrite=overwrite) as writer,
-        tqdm(unit="B", unit_scale=True, disable=not progress) as bar,
+        tqdm(unit="B", unit_scale=True, disable=None if progress else True) as bar,
     ):
         for name, (config, leaves, wanted) in pieces.items():
             bar.set_description(name)
             writer.add(name, config, with_progress(cast(leaves, wanted), bar))
-        if tokenizer is not None:
-            writer.add_tokenizer(tokenizer)
-        settings = json.loads((Path(run) / "config.json").read_text())
-        writer.sizes = {key: settings[key] for key in bundle.SIZES}
-        writer.provenance = {"kind": "run", "run": Path(run).name, "step": latest_step(run), "weights": weights}
+        writer.add_tokenizer(tokenizer)
+        writer.sizes = {key: about[key] for key in bundle.SIZES}
+        writer.tasks, writer.sampling = about["tasks"], about["sampling"]
+        writer.provenance = {"kind": "run", "run": Path(run).name, "step": step, "weights": weights}
         if source is not None:
             writer.provenance["frozen_from"] = Path(source).name
 

@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from unialign_jax import bundle
+from unialign_jax.bundle_config import SAMPLING, TASKS, fit_problems
 from unialign_jax.conversion import autoencoder, rules, sources, text_encoder, torch_pickle, transformer
 from unialign_jax.conversion.rules import Table
 from unialign_jax.conversion.sources import Part
@@ -121,6 +122,8 @@ def convert(
                 writer.add(job.name, job.config, with_progress(job.leaves(mask), bar))
         if tokenizer:
             writer.add_tokenizer(tokenizer)
+        writer.tasks = trained_tasks(kind, [job.name for job in jobs])
+        writer.sampling = {key: value for key, (value, *_) in SAMPLING.items()}
         writer.provenance = {
             "kind": kind,
             "components": {job.name: job.provenance for job in jobs},
@@ -130,6 +133,15 @@ def convert(
         if mask:
             writer.provenance["mask_embedding"] = {"file": Path(mask_embedding).name, "row": mask.row}
     return bundle.read_config(output)
+
+
+def trained_tasks(kind, components) -> tuple[str, ...] | None:
+    """What a downloaded model was trained for. Without alignment heads a transformer may be DualDiffusion's, trained
+    for fewer tasks than UniAlignment's: then it is not known.
+    """
+    if kind == "sd3":
+        return ("t2i",)
+    return TASKS if "heads" in components else None
 
 
 def choose_parts(given, wanted, replacements) -> dict[str, Part]:
@@ -241,16 +253,7 @@ def plan(parts, heads, tokenizer, dtype) -> list[Job]:
 
 def check_fit(config: bundle.BundleConfig, tokenizer):
     """Raises ValueError, listing all, when the components do not fit each other."""
-    t, e, a = config.transformer, config.text_encoder, config.autoencoder
-    lines = []
-    if t and e and t.text_width != e.width:
-        lines.append(f"the transformer reads text of width {t.text_width}, the text encoder gives {e.width}")
-    if t and e and t.vocab_size > e.vocab_size:
-        lines.append(f"the transformer predicts {t.vocab_size} tokens, the text encoder's table has {e.vocab_size}")
-    if t and a and t.latent_channels != a.latent_channels:
-        lines.append(f"the transformer has {t.latent_channels} latent channels, the VAE {a.latent_channels}")
-    if t and tokenizer and tokenizer.vocab_size > t.vocab_size:
-        lines.append(f"the tokenizer has {tokenizer.vocab_size} tokens, the transformer predicts {t.vocab_size}")
+    lines = fit_problems(config, tokenizer)
     if lines:
         raise ValueError("the parts do not fit each other: " + "; ".join(lines))
 

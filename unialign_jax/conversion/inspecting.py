@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from unialign_jax import bundle
+from unialign_jax import bundle, runs
 from unialign_jax.conversion import autoencoder, exporting, rules, sources, text_encoder, transformer
 
 
@@ -30,6 +30,7 @@ def inspect_bundle(path, keys):
     yield f"{path}: a bundle of {', '.join(config.components) or 'no component that a model has'}"
     for name, tree in exporting.open_bundle(path).items():
         yield from describe_tree(name, tree, keys)
+    yield from describe_use(vars(config))
     tokenizer = bundle.tokenizer_path(path)
     yield f"tokenizer: {', '.join(sorted(f.name for f in tokenizer.iterdir())) if tokenizer else 'none'}"
     provenance = config.provenance
@@ -50,15 +51,24 @@ def inspect_bundle(path, keys):
 
 
 def inspect_run(path, keys):
-    trees = exporting.open_run(path)
-    yield f"{path}: a training run; its newest whole checkpoint is that of step {exporting.latest_step(path)}"
-    for name, tree in trees.items():
+    step = runs.latest_step(path)
+    yield f"{path}: a training run; its newest whole checkpoint is that of step {step}"
+    for name, tree in runs.open_run(path, step=step).items():
         yield from describe_tree(name, tree, keys)
-    try:
-        exporting.open_run(path, "ema")
+    yield from describe_use(runs.describe(path, runs.read_settings(path)))
+    if runs.has_average(path, step):
         yield "it keeps an average of the transformer: --weights=ema exports that"
-    except ValueError:
+    else:
         yield "it keeps no average of the weights"
+
+
+def describe_use(about):
+    """What a model was trained for and how it is sampled."""
+    tasks = about["tasks"]
+    yield f"trained for: {'not recorded' if tasks is None else ', '.join(tasks) or 'no task'}"
+    yield f"trained at {about['image_size']} pixels and {about['text_length']} tokens; sampled by " + (
+        ", ".join(f"{key} {value}" for key, value in about["sampling"].items()) or "the usual settings"
+    )
 
 
 def describe_tree(name, tree, keys):

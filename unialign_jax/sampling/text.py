@@ -57,7 +57,7 @@ def sample_text(
       is_target_BL: bool, the positions to fill.
       keys_B: [B] typed PRNG keys, one a sample.
       num_steps: N, an int32 scalar of at least 1.
-      mask_id: the mask's token id; it is never drawn.
+      mask_id: the mask's token id, the tokenizer's last; neither it nor what a larger vocabulary has beyond is drawn.
       decoding: one of DECODINGS.
       temperature: of the draw, a scalar or [B]; 1 draws from the model, 0 takes the likeliest token.
       threshold: of "confidence", a scalar or [B]; above 1 it reveals one token a step.
@@ -117,7 +117,7 @@ def sample_text(
         # A sample that is not finished has been through every evaluation, so that the count is its own step as well.
         step = jnp.min(jnp.where(is_hidden, step_BL, num_steps)) if decoding == "ancestral" else evaluations
         logits = logits_fn(ids).astype(jnp.float32)
-        logits = jnp.where(jnp.arange(logits.shape[-1]) == mask_id, -jnp.inf, logits)
+        logits = jnp.where(jnp.arange(logits.shape[-1]) >= mask_id, -jnp.inf, logits)
         step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(token_keys, step)
         # The largest of logits + temperature * Gumbel noise is a draw from softmax(logits / temperature).
         noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(step_keys)

@@ -17,6 +17,7 @@ from unialign_jax.models.autoencoder import AutoencoderConfig
 from unialign_jax.models.mmdit import REMAT_POLICIES, AlignmentHeadsConfig, MMDiTConfig
 from unialign_jax.models.text_encoder import TextEncoderConfig
 from unialign_jax.sharding import complete_mesh_shape, mesh_sizes
+from unialign_jax.sizes import ImageSizes
 from unialign_jax.training.meshes import is_open
 
 
@@ -232,12 +233,8 @@ def _check_networks(config, expect):
     if not all([expect(value >= 1, f"{key} is {value}, expected at least 1") for key, value in found.items()]):
         return
     expect(config.text_length >= 2, f"text_length is {config.text_length}, expected at least 2")
-    patch = config.autoencoder.downsample_factor * config.model.patch_size
-    largest = patch * config.model.max_patches
-    expect(
-        config.image_size % patch == 0 and 0 < config.image_size <= largest,
-        f"image_size is {config.image_size}, expected a multiple of {patch} up to {largest}",
-    )
+    problem = ImageSizes.of(config.model, config.autoencoder).problem("image_size", config.image_size)
+    expect(not problem, problem)
     expect(
         config.model.latent_channels == config.autoencoder.latent_channels,
         f"model.latent_channels is {config.model.latent_channels}, "

@@ -176,10 +176,12 @@ def check_config(config: ConfigDict, device_count: int):
 def inherit_sources(config, workdir: Path) -> ConfigDict:
     """The configuration with an empty `frozen_from` and `tokenizer` filled in, so that config.json names what was used.
 
-    A resumed run keeps its own; a new one takes those of `init_from`: what a bundle holds, or what a run names.
+    A resumed run keeps its own; a new one takes those of `init_from`: what a bundle holds, or what a run names. The
+    tokenizer that is still not named is the one of the bundle `frozen_from`, which its text encoder was made with.
     """
     config = config.copy_and_resolve_references()
-    if bundle.is_bundle(config.init_from) and not (workdir / "config.json").is_file():
+    is_new = not (workdir / "config.json").is_file()
+    if bundle.is_bundle(config.init_from) and is_new:
         source = Path(config.init_from).absolute()  # the run may be resumed from another folder
         before = {"frozen_from": str(source), "tokenizer": str(bundle.tokenizer_path(source) or "")}
     else:
@@ -190,6 +192,8 @@ def inherit_sources(config, workdir: Path) -> ConfigDict:
         before = before or start or {}
     for key in ("frozen_from", "tokenizer"):
         config[key] = config[key] or before.get(key, "")
+    if is_new and not config.tokenizer and bundle.is_bundle(config.frozen_from):
+        config.tokenizer = str(bundle.tokenizer_path(Path(config.frozen_from).absolute()) or "")
     return config
 
 

@@ -164,7 +164,7 @@ class Sampler:
         real = [decode(ids) for ids in batch["text_ids"]]
         predicted = [decode(ids) for ids in predicted_ids]
         table = ["| | real | predicted |", "|---|---|---|"]
-        table += [f"| {i} | {_cell(a)} | {_cell(b)} |" for i, (a, b) in enumerate(zip(real, predicted, strict=True))]
+        table += [f"| {i} | {cell(a)} | {cell(b)} |" for i, (a, b) in enumerate(zip(real, predicted, strict=True))]
         captions = stem.with_suffix(".md")
         captions.write_text("\n".join(table) + "\n")
         if generated is None:
@@ -178,7 +178,7 @@ class Sampler:
         return [sheet, captions]
 
 
-def _cell(text):
+def cell(text):
     return text.replace("|", "\\|").replace("\n", " ")
 
 

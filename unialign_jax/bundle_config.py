@@ -1,0 +1,211 @@
+"""What a bundle says of itself: its config.json, written with a seal, read with care."""
+
+import dataclasses
+from pathlib import Path
+
+from unialign_jax import files, inventory
+from unialign_jax.files import shown
+from unialign_jax.models.autoencoder import AutoencoderConfig
+from unialign_jax.models.mmdit import REMAT_POLICIES, AlignmentHeadsConfig, MMDiTConfig
+from unialign_jax.models.text_encoder import TextEncoderConfig
+
+FORMAT, VERSION = "unialign_jax bundle", 1
+COMPONENTS = {
+    "transformer": MMDiTConfig,
+    "heads": AlignmentHeadsConfig,
+    "text_encoder": TextEncoderConfig,
+    "autoencoder": AutoencoderConfig,
+}
+SIZES = ("image_size", "text_length")
+TASKS = ("t2i", "edit", "perceive", "personalize", "caption", "vqa")
+# How the released model is sampled, and so every bundle that says nothing else; with the range of each value.
+SAMPLING = {
+    "steps": (28, 1, 1000),
+    "edit_steps": (50, 1, 1000),  # with condition images
+    "caption_steps": (32, 1, 1000),
+    "guidance_scale": (7.0, 0, 100),
+    "shift": (3.0, 0.01, 100),
+}
+_KEYS = {"format", "version", *COMPONENTS, "teacher", *SIZES, "tasks", "sampling", "dtypes", "provenance", "files"}
+_CHOICES = {
+    "attention": ("auto", "xla", "cudnn", "splash"),
+    "remat": ("none", *REMAT_POLICIES),
+    "dtype": ("bfloat16", "float32"),
+    "kind": ("kl", "space_to_depth"),
+}
+# Larger ones would build modules for ever; for all other whole numbers there is one limit.
+_MOST = {"depth": 1000, "blocks_per_level": 64, "num_buckets": 10_000}
+_MOST_OF_ALL = 2**24
+
+
+@dataclasses.dataclass(frozen=True)
+class BundleConfig:
+    """What a bundle says of itself. A component that it lacks is None.
+
+    `image_size` (pixels of a side) and `text_length` (tokens) are what the model was trained with, and so what sampling
+    starts from; `sampling` says how else it is sampled unless told otherwise, with the keys of SAMPLING. `tasks` are
+    those of TASKS that it was trained for, None when that is not known. `dtypes` gives the stored dtypes by component,
+    such as {"transformer": ["float16", "float32"]}; `provenance` is whatever the writer recorded (sources with sizes
+    and hashes, layout, versions).
+    """
+
+    transformer: MMDiTConfig | None = None
+    heads: AlignmentHeadsConfig | None = None
+    text_encoder: TextEncoderConfig | None = None
+    autoencoder: AutoencoderConfig | None = None
+    image_size: int = 512
+    text_length: int = 256
+    tasks: tuple[str, ...] | None = None
+    sampling: dict = dataclasses.field(default_factory=dict)
+    dtypes: dict = dataclasses.field(default_factory=dict)
+    provenance: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        return tuple(name for name in COMPONENTS if getattr(self, name) is not None)
+
+    @property
+    def sampling_defaults(self) -> dict:
+        """A value for every key of SAMPLING."""
+        return {key: self.sampling.get(key, value) for key, (value, *_) in SAMPLING.items()}
+
+
+def is_bundle(directory) -> bool:
+    """Whether the folder holds a whole bundle (of any version)."""
+    try:
+        return files.read_json(Path(directory) / "config.json").get("format") == FORMAT
+    except (OSError, ValueError):
+        return False
+
+
+def read_content(directory, verify: bool = True) -> dict:
+    """A bundle's config.json as it is, of the right format and version.
+
+    Raises FileNotFoundError when there is no such folder, ValueError when it is no bundle, of another version, or (with
+    `verify`) not as it was written.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        if directory.exists():
+            raise ValueError(f"{directory} is a file, expected the folder of a bundle")
+        raise FileNotFoundError(f"{directory}: there is no such bundle; make one with launch/convert.py")
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{directory} is not a bundle: expected a folder written by launch/convert.py")
+    files.check_regular(path, files.MAX_JSON)
+    raw = path.read_bytes()
+    content = files.parse_json(raw, str(path))
+    if content.get("format") != FORMAT:
+        raise ValueError(f"{directory} is not a bundle: expected a folder written by launch/convert.py")
+    if content.get("version") != VERSION:
+        raise ValueError(
+            f"{directory} is a bundle of version {str(content.get('version'))[:20]}, this code reads version "
+            f"{VERSION}: convert the model anew, or use the code that wrote it"
+        )
+    unknown = sorted(content.keys() - _KEYS - {inventory.SEAL})
+    if unknown:
+        raise ValueError(f"{path} has the unknown key {unknown[0][:60]!r}: it is damaged, or of newer code")
+    if verify and inventory.seal_is_broken(raw, content):
+        inventory.refuse(directory, ["config.json has been changed (its hash differs)"])
+    content["files"] = inventory.check_form(content.get("files", {}), str(path))
+    return content
+
+
+def write_content(directory, content: dict) -> None:
+    """Writes config.json with its seal. Args: `content` is all of it but the format and the version."""
+    text = inventory.sealed({"format": FORMAT, "version": VERSION} | content)
+    (Path(directory) / "config.json").write_text(text)
+
+
+def parse_config(directory, content: dict) -> BundleConfig:
+    """The content of a config.json as a BundleConfig. Raises ValueError in one line, which names the key."""
+    where = f"{directory}/config.json"
+    components = {
+        name: parse_component(kind, content[name], f"{where}: {name}")
+        for name, kind in COMPONENTS.items()
+        if content.get(name) is not None
+    }
+    found = {key: content[key] for key in (*SIZES, "sampling", "dtypes", "provenance") if key in content}
+    for key, (low, high) in {"image_size": (1, 2**16), "text_length": (2, 2**16)}.items():
+        if key in found and not inventory.is_whole(found[key], low, high):
+            raise ValueError(f"{where}: {key} is {shown(found[key])}, expected a whole number from {low} to {high}")
+    for key in ("sampling", "dtypes", "provenance"):
+        if not isinstance(found.get(key, {}), dict):
+            raise ValueError(f"{where}: {key} is {shown(found[key])}, expected an object")
+    _check_sampling(found.get("sampling", {}), where)
+    tasks = content.get("tasks")
+    if tasks is not None:
+        if not isinstance(tasks, list) or not all(isinstance(task, str) and task in TASKS for task in tasks):
+            raise ValueError(f"{where}: tasks is {shown(tasks)}, expected a list of {', '.join(TASKS)}")
+        tasks = tuple(tasks)
+    return BundleConfig(**components, **found, tasks=tasks)
+
+
+def parse_component(kind, values, where: str):
+    """The configuration dataclass `kind` from JSON. Raises ValueError in one line that begins with `where`."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} is {shown(values)}, expected an object")
+    fields = {field.name: field.default for field in dataclasses.fields(kind)}
+    unknown = sorted(values.keys() - fields.keys())
+    if unknown:
+        raise ValueError(f"{where} has the unknown key {unknown[0][:60]!r}, expected some of {', '.join(fields)}")
+    for name, value in values.items():
+        expected = _expected(name, value, fields[name])
+        if expected:
+            raise ValueError(f"{where}.{name} is {shown(value)}, expected {expected}")
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def _expected(name, value, default) -> str | None:
+    """What a field was expected to be, where the value is something else."""
+    most = _MOST.get(name, _MOST_OF_ALL)
+    if name in _CHOICES:
+        fits, expected = isinstance(value, str) and value in _CHOICES[name], f"one of {', '.join(_CHOICES[name])}"
+    elif isinstance(default, bool):
+        fits, expected = isinstance(value, bool), "true or false"
+    elif isinstance(default, int):
+        fits, expected = inventory.is_whole(value, 1, most), f"a whole number from 1 to {most}"
+    elif isinstance(default, float):
+        fits, expected = is_number(value) and (name != "scale" or value > 0), "a number"
+    else:
+        fits = isinstance(value, list | tuple) and 0 < len(value) <= 16
+        fits = fits and all(inventory.is_whole(number, 1, most) for number in value)
+        expected = f"1 to 16 whole numbers from 1 to {most}"
+    return None if fits else expected
+
+
+def _check_sampling(sampling, where):
+    for key, value in sampling.items():
+        if key not in SAMPLING:
+            known = ", ".join(SAMPLING)
+            raise ValueError(f"{where}: sampling has the unknown key {key[:60]!r}, expected some of {known}")
+        default, low, high = SAMPLING[key]
+        fits = inventory.is_whole(value, low, high) if isinstance(default, int) else is_number(value)
+        if not fits or not low <= value <= high:
+            raise ValueError(f"{where}: sampling.{key} is {shown(value)}, expected {low} to {high}")
+
+
+def is_number(value) -> bool:
+    """Whether a JSON value is a finite number that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def fit_problems(config: BundleConfig, tokenizer=None) -> list[str]:
+    """What does not fit together of the components and the tokenizer, one line each.
+
+    A vocabulary may be larger than what reads from or writes into it: the tokenizer's ids are the first rows of the
+    text head, whose tokens are the first rows of the text encoder's table.
+    """
+    t, e, a = config.transformer, config.text_encoder, config.autoencoder
+    lines = []
+    if t and e and t.text_width != e.width:
+        lines.append(f"the transformer reads text of width {t.text_width}, the text encoder gives {e.width}")
+    if t and e and t.vocab_size > e.vocab_size:
+        lines.append(f"the transformer predicts {t.vocab_size} tokens, the text encoder's table has {e.vocab_size}")
+    if t and a and t.latent_channels != a.latent_channels:
+        lines.append(f"the transformer has {t.latent_channels} latent channels, the VAE {a.latent_channels}")
+    if tokenizer and t and tokenizer.vocab_size > t.vocab_size:
+        lines.append(f"the tokenizer has {tokenizer.vocab_size} tokens, the transformer predicts {t.vocab_size}")
+    elif tokenizer and e and tokenizer.vocab_size > e.vocab_size:
+        lines.append(f"the tokenizer has {tokenizer.vocab_size} tokens, the text encoder's table has {e.vocab_size}")
+    return lines

@@ -1,0 +1,157 @@
+"""The inventory of a folder: size and hashes of each of its files, taken when it is written, checked when it is read.
+
+SHA-256 is what others can check; beside reading, the checksum is compared (see `checksums`), which costs a sixth of it.
+It finds damage, by disks and by copying; who wants to deceive can write another inventory.
+"""
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+
+from unialign_jax import checksums, files
+
+THREADS = 4  # hashing releases the GIL; four keep up with a fast disk
+SEAL = "config_sha256"  # the key of a JSON file whose value is the hash of the file itself, with zeros in its place
+_ZEROS = "0" * 64
+
+
+def take(folder: Path, parts: Iterable[str]) -> dict[str, dict]:
+    """{path relative to `folder`: {"size": bytes, "sha256": ..., "checksum": ...}} of all files under `parts` of it."""
+    paths = sorted(path for part in parts for path in (folder / part).rglob("*") if path.is_file())
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    with ThreadPoolExecutor(THREADS) as threads:
+        entries = list(threads.map(_entry, paths))
+    return dict(zip(names, entries, strict=True))
+
+
+def _entry(path):
+    size, checksum = checksums.digest(path)
+    return {"size": size, "sha256": files.sha256(path), "checksum": checksum}
+
+
+def check_form(inventory, where: str) -> dict[str, dict]:
+    """The inventory, if it is one. Raises ValueError in one line that begins with `where`."""
+    if not isinstance(inventory, dict):
+        raise ValueError(f"{where}: files is a JSON {type(inventory).__name__}, expected an object")
+    for name, entry in inventory.items():
+        parts = PurePosixPath(name).parts
+        if not parts or name.startswith("/") or ".." in parts or "\0" in name:
+            raise ValueError(f"{where}: files names {name!r}, which is not inside the folder")
+        entry = entry if isinstance(entry, dict) else {}
+        hashes = [entry.get("sha256"), entry.get("checksum", _ZEROS)]  # older bundles have no checksums
+        are_hashes = all(isinstance(text, str) and re.fullmatch("[0-9a-f]{64}", text) for text in hashes)
+        if not is_whole(entry.get("size"), 0) or not are_hashes:
+            raise ValueError(f"{where}: files has no size and hashes of {files.shown(name)}")
+    return inventory
+
+
+def is_whole(value, low: int, high: float = float("inf")) -> bool:
+    """Whether a JSON value is a whole number from `low` to `high`."""
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def at_a_glance(folder: Path, inventory: dict, parts: Iterable[str]) -> dict[str, str]:
+    """{file: what is wrong with it} of those under `parts`, unread: missing, no file, of another size, or too many."""
+    found = {}
+    for part in parts:
+        for name, entry in _under(inventory, part).items():
+            try:
+                size = files.check_regular(folder / name)
+            except FileNotFoundError:
+                found[name] = f"{name} is missing"
+            except ValueError as error:
+                found[name] = str(error).replace(str(folder / name), name)
+            else:
+                if size != entry["size"]:
+                    found[name] = f"{name} has {size:,} bytes, expected {entry['size']:,}"
+        found |= {name: f"{name} is not in the inventory" for name in additional(folder, inventory, part)}
+    return found
+
+
+def additional(folder: Path, inventory: dict, part: str = "") -> list[str]:
+    """Files under a part of the folder that the inventory lacks; hidden ones, such as .DS_Store, do not count."""
+    found = (path for path in (folder / part).rglob("*") if not path.is_dir())
+    names = sorted(path.relative_to(folder).as_posix() for path in found if not path.name.startswith("."))
+    return [name for name in names if name not in inventory]
+
+
+def changed(folder: Path, inventory: dict, names: Iterable[str]) -> list[str]:
+    """The files of `names` whose content is not what it was, by SHA-256."""
+    with ThreadPoolExecutor(THREADS) as threads:
+        found = threads.map(lambda name: _changed(folder, {name: inventory[name] | {"checksum": None}}, name), names)
+        return [line for line in found if line]
+
+
+def _changed(folder, inventory, name) -> str | None:
+    """What is wrong with a file by its checksum, or by SHA-256 where there is none."""
+    entry, path = inventory[name], folder / name
+    try:
+        if entry.get("checksum"):
+            is_same = checksums.digest(path) == (entry["size"], entry["checksum"])
+        else:
+            is_same = files.sha256(path) == entry["sha256"]
+        if not is_same:
+            return f"{name} has been changed (its hash differs)"
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror or files.first_line(error)})"
+    return None
+
+
+def _under(inventory, part):
+    return {name: entry for name, entry in inventory.items() if name.startswith(f"{part}/")}
+
+
+@contextlib.contextmanager
+def checked(folder: Path, inventory: dict, part: str, share: slice = slice(None)) -> Iterator[None]:
+    """Hashes the files of a part beside the block that reads them, and raises ValueError at its end for changed ones.
+
+    The block is not begun where files are missing, cut short or too many. An error of the block itself gives way to
+    what is wrong with the files.
+
+    Args: `share` of the files that are hashed, for several processes that read the same ones.
+    """
+    refuse(folder, list(at_a_glance(folder, inventory, [part]).values()))
+    largest_first = sorted(_under(inventory, part), key=lambda name: -inventory[name]["size"])
+    with ThreadPoolExecutor(THREADS) as threads:
+        futures = [threads.submit(_changed, folder, inventory, name) for name in largest_first[share]]
+        try:
+            yield
+        except Exception as error:
+            refuse(folder, [line for future in futures if (line := future.result())], error)
+            raise
+        except BaseException:
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise
+        refuse(folder, [line for future in futures if (line := future.result())])
+
+
+def refuse(folder: Path, problems: list[str], cause: BaseException | None = None) -> None:
+    """Raises ValueError with the first of the problems, where there are any."""
+    if problems:
+        more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+        raise ValueError(
+            f"{folder} is not as it was written: {problems[0]}{more}; bring it back (generate.py --no-verify, or "
+            "verify=False, reads it as it is)"
+        ) from cause
+
+
+def sealed(content: dict) -> str:
+    """JSON text of `content` and, under SEAL, the hash of that text."""
+    text = json.dumps(content | {SEAL: _ZEROS}, indent=2) + "\n"
+    head, _, tail = text.rpartition(_ZEROS)
+    return head + hashlib.sha256(text.encode()).hexdigest() + tail
+
+
+def seal_is_broken(raw: bytes, content: dict) -> bool:
+    """Whether a text by `sealed` has been changed; a text without a seal has not."""
+    if SEAL not in content:
+        return False
+    seal = content[SEAL]
+    if not isinstance(seal, str) or not re.fullmatch("[0-9a-f]{64}", seal):
+        return True
+    head, _, tail = raw.rpartition(seal.encode())
+    return hashlib.sha256(head + _ZEROS.encode() + tail).hexdigest() != seal

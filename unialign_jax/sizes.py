@@ -1,0 +1,35 @@
+"""Which sizes of images a model takes: one rule for training, sampling, jobs and benchmarks. No JAX."""
+
+from typing import NamedTuple
+
+from unialign_jax.files import shown
+
+
+class ImageSizes(NamedTuple):
+    """Heights and widths are multiples of `multiple` pixels, one patch of latents (SD3: 16), up to `largest`, what the
+    positional grid holds (SD3: 192 patches, 3072 pixels)."""
+
+    multiple: int
+    largest: int
+
+    @classmethod
+    def of(cls, transformer, autoencoder) -> "ImageSizes":
+        """Args: an MMDiTConfig and an AutoencoderConfig, or whatever has their fields."""
+        multiple = autoencoder.downsample_factor * transformer.patch_size
+        return cls(multiple, multiple * transformer.max_patches)
+
+    def problem(self, name: str, value) -> str | None:
+        """What is wrong with `value` as the side `name` of an image; None when it is one."""
+        is_whole = hasattr(value, "__index__") and not isinstance(value, bool)
+        if is_whole and value % self.multiple == 0 and self.multiple <= value <= self.largest:
+            return None
+        fitting = min(self.largest, max(self.multiple, value // self.multiple * self.multiple)) if is_whole else None
+        return (
+            f"{name} is {shown(value)}, expected a multiple of {self.multiple} up to {self.largest}, such as "
+            f"{fitting or self.multiple}"
+        )
+
+    def check(self, name: str, value) -> None:
+        """Raises ValueError when `value` is no side of an image."""
+        if problem := self.problem(name, value):
+            raise ValueError(problem)
