@@ -47,6 +47,7 @@ def tidied(output):
         picture = Image.open(io.BytesIO(base64.b64decode(encoded)), formats=["PNG"]).convert("RGB")
         picture.quantize(COLOURS, dither=Image.Dither.NONE).save(smaller := io.BytesIO(), "PNG", optimize=True)
         output.data["image/png"] = base64.b64encode(smaller.getvalue()).decode() + "\n"
+        output.data.pop("image/jpeg", None)  # the same picture once more
     return output
 
 

@@ -16,7 +16,7 @@ from packaging.version import Version
 from unialign_jax.environment import missing_package
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("train", "generate", "convert", "prepare_data", "plan", "benchmark")
+COMMANDS = ("train", "generate", "convert", "prepare_data", "plan", "benchmark", "evaluate")
 # The first version of each without a published vulnerability: what an older one lets in.
 SOUND = {
     "pillow": "13.0",  # out-of-bounds writes and bombs of PSD, FITS and other readers, the last of them fixed in 13.0
@@ -163,6 +163,7 @@ def test_without_the_environment_a_command_says_so_in_one_line(command, tmp_path
         "prepare_data": ["--format=shapes", "--output=data/x"],
         "plan": ["--task=t2i"],
         "benchmark": ["train"],
+        "evaluate": ["shapes", "--bundle=b", "--output=o"],
     }[command]
     bare = [sys.executable, "-E", "-S", f"launch/{command}.py"]  # without site-packages
     done = subprocess.run([*bare, *arguments], cwd=tmp_path, capture_output=True, text=True)
