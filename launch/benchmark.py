@@ -90,6 +90,8 @@ def main(argv=None):
         if arguments.output:
             with files.replacing_file(arguments.output) as scratch:
                 scratch.write_text(json.dumps(figures, indent=2) + "\n")
+        if figures.get("flat") == "no":
+            sys.exit("error: memory, descriptors or threads grew; the table says how")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -116,14 +116,16 @@ def evaluate_shapes(arguments) -> dict:
             content["scores"][task] = shapes.summary([result.scores for result in results])
             shapes_run.write_worst(folder, task, results)
             print(shapes_run.table(task, content["scores"][task], time.monotonic() - began), flush=True)
-        (folder / "scores.json").write_text(json.dumps(content, indent=1) + "\n")
+        (folder / "scores.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     return content
 
 
 def foreign_names(folder: Path) -> list[str]:
     """Names in a folder of scores that this command does not write."""
-    own = lambda name: name == "scores.json" or name.startswith("worst_")  # noqa: E731
-    return sorted(path.name for path in folder.iterdir() if not own(path.name))
+    from unialign_jax.evaluation.shapes_run import TASKS
+
+    own = {"scores.json"} | {f"worst_{task}{end}" for task in TASKS for end in (".png", ".md")}
+    return sorted(path.name for path in folder.iterdir() if path.name not in own or not path.is_file())
 
 
 def main(argv=None) -> int:
@@ -131,10 +133,13 @@ def main(argv=None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         evaluate_shapes(arguments)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
+        from unialign_jax.files import first_line
+
         if arguments.traceback:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        hint = ": a smaller --batch takes less" if "RESOURCE_EXHAUSTED" in str(error) else ""
+        print(f"error: {first_line(error, 500)}{hint}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted; nothing was written", file=sys.stderr)

@@ -1,6 +1,7 @@
 """Every test sees eight virtual CPU devices; programs that name no mesh use the first."""
 
 import importlib.util
+import logging
 import re
 from pathlib import Path
 
@@ -14,6 +15,13 @@ jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 ROOT = Path(__file__).resolve().parent.parent
 STREAMS = ("text_to_image", "edit", "perception", "personalization", "vqa")
+
+
+@pytest.fixture(autouse=True)
+def levels_of_logs():
+    """Commands that run in this process set levels for good; every test begins with those of a fresh one."""
+    for name, level in {None: logging.WARNING, "unialign_jax": 0, "generate": 0, "absl": 0, "asyncio": 0}.items():
+        logging.getLogger(name).setLevel(level)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -446,3 +446,24 @@ def test_arrays_are_read_on_the_host_one_by_one(saved, params, monkeypatch):
         np.testing.assert_array_equal(leaf, expected[path])
     wanted = ["text_head/bias", "blocks/joint/text/mlp_in/kernel"]
     assert [path for path, _ in bundle.read_leaves(saved, "transformer", wanted)] == wanted
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    "provenance",
+    [
+        {"components": []},
+        {"components": {"a": {}}},
+        {"versions": []},
+        {"dropped": 3},
+        {"mask_embedding": {}},
+        {"files": [1]},
+        {"files": [{"name": "a", "size": "b", "sha256": "c"}]},
+    ],
+)
+def test_provenance_that_no_writer_records(tiny_bundle, tmp_path, command_refuses, provenance):
+    copy = shutil.copytree(tiny_bundle, tmp_path / "copy")
+    content = json.loads((copy / "config.json").read_text())
+    content.pop("config_sha256", None)
+    (copy / "config.json").write_text(json.dumps(content | {"provenance": provenance}))
+    command_refuses("convert", ["inspect", copy], "provenance")

@@ -130,6 +130,7 @@ def test_a_replacement_that_was_cut_off_between_its_two_renames_is_taken_back(tm
     (tmp_path / ".out.x.replaced").mkdir()
     (tmp_path / ".out.x.replaced/out").mkdir()
     (tmp_path / ".out.x.replaced/out/a").write_text("old")
+    (tmp_path / ".out.x.replaced" / files._CLAIM).touch()
     with pytest.raises(FileExistsError), files.replacing_folder(tmp_path / "out"):
         pass
     assert (tmp_path / "out/a").read_text() == "old" and os.listdir(tmp_path) == ["out"]
@@ -141,3 +142,45 @@ def test_texts_of_strangers_in_one_line(text):
     line = files.one_line(text)
     assert line.isprintable() and line.encode() and len(line) <= 300
     assert files.one_line("It's “plain” é 猫") == "It's “plain” é 猫"
+
+
+def test_an_older_folder_that_a_killed_process_was_removing_goes(tmp_path):
+    for name in ("out", ".out.x.replaced/out"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "out/a").write_text("new")
+    (tmp_path / ".out.x.replaced" / files._CLAIM).touch()
+    with files.replacing_folder(tmp_path / "out", overwrite=True) as scratch:
+        (scratch / "a").write_text("newer")
+    assert (tmp_path / "out/a").read_text() == "newer" and os.listdir(tmp_path) == ["out"]
+
+
+def test_a_second_rename_that_fails_puts_the_older_folder_back(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/a").write_text("old")
+    replace = os.replace
+
+    def failing(source, target):
+        if str(source).endswith(".partial"):
+            raise OSError(5, "Input/output error")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OSError), files.replacing_folder(tmp_path / "out", overwrite=True) as scratch:
+        (scratch / "a").write_text("new")
+    assert (tmp_path / "out/a").read_text() == "old" and os.listdir(tmp_path) == ["out"]
+
+
+@bad_input
+def test_a_link_to_an_empty_folder_is_no_output(tmp_path, refuses):
+    (tmp_path / "large").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "large")
+    with pytest.raises(FileExistsError, match="is a link"), files.replacing_folder(tmp_path / "out", overwrite=True):
+        pytest.fail("the block must not run")
+    assert (tmp_path / "out").is_symlink()
+
+
+@bad_input
+def test_a_mount_point_is_no_output(tmp_path, refuses, monkeypatch):
+    monkeypatch.setattr(os.path, "ismount", lambda path: str(path).endswith("out"))
+    (tmp_path / "out").mkdir()
+    refuses(lambda: files.refuse_existing(tmp_path / "out"), "mount point")

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -182,3 +183,11 @@ def test_a_run_without_checkpoints(tmp_path, run, refuses, command_refuses):
 @pytest.mark.bad_input
 def test_weights_that_there_are_not(run, refuses):
     refuses(lambda: Pipeline.from_bundle(run.folder, weights="best"), "weights is 'best', expected one of raw, ema")
+
+
+@pytest.mark.bad_input
+def test_a_pipe_among_a_checkpoint_s_files_is_not_waited_for(copy, refuses):
+    metadata = next((copy / "checkpoints/3/state").glob("_METADATA"))
+    metadata.unlink()
+    os.mkfifo(metadata)
+    refuses(lambda: runs.has_average(copy, 3), "pipe")

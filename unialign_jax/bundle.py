@@ -389,8 +389,8 @@ class Writer:
             ocp.partial.finalize(folder)
         self._configs[name], self._dtypes[name] = config, sorted(dtypes)
 
-    def add_tokenizer(self, tokenizer):
-        """Copies a tokenizer folder's files, or writes a `Tokenizer`."""
+    def add_tokenizer(self, tokenizer, source=None):
+        """Copies a tokenizer folder's files, or writes a `Tokenizer`. No link may lead out of `source` or it."""
         target = self.scratch / "tokenizer"
         if hasattr(tokenizer, "save"):
             tokenizer.save(target)
@@ -401,7 +401,7 @@ class Writer:
         target.mkdir()
         for file in files:
             check_regular(file, MAX_TOKENIZER_FILE)
-            check_inside(file, tokenizer)
+            check_inside(file, source or tokenizer)
             shutil.copyfile(file, target / file.name)
 
     def __exit__(self, _kind, error, _traceback):

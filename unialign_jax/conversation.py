@@ -5,7 +5,6 @@ import json
 import re
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from unialign_jax.files import replacing_folder
@@ -103,7 +102,7 @@ class Conversation:
                 options = {key: value for key, value in step.options.items() if key != "callback"}
                 steps.append({"instruction": step.instruction, "image": f"{number}.png", **options})
             (folder / "conversation.json").write_text(
-                json.dumps({"original": "0.png", "edits": steps}, indent=2, default=np.generic.item) + "\n"
+                json.dumps({"original": "0.png", "edits": steps}, indent=2, default=lambda value: value.tolist()) + "\n"
             )
         self._saved_in = directory
 

@@ -120,7 +120,7 @@ def replacing_file(path: str | os.PathLike) -> Iterator[Path]:
     """Gives a path beside `path` to write to; what was written takes the name when the block ends well.
 
     An error, or a kill, leaves what was there before. The scratch file's name is its own: no file of the user has it.
-    Raises OSError when the folder is not there or cannot be written.
+    A kill leaves it there, hidden, as `.NAME.*.partial`. Raises OSError where the folder cannot be written.
     """
     path = Path(path).absolute()
     try:
@@ -172,15 +172,27 @@ def replacing_folder(
             yield scratch
             refuse_existing(directory, overwrite=overwrite, foreign=foreign)
             (scratch / _CLAIM).unlink()
-            if os.path.lexists(directory):  # the older one steps aside only now
-                aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".replaced", dir=directory.parent))
-                os.replace(directory, aside / directory.name)
-                os.replace(scratch, directory)
-                shutil.rmtree(aside)
+            if os.path.lexists(directory):
+                _swap(scratch, directory)
             else:
                 os.replace(scratch, directory)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _swap(scratch: Path, directory: Path) -> None:
+    """The finished `scratch` takes the name of the older `directory`, which is then removed."""
+    aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".replaced", dir=directory.parent))
+    with open(aside / _CLAIM, "w") as claim:
+        fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.replace(directory, aside / directory.name)
+        try:
+            os.replace(scratch, directory)
+        except OSError:
+            os.replace(aside / directory.name, directory)
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        shutil.rmtree(aside)
 
 
 def refuse_existing(
@@ -188,13 +200,19 @@ def refuse_existing(
 ) -> None:
     """Raises FileExistsError when `replacing_folder` with the same arguments would not replace `directory`.
 
-    An empty folder may always be replaced.
+    An empty folder may always be replaced, but not a link to one, nor a mount point.
     """
     directory = Path(directory)
-    if not os.path.lexists(directory) or (directory.is_dir() and not any(directory.iterdir())):
+    if not os.path.lexists(directory):
         return
-    if directory.is_symlink() or not directory.is_dir():
+    if directory.is_symlink():
+        raise FileExistsError(f"{directory} is a link, which is not replaced; name a folder inside it")
+    if not directory.is_dir():
         raise FileExistsError(f"{directory} is there and is not a folder; choose another --output")
+    if os.path.ismount(directory):
+        raise FileExistsError(f"{directory} is a mount point, which cannot be replaced; name a folder inside it")
+    if not any(directory.iterdir()):
+        return
     names = foreign(directory) if foreign else []
     if names:
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -207,21 +225,17 @@ def refuse_existing(
 
 
 def _clean(directory: Path) -> None:
-    """Removes unfinished folders of dead writers, and puts back a folder whose replacement was cut off."""
-    for scratch in directory.parent.glob(f".{_escaped(directory.name)}.*.partial"):
-        claim = scratch / _CLAIM
+    """Removes what dead writers left beside a folder, and puts it back where its replacement was cut off."""
+    name = _escaped(directory.name)
+    for left in [*directory.parent.glob(f".{name}.*.partial"), *directory.parent.glob(f".{name}.*.replaced")]:
         try:
-            with open(claim, "r+") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(scratch, ignore_errors=True)
+            with open(left / _CLAIM, "r+") as claim:
+                fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if left.suffix == ".replaced" and not os.path.lexists(directory):
+                    os.replace(left / directory.name, directory)
+                shutil.rmtree(left, ignore_errors=True)
         except OSError:  # a file, someone else's folder, or one that is being written
             continue
-    for aside in directory.parent.glob(f".{_escaped(directory.name)}.*.replaced"):
-        if os.path.lexists(directory):
-            continue
-        with contextlib.suppress(OSError):
-            os.replace(aside / directory.name, directory)
-            aside.rmdir()
 
 
 def _escaped(name: str) -> str:

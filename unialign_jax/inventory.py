@@ -90,14 +90,16 @@ def _changed(folder, inventory, name) -> str | None:
     """What is wrong with a file by its checksum, or by SHA-256 where there is none."""
     entry, path = inventory[name], folder / name
     try:
+        if (size := files.check_regular(path)) != entry["size"]:
+            return f"{name} has {size:,} bytes, expected {entry['size']:,}"
         if entry.get("checksum"):
             is_same = checksums.digest(path) == (entry["size"], entry["checksum"])
         else:
             is_same = files.sha256(path) == entry["sha256"]
         if not is_same:
             return f"{name} has been changed (its hash differs)"
-    except OSError as error:
-        return f"{name} cannot be read ({error.strerror or files.first_line(error)})"
+    except (OSError, ValueError) as error:
+        return f"{name} cannot be read ({getattr(error, 'strerror', None) or files.first_line(error)})"
     return None
 
 

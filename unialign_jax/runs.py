@@ -114,6 +114,9 @@ def _has_average(metadata):
 
 
 def _metadata(folder):
+    for path in folder.rglob("*"):  # a pipe would be waited for
+        if not path.is_dir():
+            files.check_regular(path)
     try:
         return bundle.flatten(ocp.checkpointables_metadata(folder).metadata["state"])
     except Exception as error:
@@ -165,7 +168,8 @@ def trained_tasks(settings: dict, stages: int = _MOST_STAGES) -> list[str]:
     weights = {side: settings.get("loss_weights", {}).get(name, 1) for side, name in weights.items()}
     own = set()
     for stream in settings.get("streams", {}).values():
-        kind = KINDS.get(stream.get("kind")) if isinstance(stream, dict) else None
+        name = stream.get("kind") if isinstance(stream, dict) else None
+        kind = KINDS.get(name) if isinstance(name, str) else None
         if kind is not None and stream.get("weight", 1):
             own.update(task for task in kind.tasks if weights["text" if task in ("caption", "vqa") else "image"])
     before = settings.get("init_from")

@@ -281,12 +281,25 @@ def test_folders_that_hold_no_teacher_are_refused(converted, tmp_path):
     other = shutil.copytree(converted, tmp_path / "other")
     content = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(content | {"teacher": content["teacher"] | {"width": 8}}))
-    with pytest.raises(ValueError, match="does not hold what its config.json describes"):
+    with pytest.raises(ValueError, match="config.json has been changed"):
         load_teacher(other)
+    with pytest.raises(ValueError, match="does not hold what its config.json describes"):
+        load_teacher(other, verify=False)
     del content["teacher"]
     (other / "config.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match="is a bundle without a teacher"):
-        load_teacher(other)
+        load_teacher(other, verify=False)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("part", ["teacher", "tokenizer"])
+def test_a_flipped_bit_in_a_teacher_is_found(converted, tmp_path, refuses, part):
+    other = shutil.copytree(converted, tmp_path / "other")
+    largest = max((path for path in (other / part).rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+    refuses(lambda: load_teacher(other), "is not as it was written", str(largest.relative_to(other)))
 
 
 # What the published config.json of each size says of the parts that the teacher has.

@@ -245,3 +245,8 @@ def test_a_broken_rotation_tag_does_no_harm():
     exif = Image.Exif()
     exif[0x0112] = 99
     assert (decode(encode(np.full((8, 8, 3), 90, np.uint8), "JPEG", exif=exif)) == 90).all()
+
+
+@pytest.mark.bad_input
+def test_a_shape_that_would_be_resized_to_gigabytes(refuses):
+    refuses(lambda: images.fill_size(Image.new("RGB", (1, 100)), 3072, 16), "1 x 100", "3,072 x 16")

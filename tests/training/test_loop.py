@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import chex
@@ -10,8 +11,8 @@ import jax
 import numpy as np
 import pytest
 
-from unialign_jax import bundle
-from unialign_jax.training.loop import Trainer, train
+from unialign_jax import bundle, sharding
+from unialign_jax.training.loop import Recorder, Trainer, train
 from unialign_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,6 +35,12 @@ def finished(small_config, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("finished")
     run(small_config("stage2"), workdir)
     return workdir
+
+
+def test_a_bar_is_not_drawn_into_a_pipe(small_config, capfd):
+    trainer = types.SimpleNamespace(config=small_config(), mesh=sharding.make_mesh(devices=jax.devices()[:1]))
+    Recorder(trainer, None, True, 0)._bar.update(3)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_run_leaves_what_the_readme_promises(finished):

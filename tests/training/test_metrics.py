@@ -154,3 +154,27 @@ def test_too_many_bad_records_stop_the_run():
     seen_much.count(100, 0)
     with pytest.raises(ValueError, match="101 of 10000"):
         seen_much.count(1, 0)
+
+
+def rows(*steps):
+    return b"".join(b'{"step": %d}\n' % step for step in steps)
+
+
+def test_a_wrong_step_costs_its_own_row_alone(tmp_path):
+    """The rows whose steps rise are sound: one digit changed moves no other row."""
+    path = tmp_path / "metrics.jsonl"
+    for wrong, kept, aside in ((rows(1, 2, 3, 4, 5, 2), (1, 2, 3, 4, 5), b""), (rows(1, 9, 3, 4), (1, 3, 4), rows(9))):
+        path.write_bytes(wrong)
+        keep_rows_until(path, 5 if aside == b"" else 4)
+        assert path.read_bytes() == rows(*kept)
+        broken = tmp_path / "metrics.jsonl.broken"
+        assert (broken.read_bytes() if broken.exists() else b"").endswith(aside or rows(2))
+        broken.unlink(missing_ok=True)
+
+
+def test_a_torn_row_of_the_past_is_kept_aside(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(rows(1, 2) + b'{"ste')
+    keep_rows_until(path, 3)
+    assert path.read_bytes() == rows(1, 2)
+    assert (tmp_path / "metrics.jsonl.broken").read_bytes() == b'{"ste\n' and "lines 3" in caplog.text

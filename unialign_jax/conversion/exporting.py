@@ -99,7 +99,7 @@ def export(
     size = sum(piece.size for piece in writers)
     check_space(output, size)
     try:
-        with tqdm(total=size, unit="B", unit_scale=True, disable=not progress) as bar:
+        with tqdm(total=size, unit="B", unit_scale=True, disable=None if progress else True) as bar:
             if format == "stability":
                 write_tensors(output, {STABILITY_PREFIXES[piece.component]: piece for piece in writers}, bar)
             else:

@@ -89,6 +89,7 @@ def convert(
     check_kind(kind, parts.get("transformer"))
     if tokenizer:
         sources.check_tokenizer(tokenizer, tokenizer)
+    tokenizer_source = tokenizer or source
     tokenizer = Path(tokenizer) if tokenizer else given.tokenizer
     loaded_tokenizer = load_tokenizer(tokenizer) if tokenizer else None
     if "text_encoder" in parts:
@@ -116,12 +117,12 @@ def convert(
     with ThreadPoolExecutor(1) as executor, bundle.Writer(output, overwrite=overwrite) as writer:
         files = {file for part in parts.values() for file in part.files} | ({Path(mask_embedding)} if mask else set())
         hashes = {file: executor.submit(bundle.sha256, file) for file in sorted(files)}
-        with tqdm(total=size, unit="B", unit_scale=True, disable=not progress) as bar:
+        if tokenizer:
+            writer.add_tokenizer(tokenizer, tokenizer_source)
+        with tqdm(total=size, unit="B", unit_scale=True, disable=None if progress else True) as bar:
             for job in jobs:
                 bar.set_description(job.name)
                 writer.add(job.name, job.config, with_progress(job.leaves(mask), bar))
-        if tokenizer:
-            writer.add_tokenizer(tokenizer)
         writer.tasks = trained_tasks(kind, [job.name for job in jobs])
         writer.sampling = {key: value for key, (value, *_) in SAMPLING.items()}
         writer.provenance = {

@@ -9,6 +9,7 @@ import numpy as np
 
 from unialign_jax import bundle, runs
 from unialign_jax.conversion import autoencoder, exporting, rules, sources, text_encoder, transformer
+from unialign_jax.files import one_line
 
 
 def inspect(path, *, keys=False) -> Iterator[str]:
@@ -33,7 +34,15 @@ def inspect_bundle(path, keys):
     yield from describe_use(vars(config))
     tokenizer = bundle.tokenizer_path(path)
     yield f"tokenizer: {', '.join(sorted(f.name for f in tokenizer.iterdir())) if tokenizer else 'none'}"
-    provenance = config.provenance
+    try:
+        lines = list(describe_provenance(config.provenance))
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError):
+        raise ValueError(f"{path}/config.json: provenance is not what the writer of a bundle records") from None
+    yield from map(one_line, lines)
+
+
+def describe_provenance(provenance):
+    """Where the parts of a bundle came from."""
     for name, entry in provenance.get("components", {}).items():
         yield f"{name} came from {entry['source'] or 'nowhere (drawn anew)'}, layout {entry['layout']}"
         for target, about in entry["computed"].items():

@@ -15,7 +15,7 @@ import tokenizers
 from orbax.checkpoint import v1 as ocp
 from tqdm import tqdm
 
-from unialign_jax import bundle, sharding
+from unialign_jax import bundle, bundle_config, sharding
 from unialign_jax.conversion import safetensors_file
 from unialign_jax.conversion.importing import DTYPES, Job, check_space, with_progress
 from unialign_jax.conversion.rules import DENSE_FROM_HEADS, SAME, Rule, Table, Transform, affine
@@ -239,7 +239,7 @@ def convert_teacher(source, output, *, tokenizer=None, dtype=None, overwrite=Fal
 
     with ThreadPoolExecutor(1) as executor, bundle.Writer(output, overwrite=overwrite) as writer:
         hashes = {file: executor.submit(bundle.sha256, file) for file in [source / "config.json", *part.files]}
-        with tqdm(total=job.size, unit="B", unit_scale=True, disable=not progress, desc=COMPONENT) as bar:
+        with tqdm(total=job.size, unit="B", unit_scale=True, disable=None if progress else True, desc=COMPONENT) as bar:
             writer.add(COMPONENT, config, with_progress(job.leaves(None), bar))
         writer.add_tokenizer(tokenizer)
         writer.provenance = {
@@ -254,17 +254,19 @@ def abstract_teacher(config):
     return jax.eval_shape(lambda key: init_teacher(key, config), jax.random.key(0))
 
 
-def load_teacher(directory, *, mesh=None, dtype=None) -> Teacher:
+def load_teacher(directory, *, mesh=None, dtype=None, verify=True) -> Teacher:
     """The teacher from a folder that `convert_teacher` wrote.
 
     Args:
       mesh: where the parameters go, split by `sharding.TABLE`; the first device when None.
       dtype: what to cast them to while reading; as stored when None.
+      verify: whether its files are compared with the hashes that were recorded when it was written.
 
-    Raises FileNotFoundError or ValueError, in one line, for a folder that is no whole teacher.
+    Raises FileNotFoundError or ValueError, in one line, for a folder that is no whole teacher, or is damaged.
     """
     directory = Path(directory).absolute()
-    bundle.read_config(directory)  # refuses what is no folder of this format and version
+    bundle.read_config(directory, verify=verify)  # refuses what is no folder of this format and version
+    recorded = bundle_config.read_content(directory, verify)["files"] if verify else {}
     path = directory / "config.json"
     content = section(read_json(path), COMPONENT, path)
     if not content:
@@ -282,15 +284,18 @@ def load_teacher(directory, *, mesh=None, dtype=None) -> Teacher:
         {path: jax.ShapeDtypeStruct(leaf.shape, dtype or stored[path].dtype) for path, leaf in wanted.items()}
     )
     mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
-    try:
-        params = ocp.load(
-            directory / COMPONENT, sharding.with_shardings(abstract, sharding.tree_shardings(abstract, mesh))
-        )
-    except Exception as error:
-        raise ValueError(
-            f"{directory}/{COMPONENT} is damaged, convert it again ({str(error).splitlines()[0]})"
-        ) from error
-    return Teacher(config, params, load_backend(directory / "tokenizer" / "tokenizer.json"))
+    with bundle.verifying(directory, COMPONENT, recorded):
+        try:
+            params = ocp.load(
+                directory / COMPONENT, sharding.with_shardings(abstract, sharding.tree_shardings(abstract, mesh))
+            )
+        except Exception as error:
+            raise ValueError(
+                f"{directory}/{COMPONENT} is damaged, convert it again ({str(error).splitlines()[0]})"
+            ) from error
+    with bundle.verifying(directory, "tokenizer", recorded):
+        backend = load_backend(directory / "tokenizer" / "tokenizer.json")
+    return Teacher(config, params, backend)
 
 
 def parse_teacher(content: dict, name) -> TeacherConfig:

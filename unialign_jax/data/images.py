@@ -17,6 +17,7 @@ from unialign_jax.files import check_regular, first_line
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")  # PPM is PGM, PBM and PFM too
 MAX_BYTES = 2**28
 MAX_PIXELS = 2**26
+MAX_RESIZED = 2**28  # pixels of an image before it is cropped
 MAX_ASPECT = 100  # longer side to shorter: filling 512 x 512 with 1 x 60,000 pixels would take 512 x 30,000,000
 
 # The grey of 8 bits for each of 16, value / 257 rounded; 257 is odd, so that none is half-way between two.
@@ -149,11 +150,18 @@ def _without_white(values: np.ndarray) -> np.ndarray:
 
 
 def fill_size(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The middle of an image, resized (bicubic, aspect kept) until it just covers width x height, then cropped."""
+    """The middle of an image, resized (bicubic, aspect kept) until it just covers width x height, then cropped.
+
+    Raises ValueError where that would take more than MAX_RESIZED pixels in between.
+    """
     if width * image.height >= height * image.width:
         size = (width, max(height, int(image.height * width / image.width)))
     else:
         size = (max(width, int(image.width * height / image.height)), height)
+    if size[0] * size[1] > MAX_RESIZED:
+        raise ValueError(
+            f"it is {image.width:,} x {image.height:,} pixels, whose shape is too far from {width:,} x {height:,}"
+        )
     if size != image.size:
         image = image.resize(size, Image.Resampling.BICUBIC)
     left = round((image.width - width) / 2)

@@ -175,10 +175,10 @@ def decode_image(data: bytes, image_size: int) -> np.ndarray:
       RecordError: the bytes are not a whole image.
     """
     try:
-        image = decode_rgb(data, f"image of {len(data)} bytes")
+        image = fill_size(decode_rgb(data, f"image of {len(data)} bytes"), image_size, image_size)
     except ValueError as error:
         raise RecordError(str(error)) from None
-    return np.asarray(fill_size(image, image_size, image_size))
+    return np.asarray(image)
 
 
 def encode_texts(record: Record, kind: str, tokenizer: Tokenizer, length: int) -> dict[str, np.ndarray]:

@@ -125,11 +125,14 @@ def score_answer(text: str, answer: str) -> dict[str, bool]:
 
 
 def summary(scores: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """{name: {"mean", "standard_error", "count"}} over records; a record without a name does not count in it."""
+    """{name: {"mean", "standard_error", "count"}} over records; a record without a name does not count in it.
+
+    The standard error of a single record is None.
+    """
     result = {}
     for name in sorted({name for score in scores for name in score}):
         values = np.array([float(score[name]) for score in scores if name in score])
-        error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+        error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
         result[name] = {"mean": float(values.mean()), "standard_error": error, "count": len(values)}
     return result
 

@@ -161,7 +161,7 @@ def table(task: str, scores: dict, seconds: float) -> str:
     """The scores of a task as lines of text: mean and standard error of each figure, in per cent."""
     lines = [f"{task} ({max(score['count'] for score in scores.values())} records, {seconds:.0f} s)"]
     for name, score in scores.items():
-        error = "" if np.isnan(score["standard_error"]) else f" +- {100 * score['standard_error']:.1f}"
+        error = "" if score["standard_error"] is None else f" +- {100 * score['standard_error']:.1f}"
         lines.append(f"  {name:<22} {100 * score['mean']:5.1f}{error}")
     return "\n".join(lines)
 

@@ -209,6 +209,9 @@ def damage(directory: Path) -> str | None:
     for name in ("commit_success.txt", "state/_METADATA", "state/manifest.ocdbt"):
         if not (directory / name).is_file():
             return f"{name} is missing"
+    for path in directory.rglob("*"):
+        if not path.is_dir() and not path.is_file():
+            return f"{path.relative_to(directory)} is no file"
     try:
         json.loads((directory / "state/_METADATA").read_bytes())
     except ValueError:

@@ -6,8 +6,10 @@ import importlib.util
 import inspect
 import os
 import re
+import socket
 import subprocess
 import urllib.request
+import zlib
 from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 
@@ -271,6 +273,14 @@ def from_first(numbers: list[int]) -> list[int]:
 def text_from_first(text: str) -> str:
     """The text of process 0, whatever the others give; all of them ask."""
     return bytes(from_first(list(text.encode(errors="replace")))).decode()
+
+
+def processes_on_this_host() -> int:
+    """How many processes of the run share this host; all of them ask."""
+    if jax.process_count() == 1:
+        return 1
+    own = np.uint32(zlib.crc32(socket.gethostname().encode()))
+    return int(np.sum(multihost_utils.process_allgather(own) == own))
 
 
 def wait_for_all(what: str):

@@ -153,12 +153,18 @@ class Trainer:
         shapes = [batch_shapes(self.config, stream.config).values() for stream in self.streams.values()]
         row_bytes = max(sum(x.size * x.dtype.itemsize for x in batch) for batch in shapes) // self.config.batch_size
         most = data.prefetch if data.num_threads else 0
-        ahead = batches_ahead(rows * row_bytes, data.prefetch_gb * 1e9, most)
+        sharing = distributed.processes_on_this_host()
+        ahead = batches_ahead(rows * row_bytes, data.prefetch_gb * 1e9 / sharing, most)
         log.info(
-            "data: %d batches ahead, %.2f GB of this host's memory with those in use (%d rows, up to %.1f MB a batch; "
-            "data.prefetch_gb is %g)",
-            ahead, (ahead + IN_USE) * rows * row_bytes / 1e9, rows, rows * row_bytes / 1e6, data.prefetch_gb,
-        )  # fmt: skip
+            "data: %d batches ahead, %.2f GB of this host's memory with those in use (%d rows, up to %.1f MB a batch"
+            "%s; data.prefetch_gb is %g)",
+            ahead,
+            (ahead + IN_USE) * rows * row_bytes * sharing / 1e9,
+            rows,
+            rows * row_bytes / 1e6,
+            f", in each of {sharing} processes" if sharing > 1 else "",
+            data.prefetch_gb,
+        )
         return self.mixture.batches(start, num_threads=data.num_threads, prefetch=ahead)
 
     def put_batch(self, batch: dict[str, np.ndarray]):
@@ -428,7 +434,7 @@ class Recorder:
             total=trainer.config.num_steps,
             initial=start,
             unit="step",
-            disable=not progress or jax.process_index() != 0,
+            disable=None if progress and jax.process_index() == 0 else True,  # None: not into files and pipes
             dynamic_ncols=True,
         )
 

@@ -1,5 +1,6 @@
 """What a run measures and where it goes: metrics.jsonl (one JSON object a line) and TensorBoard events."""
 
+import bisect
 import json
 import logging
 import os
@@ -59,16 +60,13 @@ def keep_rows_until(path: Path, step: int):
     if _row_step(torn) is not None:  # whole but for its end
         lines.append(torn)
     steps = [_row_step(line) for line in lines]
-    # Steps grow from row to row: one beyond `step` that is followed by one of the past cannot be right.
-    end = max((number + 1 for number, found in enumerate(steps) if found is not None and found <= step), default=0)
-    later = [number for number, found in enumerate(steps) if number >= end and found is not None]
-    past = later[0] if later else len(lines)
-    kept = [line for line, found in zip(lines[:end], steps, strict=False) if found is not None and found <= step]
-    broken = {
-        number + 1: lines[number]
-        for number in range(past)
-        if lines[number].strip() and (steps[number] is None or steps[number] > step)
-    }
+    in_order = _longest_rise(steps)
+    later = [number for number in in_order if steps[number] > step]
+    kept = [lines[number] for number in in_order if steps[number] <= step]
+    sound, past = set(in_order), later[0] if later else len(lines)
+    broken = {n + 1: lines[n] for n in range(past) if lines[n].strip() and n not in sound}
+    if torn.strip() and lines[-1:] != [torn] and not later and (not kept or _row_step(kept[-1]) < step):
+        broken[len(lines) + 1] = torn  # it may have been a row of the past
     if broken:
         aside = path.with_name(path.name + ".broken")
         with open(aside, "ab") as file:
@@ -79,6 +77,22 @@ def keep_rows_until(path: Path, step: int):
         )
     with replacing_file(path) as scratch:
         scratch.write_bytes(b"".join(line + b"\n" for line in kept))
+
+
+def _longest_rise(steps: list[int | None]) -> list[int]:
+    """Numbers of the rows whose steps never fall, as many as there can be: a row out of that order is damaged."""
+    tails, ends, before = [], [], {}  # the least last step of a rise of each length, its row, and the row before a row
+    for number, step in enumerate(steps):
+        if step is None:
+            continue
+        length = bisect.bisect_right(tails, step)
+        before[number] = ends[length - 1] if length else None
+        tails[length : length + 1], ends[length : length + 1] = [step], [number]
+    rise, number = [], ends[-1] if ends else None
+    while number is not None:
+        rise.append(number)
+        number = before[number]
+    return rise[::-1]
 
 
 def _row_step(line: bytes) -> int | None:

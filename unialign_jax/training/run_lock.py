@@ -1,7 +1,8 @@
 """One run at a time in a folder: a lock on a file in it, which ends with the process that holds it, however that ends.
 
-The kernel keeps it, so nothing is left behind to clean up, not even by `kill -9`. Between hosts it works where the file
-system passes locks on (NFS, Lustre mounted with -o flock, CephFS); elsewhere it holds on each host by itself.
+The kernel keeps it, so a process leaves nothing behind to clean up, not even by `kill -9`. Between hosts it works where
+the file system passes locks on (NFS, Lustre mounted with -o flock, CephFS); elsewhere it holds on each host by itself.
+The locks of a lost host end on NFSv4 by their lease; on NFSv3 they stay until it starts again, or the file is removed.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ from unialign_jax.training import distributed
 log = logging.getLogger(__name__)
 
 FILE = "run.lock"  # holds who has it; empty when nobody does
-LEASE = 120  # seconds; a host that was cut off keeps its locks on an NFS server for about 90
+LEASE = 120  # seconds; a host that was cut off keeps its locks on an NFSv4 server for about 90, on NFSv3 for ever
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
@@ -72,9 +73,10 @@ def _take(workdir: Path, patience: float) -> IO[str]:
         host, holder = _holder(file)
         if host == socket.gethostname() or time.monotonic() >= deadline:
             file.close()
+            elsewhere = "" if host == socket.gethostname() else f". If that host is gone, remove {workdir / FILE}"
             raise OSError(
                 f"{workdir} is in use: {holder} is training in it. Wait for that run's end, stop it, or choose another "
-                "--workdir"
+                f"--workdir{elsewhere}"
             )
         if not waiting:
             log.warning("%s is in use by %s; waiting up to %.0f s for its end", workdir, holder, patience)
@@ -84,6 +86,7 @@ def _take(workdir: Path, patience: float) -> IO[str]:
         file.truncate(0)
         file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%F %T %z")}))
         file.flush()
+        os.fsync(file.fileno())  # over NFS, other hosts read it only then
     return file
 
 
@@ -109,4 +112,4 @@ def _holder(file) -> tuple[str, str]:
             host, pid, since = (one_line(str(found.get(key)), 100) for key in ("host", "pid", "since"))
             return host, f"process {pid} on host {host}, since {since},"
         time.sleep(0.05)
-    return socket.gethostname(), "another process"
+    return "", "another process"  # which may be on another host: it is waited for
