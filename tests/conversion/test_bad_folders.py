@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from unialign_jax import bundle
+from unialign_jax import bundle, bundle_config
 from unialign_jax.conversion import importing, sources
 from unialign_jax.conversion.importing import convert_sd3, convert_unialign
 from unialign_jax.conversion.teacher import config_from_qwen, load_teacher, preprocessor_settings
@@ -256,7 +256,7 @@ def test_a_teachers_preprocessor_that_is_none(content, tmp_path, refuses):
     ],
 )
 def test_a_teachers_folder_with_a_wrong_architecture(teacher, tmp_path, refuses):
-    content = {"format": bundle.FORMAT, "version": bundle.VERSION, "teacher": teacher}
+    content = {"format": bundle_config.FORMAT, "version": bundle_config.VERSION, "teacher": teacher}
     (tmp_path / "config.json").write_text(json.dumps(content))
     refuses(lambda: load_teacher(tmp_path), str(tmp_path))
 

@@ -245,8 +245,6 @@ def test_a_run_whose_config_json_is_none(refuses, small_config, tmp_path, text, 
     (tmp_path / "before").mkdir()
     (tmp_path / "before" / "config.json").write_bytes(text)
     own = tmp_path / ("before" if whose == "its own" else "run")
-    if whose == "the one before" and text is CONFIGS["deep"]:
-        pytest.skip("is_bundle")
     config = small_config(num_steps=1, init_from="" if whose == "its own" else str(tmp_path / "before"))
     refuses(lambda: start(config, own), f"{tmp_path}/before/config.json is damaged (")
     assert (tmp_path / "before" / "config.json").read_bytes() == text
