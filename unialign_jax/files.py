@@ -206,7 +206,7 @@ def refuse_existing(
     if not os.path.lexists(directory):
         return
     if directory.is_symlink():
-        raise FileExistsError(f"{directory} is a link, which is not replaced; name a folder inside it")
+        raise FileExistsError(f"{directory} is a link, which is not replaced; choose another --output")
     if not directory.is_dir():
         raise FileExistsError(f"{directory} is there and is not a folder; choose another --output")
     if os.path.ismount(directory):

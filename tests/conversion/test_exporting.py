@@ -216,7 +216,7 @@ def test_the_users_own_files_are_never_removed(name, export_again, tmp_path, ref
     "format, output, words",
     [
         ("diffusers", "file", ["is not a folder"]),
-        ("unialign", "link", ["is not a folder"]),
+        ("unialign", "link", ["is a link", "--output"]),
         ("stability", "single", ["ends in .safetensors"]),
         ("stability", "folder.safetensors", ["ends in .safetensors"]),
         ("stability", "pipe.safetensors", ["is not a file"]),
