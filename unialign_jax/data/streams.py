@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from unialign_jax.data.images import decode_rgb, fill_size, to_rgb  # noqa: F401 (to_rgb is imported from here)
+from unialign_jax.data.images import decode_rgb, fill_size
 from unialign_jax.data.kinds import find_kind
 from unialign_jax.data.records import Record, RecordError, open_records
 from unialign_jax.data.tokenizer import Tokenizer
