@@ -164,7 +164,8 @@ def _expected(name, value, default) -> str | None:
     elif isinstance(default, bool):
         fits, expected = isinstance(value, bool), "true or false"
     elif isinstance(default, int):
-        fits, expected = inventory.is_whole(value, 1, most), f"a whole number from 1 to {most}"
+        least = min(default, 1)  # 0 where 0 means none
+        fits, expected = inventory.is_whole(value, least, most), f"a whole number from {least} to {most}"
     elif isinstance(default, float):
         fits, expected = is_number(value) and (name != "scale" or value > 0), "a number"
     else:

@@ -55,7 +55,7 @@ TABLE = (
     # Teacher's vision tower
     (r"vision/layers/.*qkv/kernel$", P(None, "fsdp", None, "tensor", None)),
     (r"vision/merger_(hidden|out)/kernel$", P("fsdp", "tensor")),
-    # Norms, biases, counters and the small autoencoder: everywhere.
+    # Norms, biases, text positions, counters and the small autoencoder: everywhere.
     (r".*", P()),
 )
 

@@ -6,9 +6,7 @@ import pytest
 
 from unialign_jax.training.optimizer import ema_update, make_optimizer, make_schedule
 
-SETTINGS = dict(
-    learning_rate=3e-2, warmup_steps=4, weight_decay=1e-2, clip_norm=2.0, b1=0.9, b2=0.999, eps=1e-8
-)
+SETTINGS = dict(learning_rate=3e-2, warmup_steps=4, weight_decay=1e-2, clip_norm=2.0, b1=0.9, b2=0.999, eps=1e-8)
 
 
 def make_params(seed=0):
@@ -31,9 +29,7 @@ def make_gradients(params, steps):
     """Norms on both sides of the clip, and components so small that eps matters."""
     rng = np.random.default_rng(1)
     scales = [0.05, 3.0, 0.2, 1.0, 1e-6, 2.0][:steps]
-    return [
-        jax.tree.map(lambda x, s=s: (s * rng.normal(size=x.shape)).astype(np.float32), params) for s in scales
-    ]
+    return [jax.tree.map(lambda x, s=s: (s * rng.normal(size=x.shape)).astype(np.float32), params) for s in scales]
 
 
 def run(tx, params, gradients):
@@ -104,20 +100,11 @@ def test_against_torch():
 def test_schedules():
     constant = make_schedule(3e-5, 2000)
     steps = [0, 999, 1999, 2000, 500_000]
-    np.testing.assert_allclose(
-        [constant(s) for s in steps], [3e-5 / 2000, 1.5e-5, 3e-5, 3e-5, 3e-5], rtol=1e-6
-    )
-    cosine = make_schedule(1.0, 10, decay="cosine", total_steps=110)
-    np.testing.assert_allclose(
-        [cosine(s) for s in (4, 10, 35, 60, 110, 200)],
-        [0.5, 1.0, (1 + np.sqrt(0.5)) / 2, 0.5, 0.0, 0.0],
-        atol=1e-6,
-    )
+    np.testing.assert_allclose([constant(s) for s in steps], [3e-5 / 2000, 1.5e-5, 3e-5, 3e-5, 3e-5], rtol=1e-6)
+    cooled = make_schedule(1.0, 10, cooldown_start=70, cooldown_steps=30)
+    steps = (4, 10, 69, 70, 85, 99, 100, 200)
+    np.testing.assert_allclose([cooled(s) for s in steps], [0.5, 1, 1, 1, 0.5, 1 / 30, 0, 0], atol=1e-6)
     assert make_schedule(1.0, 0)(0) == 1
-    with pytest.raises(ValueError, match="warmup_steps = 10; found 10"):
-        make_schedule(1.0, 10, decay="cosine", total_steps=10)
-    with pytest.raises(ValueError, match="decay is 'linear'"):
-        make_schedule(1.0, 10, decay="linear")
 
 
 def test_frozen_parameters():
@@ -166,6 +153,4 @@ def test_ema_start_and_types():
     copied = ema_update(ema, params, 0.9999, 9, start=10)
     assert copied["w"].dtype == jnp.float32
     np.testing.assert_array_equal(copied["w"], np.full(3, 2.0))
-    np.testing.assert_allclose(
-        ema_update(ema, params, 0.9999, 10, start=10)["w"], np.full(3, 2e-4), rtol=1e-6
-    )
+    np.testing.assert_allclose(ema_update(ema, params, 0.9999, 10, start=10)["w"], np.full(3, 2e-4), rtol=1e-6)

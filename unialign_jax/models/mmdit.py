@@ -43,6 +43,8 @@ class MMDiTConfig:
     `remat` is what the backward pass finds instead of computing it again: "none" recomputes nothing, "dots" keeps the
     matmul outputs, "block" only what enters a block, "offload" that too, but in the host's memory.
     `max_patches` is the side of SD3's positional grid, `base_patches` the side at which neighbours are one unit apart.
+    `text_positions` is the number of rows of a learned table that is added to the text tokens after `text_embed`, at
+    least the text's length; 0 adds nothing, as the released model.
     """
 
     depth: int = 24
@@ -56,6 +58,7 @@ class MMDiTConfig:
     tap_depth: int = 8
     max_patches: int = 192
     base_patches: int = 64
+    text_positions: int = 0
     attention: str = "xla"  # or "cudnn", "splash"; configurations may say "auto"
     remat: str = "block"
     dtype: str = "bfloat16"
@@ -307,6 +310,10 @@ class MMDiT(nn.Module):
             condition_tokens = condition_tokens.reshape(latents.shape[0], -1, c.width)
             image = jnp.concatenate([image, condition_tokens], axis=1)
         text = dense(c.width, c, name="text_embed")(text_embeddings)
+        if c.text_positions:
+            # Zero at the start: a model converted without the table computes what it did.
+            table = self.param("text_positions", nn.initializers.zeros, (c.text_positions, c.width))
+            text = text + table[: text.shape[1]].astype(c.dtype)
         time_embedding = vectors = None
         if modulations is None:
             time_embedding = TimeEmbedder(c.width, name="time_embed")(sigma)
@@ -434,6 +441,10 @@ def check_inputs(config, latents, text_embeddings, sigma, conditions, modulation
     if text_embeddings.ndim != 3 or text_embeddings.shape[0] != batch or text_embeddings.shape[2] != c.text_width:
         raise ValueError(
             f"text_embeddings have shape {text_embeddings.shape}, expected [{batch}, tokens, {c.text_width}]"
+        )
+    if c.text_positions and text_embeddings.shape[1] > c.text_positions:
+        raise ValueError(
+            f"text_embeddings have {text_embeddings.shape[1]} tokens, the model has positions for {c.text_positions}"
         )
     if modulations is not None:
         if modulations.image.shape != (c.depth, 6, c.width):

@@ -245,6 +245,7 @@ def load_params(run, abstract, weights="raw"):
       run: the other run's folder.
       weights: "raw", or "ema" for the averaged transformer.
 
+    Returns the tree; a table of text positions that the run does not have is left out.
     Raises ValueError when the folder has no checkpoint or its leaves differ, FileNotFoundError when it is not there.
     """
     directory = checkpoints_of(run)
@@ -257,6 +258,9 @@ def load_params(run, abstract, weights="raw"):
             f"init_from: {directory}/{step} cannot be read: {reason}. Remove it to start from the checkpoint before it"
         )
     found = _stored_shapes(directory / str(step))
+    if "params/transformer/text_positions" not in found:
+        transformer = {name: leaf for name, leaf in abstract["transformer"].items() if name != "text_positions"}
+        abstract = abstract | {"transformer": transformer}
     wanted = {"params": dict(abstract)}
     if weights == "ema":
         if not any(path.startswith("ema/") for path in found):

@@ -67,6 +67,9 @@ def paper_config(size="") -> ConfigDict:
             "optimizer": {
                 "learning_rate": 3e-5,
                 "warmup_steps": 2000,
+                # The last steps, in which the rate falls linearly to 0; 0 keeps it constant, as the paper does.
+                "cooldown_start": 0,
+                "cooldown_steps": 0,
                 "weight_decay": 1e-2,
                 "clip_norm": 2.0,
                 "b1": 0.9,
@@ -152,6 +155,7 @@ def config_problems(config: ConfigDict, device_count: int | None = None) -> list
     for key in ("num_steps", "accumulation", "batch_size", "log_every", "checkpoint.every", "checkpoint.keep_last"):
         expect(_get(config, key) >= 1, f"{key} is {_get(config, key)}, expected at least 1")
     counts = ("checkpoint.keep_every", "samples.every", "samples.count", "optimizer.warmup_steps", "sigma.levels")
+    counts += ("optimizer.cooldown_start", "optimizer.cooldown_steps", "model.text_positions")
     for key in (*counts, "data.num_threads", "data.prefetch", "optimizer.weight_decay", "samples.guidance_scale"):
         expect(_get(config, key) >= 0, f"{key} is {_get(config, key)}, expected 0 or more")
     if config.samples.count:
@@ -248,6 +252,11 @@ def _check_networks(config, expect):
         config.model.vocab_size <= config.text_encoder.vocab_size,
         f"model.vocab_size is {config.model.vocab_size}, "
         f"the text encoder's table has {config.text_encoder.vocab_size} rows",
+    )
+    expect(
+        not config.model.text_positions or config.model.text_positions >= config.text_length,
+        f"model.text_positions is {config.model.text_positions}, expected 0 or at least text_length "
+        f"{config.text_length}",
     )
     expect(
         1 <= config.model.tap_depth <= config.model.depth,

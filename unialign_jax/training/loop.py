@@ -100,14 +100,21 @@ class Trainer:
         return state
 
     def _load_params(self, fresh):
-        config = self.config
+        """Those of `init_from`, and of `fresh` what it lacks: a bundle's alignment heads, a table of text positions."""
+        config, abstract = self.config, dict(self.abstract_state.params)
         if not bundle.is_bundle(config.init_from):
-            return load_params(config.init_from, self.abstract_state.params, config.init_weights)
-        abstract = dict(self.abstract_state.params)
-        if bundle.read_config(config.init_from).heads is None:
-            log.info("%s has no alignment heads, they start at random", config.init_from)
-            del abstract["heads"]
-        return fresh | bundle.restore(config.init_from, abstract)
+            loaded = load_params(config.init_from, abstract, config.init_weights)
+        else:
+            source = bundle.read_config(config.init_from)
+            if source.heads is None:
+                log.info("%s has no alignment heads, they start at random", config.init_from)
+                del abstract["heads"]
+            if not source.transformer.text_positions:
+                abstract["transformer"] = {k: v for k, v in abstract["transformer"].items() if k != "text_positions"}
+            loaded = bundle.restore(config.init_from, abstract)
+        if loaded["transformer"].keys() != fresh["transformer"].keys():
+            log.info("%s has no text positions, they start at zero", config.init_from)
+        return fresh | {name: fresh[name] | tree for name, tree in loaded.items()}
 
     def init_frozen(self):
         """The frozen encoders on the mesh: those of the bundle `config.frozen_from`, or random ones."""

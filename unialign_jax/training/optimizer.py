@@ -1,4 +1,4 @@
-"""How parameters move: AdamW with warm-up and clipping, what stays frozen, and the average of the weights."""
+"""How parameters move: AdamW with a schedule and clipping, what stays frozen, and the average of the weights."""
 
 import re
 
@@ -7,28 +7,20 @@ import jax.numpy as jnp
 import optax
 
 
-def make_schedule(learning_rate, warmup_steps, *, decay="constant", total_steps=None):
-    """step -> learning rate: linear warm-up, then constant or a cosine down to 0 at total_steps.
+def make_schedule(learning_rate, warmup_steps, *, cooldown_start=0, cooldown_steps=0):
+    """step -> learning rate: linear warm-up, constant, and with `cooldown_steps` a linear fall to 0.
 
     The first update (step 0) already moves, by learning_rate / warmup_steps, and step warmup_steps - 1 is the
-    first at full rate; the reference's first update has rate 0 and all others lag ours by one step.
-
-    Raises:
-      ValueError: an unknown decay, or a cosine without room for it.
+    first at full rate; the reference's first update has rate 0 and all others lag ours by one step. The fall begins
+    after step cooldown_start - 1, and step cooldown_start + cooldown_steps - 1 is the last above 0.
     """
-    if decay not in ("constant", "cosine"):
-        raise ValueError(f"decay is {decay!r}; expected 'constant' or 'cosine'")
-    if decay == "cosine" and (total_steps is None or total_steps <= warmup_steps):
-        raise ValueError(
-            f"a cosine decay needs total_steps above warmup_steps = {warmup_steps}; found {total_steps}"
-        )
 
     def schedule(step):
         step = jnp.asarray(step, jnp.float32)
         factor = jnp.minimum(1.0, (step + 1) / max(1, warmup_steps))
-        if decay == "cosine":
-            progress = (step - warmup_steps) / (total_steps - warmup_steps)
-            factor *= 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1)))
+        if cooldown_steps:
+            left = (cooldown_start + cooldown_steps - step) / cooldown_steps
+            factor *= jnp.clip(left, 0.0, 1.0)
         return learning_rate * factor
 
     return schedule
@@ -45,8 +37,8 @@ def make_optimizer(
     eps,
     decay_1d=True,
     freeze=(),
-    decay="constant",
-    total_steps=None,
+    cooldown_start=0,
+    cooldown_steps=0,
 ):
     """AdamW as torch defines it, behind a clip of the gradients' global norm.
 
@@ -57,13 +49,13 @@ def make_optimizer(
         are told by their names "bias" and "scale" too, for the stacked blocks store them with two axes.
       freeze: regular expressions, searched in each parameter's path ("transformer/blocks/joint/image/qkv/kernel").
         A parameter found by one gets no update, no decay, no share in the norm and no optimizer memory.
-      decay, total_steps: see `make_schedule`.
+      cooldown_start, cooldown_steps: see `make_schedule`.
     Returns:
       (optax.GradientTransformation, schedule: step -> learning rate).
     Raises:
       ValueError: from `init`, when a pattern of freeze finds no parameter.
     """
-    schedule = make_schedule(learning_rate, warmup_steps, decay=decay, total_steps=total_steps)
+    schedule = make_schedule(learning_rate, warmup_steps, cooldown_start=cooldown_start, cooldown_steps=cooldown_steps)
     tx = optax.chain(
         optax.clip_by_global_norm(clip_norm),
         optax.adamw(

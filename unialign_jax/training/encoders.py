@@ -1,0 +1,193 @@
+"""Pretrains the frozen parts of the shapes world's miniature: its autoencoder and its T5 encoder.
+
+The real model stands on SD3's VAE and on T5-XXL, which others trained. The miniature stands on small ones of the same
+classes, trained here from fixed seeds on the shapes world alone.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from unialign_jax.data.shapes import shapes_example
+from unialign_jax.data.tokenizer import NUM_SENTINELS
+from unialign_jax.models.autoencoder import AutoencoderConfig, Moments, make_autoencoder
+from unialign_jax.models.text_encoder import TextEncoder
+
+AUTOENCODER_SEED, TEXT_ENCODER_SEED = 20261124, 20261125  # worlds that no data set of a run uses
+KL_WEIGHT = 2e-4
+FOREGROUND_WEIGHT = 4.0
+
+
+def world_images(seed: int, first: int, count: int, image_size: int) -> np.ndarray:
+    """Pictures of every kind that the autoencoder meets, uint8 [count, S, S, 3]: scenes, maps and lone subjects."""
+    images = []
+    for number in range(first, first + count):
+        kind = ("text_to_image", "perception", "text_to_image", "edit", "perception", "personalization")[number % 6]
+        example = shapes_example(kind, seed, number, image_size=image_size)
+        images.append(example.conditions[0] if kind == "personalization" else example.image)
+    return np.stack(images)
+
+
+def prefetched(make, count: int) -> Iterator:
+    """make(0), make(1), ... made two ahead in a thread."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = [pool.submit(make, number) for number in range(min(2, count))]
+        for number in range(count):
+            result = waiting.pop(0).result()
+            if number + 2 < count:
+                waiting.append(pool.submit(make, number + 2))
+            yield result
+
+
+def cooling(peak: float, steps: int, warmup: int):
+    """Linear warm-up, constant, and over the last half a cosine to 0."""
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, peak, warmup),
+            optax.constant_schedule(peak),
+            optax.cosine_decay_schedule(peak, steps - steps // 2),
+        ],
+        [warmup, steps // 2],
+    )
+
+
+def foreground(pixels):
+    """1 where pixels [B, H, W, 3] are not the background (the first pixel), widened by one pixel: [B, H, W, 1]."""
+    differs = jnp.abs(pixels - pixels[:, :1, :1]).max(-1, keepdims=True) > 0.05
+    return nn.max_pool(differs.astype(jnp.float32), (3, 3), padding="SAME")
+
+
+def autoencoder_loss(module, params, pixels, key):
+    """The mean absolute error of what comes back, more where there is something, and a little KL divergence."""
+    moments = Moments(*module.apply({"params": params}, pixels, method="encode"))
+    noise = jax.random.normal(key, moments.mean.shape)
+    latents = moments.mean + jnp.exp(0.5 * moments.log_variance) * noise
+    decoded = module.apply({"params": params}, latents, method="decode")
+    weight = 1 + FOREGROUND_WEIGHT * foreground(pixels)
+    error = jnp.abs(decoded - pixels)
+    variance = jnp.exp(moments.log_variance)
+    divergence = 0.5 * jnp.mean(jnp.square(moments.mean) + variance - 1 - moments.log_variance)
+    return jnp.mean(weight * error) + KL_WEIGHT * divergence, (jnp.mean(error), divergence)
+
+
+def train_autoencoder(config: AutoencoderConfig, *, steps: int, batch: int, image_size: int, learning_rate: float, log):
+    """(config with the latents' own scale and shift, float32 params): an autoencoder of the shapes world.
+
+    Args: `log` is called with (step, {name: value}, params averaged).
+    """
+    module = make_autoencoder(config)
+    key = jax.random.key(AUTOENCODER_SEED)
+    params = module.init(key, jnp.zeros((1, image_size, image_size, 3)))["params"]
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(cooling(learning_rate, steps, 100), b2=0.99))
+    state = (params, params, tx.init(params))
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def update(state, images, key):
+        params, average, opt_state = state
+        pixels = images.astype(jnp.float32) / 127.5 - 1
+        loss = functools.partial(autoencoder_loss, module)
+        (_, values), gradients = jax.value_and_grad(loss, has_aux=True)(params, pixels, key)
+        updates, opt_state = tx.update(gradients, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        average = jax.tree.map(lambda a, p: a + 0.005 * (p - a), average, params)
+        return (params, average, opt_state), values
+
+    state = (params, jax.tree.map(jnp.copy, params), tx.init(params))
+    make = lambda n: world_images(AUTOENCODER_SEED, n * batch, batch, image_size)  # noqa: E731
+    for step, images in enumerate(prefetched(make, steps)):
+        state, (error, divergence) = update(state, images, jax.random.fold_in(key, step))
+        if step % 50 == 49 or step == steps - 1:
+            log(step + 1, {"error": float(error), "kl": float(divergence)}, state[1])
+    return with_statistics(config, state[1], world_images(AUTOENCODER_SEED, 0, 480, image_size)), state[1]
+
+
+def with_statistics(config: AutoencoderConfig, params, images: np.ndarray) -> AutoencoderConfig:
+    """The configuration with the scale and shift that bring the latents of `images` to mean 0 and deviation 1.
+
+    The scale is rounded to four digits, the shift to four places.
+    """
+    module = make_autoencoder(config)
+    encode = jax.jit(lambda x: Moments(*module.apply({"params": params}, x / 127.5 - 1, method="encode")).mean)
+    latents = np.concatenate([encode(jnp.float32(images[i : i + 32])) for i in range(0, len(images), 32)])
+    return dataclasses.replace(config, scale=float(f"{1 / latents.std():.4g}"), shift=round(float(latents.mean()), 4))
+
+
+# --- the text encoder -------------------------------------------------------------------------------------------------
+
+MASK_SHARES = (0.15, 0.6)  # of the tokens of a text that are hidden, drawn uniformly
+CORRUPTED = 0.1  # of the hidden tokens, those that become another token instead of the mask
+
+
+def world_texts(seed: int, first: int, count: int) -> list[str]:
+    """Texts as the model reads them, of all streams: captions, instructions, questions with their answers."""
+    texts = []
+    for number in range(first, first + count):
+        kind = ("text_to_image", "edit", "text_to_image", "perception", "personalization", "vqa")[number % 6]
+        example = shapes_example(kind, seed, number, image_size=8)  # the words do not depend on the size
+        if kind == "vqa":
+            texts.append(f"Q: {example.question} A: {example.answer}")
+        else:
+            texts.append(example.instruction if example.instruction and number % 4 else example.caption)
+    return texts
+
+
+class MaskedWords(nn.Module):
+    """A T5 encoder and the head that it is trained with: the hidden words, read off its embeddings."""
+
+    encoder: nn.Module
+
+    @nn.compact
+    def __call__(self, ids):
+        x = self.encoder(ids)
+        x = nn.LayerNorm(name="head_norm")(nn.gelu(nn.Dense(x.shape[-1], name="head_hidden")(x)))
+        return nn.Dense(self.encoder.config.vocab_size, name="head_out")(x)
+
+
+def masked_words_loss(module, params, ids, key, mask_id: int, num_words: int):
+    """Cross-entropy of hidden words; spans of one to three tokens are hidden together."""
+    share_key, start_key, kind_key, word_key = jax.random.split(key, 4)
+    share = jax.random.uniform(share_key, (ids.shape[0], 1), minval=MASK_SHARES[0], maxval=MASK_SHARES[1])
+    starts = jax.random.uniform(start_key, ids.shape) < share / 2
+    hidden = starts | jnp.pad(starts, ((0, 0), (1, 0)))[:, :-1]
+    drawn = jax.random.uniform(kind_key, ids.shape)
+    other = jax.random.randint(word_key, ids.shape, 0, num_words)
+    seen = jnp.where(hidden, jnp.where(drawn < CORRUPTED, other, mask_id), ids)
+    logits = module.apply({"params": params}, seen)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, ids)
+    return jnp.sum(losses * hidden) / jnp.sum(hidden)
+
+
+def train_text_encoder(config, tokenizer, *, steps: int, batch: int, length: int, learning_rate: float, log):
+    """float32 params of a T5 encoder of the shapes world's texts, trained to restore hidden words."""
+    module = MaskedWords(TextEncoder(config))
+    key = jax.random.key(TEXT_ENCODER_SEED)
+    params = module.init(key, jnp.zeros((1, length), jnp.int32))["params"]
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(cooling(learning_rate, steps, 200), b2=0.98))
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def update(state, ids, key):
+        params, opt_state = state
+        loss = functools.partial(
+            masked_words_loss, module, mask_id=tokenizer.mask_id, num_words=tokenizer.vocab_size - NUM_SENTINELS
+        )
+        value, gradients = jax.value_and_grad(loss)(params, ids, key)
+        updates, opt_state = tx.update(gradients, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), value
+
+    def make(number):
+        texts = world_texts(TEXT_ENCODER_SEED, number * batch, batch)
+        return np.stack([tokenizer.encode(text, length) for text in texts])
+
+    state = (params, tx.init(params))
+    for step, ids in enumerate(prefetched(make, steps)):
+        state, value = update(state, ids, jax.random.fold_in(key, step))
+        if step % 50 == 49 or step == steps - 1:
+            log(step + 1, {"loss": float(value)}, state[0]["encoder"])
+    return state[0]["encoder"]
