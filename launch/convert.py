@@ -197,13 +197,14 @@ def export(arguments):
 
 def export_run(arguments):
     """The run as a bundle, with the frozen encoders and the tokenizer that it was trained with."""
-    from unialign_jax import runs
+    from unialign_jax import bundle, runs
     from unialign_jax.conversion.exporting import bundle_from_run
 
     if not runs.is_run(arguments.run):
         raise FileNotFoundError(f"{arguments.run} is no run's folder: expected config.json and checkpoints/ inside")
     settings = runs.read_settings(arguments.run)
     source = arguments.bundle or settings.get("frozen_from") or None
+    source = source and bundle.locate(source)
     bundle_from_run(
         arguments.output,
         arguments.run,
@@ -221,12 +222,13 @@ def inspect(arguments):
     from unialign_jax import bundle
     from unialign_jax.conversion.inspecting import inspect
 
-    for line in inspect(arguments.path, keys=arguments.keys):
+    path = bundle.locate(arguments.path)
+    for line in inspect(path, keys=arguments.keys):
         print(line)
     if arguments.verify:
-        if not bundle.is_bundle(arguments.path):
+        if not bundle.is_bundle(path):
             raise ValueError(f"{arguments.path} is not a bundle, so that there are no recorded hashes to verify")
-        problems = bundle.verify(arguments.path)
+        problems = bundle.verify(path)
         if problems:
             more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
             raise ValueError(f"{arguments.path} is not as it was written: {'; '.join(problems[:8])}{more}")

@@ -36,7 +36,7 @@ def parse_arguments(argv):
     )
     suites = parser.add_subparsers(dest="suite", required=True, metavar="SUITE")
     shapes = suites.add_parser("shapes", help="the procedural world")
-    shapes.add_argument("--bundle", required=True, metavar="DIR", help="the model: a bundle, or a run's folder")
+    shapes.add_argument("--bundle", required=True, metavar="DIR", help="the model: a bundle, a run's folder, or demo")
     shapes.add_argument("--output", required=True, metavar="DIR", help="folder to write")
     shapes.add_argument("--overwrite", action="store_true", help="replace the scores that are there")
     shapes.add_argument(
@@ -68,6 +68,7 @@ def open_model(folder: Path, weights: str | None, batch: int):
     """The pipeline of a bundle or a run's folder, and what tells this model from others."""
     from unialign_jax import Pipeline, bundle, runs
 
+    folder = bundle.locate(folder)
     if bundle.is_bundle(folder) or not runs.is_run(folder):
         if weights:
             raise ValueError(f"--weights goes with a run's folder, and {folder} is none")

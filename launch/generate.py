@@ -152,7 +152,7 @@ class Model:
         from unialign_jax import bundle, runs
 
         self._options, self._run = options, None
-        folder = Path(options.bundle)
+        folder = self._folder = bundle.locate(options.bundle)
         self.stamp = {"bundle": folder.resolve().name}
         if not bundle.is_bundle(folder) and runs.is_run(folder):
             self._run = run = runs.open_to_sample(folder, options.weights, verify=options.verify)
@@ -189,7 +189,7 @@ class Model:
         how["max_batch"] = options.batch
         if self._run:
             return Pipeline.from_run(self._run, **how)
-        return Pipeline.from_bundle(options.bundle, verify=options.verify, **how)
+        return Pipeline.from_bundle(self._folder, verify=options.verify, **how)
 
 
 def keep_compiled(directory: str) -> None:

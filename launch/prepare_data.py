@@ -72,7 +72,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--stream", choices=tuple(KINDS), help="the kind of records (shapes: only this one)")
     parser.add_argument("--overwrite", action="store_true", help="replace existing data folders")
     parser.add_argument(
-        "--num-records", type=int, metavar="N", help="shapes: records per stream (default 2000 to 4000)"
+        "--num-records", type=int, metavar="N", help="shapes: records per stream (default 15,000 to 60,000)"
     )
     parser.add_argument("--seed", type=int, default=0, help="shapes: another seed is another world (default 0)")
     parser.add_argument("--image-size", type=int, default=64, help="shapes: pixels a side (default 64)")

@@ -1,5 +1,6 @@
 """Every test sees eight virtual CPU devices; programs that name no mesh use the first."""
 
+import dataclasses
 import importlib.util
 import logging
 import re
@@ -7,6 +8,9 @@ from pathlib import Path
 
 import jax
 import pytest
+
+from unialign_jax.models import presets
+from unialign_jax.training.config import flat_items
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", "cpu")
@@ -58,7 +62,16 @@ def small_config(shapes_dir):
                 "init_from": "",
                 "log_every": 1,
                 "sigma": {"shift": 1.0},
-                "model": {"depth": 2, "num_heads": 2, "head_width": 16, "tap_depth": 1, "text_width": 32},
+                "frozen_from": "",
+                "autoencoder": dataclasses.asdict(presets.AUTOENCODER["pixels"]),
+                "model": {
+                    "depth": 2,
+                    "num_heads": 2,
+                    "head_width": 16,
+                    "tap_depth": 1,
+                    "text_width": 32,
+                    "latent_channels": 48,
+                },
                 "heads": {"hidden_width": 32, "teacher_width": 16},
                 "text_encoder": {"width": 32, "mlp_width": 48, "num_heads": 2, "head_width": 16, "depth": 1},
                 "checkpoint": {"every": 3, "keep_last": 2, "keep_every": 0},
@@ -70,6 +83,18 @@ def small_config(shapes_dir):
         for key, value in overrides.items():
             config.update_from_flattened_dict({key.replace("__", "."): value})
         return config
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def changes_of():
+    """A function (configuration) -> the "key=value" changes that make it of its tiny stage, streams aside."""
+
+    def make(config):
+        stage = dict(flat_items(load_stage(config.name)))
+        changed = ((key, value) for key, value in flat_items(config) if stage.get(key) != value)
+        return [f"{key}={value}" for key, value in changed if not key.startswith("streams.")]
 
     return make
 
@@ -149,22 +174,26 @@ def load_stage(stage, size="tiny"):
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory):
     """A bundle with random weights that carry signal everywhere: 32 px, 24 tokens, pixels for latents, float32."""
-    import dataclasses
-
     import numpy as np
 
     from unialign_jax import bundle
     from unialign_jax.data.tokenizer import load_tokenizer
-    from unialign_jax.models import presets
 
     config = bundle.BundleConfig(
         transformer=dataclasses.replace(
-            presets.MMDIT["tiny"], depth=2, num_heads=2, head_width=16, tap_depth=1, text_width=32
+            presets.MMDIT["tiny"],
+            depth=2,
+            num_heads=2,
+            head_width=16,
+            tap_depth=1,
+            text_width=32,
+            latent_channels=48,
+            text_positions=0,
         ),
         text_encoder=dataclasses.replace(
             presets.TEXT_ENCODER["tiny"], width=32, mlp_width=48, num_heads=2, head_width=16, depth=1
         ),
-        autoencoder=presets.AUTOENCODER["tiny"],
+        autoencoder=presets.AUTOENCODER["pixels"],
         image_size=32,
         text_length=24,
     )

@@ -24,6 +24,11 @@ SMALL = (
     "heads.teacher_width=16",
     "text_encoder.width=32",
     "text_encoder.depth=1",
+    "frozen_from=",
+    "model.latent_channels=48",
+    "autoencoder.kind=space_to_depth",
+    "autoencoder.latent_channels=48",
+    "autoencoder.downsample_factor=4",
 )
 
 

@@ -21,10 +21,12 @@ from unialign_jax.models.mmdit import AlignmentHeadsConfig
 from unialign_jax.models.text_encoder import TextEncoder
 
 CONFIG = bundle.BundleConfig(
-    transformer=dataclasses.replace(presets.MMDIT["tiny"], depth=2, num_heads=2, head_width=8, text_width=16),
+    transformer=dataclasses.replace(
+        presets.MMDIT["tiny"], depth=2, num_heads=2, head_width=8, text_width=16, latent_channels=48
+    ),
     heads=AlignmentHeadsConfig(hidden_width=12, teacher_width=8),
     text_encoder=dataclasses.replace(presets.TEXT_ENCODER["tiny"], vocab_size=40, width=16, mlp_width=24, num_heads=2),
-    autoencoder=presets.AUTOENCODER["tiny"],
+    autoencoder=presets.AUTOENCODER["pixels"],
     provenance={"note": "from a test"},
 )
 

@@ -31,6 +31,8 @@ from unialign_jax.bundle_config import (
     SIZES,
     BundleConfig,
     is_bundle,
+    is_packaged,
+    locate,
     parse_config,
     read_content,
     write_content,
@@ -41,7 +43,8 @@ from unialign_jax.models.autoencoder import make_autoencoder
 from unialign_jax.models.mmdit import AlignmentHeads, MMDiT
 from unialign_jax.models.text_encoder import TextEncoder
 
-__all__ = ["BundleConfig", "COMPONENTS", "SIZES", "is_bundle", "sha256"]  # what others know by this module's name
+# What others know by this module's name.
+__all__ = ["BundleConfig", "COMPONENTS", "SIZES", "is_bundle", "is_packaged", "locate", "sha256"]
 
 log = logging.getLogger(__name__)
 

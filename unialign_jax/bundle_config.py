@@ -1,6 +1,7 @@
 """What a bundle says of itself: its config.json, written with a seal, read with care."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 from unialign_jax import files, inventory
@@ -10,6 +11,7 @@ from unialign_jax.models.mmdit import REMAT_POLICIES, AlignmentHeadsConfig, MMDi
 from unialign_jax.models.text_encoder import TextEncoderConfig
 
 FORMAT, VERSION = "unialign_jax bundle", 1
+PACKAGED = {"demo": Path(__file__).with_name("assets") / "demo"}  # bundles that come with the package
 COMPONENTS = {
     "transformer": MMDiTConfig,
     "heads": AlignmentHeadsConfig,
@@ -36,6 +38,7 @@ _CHOICES = {
 # Larger ones would build modules for ever; for all other whole numbers there is one limit.
 _MOST = {"depth": 1000, "blocks_per_level": 64, "num_buckets": 10_000}
 _MOST_OF_ALL = 2**24
+_NONE = ("text_positions", "blocks_per_level")  # which may be 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +71,16 @@ class BundleConfig:
     def sampling_defaults(self) -> dict:
         """A value for every key of SAMPLING."""
         return {key: self.sampling.get(key, value) for key, (value, *_) in SAMPLING.items()}
+
+
+def is_packaged(name) -> bool:
+    """Whether `name` means a bundle of the package: one of PACKAGED, unless a folder here has that name."""
+    return str(name) in PACKAGED and not os.path.lexists(name)
+
+
+def locate(name) -> Path:
+    """The folder of the bundle `name`: a path, or the name of a bundle of the package, such as "demo"."""
+    return PACKAGED[str(name)] if is_packaged(name) else Path(name)
 
 
 def is_bundle(directory) -> bool:
@@ -164,7 +177,7 @@ def _expected(name, value, default) -> str | None:
     elif isinstance(default, bool):
         fits, expected = isinstance(value, bool), "true or false"
     elif isinstance(default, int):
-        least = min(default, 1)  # 0 where 0 means none
+        least = 0 if name in _NONE else 1
         fits, expected = inventory.is_whole(value, least, most), f"a whole number from {least} to {most}"
     elif isinstance(default, float):
         fits, expected = is_number(value) and (name != "scale" or value > 0), "a number"

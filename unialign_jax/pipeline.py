@@ -155,7 +155,7 @@ class Pipeline:
         are read when a task first needs them.
 
         Args:
-          directory: the bundle, or the run's folder.
+          directory: the bundle, or the run's folder; "demo" is the small model of the shapes world in the package.
           weights: of a run, "raw" or "ema"; when None its average, as its own samples, and the raw ones where it keeps
             none.
           verify: whether to hash what is read of a bundle, once and beside the reading, and to refuse what is not as it
@@ -172,6 +172,7 @@ class Pipeline:
         """
         options = {"dtype": dtype, "quantize": quantize, "low_memory": low_memory, "attention": attention}
         options |= {"max_batch": max_batch, "device": device}
+        directory = bundle.locate(directory)
         if not bundle.is_bundle(directory) and runs.is_run(directory):
             return cls.from_run(runs.open_to_sample(directory, weights, verify=verify), **options)
         if weights is not None:

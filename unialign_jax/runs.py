@@ -174,8 +174,8 @@ def trained_tasks(settings: dict, stages: int = _MOST_STAGES) -> list[str]:
             own.update(task for task in kind.tasks if weights["text" if task in ("caption", "vqa") else "image"])
     before = settings.get("init_from")
     try:
-        if before and bundle.is_bundle(before):
-            own.update(bundle.read_config(before, verify=False).tasks or ())
+        if before and bundle.is_bundle(bundle.locate(before)):
+            own.update(bundle.read_config(bundle.locate(before), verify=False).tasks or ())
         elif before and is_run(before) and stages:
             own.update(trained_tasks(read_settings(before), stages - 1))
     except (OSError, ValueError) as error:
@@ -244,6 +244,7 @@ def open_to_sample(run, weights: str | None = None, *, verify: bool = True) -> R
     configs = component_configs(run, settings)
     source, drawn = settings.get("frozen_from"), {}
     if source:
+        source = bundle.locate(source)
         frozen = bundle.read_config(source, verify=verify)
         configs |= {name: getattr(frozen, name) for name in ("text_encoder", "autoencoder")}
 

@@ -10,7 +10,7 @@ from unialign_jax.sampling import image as image_sampler
 from unialign_jax.sampling import programs
 from unialign_jax.sampling.solvers import SolverTable
 
-AUTOENCODER = make_autoencoder(presets.AUTOENCODER["tiny"])
+AUTOENCODER = make_autoencoder(presets.AUTOENCODER["pixels"])
 LATENTS, TEXT, TABLE = jnp.zeros((2, 4, 4, 3)), jnp.zeros((2, 5, 8)), SolverTable(*np.zeros((5, 3), np.float32))
 GUIDANCE = programs.Guidance(jnp.ones(2), jnp.ones(2), jnp.ones(2), np.ones(3, bool))
 

@@ -44,7 +44,7 @@ BAD_VALUES = [
     ("num_steps", 0, "num_steps is 0"),
     ("accumulation", 0, "accumulation is 0"),
     ("batch_size", 0, "batch_size is 0"),
-    ("image_size", 36, "multiple of 8"),
+    ("image_size", 36, "multiple of 16"),
     ("text_length", 1, "text_length is 1"),
     ("model.latent_channels", 16, "the autoencoder gives 48"),
     ("model.text_width", 64, "the text encoder gives 128"),

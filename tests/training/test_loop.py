@@ -83,14 +83,9 @@ def test_a_run_in_two_halves_has_the_numbers_of_one(finished, small_config, tmp_
 
 
 def test_killed_at_any_point_and_started_again_the_numbers_are_the_same(
-    small_config, shapes_dir, compilation_cache, tmp_path
+    small_config, changes_of, shapes_dir, compilation_cache, tmp_path
 ):
-    overrides = ["num_steps=14", "checkpoint.every=4", "data.num_threads=2"]
-    config = small_config()
-    for key in ("batch_size", "image_size", "text_length", "log_every", "samples.count"):
-        overrides.append(f"{key}={config.to_dict()[key] if '.' not in key else config.samples.count}")
-    for group in ("model", "heads", "text_encoder"):
-        overrides += [f"{group}.{key}={value}" for key, value in config[group].items() if isinstance(value, int)]
+    overrides = changes_of(small_config(num_steps=14, checkpoint__every=4, data__num_threads=2))
     overrides += [f"streams.text_to_image.path={shapes_dir}/text_to_image", f"compilation_cache={compilation_cache}"]
 
     def start(workdir):

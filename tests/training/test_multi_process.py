@@ -71,15 +71,11 @@ def rows(workdir):
     return []
 
 
-def test_many_processes_are_one_run_through_a_loss_and_a_stop(small_config, shapes_dir, tmp_path):
+def test_many_processes_are_one_run_through_a_loss_and_a_stop(small_config, changes_of, shapes_dir, tmp_path):
     """Four processes, one killed; two go on, one gets SIGTERM; one goes on: the numbers of one that did it all."""
     config = small_config(checkpoint__every=4, num_steps=1000)
     workdir = tmp_path / "run"
-    overrides = ["num_steps=1000", "checkpoint.every=4", "data.num_threads=1", "samples.count=0"]
-    for key in ("batch_size", "image_size", "text_length", "log_every", "sigma.shift"):
-        overrides.append(f"{key}={config.to_dict()[key] if '.' not in key else config.sigma.shift}")
-    for group in ("model", "heads", "text_encoder"):
-        overrides += [f"{group}.{key}={value}" for key, value in config[group].items() if isinstance(value, int)]
+    overrides = [*changes_of(config), "data.num_threads=1"]
     overrides.append(f"streams.text_to_image.path={shapes_dir}/text_to_image")
 
     def command(count, *mesh):

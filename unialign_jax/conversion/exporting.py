@@ -247,6 +247,8 @@ def export_table(name, config, format) -> Table:
     if name == "autoencoder":
         if config.kind != "kl":
             raise ValueError(f"a {config.kind} autoencoder has no weights to export: leave it out by --components")
+        if not config.blocks_per_level:
+            raise ValueError(f"{format} has no autoencoder without blocks at a level: leave it out by --components")
         return autoencoder.autoencoder_table("ldm" if format == "stability" else "diffusers", config)
     if format == "unialign":
         return transformer.unialign_table(config)

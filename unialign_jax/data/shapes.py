@@ -34,11 +34,11 @@ from unialign_jax.files import refuse_existing
 
 WORLD_VERSION = 1  # raise it when the same (seed, index) gives another record
 DEFAULT_NUM_RECORDS = {
-    "text_to_image": 4000,
-    "edit": 3000,
-    "perception": 2000,
-    "personalization": 2000,
-    "vqa": 3000,
+    "text_to_image": 60_000,
+    "edit": 20_000,
+    "perception": 15_000,
+    "personalization": 15_000,
+    "vqa": 20_000,
 }
 MAX_REFERENCES = 3
 MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 16, 4096  # pixels a side of a world on disk

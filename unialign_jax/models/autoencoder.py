@@ -21,6 +21,7 @@ class AutoencoderConfig:
     """Architecture and latent statistics; the defaults are SD3's.
 
     `kind` is "kl" or "space_to_depth"; the latter has latent_channels = 3 * downsample_factor^2 and ignores the widths.
+    `blocks_per_level` is the encoder's; the decoder has one more. With 0 the encoder's strided convolutions widen.
     `dtype` is what the convolutions compute in; group norms are float32.
     """
 

@@ -6,16 +6,18 @@ from unialign_jax.models.text_encoder import TextEncoderConfig
 
 MMDIT = {
     "unialign_2b": MMDiTConfig(),
+    # On the latents of the tiny autoencoder: 64 pixels are 4 x 4 patches, and 512 the most.
     "tiny": MMDiTConfig(
         depth=4,
-        num_heads=6,
+        num_heads=4,
         head_width=32,
-        latent_channels=48,
+        latent_channels=8,
         text_width=128,
         vocab_size=512,
         tap_depth=2,
-        max_patches=96,
+        max_patches=32,
         base_patches=32,
+        text_positions=32,
         remat="none",
         dtype="float32",
     ),
@@ -35,8 +37,18 @@ TEXT_ENCODER = {
 
 AUTOENCODER = {
     "sd3": AutoencoderConfig(),
-    # No learned codec: pixels rearranged into latents, so that tiny runs need no pretrained weights.
+    # Trained on the shapes world by launch/pretrain_encoders.py; scale and shift are those of its latents.
     "tiny": AutoencoderConfig(
+        latent_channels=8,
+        scale=1.232,
+        shift=0.0234,
+        block_widths=(8, 16, 32, 64),
+        blocks_per_level=0,
+        norm_groups=2,
+        dtype="float32",
+    ),
+    # Not a learned codec: pixels rearranged into latents, for tests and trials without pretrained weights.
+    "pixels": AutoencoderConfig(
         kind="space_to_depth", latent_channels=48, downsample_factor=4, scale=2.0, shift=0.0, dtype="float32"
     ),
 }

@@ -102,16 +102,17 @@ class Trainer:
     def _load_params(self, fresh):
         """Those of `init_from`, and of `fresh` what it lacks: a bundle's alignment heads, a table of text positions."""
         config, abstract = self.config, dict(self.abstract_state.params)
-        if not bundle.is_bundle(config.init_from):
+        source = bundle.locate(config.init_from)
+        if not bundle.is_bundle(source):
             loaded = load_params(config.init_from, abstract, config.init_weights)
         else:
-            source = bundle.read_config(config.init_from)
-            if source.heads is None:
+            stored = bundle.read_config(source)
+            if stored.heads is None:
                 log.info("%s has no alignment heads, they start at random", config.init_from)
                 del abstract["heads"]
-            if not source.transformer.text_positions:
+            if not stored.transformer.text_positions:
                 abstract["transformer"] = {k: v for k, v in abstract["transformer"].items() if k != "text_positions"}
-            loaded = bundle.restore(config.init_from, abstract)
+            loaded = bundle.restore(source, abstract)
         if loaded["transformer"].keys() != fresh["transformer"].keys():
             log.info("%s has no text positions, they start at zero", config.init_from)
         return fresh | {name: fresh[name] | tree for name, tree in loaded.items()}
@@ -119,7 +120,7 @@ class Trainer:
     def init_frozen(self):
         """The frozen encoders on the mesh: those of the bundle `config.frozen_from`, or random ones."""
         if self.config.frozen_from:
-            return bundle.restore(self.config.frozen_from, self.abstract_frozen)
+            return bundle.restore(bundle.locate(self.config.frozen_from), self.abstract_frozen)
         if self.config.autoencoder.kind == "kl":
             log.warning("no frozen_from bundle: T5 and autoencoder are random, of use for measuring speed only")
         with jax.set_mesh(self.mesh):
@@ -191,12 +192,12 @@ def inherit_sources(config, workdir: Path) -> ConfigDict:
 
     A resumed run keeps its own; a new one takes those of `init_from`: what a bundle holds, or what a run names. The
     tokenizer that is still not named is the one of the bundle `frozen_from`, which its text encoder was made with.
+    A bundle of the package is kept by its name, for the package may move; its tokenizer is the shapes world's, "".
     """
     config = config.copy_and_resolve_references()
     is_new = not (workdir / "config.json").is_file()
-    if bundle.is_bundle(config.init_from) and is_new:
-        source = Path(config.init_from).absolute()  # the run may be resumed from another folder
-        before = {"frozen_from": str(source), "tokenizer": str(bundle.tokenizer_path(source) or "")}
+    if is_new and bundle.is_bundle(bundle.locate(config.init_from)):
+        before = {"frozen_from": _lasting(config.init_from), "tokenizer": _tokenizer_of(config.init_from)}
     else:
         start = read_run_config(Path(config.init_from)) if config.init_from else None
         before = read_run_config(workdir)
@@ -205,9 +206,18 @@ def inherit_sources(config, workdir: Path) -> ConfigDict:
         before = before or start or {}
     for key in ("frozen_from", "tokenizer"):
         config[key] = config[key] or before.get(key, "")
-    if is_new and not config.tokenizer and bundle.is_bundle(config.frozen_from):
-        config.tokenizer = str(bundle.tokenizer_path(Path(config.frozen_from).absolute()) or "")
+    if is_new and not config.tokenizer and bundle.is_bundle(bundle.locate(config.frozen_from)):
+        config.tokenizer = _tokenizer_of(config.frozen_from)
     return config
+
+
+def _lasting(source: str) -> str:
+    """The name of a bundle that a run can be resumed with from another folder."""
+    return source if bundle.is_packaged(source) else str(Path(source).absolute())
+
+
+def _tokenizer_of(source: str) -> str:
+    return "" if bundle.is_packaged(source) else str(bundle.tokenizer_path(Path(source).absolute()) or "")
 
 
 def open_streams(config, tokenizer) -> dict[str, Stream]:

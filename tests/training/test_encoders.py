@@ -1,0 +1,111 @@
+"""The pretraining of the miniature's frozen parts: its losses against closed forms, and what the package holds."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unialign_jax import bundle
+from unialign_jax.data.tokenizer import load_tokenizer
+from unialign_jax.models import presets
+from unialign_jax.models.autoencoder import AutoencoderConfig, make_autoencoder
+from unialign_jax.training import encoders
+
+SMALL_IMAGES = AutoencoderConfig(
+    latent_channels=2,
+    downsample_factor=2,
+    scale=1.0,
+    shift=0.0,
+    block_widths=(4, 4),
+    blocks_per_level=0,
+    norm_groups=2,
+    dtype="float32",
+)
+SMALL_TEXTS = dataclasses.replace(
+    presets.TEXT_ENCODER["tiny"], width=16, mlp_width=16, num_heads=2, head_width=8, depth=1
+)
+
+
+def test_the_rate_warms_up_stays_and_falls():
+    rate = encoders.cooling(2.0, 100, 10)
+    np.testing.assert_allclose([rate(s) for s in (0, 5, 10, 49, 75, 100)], [0, 1, 2, 2, 1, 0], atol=1e-6)
+
+
+def test_the_foreground_is_what_differs_from_the_corner_and_a_pixel_around():
+    pixels = np.zeros((1, 8, 8, 3), np.float32)
+    pixels[0, 4, 4] = 0.5
+    wanted = np.zeros((8, 8))
+    wanted[3:6, 3:6] = 1
+    np.testing.assert_array_equal(encoders.foreground(jnp.asarray(pixels))[0, ..., 0], wanted)
+
+
+def test_hidden_words_alone_are_scored():
+    """A model of known predictions: the loss is its mean over hidden tokens, whichever were drawn."""
+
+    class Uniform:
+        def apply(self, _, seen):
+            self.seen = seen
+            return jnp.zeros((*seen.shape, 16))
+
+    module, ids = Uniform(), jnp.arange(4 * 8).reshape(4, 8) % 12
+    loss = encoders.masked_words_loss(module, {}, ids, jax.random.key(0), mask_id=15, num_words=12)
+    np.testing.assert_allclose(loss, np.log(16), rtol=1e-6)
+    changed = np.asarray(module.seen != ids)
+    assert changed.any() and not changed.all()
+
+
+def test_scale_and_shift_bring_latents_to_mean_0_and_deviation_1():
+    module = make_autoencoder(SMALL_IMAGES)
+    params = module.init(jax.random.key(1), jnp.zeros((1, 16, 16, 3)))["params"]
+    images = encoders.world_images(7, 0, 12, 16)
+    config = encoders.with_statistics(SMALL_IMAGES, params, images)
+    moments = module.apply({"params": params}, jnp.float32(images) / 127.5 - 1, method="encode")
+    latents = (np.asarray(moments[0]) - config.shift) * config.scale
+    assert abs(latents.mean()) < 1e-3 and abs(latents.std() - 1) < 1e-3
+
+
+def test_both_learn_and_the_same_seed_gives_the_same_numbers():
+    seen = []
+    log = lambda step, values, params: seen.append((step, values))  # noqa: E731
+    settings = {"steps": 30, "batch": 4, "learning_rate": 1e-2, "log": log}
+    images = [encoders.train_autoencoder(SMALL_IMAGES, image_size=16, **settings)[1] for _ in range(2)]
+    assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, images), strict=True))
+    texts = encoders.train_text_encoder(SMALL_TEXTS, load_tokenizer(), length=16, **settings)
+    assert texts.keys() == bundle.abstract_params(bundle.BundleConfig(text_encoder=SMALL_TEXTS))["text_encoder"].keys()
+    (_, first), (_, second), (step, words) = seen
+    assert first == second and step == 30
+    assert words["loss"] < 0.9 * np.log(512)  # better than a guess
+
+
+def test_texts_are_those_that_the_model_reads():
+    texts = encoders.world_texts(1, 0, 60)
+    assert len(texts) == 60 and all(texts)
+    assert any(text.startswith("Q: ") for text in texts) and any("background" in text for text in texts)
+
+
+def test_the_packaged_encoders_are_those_of_the_preset():
+    """Training reads scale and shift from the preset, sampling from the bundle: they are one and measured."""
+    config, params = bundle.load(bundle.locate("demo"), components=("autoencoder",), dtype="float32")
+    assert config.autoencoder == presets.AUTOENCODER["tiny"]
+    assert config.text_encoder == presets.TEXT_ENCODER["tiny"]
+    plain = dataclasses.replace(config.autoencoder, scale=1.0, shift=0.0)
+    images = encoders.world_images(encoders.AUTOENCODER_SEED, 0, 480, 64)
+    measured = encoders.with_statistics(plain, params["autoencoder"], images)
+    assert measured.scale == pytest.approx(config.autoencoder.scale, rel=1e-2)
+    assert measured.shift == pytest.approx(config.autoencoder.shift, abs=1e-2)
+    assert encoders.reconstructions_exact(config.autoencoder, params["autoencoder"], 32, image_size=64) >= 0.8
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("option", ["--autoencoder-steps=1", "--text-encoder-steps=0", "--scenes=0"])
+def test_bad_options(command_refuses, tmp_path, option):
+    command_refuses("pretrain_encoders", [f"--output={tmp_path}/encoders", option], option.split("=")[0])
+
+
+@pytest.mark.bad_input
+def test_a_folder_of_something_else_is_kept(command_refuses, tmp_path):
+    (tmp_path / "notes.txt").write_text("precious")
+    command_refuses("pretrain_encoders", [f"--output={tmp_path}", "--overwrite"], str(tmp_path))
+    assert (tmp_path / "notes.txt").read_text() == "precious"
