@@ -1,4 +1,4 @@
-"""Validation: fixed levels, losses by hand, records kept out of training, the same numbers everywhere, exact resuming."""
+"""Validation: fixed levels, losses by hand, records kept out of training, the same numbers everywhere, resuming."""
 
 import shutil
 import types
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unialign_jax import Pipeline
+from unialign_jax import Pipeline, bundle, runs
 from unialign_jax.data.records import RecordError
 from unialign_jax.data.shapes import write_shapes
 from unialign_jax.evaluation import shapes_run
@@ -52,7 +52,8 @@ def stub_networks(trainer, passes):
     def transform(variables, latents, text, sigma, conditions=None):
         passes.append({"latents": latents, "sigma": sigma, "ids": text[..., 0]})
         features = latents.reshape(latents.shape[0], -1, latents.shape[-1])
-        return MMDiTOutput(0 * latents, jnp.zeros((*text.shape[:2], 512)), features, features, features, features)
+        logits = jnp.tile(0 * text[..., :1], 512)  # no constants, which the compiler would compute with for seconds
+        return MMDiTOutput(0 * latents, logits, features, features, features, features)
 
     encode = lambda variables, ids: ids[..., None].astype(jnp.float32)  # noqa: E731
     align = lambda variables, image, text: (image[:, 0, :16], text[:, 0, :16])  # noqa: E731
@@ -173,11 +174,11 @@ def test_without_validation_all_records_are_trained_on(small_config):
     noting(trainer.streams["text_to_image"], read)
     for n in range(5):
         trainer.mixture.batch(n)
-    assert sorted(read[1:]) == sorted(read[1:]) and set(read) == set(range(40))
+    assert set(read) == set(range(40))
 
 
 def test_a_folder_of_held_out_records_leaves_the_stream_whole(small_config, tmp_path):
-    write_shapes(tmp_path, ("text_to_image",), num_records=9, seed=5, image_size=32, teacher_width=16)
+    write_shapes(tmp_path, 9, streams=("text_to_image",), seed=5, image_size=32, teacher_width=16)
     folder = str(tmp_path / "text_to_image")
     with_folder = small_config(
         validation__every=1, validation__records=8, streams__text_to_image__validation_path=folder
@@ -216,7 +217,7 @@ def other_folders(tmp_path_factory):
     folders = {}
     for name, count, width in (("few", 3, 16), ("plain", 8, 0)):
         folder = tmp_path_factory.mktemp(name)
-        write_shapes(folder, ("text_to_image",), num_records=count, image_size=32, teacher_width=width)
+        write_shapes(folder, count, streams=("text_to_image",), image_size=32, teacher_width=width)
         folders[name] = str(folder / "text_to_image")
     return folders
 
@@ -232,23 +233,23 @@ def test_settings_that_say_nothing_are_refused(small_config):
 
 
 @pytest.fixture(scope="module")
-def edits_and_questions(small_config):
-    """A function (devices) -> the trainer of two streams, its parameters, frozen encoders, and their validation."""
+def prepared(small_config):
+    """A function (devices, streams) -> the validator of a new run, its parameters and its frozen encoders."""
 
-    def validate(devices):
-        config = small_config("stage3", validation__every=1, validation__records=16, validation__scenes=0)
+    def prepare(devices, *streams):
+        config = small_config("stage3", validation__every=1, validation__records=16)
         for name, stream in config.streams.items():
-            stream.weight = float(name in ("edit", "vqa"))
+            stream.weight = float(name in streams)
         trainer = Trainer(config, devices)
         state, frozen = trainer.init_state(), trainer.init_frozen()
         params = {"transformer": state.ema, "heads": state.params["heads"]}
         return Validator(trainer), params, frozen
 
-    return validate
+    return prepare
 
 
-def test_the_same_weights_give_the_same_numbers_and_compile_nothing(edits_and_questions):
-    validator, params, frozen = edits_and_questions(jax.devices()[:1])
+def test_the_same_weights_give_the_same_numbers_and_compile_nothing(prepared):
+    validator, params, frozen = prepared(jax.devices()[:1], "edit", "vqa")
     first = validator(params, frozen)
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
@@ -257,15 +258,13 @@ def test_the_same_weights_give_the_same_numbers_and_compile_nothing(edits_and_qu
     assert validator(params, frozen) == first
     assert compiled == []
     assert set(first) == {"edit", "vqa"}
-    assert LOSSES <= first["edit"].keys() and {"masked_text", "intrinsic_modal", "loss"} <= first["vqa"].keys()
-    assert "flow_matching" not in first["vqa"]
+    assert LOSSES <= first["edit"].keys() and LOSSES & first["vqa"].keys() == {"masked_text", "intrinsic_modal", "loss"}
 
-    validator, params, frozen = edits_and_questions(jax.devices()[:2])
-    split = validator(params, frozen)
-    for name, values in first.items():
-        assert values.keys() == split[name].keys()
-        for key, value in values.items():
-            assert split[name][key] == pytest.approx(value, rel=1e-5, abs=1e-5), (name, key)
+    validator, params, frozen = prepared(jax.devices()[:2], "edit")
+    found = validator(params, frozen)["edit"]
+    assert found.keys() == first["edit"].keys()
+    for key, value in found.items():
+        assert value == pytest.approx(first["edit"][key], rel=1e-5, abs=1e-5), key
 
 
 @pytest.fixture(scope="module")
@@ -313,11 +312,14 @@ def test_a_validated_run_has_rows_of_its_own(validated):
 def test_scenes_are_those_of_the_saved_run(validated):
     """The weights of every validation are the run's at that step: of the last, what its checkpoint gives."""
     config, workdir, (early, _, late, captions) = validated
-    pipeline = Pipeline.from_bundle(workdir)
+    run, frozen = runs.open_to_sample(workdir), on_one_device(config).init_frozen()
+    # Its own frozen encoders: drawn again outside of jit they differ in the last bit, and a tie may be decided anew.
+    leaves = lambda name: bundle.flatten(frozen[name]).items() if name in frozen else run.leaves(name)  # noqa: E731
+    pipeline = Pipeline.from_run(run._replace(leaves=leaves))
     again = shapes_run.run_task(pipeline, "text_to_image", 2)
     for found, expected, before in zip(late, again, early, strict=True):
-        assert np.abs(found.made.astype(int) - expected.made).max() <= 1
-        assert np.abs(found.made.astype(int) - before.made).max() > 1
+        np.testing.assert_array_equal(found.made, expected.made)
+        assert (found.made != before.made).any()
     options = {"decoding": "top_k", "temperature": 0.0}
     texts = shapes_run.run_task(pipeline, "caption", 2, text_options=options)
     assert [result.made for result in captions] == [result.made for result in texts]
