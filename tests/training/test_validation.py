@@ -66,6 +66,7 @@ def stub_networks(trainer, passes):
 def edits(small_config):
     """A trainer of the edit stream alone, and its first batch of held-out records with their levels."""
     config = small_config("stage2", validation__every=1, validation__records=8, prompt_dropout=1.0)
+    config.loss_weights.cross_modal = 0.0
     for name, stream in config.streams.items():
         stream.weight = float(name == "edit")
     trainer = on_one_device(config)
@@ -107,6 +108,11 @@ def test_the_losses_are_those_of_the_given_levels(edits):
     assert (text_pass["ids"][masked] == trainer.tokenizer.mask_id).all()
     text_losses = np.log(511) * masked.mean(axis=1) / batch["mask_fraction"]
     np.testing.assert_allclose(metrics["masked_text"], [text_losses.sum(), 8], rtol=1e-4)
+
+    assert metrics["cross_modal"][1] == 8  # told though it has no weight
+    means = {name: metrics[name][0] / 8 for name in ("flow_matching", "masked_text", "intrinsic_modal")}
+    total = means["flow_matching"] + 0.2 * means["masked_text"] + 0.1 * means["intrinsic_modal"]
+    np.testing.assert_allclose(metrics["loss"], [total, 1], rtol=1e-5)
 
     again, other = (jax.device_get(run(batch, number)[1][0]["latents"]) for number in (0, 1))
     np.testing.assert_array_equal(again, image_pass["latents"])

@@ -480,7 +480,7 @@ class Recorder:
         self._bad.count(int(values["replaced_records"]), config.batch_size)
         self._losses[stream] = values["loss"]
         self._bar.update()
-        self._bar.set_postfix({name: f"{loss:.3f}" for name, loss in self._losses.items()}, refresh=False)
+        self._show()
         _, index = self._trainer.mixture.schedule(step)
         # Rows of steps with replaced records are never left out, so that the file's sum is their number.
         if index % config.log_every == 0 or step + 1 == config.num_steps or values["replaced_records"]:
@@ -499,8 +499,11 @@ class Recorder:
                 )
             self._writer.write(step, f"validation/{name}", values)
         self._losses |= headlines(rows)
-        self._bar.set_postfix({name: f"{value:.3f}" for name, value in self._losses.items()}, refresh=False)
+        self._show()
         self.throughput.restart()
+
+    def _show(self):
+        self._bar.set_postfix({name: f"{value:.3f}" for name, value in self._losses.items()}, refresh=False)
 
     def close(self):
         self._bar.close()

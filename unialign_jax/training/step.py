@@ -85,7 +85,8 @@ def compute_losses(
 
     Args:
       key: of all that is drawn.
-      levels: sigma and mask fractions (`Levels`) instead of drawn ones; no prompt is dropped then.
+      levels: for validation, sigma and mask fractions (`Levels`) instead of drawn ones. No prompt is dropped then, and
+        the cross-modal loss is told even where its weight is 0.
     """
     transformer = networks.transformer
     params = sharding.computing(params, lambda path: storage_dtype(path, transformer.config.dtype))
@@ -146,7 +147,7 @@ def compute_losses(
     )
     metrics |= bucketed("masked_text_by_mask_fraction", losses["masked_text"], mask_fraction)
 
-    if has_image_pass(kind) and config.loss_weights.cross_modal:
+    if has_image_pass(kind) and (config.loss_weights.cross_modal or levels is not None):
         losses["cross_modal"] = cross_modal_loss(
             image_pass.image_features,
             text_pass.text_features,

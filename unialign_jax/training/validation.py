@@ -1,7 +1,8 @@
 """Losses on held-out records, and accuracies on held-out scenes, at intervals of a run.
 
 Nothing is drawn anew from one validation to the next: records, noise, masks, sigma and mask fractions stay, and no
-prompt is dropped. So curves of one run, and of runs that differ in their seed or recipe, can be compared step by step.
+prompt is dropped. So the points of a curve can be compared, and the curves of runs of the same batch size and
+accumulation, whatever their seeds.
 """
 
 import dataclasses
