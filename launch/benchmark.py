@@ -136,7 +136,7 @@ def benchmark_train(arguments) -> dict:
     config = read_config(arguments.config, arguments.set)
     config.num_steps = 1 << 30  # each measurement sets its own end
     config.checkpoint.every = 1 << 30
-    config.samples.every = 0
+    config.samples.every = config.validation.every = 0
     trainer = Trainer(config)
     began = time.perf_counter()
     programs = trainer.compile_steps()

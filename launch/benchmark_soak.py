@@ -40,6 +40,7 @@ def benchmark_soak(arguments) -> dict:
         f"checkpoint.every={arguments.steps // arguments.saves}",
         "samples.every=0",
         "samples.count=0",
+        "validation.every=0",
     ]
     read_config(arguments.config, changes)  # what is wrong with it is said here
     if arguments.scratch:

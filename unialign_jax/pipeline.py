@@ -220,6 +220,10 @@ class Pipeline:
                 with self._weights.use(name):
                     pass
 
+    def unload(self, component: str) -> None:
+        """Frees the weights of a component, such as "transformer"; they are read anew when a task next needs them."""
+        self._weights.drop(component)
+
     # Images
 
     def generate(

@@ -107,6 +107,10 @@ class Weights:
                 self._resident[name] = self._load(name)
         yield {name: self._resident[name] for name in names}
 
+    def drop(self, name: str):
+        """Forgets a component: it is loaded anew when it is next used."""
+        self._resident.pop(name, None)
+
     def settle(self, outputs):
         """In low-memory mode waits for what was computed: only then is the memory of its weights free."""
         if self._low_memory:

@@ -1,5 +1,6 @@
 """Streams: from a record on disk to an example of arrays, by index."""
 
+import copy
 import logging
 import math
 from dataclasses import dataclass
@@ -97,7 +98,19 @@ class Stream:
             raise ValueError(
                 f"stream {config.name}: {config.path} holds {found} records, the stream's kind is {config.kind}"
             )
+        self._indices = range(len(self.records))  # which of the records the examples are made of
         self._logged: set[int] = set()
+
+    def part(self, start: int, stop: int) -> "Stream":
+        """Examples `start` to `stop` (exclusive) alone: no stand-in for a damaged record comes from the others.
+
+        Raises ValueError for a part that is empty or not inside.
+        """
+        if not 0 <= start < stop <= len(self):
+            raise ValueError(f"stream {self.config.name}: part {start} to {stop}, expected some of 0 to {len(self)}")
+        part = copy.copy(self)
+        part._indices, part._logged = self._indices[start:stop], set()
+        return part
 
     @property
     def teacher_width(self) -> int:
@@ -105,7 +118,7 @@ class Stream:
         return self.records.metadata.teacher_width if self.config.use_teacher else 0
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self._indices)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """The example at `index`.
@@ -127,13 +140,13 @@ class Stream:
                 example["replaced"] = np.array(offset > 0)
                 return example
         raise ValueError(
-            f"stream {self.config.name}: record {index} of {self.config.path} and the {offset} after it cannot be "
-            f"decoded: write the folder again (last error: {last_error})"
+            f"stream {self.config.name}: record {self._indices[index]} of {self.config.path} and the {offset} after it "
+            f"cannot be decoded: write the folder again (last error: {last_error})"
         )
 
     def _load(self, index: int) -> dict[str, np.ndarray]:
         config = self.config
-        record = self.records[index]
+        record = self.records[self._indices[index]]
         try:
             example = {"image": decode_image(record.image, config.image_size)}
             if config.num_conditions:
@@ -158,7 +171,10 @@ class Stream:
         if index not in self._logged:
             self._logged.add(index)
             _log.warning(
-                "stream %s: record %d cannot be decoded, a neighbour stands in (%s)", self.config.name, index, error
+                "stream %s: record %d cannot be decoded, a neighbour stands in (%s)",
+                self.config.name,
+                self._indices[index],
+                error,
             )
 
     def __repr__(self) -> str:

@@ -34,7 +34,13 @@ def sample_sigma(key, batch, *, mean=0.0, std=1.0, shift=1.0, levels=None):
     Returns:
       float32 [B] in (0, 1].
     """
-    sigma = jax.nn.sigmoid(mean + std * jax.random.normal(key, (batch,), jnp.float32))
+    normal = jax.random.normal(key, (batch,), jnp.float32)
+    return sigma_at(normal, mean=mean, std=std, shift=shift, levels=levels)
+
+
+def sigma_at(normal, *, mean=0.0, std=1.0, shift=1.0, levels=None):
+    """The noise levels that standard-normal numbers stand for; the other arguments are those of `sample_sigma`."""
+    sigma = jax.nn.sigmoid(mean + std * normal)
     if levels is not None:
         sigma = jnp.maximum(jnp.ceil(sigma * levels), 1) / levels
     return shift_sigma(sigma, shift)

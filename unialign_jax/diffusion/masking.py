@@ -24,6 +24,11 @@ def sample_mask_fractions(key, batch, *, min_fraction=1e-3):
     return min_fraction + (1 - min_fraction) * (stratum + place) / batch
 
 
+def mask_fraction_at(place, *, min_fraction=1e-3):
+    """The mask fractions at places in [0, 1] of their distribution."""
+    return min_fraction + (1 - min_fraction) * place
+
+
 def mask_tokens(key, ids, fractions, maskable, mask_id):
     """Replaces each maskable token by the mask with its sample's probability.
 

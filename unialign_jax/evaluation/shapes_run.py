@@ -36,6 +36,11 @@ class Result(NamedTuple):
     scores: dict[str, float]
 
 
+def stream_of(task: str) -> str:
+    """The stream of the world whose records a task is tried on."""
+    return {"caption": "text_to_image"}.get(task, task)
+
+
 def held_out(stream: str, count: int, image_size: int, seed: int = HELD_OUT_SEED) -> list[Example]:
     """The first `count` records of a stream of the held-out world."""
     return [shapes_example(stream, seed, index, image_size=image_size) for index in range(count)]
@@ -65,8 +70,7 @@ def run_task(
     """
     if task not in TASKS:
         raise ValueError(f"task is {task!r}, expected one of {', '.join(TASKS)}")
-    stream = {"caption": "text_to_image"}.get(task, task)
-    examples = held_out(stream, count, pipeline.config.image_size, seed)
+    examples = held_out(stream_of(task), count, pipeline.config.image_size, seed)
     results = []
     for first in range(0, count, batch):
         chunk = examples[first : first + batch]

@@ -21,11 +21,22 @@ from unialign_jax.sizes import ImageSizes
 from unialign_jax.training.meshes import is_open
 
 
-def stream(kind, path, weight=1.0, num_conditions=None) -> ConfigDict:
-    """One task stream: what `kind` of records the folder `path` holds and its share of the optimizer steps."""
+def stream(kind, path, weight=1.0, num_conditions=None, validation_path="") -> ConfigDict:
+    """One task stream: what `kind` of records the folder `path` holds and its share of the optimizer steps.
+
+    Validation reads the folder `validation_path`; where it is empty, the last records of `path`.
+    """
     if num_conditions is None:
         num_conditions = KINDS[kind].num_conditions if kind in KINDS else 0  # `config_problems` names an unknown one
-    return ConfigDict({"kind": kind, "path": path, "weight": float(weight), "num_conditions": num_conditions})
+    return ConfigDict(
+        {
+            "kind": kind,
+            "path": path,
+            "weight": float(weight),
+            "num_conditions": num_conditions,
+            "validation_path": validation_path,
+        }
+    )
 
 
 def paper_config(size="") -> ConfigDict:
@@ -99,6 +110,12 @@ def paper_config(size="") -> ConfigDict:
                 "shift": 3.0,
                 "caption_steps": 32,
             },
+            # Losses on held-out records (training/validation.py), every so many steps and at the end; 0: never.
+            "validation": {
+                "every": 0,
+                "records": 64,  # of each stream, rounded up to whole batches; training does not draw them
+                "scenes": 0,  # of the shapes world, for the accuracies of each task; 0: none
+            },
         }
     )
 
@@ -164,10 +181,13 @@ def config_problems(config: ConfigDict, device_count: int | None = None) -> list
     for key in ("num_steps", "accumulation", "batch_size", "log_every", "checkpoint.every", "checkpoint.keep_last"):
         expect(_get(config, key) >= 1, f"{key} is {_get(config, key)}, expected at least 1")
     counts = ("checkpoint.keep_every", "samples.every", "samples.count", "optimizer.warmup_steps", "sigma.levels")
+    counts += ("validation.every", "validation.records", "validation.scenes")
     counts += ("optimizer.cooldown_start", "optimizer.cooldown_steps", "model.text_positions")
     for key in (*counts, "data.num_threads", "data.prefetch", "optimizer.weight_decay", "samples.guidance_scale"):
         expect(_get(config, key) >= 0, f"{key} is {_get(config, key)}, expected 0 or more")
-    if config.samples.count:
+    if config.validation.every:
+        expect(config.validation.records, "validation.records is 0, expected at least 1 where validation.every is on")
+    if config.samples.count or (config.validation.every and config.validation.scenes):
         for key in ("samples.steps", "samples.caption_steps"):
             expect(_get(config, key) >= 1, f"{key} is {_get(config, key)}, expected at least 1")
 

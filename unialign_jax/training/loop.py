@@ -42,6 +42,7 @@ from unialign_jax.training.state import (
     init_state,
 )
 from unialign_jax.training.step import batch_shapes, has_image_pass, lower_train_step, make_train_step
+from unialign_jax.training.validation import Validator, headlines, hold_out
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,9 @@ class Trainer:
         self.networks = self.networks.on(self.mesh)
 
         self.tokenizer = load_tokenizer(config.tokenizer or None)
-        self.streams = open_streams(config, self.tokenizer)
+        self.streams, self.held_out = open_streams(config, self.tokenizer), {}
+        if config.validation.every:
+            self.streams, self.held_out = hold_out(config, self.streams, self.tokenizer)
         if jax.process_index() == 0:
             for line in (line for stream in self.streams.values() for line in cuts_of(stream)):
                 log.warning("%s; a larger --config.text_length keeps more", line)
@@ -381,8 +384,9 @@ def train(config: ConfigDict, workdir, *, progress=True, devices=None, stuck_tim
             sampler = Sampler(config, trainer.networks, trainer.mesh, trainer.streams, trainer.tokenizer, workdir)
             if int(state.step) < config.num_steps:
                 programs = trainer.compile_steps(alive)
+                validator = Validator(trainer, alive) if config.validation.every else None
                 state = run_steps(
-                    trainer, programs, state, frozen, checkpoints, sampler, workdir, stop, progress, alive
+                    trainer, programs, state, frozen, checkpoints, sampler, workdir, stop, progress, alive, validator
                 )
                 alive()
                 checkpoints.save(state, int(state.step))
@@ -406,7 +410,7 @@ def sampled_params(state: TrainState):
 
 
 def run_steps(
-    trainer, programs, state, frozen, checkpoints, sampler, workdir, stop, progress, alive=lambda: None
+    trainer, programs, state, frozen, checkpoints, sampler, workdir, stop, progress, alive=lambda: None, validator=None
 ) -> TrainState:
     """The loop. A step's numbers are fetched while the next step runs, so that the device never waits for the host."""
     config = trainer.config
@@ -424,8 +428,12 @@ def run_steps(
             step += 1
             save = step % config.checkpoint.every == 0
             sample = config.samples.every and step % config.samples.every == 0 and step < config.num_steps
-            if save or sample:
+            validate = validator and (step % config.validation.every == 0 or step == config.num_steps)
+            if save or sample or validate:
                 recorder.flush()  # a state whose loss is not finite must not be saved
+            if validate:  # before the save: a run that goes on from it has these rows
+                params = {"transformer": sampled_params(state), "heads": state.params["heads"]}
+                recorder.add_validation(step, validator(params, frozen, alive))
             if save:
                 alive()
                 checkpoints.save(state, step)
@@ -482,11 +490,30 @@ class Recorder:
         self._bad.count(int(values["replaced_records"]), config.batch_size)
         self._losses[stream] = values["loss"]
         self._bar.update()
-        self._bar.set_postfix({name: f"{loss:.3f}" for name, loss in self._losses.items()}, refresh=False)
+        self._show()
         _, index = self._trainer.mixture.schedule(step)
         # Rows of steps with replaced records are never left out, so that the file's sum is their number.
         if index % config.log_every == 0 or step + 1 == config.num_steps or values["replaced_records"]:
             self._writer.write(step + 1, stream, values | self.throughput.report())
+
+    def add_validation(self, step: int, rows: dict[str, dict[str, float]]):
+        """Takes what a validation after `step` steps has found; the time that it took counts as nobody's.
+
+        Raises FloatingPointError for a loss that is not finite.
+        """
+        for name, values in rows.items():
+            if not math.isfinite(values.get("loss", 0)):
+                raise FloatingPointError(
+                    f"the validation loss is {values['loss']} at step {step} in stream {name}. The last checkpoint is "
+                    "from before; lower optimizer.learning_rate"
+                )
+            self._writer.write(step, f"validation/{name}", values)
+        self._losses |= headlines(rows)
+        self._show()
+        self.throughput.restart()
+
+    def _show(self):
+        self._bar.set_postfix({name: f"{value:.3f}" for name, value in self._losses.items()}, refresh=False)
 
     def close(self):
         self._bar.close()

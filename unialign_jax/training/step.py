@@ -5,6 +5,7 @@ step number, the micro-batch and a name, so that it is the same on any number of
 """
 
 import zlib
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,13 @@ from unialign_jax.training.optimizer import ema_update
 from unialign_jax.training.state import Networks, TrainState
 
 BUCKETS = 4  # the flow loss is reported by quarter of sigma, the text loss by quarter of the mask fraction
+
+
+class Levels(NamedTuple):
+    """How much is hidden from the network, sample by sample."""
+
+    sigma: jax.Array  # [B] float32, noise of the image pass
+    mask_fraction: jax.Array  # [B] float32, of the text pass
 
 
 def named_key(key, name: str):
@@ -68,19 +76,29 @@ def bucketed(name, values, positions):
     return {f"{name}/{edge}": sum_and_count(values, bucket == i) for i, edge in enumerate(edges)}
 
 
-def compute_losses(config, networks: Networks, kind: str, mask_id: int, eos_id: int, params, frozen, batch, key):
+def compute_losses(
+    config, networks: Networks, kind: str, mask_id: int, eos_id: int, params, frozen, batch, key, levels=None
+):
     """Both passes of one micro-batch -> (total loss, metrics as sums and counts).
 
     Image pass: noisy target and clean conditions, clean prompt, sigma. Text pass: clean target, masked text, sigma 0.
+
+    Args:
+      key: of all that is drawn.
+      levels: for validation, sigma and mask fractions (`Levels`) instead of drawn ones. No prompt is dropped then, and
+        the cross-modal loss is told even where its weight is 0.
     """
     transformer = networks.transformer
     params = sharding.computing(params, lambda path: storage_dtype(path, transformer.config.dtype))
     batch_size = batch["image"].shape[0]
     latents, conditions = encode_images(networks, frozen, batch, named_key(key, "latents"))
 
-    mask_fraction = masking.sample_mask_fractions(
-        named_key(key, "mask fraction"), batch_size, min_fraction=config.min_mask_fraction
-    )
+    if levels is None:
+        mask_fraction = masking.sample_mask_fractions(
+            named_key(key, "mask fraction"), batch_size, min_fraction=config.min_mask_fraction
+        )
+    else:
+        mask_fraction = levels.mask_fraction
     maskable = batch["text_is_target"]
     masked_ids, is_masked = masking.mask_tokens(
         named_key(key, "mask"), batch["text_ids"], mask_fraction, maskable, mask_id
@@ -88,18 +106,16 @@ def compute_losses(config, networks: Networks, kind: str, mask_id: int, eos_id: 
 
     losses, metrics = {}, {}
     if has_image_pass(kind):
-        # T5 of an empty prompt is T5 of nothing but end-of-text: dropping ids is dropping the embedding.
-        dropped = jax.random.bernoulli(named_key(key, "prompt dropout"), config.prompt_dropout, (batch_size, 1))
-        prompt_ids = jnp.where(dropped, eos_id, batch["prompt_ids"])
+        prompt_ids = batch["prompt_ids"]
+        if levels is None:
+            # T5 of an empty prompt is T5 of nothing but end-of-text: dropping ids is dropping the embedding.
+            dropped = jax.random.bernoulli(named_key(key, "prompt dropout"), config.prompt_dropout, (batch_size, 1))
+            prompt_ids = jnp.where(dropped, eos_id, prompt_ids)
         prompt, masked_text = encode_texts(networks, frozen, prompt_ids, masked_ids)
-        sigma = flow.sample_sigma(
-            named_key(key, "sigma"),
-            batch_size,
-            mean=config.sigma.mean,
-            std=config.sigma.std,
-            shift=config.sigma.shift,
-            levels=config.sigma.levels or None,
-        )
+        if levels is None:
+            sigma = flow.sample_sigma(named_key(key, "sigma"), batch_size, **sigma_settings(config))
+        else:
+            sigma = levels.sigma
         noise = jax.random.normal(named_key(key, "noise"), latents.shape)
         noisy = flow.interpolate(latents, noise, sigma)
     else:
@@ -131,7 +147,7 @@ def compute_losses(config, networks: Networks, kind: str, mask_id: int, eos_id: 
     )
     metrics |= bucketed("masked_text_by_mask_fraction", losses["masked_text"], mask_fraction)
 
-    if has_image_pass(kind) and config.loss_weights.cross_modal:
+    if has_image_pass(kind) and (config.loss_weights.cross_modal or levels is not None):
         losses["cross_modal"] = cross_modal_loss(
             image_pass.image_features,
             text_pass.text_features,
@@ -151,11 +167,22 @@ def compute_losses(config, networks: Networks, kind: str, mask_id: int, eos_id: 
     return total, metrics
 
 
+def sigma_settings(config) -> dict:
+    """The distribution of the noise levels, as arguments of `flow.sample_sigma`."""
+    c = config.sigma
+    return {"mean": c.mean, "std": c.std, "shift": c.shift, "levels": c.levels or None}
+
+
+def micro_batches(batch, count: int):
+    """Arrays [B, ...] -> [count, B / count, ...]: each has every count-th row, so that no row changes device."""
+    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1), batch)
+
+
 def make_train_step(config, networks: Networks, tx, schedule, kind: str, mask_id: int, eos_id: int):
     """The step of one stream: (TrainState, frozen, batch) -> (TrainState, metrics).
 
     Metrics are arrays [2] of sum and count (the mean is their quotient). Gradients are averaged over
-    `config.accumulation` micro-batches, each of which takes every accumulation-th row, so that no row changes device.
+    `config.accumulation` micro-batches (`micro_batches`).
     "replaced_records" counts the batch's stand-ins for undecodable records, over all hosts.
     """
 
@@ -168,7 +195,7 @@ def make_train_step(config, networks: Networks, tx, schedule, kind: str, mask_id
         count = config.accumulation
         if count == 1:
             return loss_and_gradients(params, frozen, batch, jax.random.fold_in(key, 0))
-        split = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1), batch)
+        split = micro_batches(batch, count)
 
         def body(carry, inputs):
             index, micro_batch = inputs
