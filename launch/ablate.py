@@ -68,9 +68,9 @@ def parse_arguments(argv):
         "--variants", default=default, metavar="A,B", help=f"of {', '.join(VARIANTS)} (default {default})"
     )
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each variant (%(default)s)")
-    parser.add_argument("--steps", type=int, default=1500, metavar="N", help="of stage 1 (%(default)s)")
-    parser.add_argument("--edit-steps", type=int, default=700, metavar="N", help="of stage 2; 0: none (%(default)s)")
-    parser.add_argument("--scenes", type=int, default=256, metavar="N", help="evaluated of each task (%(default)s)")
+    parser.add_argument("--steps", type=int, default=1200, metavar="N", help="of stage 1 (%(default)s)")
+    parser.add_argument("--edit-steps", type=int, default=400, metavar="N", help="of stage 2; 0: none (%(default)s)")
+    parser.add_argument("--scenes", type=int, default=128, metavar="N", help="evaluated of each task (%(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for all runs of both stages")
     arguments = parser.parse_args(argv)
     arguments.variants = [name.strip() for name in arguments.variants.split(",")]
@@ -92,6 +92,7 @@ def run_changes(arguments, variant: str, seed: int, stage: str) -> list[str]:
         f"checkpoint.every={steps}",
         "samples.count=0",
         f"validation.every={steps}",
+        f"compilation_cache={arguments.output.absolute() / 'compiled'}",
         "validation.records=256",
         f"streams.text_to_image.path={arguments.data / 'text_to_image'}",
     ]
@@ -145,11 +146,8 @@ def validation_losses(folder: Path) -> dict[str, float]:
     found = {}
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
-        found |= {
-            f"validation/{row['stream']}/{key.removeprefix('validation/')}": value
-            for key, value in row.items()
-            if key.startswith("validation/")
-        }
+        if row["stream"].startswith("validation/"):
+            found |= {f"{row['stream']}/{key}": value for key, value in row.items() if key not in ("step", "stream")}
     return found
 
 
@@ -215,8 +213,12 @@ def draw(path: Path, table, variants) -> None:
 
 
 def ablate(arguments) -> None:
+    import jax
+
     from unialign_jax import files
 
+    # Runs of one shape have programs in common: what one has compiled, the next loads.
+    jax.config.update("jax_compilation_cache_dir", str(arguments.output.absolute() / "compiled"))
     path = arguments.output / "results.json"
     arguments.output.mkdir(parents=True, exist_ok=True)
     settings = {
