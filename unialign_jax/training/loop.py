@@ -109,7 +109,7 @@ class Trainer:
             if source.heads is None:
                 log.info("%s has no alignment heads, they start at random", config.init_from)
                 del abstract["heads"]
-            if not source.transformer.text_positions:
+            if source.transformer is not None and not source.transformer.text_positions:
                 abstract["transformer"] = {k: v for k, v in abstract["transformer"].items() if k != "text_positions"}
             loaded = bundle.restore(config.init_from, abstract)
         if loaded["transformer"].keys() != fresh["transformer"].keys():
