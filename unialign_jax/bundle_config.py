@@ -32,7 +32,7 @@ SAMPLING = {
     "guidance_scale": (7.0, 0, 100),
     "shift": (3.0, 0.01, 100),
 }
-# What differs of a model with text positions: the surest word is there a word at its place, and sentences come out whole.
+# What differs where the transformer has text positions: it knows which word goes where, and needs no luck to place it.
 POSITIONED_SAMPLING = {"caption_decoding": "top_k", "caption_temperature": 0.0}
 _KEYS = {"format", "version", *COMPONENTS, "teacher", *SIZES, "tasks", "sampling", "dtypes", "provenance", "files"}
 _CHOICES = {

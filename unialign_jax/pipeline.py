@@ -459,7 +459,7 @@ class Pipeline:
         length = self._check_text_length(text_length)
         given = self.tokenizer.token_ids(check_text(prefix, "prefix"))
         if len(given) >= length:
-            raise ValueError(f"prefix is {len(given)} tokens long, expected at most {length - 1}: the model reads {length}")
+            raise ValueError(f"prefix is {len(given)} tokens long, expected at most {length - 1} of a text of {length}")
         self._warn_of_task("caption")
         ids = np.full((len(images), length), self.tokenizer.eos_id, np.int32)
         ids[:, : len(given)] = given

@@ -111,7 +111,7 @@ def sample_text(
         is_end = jnp.zeros_like(is_hidden) if eos_id is None else jnp.argmax(logits, axis=-1) == eos_id
         waits = is_end & jnp.any(is_hidden & ~is_end, axis=-1, keepdims=True)
         is_ready = is_hidden & ~waits
-        # Ready positions first, words from the surest, ends from the right; rank is each position's place in that order.
+        # Ready positions first: words from the surest on, ends from the right; rank is a position's place in it.
         order = jnp.lexsort((jnp.where(is_end, -jnp.arange(length), doubt), waits, ~is_hidden), axis=-1)
         rank = jnp.argsort(order, axis=-1)
         ready = jnp.sum(is_ready, axis=-1, keepdims=True)
