@@ -396,7 +396,7 @@ def test_long_questions_are_cut_with_a_warning(pipeline, caplog):
         (lambda p: p.caption(picture(), decoding="magic"), "expected one of ancestral"),
         (lambda p: p.caption(picture(), max_tokens=0), "max_tokens is 0"),
         (lambda p: p.caption(picture(), prefix=["a"]), "prefix is a list, expected a text"),
-        (lambda p: p.caption(picture(), prefix="a " * 24), "prefix is 24 tokens long, expected at most 23 of a text of"),
+        (lambda p: p.caption(picture(), prefix="a " * 24), "prefix is 24 tokens long, expected at most 23 of a text"),
         (lambda p: p.caption([]), "no image was given"),
         (lambda p: p.answer(picture(), ""), "question 0 is empty"),
     ],
