@@ -48,7 +48,7 @@ def paper_config(size="") -> ConfigDict:
             # where it has none random encoders and the small tokenizer of the shapes world.
             "frozen_from": "",
             "tokenizer": "",
-            # Networks. model.text_positions: rows of a learned table of text positions; 0, none, is the released model's.
+            # Networks. model.text_positions: rows of a table of text positions; 0, none, as in the released model.
             "model": dataclasses.asdict(presets.MMDIT["unialign_2b"]) | {"attention": "auto"},
             "heads": dataclasses.asdict(presets.ALIGNMENT_HEADS["unialign_2b"]),
             "text_encoder": dataclasses.asdict(presets.TEXT_ENCODER["t5_xxl"]),
