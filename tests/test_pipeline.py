@@ -204,12 +204,12 @@ def test_values_compile_nothing(pipeline):
     assert compiled  # the listener works
 
 
-def test_each_program_is_traced_once(tiny_bundle, monkeypatch):
-    """Whatever the seeds, guidance, schedule, texts and images."""
+def test_each_program_is_traced_once(positioned_bundle, monkeypatch):
+    """Whatever the seeds, guidance, schedule, texts and images; each decoding is a program, here that of both tasks."""
     chex.clear_trace_counter()
     for name in ("encode_images", "sample_images", "decode_images", "describe"):
         monkeypatch.setattr(programs, name, chex.assert_max_traces(getattr(programs, name), n=1))
-    once = Pipeline.from_bundle(tiny_bundle)
+    once = Pipeline.from_bundle(positioned_bundle)
     for seed, scale in ((0, 7.0), (5, 2.0)):
         image = picture(seed)
         once.edit("make it green", image, steps=2, seeds=seed, guidance_scale=scale, shift=1 + scale)
