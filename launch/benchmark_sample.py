@@ -84,6 +84,9 @@ def benchmark_sample(arguments) -> dict:
     if missing:
         raise ValueError(f"{settings['bundle']} lacks {' and '.join(missing)}, which are measured too")
     check_sampling(config, config.image_size if arguments.size is None else arguments.size, 1)
+    positions = config.transformer.text_positions
+    if positions and (arguments.caption_tokens or 0) > positions:
+        raise ValueError(f"--caption-tokens is {arguments.caption_tokens}, the model has positions for {positions}")
     if arguments.compare and importlib.util.find_spec(arguments.compare) is None:
         raise ValueError("--compare needs diffusers and torch: pip install -r requirements-test.txt")
 
@@ -365,7 +368,9 @@ def measure_captions(settings, model, watch, limits) -> dict:
     model.max_batch = max(settings["caption_batch"])
     for batch in settings["caption_batch"]:
         images = [Image.fromarray(np.roll(pixels, i, axis=1)) for i in range(batch)]
-        task = functools.partial(model.caption, images, steps=settings["caption_steps"], text_length=tokens)
+        task = functools.partial(
+            model.caption, images, steps=settings["caption_steps"], text_length=tokens, decoding="ancestral"
+        )
         name = f"caption batch {batch}"
         seconds, compiling = watch.median(task, settings["rounds"])
         evaluations = int(watch.results["loop"].evaluations)  # steps that change no token are left out

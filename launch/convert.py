@@ -113,6 +113,11 @@ def parse_arguments(argv):
     sub.add_argument("--format", required=True, choices=["unialign", "diffusers", "stability", "bundle"])
     sub.add_argument("--components", metavar="A,B", help="write only these of transformer, text_encoder, autoencoder")
     add_dtype(sub, "how to write the weights (default: as they are stored)")
+    sub.add_argument(
+        "--drop-text-positions",
+        action="store_true",
+        help="leave out a table of text positions, which PyTorch's formats cannot hold: images and texts then change",
+    )
 
     sub = command("inspect", INSPECT, "what is in a file, folder, bundle or run")
     sub.add_argument("path", metavar="PATH")
@@ -124,6 +129,8 @@ def parse_arguments(argv):
         parser.error("export needs --bundle or --run")
     if arguments.command == "export" and arguments.format == "bundle" and not arguments.run:
         parser.error("--format=bundle makes a bundle of a run: give it by --run")
+    if arguments.command == "export" and arguments.format == "bundle" and arguments.drop_text_positions:
+        parser.error("--drop-text-positions goes with PyTorch's formats; a bundle keeps them")
     return arguments
 
 
@@ -189,6 +196,7 @@ def export(arguments):
         dtype=arguments.dtype,
         overwrite=arguments.overwrite,
         progress=True,
+        drop_text_positions=arguments.drop_text_positions,
     )
     for line in lost:
         print(f"left out, since {arguments.format} has no place for it: {line}")

@@ -49,8 +49,8 @@ def parse_arguments(argv):
     shapes.add_argument("--steps", type=int, metavar="N", help="of the image sampler; default the model's")
     shapes.add_argument("--guidance-scale", type=float, metavar="X", help="default the model's")
     decodings = "ancestral, confidence, entropy, top_k"
-    shapes.add_argument("--decoding", default="top_k", help=f"of texts: {decodings} (%(default)s)")
-    shapes.add_argument("--temperature", type=float, default=0.0, help="of texts (%(default)s)")
+    shapes.add_argument("--decoding", help=f"of texts: {decodings}; default the model's")
+    shapes.add_argument("--temperature", type=float, metavar="X", help="of texts; default the model's")
     shapes.add_argument("--traceback", action="store_true", help="show where an error came from")
     arguments = parser.parse_args(argv)
     for name, least in (("scenes", 1), ("seed", 0), ("batch", 1)):
@@ -87,15 +87,15 @@ def evaluate_shapes(arguments) -> dict:
     files.refuse_existing(arguments.output, overwrite=arguments.overwrite, foreign=foreign_names)
     pipeline, model = open_model(Path(arguments.bundle), arguments.weights, arguments.batch)
     tasks = arguments.tasks or shapes_run.tasks_of(pipeline.config)
-    image_options = {"steps": arguments.steps, "guidance_scale": arguments.guidance_scale}
-    text_options = {"decoding": arguments.decoding, "temperature": arguments.temperature}
+    image_options = given(steps=arguments.steps, guidance_scale=arguments.guidance_scale)
+    text_options = given(decoding=arguments.decoding, temperature=arguments.temperature)
     content = {
         "suite": "shapes",
         "model": model,
         "settings": {
             "scenes": arguments.scenes,
             "seed": arguments.seed,
-            "image": {key: value for key, value in image_options.items() if value is not None},
+            "image": image_options,
             "text": text_options,
         },
         "scores": {},
@@ -119,6 +119,11 @@ def evaluate_shapes(arguments) -> dict:
             print(shapes_run.table(task, content["scores"][task], time.monotonic() - began), flush=True)
         (folder / "scores.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     return content
+
+
+def given(**options) -> dict:
+    """The options that are; the pipeline knows the model's own for the others."""
+    return {key: value for key, value in options.items() if value is not None}
 
 
 def foreign_names(folder: Path) -> list[str]:

@@ -204,3 +204,22 @@ def tiny_bundle(tmp_path_factory):
     directory = tmp_path_factory.mktemp("bundles") / "tiny"
     bundle.save(directory, config, params, tokenizer=load_tokenizer())
     return directory
+
+
+@pytest.fixture(scope="session")
+def positioned_bundle(tiny_bundle, tmp_path_factory):
+    """`tiny_bundle` with a table of 24 text positions, random as its other weights."""
+    import dataclasses
+
+    import numpy as np
+
+    from unialign_jax import bundle
+
+    config, params = bundle.load(tiny_bundle)
+    transformer = dataclasses.replace(config.transformer, text_positions=24)
+    table = np.random.default_rng(1).normal(size=(24, transformer.width)).astype(np.float32)
+    params["transformer"] = params["transformer"] | {"text_positions": table}
+    directory = tmp_path_factory.mktemp("bundles") / "positioned"
+    config = dataclasses.replace(config, transformer=transformer)
+    bundle.save(directory, config, params, tokenizer=bundle.tokenizer_path(tiny_bundle))
+    return directory

@@ -62,6 +62,15 @@ def test_what_was_saved_comes_back(saved, params):
     assert not list(saved.parent.glob("*.partial"))
 
 
+def test_a_table_of_text_positions_comes_back_and_older_bundles_have_none(positioned_bundle, tiny_bundle, tmp_path):
+    config, params = bundle.load(positioned_bundle)
+    assert config.transformer.text_positions == 24 == len(params["transformer"]["text_positions"])
+    content = json.loads((tiny_bundle / "config.json").read_text())
+    del content["transformer"]["text_positions"], content[inventory.SEAL]  # as it was before there were any
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert bundle.read_config(tmp_path) == bundle.read_config(tiny_bundle)
+
+
 def test_a_component_alone_runs_the_model_in_another_dtype(saved, params):
     _, loaded = bundle.load(saved, components=["text_encoder"], dtype="bfloat16")
     assert list(loaded) == ["text_encoder"]
@@ -328,6 +337,10 @@ def test_a_config_that_is_no_object(tmp_path, refuses, content):
         ("sampling.guidance_scale", float("nan"), "sampling.guidance_scale is nan, expected 0 to 100"),
         ("sampling.steps", 0, "sampling.steps is 0, expected 1 to 1000"),
         ("sampling.steps", 2.5, "sampling.steps is 2.5, expected 1 to 1000"),
+        ("sampling.caption_decoding", "best", "caption_decoding is 'best', expected one of ancestral, confidence,"),
+        ("sampling.answer_decoding", ["top_k"], "sampling.answer_decoding is ['top_k'], expected one of"),
+        ("sampling.caption_temperature", -1, "sampling.caption_temperature is -1, expected 0 to 100"),
+        ("transformer.text_positions", -1, "transformer.text_positions is -1, expected a whole number from 0"),
         ("sampling.mood", 1, "sampling has the unknown key 'mood', expected some of steps"),
         ("dtypes", 3, "dtypes is 3, expected an object"),
         ("provenance", "mine", "provenance is 'mine', expected an object"),

@@ -161,6 +161,20 @@ def test_answers_are_read_off_the_image_and_the_question(pipeline, tiny_bundle):
     assert pipeline.answer(images, questions, steps=1, temperature=0, max_tokens=4) == expected
 
 
+def test_a_caption_goes_on_from_its_prefix(pipeline, tiny_bundle):
+    tokenizer = pipeline.tokenizer
+    given = tokenizer.token_ids("a red star")
+    ids = np.full(24, tokenizer.mask_id)
+    ids[: len(given)] = given
+    for cap in (None, 5):  # of what comes after the prefix
+        ids[len(given) + (cap or 24) :] = tokenizer.eos_id
+        expected = tokenizer.decode(likeliest(tiny_bundle, picture(1), ids)).strip()
+        options = {"steps": 1, "temperature": 0, "max_tokens": cap}
+        assert pipeline.caption(picture(1), prefix="a red star", **options) == [expected]
+        assert expected.startswith("a red star")
+    assert pipeline.caption(picture(1), prefix="a red star", seeds=1) != pipeline.caption(picture(1), seeds=1)
+
+
 def test_edits_keep_the_images_size(pipeline, caplog):
     images = [picture(0, (50, 37)), picture(1, (32, 64)), picture(2, (600, 300))]
     with caplog.at_level(logging.WARNING):
@@ -190,12 +204,12 @@ def test_values_compile_nothing(pipeline):
     assert compiled  # the listener works
 
 
-def test_each_program_is_traced_once(tiny_bundle, monkeypatch):
-    """Whatever the seeds, guidance, schedule, texts and images."""
+def test_each_program_is_traced_once(positioned_bundle, monkeypatch):
+    """Whatever the seeds, guidance, schedule, texts and images; each decoding is a program, here that of both tasks."""
     chex.clear_trace_counter()
     for name in ("encode_images", "sample_images", "decode_images", "describe"):
         monkeypatch.setattr(programs, name, chex.assert_max_traces(getattr(programs, name), n=1))
-    once = Pipeline.from_bundle(tiny_bundle)
+    once = Pipeline.from_bundle(positioned_bundle)
     for seed, scale in ((0, 7.0), (5, 2.0)):
         image = picture(seed)
         once.edit("make it green", image, steps=2, seeds=seed, guidance_scale=scale, shift=1 + scale)
@@ -381,6 +395,8 @@ def test_long_questions_are_cut_with_a_warning(pipeline, caplog):
         (lambda p: p.personalize(["a", "b"], [[picture()]]), "2 prompts, but 1 lists of references"),
         (lambda p: p.caption(picture(), decoding="magic"), "expected one of ancestral"),
         (lambda p: p.caption(picture(), max_tokens=0), "max_tokens is 0"),
+        (lambda p: p.caption(picture(), prefix=["a"]), "prefix is a list, expected a text"),
+        (lambda p: p.caption(picture(), prefix="a " * 24), "prefix is 24 tokens long, expected at most 23 of a text"),
         (lambda p: p.caption([]), "no image was given"),
         (lambda p: p.answer(picture(), ""), "question 0 is empty"),
     ],
@@ -432,6 +448,51 @@ def test_a_bundle_is_sampled_as_it_says_and_as_one_asks(tiny_bundle, tmp_path):
     assert made(pipeline.edit("make it green", picture())) == ("edit", 1, 3.5, 2.0)
     assert made(pipeline.perceive("depth", picture())) == ("perceive", 1, 3.5, 2.0)
     assert pipeline.caption(picture()) == pipeline.caption(picture(), steps=3)
+
+
+def test_texts_are_decoded_as_the_bundle_says_and_as_one_asks(pipeline, tiny_bundle, positioned_bundle, tmp_path):
+    question, surest = "is it red ?", {"decoding": "top_k", "temperature": 0}
+    by_chance = {"decoding": "ancestral", "temperature": 1}
+    assert pipeline.caption(picture(), seeds=4) == pipeline.caption(picture(), seeds=4, **by_chance)
+    assert pipeline.answer(picture(), question, seeds=4) == pipeline.answer(picture(), question, seeds=5, **surest)
+    asked = pipeline.answer(picture(), question, seeds=4, **by_chance)
+    assert asked != pipeline.answer(picture(), question, seeds=4)
+
+    positioned = Pipeline.from_bundle(positioned_bundle)
+    assert positioned.caption(picture(), seeds=4) == positioned.caption(picture(), seeds=5, **surest)
+    own = {"caption_decoding": "ancestral", "caption_temperature": 1, "answer_decoding": "ancestral"}
+    own["answer_temperature"] = 1
+    said = Pipeline.from_bundle(rewritten(positioned_bundle, tmp_path / "own", sampling=own))
+    assert said.caption(picture(), seeds=4) == positioned.caption(picture(), seeds=4, **by_chance)
+    assert said.answer(picture(), question, seeds=4) == positioned.answer(picture(), question, seeds=4, **by_chance)
+    assert said.caption(picture(), seeds=4) != positioned.caption(picture(), seeds=4)
+
+
+def test_a_table_of_zeros_changes_nothing_and_another_does(pipeline, positioned_bundle, tmp_path):
+    config, params = bundle.load(positioned_bundle)
+    zeros = params["transformer"] | {"text_positions": np.zeros_like(params["transformer"]["text_positions"])}
+    params |= {"transformer": zeros}
+    bundle.save(tmp_path / "zeros", config, params, tokenizer=bundle.tokenizer_path(positioned_bundle))
+    calls = (
+        lambda p: np.asarray(p.generate("a red circle", steps=2)[0]).tolist(),
+        lambda p: p.caption(picture(), steps=4, decoding="ancestral", temperature=1),
+    )
+    zeros, positioned = Pipeline.from_bundle(tmp_path / "zeros"), Pipeline.from_bundle(positioned_bundle)
+    for call in calls:
+        assert call(zeros) == call(pipeline) != call(positioned)
+
+
+@pytest.mark.bad_input
+def test_texts_longer_than_the_table_of_positions(positioned_bundle, tmp_path, refuses, command_refuses):
+    positioned = Pipeline.from_bundle(positioned_bundle)
+    words = ("text_length is 25, expected at most 24", "positions")
+    refuses(lambda: positioned.caption(picture(), text_length=25), *words)
+    refuses(lambda: positioned.answer(picture(), "is it red ?", text_length=25), *words)
+    picture().save(tmp_path / "a.png")
+    arguments = [f"--bundle={positioned_bundle}", "--task=caption", f"--image={tmp_path}/a.png", "--text-length=25"]
+    command_refuses("generate", [*arguments, "--compilation-cache=none"], *words)
+    longer = rewritten(positioned_bundle, tmp_path / "longer", text_length=25)
+    refuses(lambda: Pipeline.from_bundle(longer), "texts have 25 tokens, the transformer has positions for 24")
 
 
 def test_a_task_or_a_size_beyond_training_is_warned_of_once(tiny_bundle, tmp_path, caplog):

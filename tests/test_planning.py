@@ -51,9 +51,9 @@ def test_table_ends_with_the_whole_task():
 
 
 @pytest.mark.parametrize("task", planning.TASKS)
-def test_the_pipelines_own_programs_are_lowered(task, tiny_bundle):
+def test_the_pipelines_own_programs_are_lowered(task, positioned_bundle):
     """The tiny model's, on this machine's device: what is asked for in shapes is what the pipeline's functions take."""
-    config = bundle.read_config(tiny_bundle)
+    config = bundle.read_config(positioned_bundle)
     programs, params = planning.sampling_programs(
         task, jax.devices()[0], config=config, size=32, batch=2, steps=3, dtype="float32", quantize="int8"
     )
@@ -70,6 +70,8 @@ def test_the_pipelines_own_programs_are_lowered(task, tiny_bundle):
         assert out["sample"][0].shape == (2, 8, 8, 48)
         assert (out["decode images"][0].shape, out["decode images"][0].dtype) == ((2, 32, 32, 3), np.uint8)
     assert params["text_encoder"]["layers"]["query"]["kernel"].qvalue.dtype == np.int8
+    assert params["transformer"]["text_positions"].shape == (24, 32)
+    assert params["transformer"]["text_positions"].dtype == np.float32
 
 
 def test_measuring_on_this_machine(tiny_bundle):

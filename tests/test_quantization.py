@@ -28,7 +28,14 @@ from unialign_jax.sharding import path_string
 
 CONFIG = bundle.BundleConfig(
     transformer=dataclasses.replace(
-        presets.MMDIT["tiny"], depth=3, num_heads=2, head_width=16, latent_channels=4, tap_depth=1, text_width=32
+        presets.MMDIT["tiny"],
+        depth=3,
+        num_heads=2,
+        head_width=16,
+        latent_channels=4,
+        tap_depth=1,
+        text_width=32,
+        text_positions=8,
     ),
     text_encoder=dataclasses.replace(
         presets.TEXT_ENCODER["tiny"], width=32, mlp_width=48, num_heads=2, head_width=16, depth=2

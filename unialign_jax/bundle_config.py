@@ -9,6 +9,7 @@ from unialign_jax.files import shown
 from unialign_jax.models.autoencoder import AutoencoderConfig
 from unialign_jax.models.mmdit import REMAT_POLICIES, AlignmentHeadsConfig, MMDiTConfig
 from unialign_jax.models.text_encoder import TextEncoderConfig
+from unialign_jax.sampling.text import DECODINGS
 
 FORMAT, VERSION = "unialign_jax bundle", 1
 PACKAGED = {"demo": Path(__file__).with_name("assets") / "demo"}  # bundles that come with the package
@@ -20,14 +21,21 @@ COMPONENTS = {
 }
 SIZES = ("image_size", "text_length")
 TASKS = ("t2i", "edit", "perceive", "personalize", "caption", "vqa")
-# How the released model is sampled, and so every bundle that says nothing else; with the range of each value.
+# How the released model is sampled, and so every bundle that says nothing else; with the range or the choices of each
+# value. Its captions are drawn as the reference draws them. An answer is a question of right or wrong, not of variety.
 SAMPLING = {
     "steps": (28, 1, 1000),
     "edit_steps": (50, 1, 1000),  # with condition images
-    "caption_steps": (32, 1, 1000),
+    "caption_steps": (32, 1, 1000),  # and of answers
+    "caption_decoding": ("ancestral", DECODINGS),
+    "caption_temperature": (1.0, 0, 100),
+    "answer_decoding": ("top_k", DECODINGS),
+    "answer_temperature": (0.0, 0, 100),
     "guidance_scale": (7.0, 0, 100),
     "shift": (3.0, 0.01, 100),
 }
+# What differs where the transformer has text positions: it knows which word goes where, and needs no luck to place it.
+POSITIONED_SAMPLING = {"caption_decoding": "top_k", "caption_temperature": 0.0}
 _KEYS = {"format", "version", *COMPONENTS, "teacher", *SIZES, "tasks", "sampling", "dtypes", "provenance", "files"}
 _CHOICES = {
     "attention": ("auto", "xla", "cudnn", "splash"),
@@ -69,8 +77,11 @@ class BundleConfig:
 
     @property
     def sampling_defaults(self) -> dict:
-        """A value for every key of SAMPLING."""
-        return {key: self.sampling.get(key, value) for key, (value, *_) in SAMPLING.items()}
+        """A value for every key of SAMPLING: what the bundle says, or else what suits its architecture."""
+        usual = {key: value for key, (value, *_) in SAMPLING.items()}
+        if self.transformer is not None and self.transformer.text_positions:
+            usual |= POSITIONED_SAMPLING
+        return usual | self.sampling
 
 
 def is_packaged(name) -> bool:
@@ -193,10 +204,15 @@ def _check_sampling(sampling, where):
         if key not in SAMPLING:
             known = ", ".join(SAMPLING)
             raise ValueError(f"{where}: sampling has the unknown key {key[:60]!r}, expected some of {known}")
-        default, low, high = SAMPLING[key]
-        fits = inventory.is_whole(value, low, high) if isinstance(default, int) else is_number(value)
-        if not fits or not low <= value <= high:
-            raise ValueError(f"{where}: sampling.{key} is {shown(value)}, expected {low} to {high}")
+        default, *limits = SAMPLING[key]
+        if isinstance(default, str):
+            fits, expected = value in limits[0], f"one of {', '.join(limits[0])}"
+        else:
+            low, high = limits
+            fits = inventory.is_whole(value, low, high) if isinstance(default, int) else is_number(value)
+            fits, expected = fits and low <= value <= high, f"{low} to {high}"
+        if not fits:
+            raise ValueError(f"{where}: sampling.{key} is {shown(value)}, expected {expected}")
 
 
 def is_number(value) -> bool:
@@ -212,6 +228,8 @@ def fit_problems(config: BundleConfig, tokenizer=None) -> list[str]:
     """
     t, e, a = config.transformer, config.text_encoder, config.autoencoder
     lines = []
+    if t and 0 < t.text_positions < config.text_length:
+        lines.append(f"texts have {config.text_length} tokens, the transformer has positions for {t.text_positions}")
     if t and e and t.text_width != e.width:
         lines.append(f"the transformer reads text of width {t.text_width}, the text encoder gives {e.width}")
     if t and e and t.vocab_size > e.vocab_size:

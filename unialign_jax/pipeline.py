@@ -71,8 +71,9 @@ class Pipeline:
     most `max_batch`, filled up to a power of two, and each shape is compiled once. Guidance, seeds, shift and
     temperature can change without compiling; sizes, the number of steps and the kind of guidance cannot.
 
-    Steps, guidance scale and shift that are not given are the bundle's own (`config.sampling_defaults`); the released
-    model's are 28 steps (50 with images, 32 of a text), guidance 7, shift 3.
+    Steps, guidance scale, shift, decoding and temperature that are not given are the bundle's own
+    (`config.sampling_defaults`); the released model's are 28 steps (50 with images, 32 of a text), guidance 7, shift 3,
+    captions drawn in ancestral order at temperature 1, answers of the likeliest tokens.
 
     Bad arguments raise ValueError in one line. Prompts that are too long are cut, with a warning that quotes the rest;
     a task that the model was not trained for, and sizes beyond its training's, are warned of once.
@@ -129,7 +130,9 @@ class Pipeline:
             self._encode_prompts = jax.jit(functools.partial(programs.encode_prompts, text_module))
         if transformer is not None and text_encoder is not None:
             self._describe = jax.jit(
-                functools.partial(programs.describe, module, text_module, mask_id=tokenizer.mask_id),
+                functools.partial(
+                    programs.describe, module, text_module, mask_id=tokenizer.mask_id, eos_id=tokenizer.eos_id
+                ),
                 static_argnames=("decoding",),
             )
         if (autoencoder := with_dtype(config.autoencoder)) is not None:
@@ -431,10 +434,11 @@ class Pipeline:
         self,
         images,
         *,
+        prefix: str = "",
         max_tokens: int | None = None,
         steps: int | None = None,
-        decoding: str = "ancestral",
-        temperature: float = 1.0,
+        decoding: str | None = None,
+        temperature: float | None = None,
         threshold: float = 0.9,
         entropy_bound: float = 0.1,
         text_length: int | None = None,
@@ -444,21 +448,28 @@ class Pipeline:
 
         Args:
           images: PIL images or paths; their middle square is read, at the bundle's training size.
-          max_tokens: the most tokens of a caption, exact; the text length when None.
+          prefix: what every caption begins with; the rest is filled in after it.
+          max_tokens: the most tokens of a caption after its prefix, exact; the text length when None.
           steps: of the denoising from all masks to none; steps that would change nothing cost nothing. The bundle's
             when None.
-          decoding: "ancestral" (the reference's), "confidence", "entropy" or "top_k"; see `sampling.text`.
-          temperature: of the token distributions; 0 takes the most likely token.
+          decoding: "ancestral" (the reference's), "confidence", "entropy" or "top_k"; see `sampling.text`. The bundle's
+            when None: of a model with text positions top_k, of the released one ancestral.
+          temperature: of the token distributions; 0 takes the most likely token. The bundle's when None.
           threshold, entropy_bound: of the decodings "confidence" and "entropy".
           text_length: tokens of the text stream, the bundle's training length when None.
           seeds: as in `generate`.
         """
-        steps = self._defaults["caption_steps"] if steps is None else steps
-        settings = TextSettings(steps, decoding, temperature, threshold, entropy_bound, max_tokens)
+        settings = self._text_settings("caption", steps, decoding, temperature, threshold, entropy_bound, max_tokens)
         images = self._open(images)
+        length = self._check_text_length(text_length)
+        given = self.tokenizer.token_ids(check_text(prefix, "prefix"))
+        if len(given) >= length:
+            raise ValueError(f"prefix is {len(given)} tokens long, expected at most {length - 1} of a text of {length}")
         self._warn_of_task("caption")
-        ids = np.full((len(images), self._check_text_length(text_length)), self.tokenizer.eos_id, np.int32)
-        return self._fill_texts(images, ids, np.ones_like(ids, bool), settings, seeds)
+        ids = np.full((len(images), length), self.tokenizer.eos_id, np.int32)
+        ids[:, : len(given)] = given
+        is_target = np.broadcast_to(np.arange(length) >= len(given), ids.shape)
+        return [self.tokenizer.decode(row).strip() for row in self._fill_texts(images, ids, is_target, settings, seeds)]
 
     def answer(
         self,
@@ -467,8 +478,8 @@ class Pipeline:
         *,
         max_tokens: int | None = None,
         steps: int | None = None,
-        decoding: str = "ancestral",
-        temperature: float = 1.0,
+        decoding: str | None = None,
+        temperature: float | None = None,
         threshold: float = 0.9,
         entropy_bound: float = 0.1,
         text_length: int | None = None,
@@ -476,10 +487,10 @@ class Pipeline:
     ) -> list[str]:
         """Answers to questions about the images; one image, or one question, may stand for all.
 
-        The question is fixed as "Q: {question} A: " and the rest is filled in. The arguments are those of `caption`.
+        The question is fixed as "Q: {question} A: " and the rest is filled in. The arguments are those of `caption`;
+        the likeliest tokens, by top_k at temperature 0, are the default of every bundle that says nothing else.
         """
-        steps = self._defaults["caption_steps"] if steps is None else steps
-        settings = TextSettings(steps, decoding, temperature, threshold, entropy_bound, max_tokens)
+        settings = self._text_settings("answer", steps, decoding, temperature, threshold, entropy_bound, max_tokens)
         questions, images = spread(check_texts(questions, "question"), self._open(images), "questions")
         length = self._check_text_length(text_length)
         self._warn_of_task("vqa")
@@ -490,7 +501,9 @@ class Pipeline:
                 log.warning(text, number, count, length - 1)
         encoded = [encode_question(question, "", self.tokenizer, length) for question in questions]
         ids, is_target = (np.stack(column) for column in zip(*encoded, strict=True))
-        return self._fill_texts(images, ids, is_target, settings, seeds)
+        first = np.argmax(is_target, axis=1)
+        filled = self._fill_texts(images, ids, is_target, settings, seeds)
+        return [self.tokenizer.decode(row[start:]).strip() for row, start in zip(filled, first, strict=True)]
 
     # What the tasks share
 
@@ -516,6 +529,16 @@ class Pipeline:
             image_guidance_scale,
             solver,
             own["shift"] if shift is None else shift,
+        )
+
+    def _text_settings(self, task, steps, decoding, temperature, *rest) -> TextSettings:
+        """The settings, with the bundle's own for those that are not given; `task` is "caption" or "answer"."""
+        own = self._defaults
+        return TextSettings(
+            own["caption_steps"] if steps is None else steps,
+            own[f"{task}_decoding"] if decoding is None else decoding,
+            own[f"{task}_temperature"] if temperature is None else temperature,
+            *rest,
         )
 
     def _render(self, task, pictures, settings, negatives, seeds, per_prompt, callback):
@@ -633,16 +656,16 @@ class Pipeline:
         return latents
 
     def _fill_texts(self, images, ids, is_target, settings, seeds):
-        """The texts that the targets of ids [B, L] become, from each row's first target on."""
+        """ids [B, L] with their targets filled in, as rows on the host."""
         self._require("a text", "transformer", "text_encoder", "autoencoder")
-        first = np.argmax(is_target, axis=1)
         if settings.max_tokens is not None:  # what is beyond stays end-of-text
             check_whole("max_tokens", settings.max_tokens, 1, ids.shape[1])
+            first = np.argmax(is_target, axis=1)
             is_target = is_target & (np.arange(ids.shape[1]) < (first + settings.max_tokens)[:, None])
         seeds = np.array(check_seeds(seeds, len(images)), np.uint32)
         side = self.config.image_size
         latents = self._encode([np.asarray(fill_size(image, side, side)) for image in images])
-        texts = [None] * len(images)
+        filled = [None] * len(images)
         with self._weights.use("transformer", "text_encoder") as params:
             for members, padded in self._batches([None] * len(images)):
                 padded = np.array(padded)
@@ -662,8 +685,8 @@ class Pipeline:
                         decoding=settings.decoding,
                     )
                 for i, row in zip(members, np.asarray(sample.ids), strict=False):
-                    texts[i] = self.tokenizer.decode(row[first[i] :]).strip()
-        return texts
+                    filled[i] = row
+        return filled
 
     def _batches(self, keys):
         """Indices of equal key in batches: (members, members filled up to a power of two by repeating the last)."""
@@ -728,7 +751,13 @@ class Pipeline:
         return size[0] // factor, size[1] // factor, self.config.autoencoder.latent_channels
 
     def _check_text_length(self, length):
-        return self.config.text_length if length is None else check_whole("text_length", length, 8, MAX_TOKENS)
+        if length is None:
+            return self.config.text_length
+        check_whole("text_length", length, 8, MAX_TOKENS)
+        positions = self.config.transformer.text_positions if self.config.transformer else 0
+        if positions and length > positions:
+            raise ValueError(f"text_length is {length}, expected at most {positions}: the model has no more positions")
+        return length
 
     @contextlib.contextmanager
     def _telling(self, what, *shape):

@@ -138,7 +138,7 @@ def sampling_programs(task, device, *, config=None, size=512, batch=1, steps=Non
         params = {name: abstract_quantized(tree, quantize) for name, tree in params.items()}
     params["autoencoder"] = weights.abstract_component(config, "autoencoder", dtype)
     params = on_device(params)
-    tokenizer = types.SimpleNamespace(mask_id=config.transformer.vocab_size - 1)  # any id: it changes no size
+    tokenizer = types.SimpleNamespace(mask_id=config.transformer.vocab_size - 1, eos_id=1)  # any ids: of no size
     pipeline = Pipeline(config, params.__getitem__, tokenizer, dtype=dtype, quantize=quantize, device=device)
 
     factor, channels = config.autoencoder.downsample_factor, config.autoencoder.latent_channels

@@ -67,6 +67,15 @@ def test_a_run_without_a_bundle_takes_its_seeded_encoders_along(command, run, tm
     assert bundle.verify(tmp_path / "out") == []
 
 
+def test_text_positions_are_dropped_by_a_flag(command, positioned_bundle, tmp_path, capsys, command_refuses):
+    arguments = ["export", f"--bundle={positioned_bundle}", "--components=transformer", f"--output={tmp_path}/out"]
+    command_refuses("convert", [*arguments, "--format=diffusers"], "--drop-text-positions")
+    assert command([*arguments, "--format=diffusers", "--drop-text-positions"]) == 0
+    assert "left out, since diffusers has no place for it: the text positions, without" in capsys.readouterr().out
+    arguments = ["export", "--run=a", "--format=bundle", "--output=b", "--drop-text-positions"]
+    command_refuses("convert", arguments, "--drop-text-positions goes with PyTorch's formats")
+
+
 def test_inspect_a_bundle(command, sd3_bundle, capsys):
     assert command(["inspect", str(sd3_bundle), "--verify"]) == 0
     output = capsys.readouterr().out

@@ -17,10 +17,12 @@ from unialign_jax import bundle
 from unialign_jax.conversion import exporting, safetensors_file
 from unialign_jax.conversion.exporting import bundle_from_run, export
 from unialign_jax.conversion.importing import convert_sd3, convert_unialign
+from unialign_jax.conversion.inspecting import inspect
 from unialign_jax.data.tokenizer import load_tokenizer
 from unialign_jax.diffusion import flow
 from unialign_jax.models.mmdit import AlignmentHeads, MMDiT
 from unialign_jax.models.text_encoder import TextEncoder
+from unialign_jax.training.checkpoints import Checkpoints
 
 bad_input = pytest.mark.bad_input
 
@@ -376,6 +378,56 @@ def test_heads_without_the_last_silu_are_said_and_come_back_without(released_bun
     (tmp_path / "out/transformer/config.json").write_text(json.dumps(settings | {"unialign_jax_heads": {"pool": 1}}))
     with pytest.raises(ValueError, match="unialign_jax_heads has pool 1, expected"):
         convert_unialign(tmp_path / "out", tmp_path / "other", components=["transformer"])
+
+
+@bad_input
+@pytest.mark.parametrize("format", ["unialign", "diffusers", "stability"])
+def test_text_positions_are_not_lost_unasked(format, positioned_bundle, tmp_path, refuses):
+    call = lambda **options: export(tmp_path / "out", format=format, source=positioned_bundle, **options)  # noqa: E731
+    refuses(call, "positioned has text positions", format, "--drop-text-positions")
+    refuses(lambda: call(components=["transformer"]), "--drop-text-positions")
+    assert not list(tmp_path.iterdir())
+
+
+def test_text_positions_are_dropped_when_asked_and_the_rest_is_as_without(positioned_bundle, tiny_bundle, tmp_path):
+    options = {"format": "unialign", "components": ["transformer"]}
+    lines = export(tmp_path / "out", source=positioned_bundle, drop_text_positions=True, **options)
+    assert lines == ["the text positions, without which images and texts change"]
+    assert export(tmp_path / "plain", source=tiny_bundle, **options) == []
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        paths = (tmp_path / folder / "transformer" / name for folder in ("out", "plain"))
+        assert len({path.read_bytes() for path in paths}) == 1, name
+    convert_unialign(tmp_path / "out", tmp_path / "again", components=["transformer"])
+    assert bundle.read_config(tmp_path / "again").transformer.text_positions == 0
+    # Other components are none of its business.
+    assert export(tmp_path / "t5", format="unialign", source=positioned_bundle, components=["text_encoder"]) == []
+
+
+def test_a_runs_bundle_keeps_its_text_positions(run, tmp_path):
+    """Raw and averaged; its captions are then the likeliest, unless it says otherwise."""
+    workdir, state = run
+    settings = json.loads((workdir / "config.json").read_text())
+    settings["model"] |= {"text_positions": 24}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text(json.dumps(settings))
+    table = np.random.default_rng(0).normal(size=(24, 32)).astype(np.float32)
+    transformer = {**state.params["transformer"], "text_positions": table}
+    state = state._replace(
+        params={**state.params, "transformer": transformer}, ema={**state.ema, "text_positions": table + 1}
+    )
+    checkpoints = Checkpoints(tmp_path / "run")
+    checkpoints.save(state, 1)
+    checkpoints.close()
+    for weights, expected in (("raw", table), ("ema", table + 1)):
+        bundle_from_run(tmp_path / weights, tmp_path / "run", weights=weights)
+        config, params = bundle.load(tmp_path / weights, components=["transformer"])
+        np.testing.assert_array_equal(params["transformer"]["text_positions"], expected)
+        assert config.transformer.text_positions == 24
+        own = config.sampling_defaults
+        assert (own["caption_decoding"], own["caption_temperature"]) == ("top_k", 0)
+    assert any('"text_positions": 24' in line for line in inspect(tmp_path / "raw"))
+    with pytest.raises(ValueError, match="has text positions, for which unialign has no place"):
+        export(tmp_path / "out", format="unialign", run=tmp_path / "run")
 
 
 @pytest.mark.parametrize("weights", ["raw", "ema"])

@@ -199,6 +199,41 @@ def test_wrong_sizes_are_refused_with_the_numbers(change, message):
         jax.eval_shape(lambda: MMDiT(SMALL).init(jax.random.key(0), *args))
 
 
+PLAIN = dataclasses.replace(SMALL, depth=1, tap_depth=1)
+POSITIONED = dataclasses.replace(PLAIN, text_positions=5)
+
+
+def test_a_table_of_zeros_is_bit_for_bit_no_table():
+    plain = run(PLAIN, random_params(PLAIN), *inputs(PLAIN))
+    zeros = run(POSITIONED, random_params(PLAIN) | {"text_positions": jnp.zeros((5, PLAIN.width))}, *inputs(PLAIN))
+    jax.tree.map(np.testing.assert_array_equal, zeros, plain)
+
+
+def test_every_token_gets_the_row_of_its_place():
+    """Beside a table: its first row in the bias of `text_embed`, for one token; and tokens that change places."""
+    rows = np.random.default_rng(2).normal(size=(5, PLAIN.width)).astype(np.float32)
+    params, (latents, text, sigma, _) = random_params(PLAIN), inputs(PLAIN)
+    positioned = jax.jit(lambda table, *a: MMDiT(POSITIONED).apply({"params": params | {"text_positions": table}}, *a))
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+
+    embed = params["text_embed"] | {"bias": params["text_embed"]["bias"] + rows[0]}
+    expected = run(PLAIN, params | {"text_embed": embed}, latents, text[:, :1], sigma)
+    jax.tree.map(close, positioned(rows, latents, text[:, :1], sigma), expected)
+
+    order = np.array([3, 0, 4, 2, 1])
+    first, moved = positioned(rows, latents, text, sigma), positioned(rows[order], latents, text[:, order], sigma)
+    close(moved.text_logits, first.text_logits[:, order])
+    close(moved.velocity, first.velocity)
+    other = positioned(rows, latents, text[:, order], sigma)
+    assert np.abs(other.text_logits - first.text_logits[:, order]).max() > 0.1
+
+
+@pytest.mark.bad_input
+def test_a_text_longer_than_its_positions_is_refused():
+    with pytest.raises(ValueError, match="text_embeddings have 6 tokens, the model has positions for 5"):
+        jax.eval_shape(lambda: MMDiT(POSITIONED).init(jax.random.key(0), *inputs(POSITIONED, tokens=6)[:3]))
+
+
 def test_wrong_configurations_are_refused():
     for change, message in ({"tap_depth": 4}, "tap_depth is 4"), ({"remat": "all"}, "remat is 'all'"):
         config = dataclasses.replace(SMALL, **change)

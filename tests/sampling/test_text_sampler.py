@@ -323,3 +323,119 @@ def test_errors():
         sample_text(wide_logits, ids, ids == 0, keys, num_steps=4, mask_id=WIDE_MASK, decoding="greedy")
     with pytest.raises(ValueError, match=r"\(2, 16\), \(2, 16\), \(1,\)"):
         sample_text(wide_logits, ids, ids == 0, keys[:1], num_steps=4, mask_id=WIDE_MASK)
+
+
+# End of text last, and single first tokens: the rules in plain loops, and what they are for.
+
+END = 5
+
+
+def ending_logits(ids, library=jnp):
+    """`wide_logits` with end-of-text the likeliest at about half of the positions."""
+    return wide_logits(ids, library) + 4.0 * (library.arange(32) == END)
+
+
+@functools.partial(jax.jit, static_argnames="decoding")
+def sample_ending(ids, is_target, keys, decoding, **options):
+    options = {"num_steps": 6, "threshold": 0.5, "entropy_bound": 2.5, "single_steps": 0} | options
+    options |= {"mask_id": WIDE_MASK, "eos_id": END, "temperature": 0.0}
+    return sample_text(ending_logits, ids, is_target, keys, decoding=decoding, **options)
+
+
+def in_order(probabilities, masked):
+    """The positions whose turn it is: words from the surest on, or where there are none ends from the right."""
+    words = [i for i in masked if probabilities[i].argmax() != END]
+    return sorted(words, key=lambda i: -probabilities[i].max()) or sorted(masked, reverse=True)
+
+
+def by_words(decoding, probabilities, masked, step, num_steps=6, threshold=0.5, entropy_bound=2.5, single_steps=0):
+    turn = in_order(probabilities, masked)
+    if decoding == "top_k":
+        if step == num_steps - 1:
+            return masked
+        count = 1 if step < min(single_steps, num_steps // 2) else int(np.ceil(len(turn) / (num_steps - step)))
+        return turn[:count]
+    if decoding == "confidence":
+        return turn[: max(1, sum(probabilities[i].max() >= threshold for i in turn))]
+    entropy = {i: -sum(p * np.log(p) for p in probabilities[i] if p > 0) for i in turn}
+    if probabilities[turn[0]].argmax() != END:
+        turn.sort(key=entropy.get)
+    sums = [[entropy[i] for i in turn[: count + 1]] for count in range(len(turn))]
+    return turn[: max(1, sum(sum(values) - max(values) <= entropy_bound for values in sums))]
+
+
+@pytest.mark.parametrize(
+    "decoding, options",
+    [
+        ("top_k", dict(num_steps=6)),
+        ("top_k", dict(num_steps=9, single_steps=3)),
+        ("top_k", dict(num_steps=4, single_steps=3)),  # of which it takes two
+        ("top_k", dict(num_steps=1, single_steps=3)),  # of which it takes none
+        ("confidence", dict(threshold=0.5)),
+        ("entropy", dict(entropy_bound=2.5)),
+    ],
+)
+def test_end_of_text_last_equals_a_plain_loop(decoding, options):
+    ids, is_target, keys = wide_problem(0)
+    sampled, evaluations = sample_ending(ids, is_target, keys, decoding, **options)
+    steps, ends, expected = [], 0, np.where(is_target, WIDE_MASK, ids)
+    for row in expected:
+        step = 0
+        while WIDE_MASK in row:
+            logits = ending_logits(row[None].astype(np.float64), np)[0, :, :WIDE_MASK]
+            probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+            masked = np.flatnonzero(row == WIDE_MASK).tolist()
+            ends += any(probabilities[i].argmax() == END for i in masked)
+            for i in by_words(decoding, probabilities, masked, step, **options):
+                row[i] = np.argmax(logits[i])
+            step += 1
+        steps.append(step)
+    np.testing.assert_array_equal(sampled, expected)
+    assert evaluations == max(steps) and ends > 0
+    assert decoding != "top_k" or evaluations <= options["num_steps"]
+
+
+def fill(logits_fn, length, **options):
+    """One text, all of it masked, by top_k at temperature 0."""
+    ids, keys = jnp.zeros((1, length), jnp.int32), jax.random.split(jax.random.key(0), 1)
+    options = {"mask_id": WIDE_MASK, "decoding": "top_k", "temperature": 0.0, "num_steps": length} | options
+    return sample_text(logits_fn, ids, ids == 0, keys, **options).ids[0].tolist()
+
+
+def test_end_of_text_last_finds_the_likeliest_sentence_and_not_the_shortest():
+    """The exact conditionals of four sentences, two short ones that share where they end and two long ones."""
+    sentences = np.array([[6, 7, 8, END], [9, 10, 11, END], [12, END, END, END], [13, END, END, END]])
+    chances = np.array([0.3, 0.26, 0.22, 0.22])
+
+    def exact(ids):
+        fits = jnp.all((ids[0] == WIDE_MASK) | (ids[0] == sentences), axis=1) * chances
+        return jnp.log(jnp.einsum("s,slv->lv", fits, jax.nn.one_hot(sentences, 32)) + 1e-9)[None]
+
+    assert fill(exact, 4)[1] == END  # the surest position ends the text
+    assert fill(exact, 4, eos_id=END) == [6, 7, 8, END]
+
+
+def test_a_model_without_positions_neither_ends_at_once_nor_repeats_itself():
+    sentence = jnp.array([6, 7, 8, END, END, END])
+
+    def alike(everywhere, place):
+        """Predicts one token at every position until it sees that token at its `place`, and then the sentence."""
+
+        def logits(ids):
+            seen = ids[:, place, None] == everywhere
+            return 5.0 * jax.nn.one_hot(jnp.where(seen, sentence, everywhere), 32)
+
+        return logits
+
+    assert fill(alike(END, -1), 6) == [END] * 6  # an empty text
+    assert fill(alike(END, -1), 6, eos_id=END) == sentence.tolist()
+    assert fill(alike(6, 0), 6, eos_id=END, num_steps=3) == [6, 6, 8, END, END, END]
+    assert fill(alike(6, 0), 6, eos_id=END, num_steps=3, single_steps=1) == sentence.tolist()
+
+
+def test_ancestral_decoding_is_the_reference_s_whatever_protects_the_others():
+    ids, is_target, keys = wide_problem(5)
+    plain = sample_wide(ids, is_target, keys).ids
+    options = {"num_steps": 6, "mask_id": WIDE_MASK, "eos_id": END, "single_steps": 4}
+    protected = jax.jit(lambda *a: sample_text(wide_logits, *a, **options))(ids, is_target, keys).ids
+    np.testing.assert_array_equal(protected, plain)

@@ -133,7 +133,7 @@ def test_killed_at_any_point_and_started_again_the_numbers_are_the_same(
 @pytest.fixture(scope="module")
 def on_one_device(small_config, tmp_path_factory):
     """The metrics of four steps of text to image and edit on one device, and the configuration."""
-    config = small_config("stage2", num_steps=4)
+    config = small_config("stage2", num_steps=4, model__text_positions=24)
     for name, stream in config.streams.items():
         stream.weight = float(name in ("text_to_image", "edit"))
     workdir = tmp_path_factory.mktemp("on_one_device")
@@ -185,16 +185,27 @@ def test_one_compilation_per_stream_and_none_after(small_config, tmp_path, monke
     assert sum("train_step" in str(name) for name in compiled) == len(streams)
 
 
+def without_positions(transformer):
+    return {name: leaf for name, leaf in transformer.items() if name != "text_positions"}
+
+
 def test_the_three_stages_follow_one_another(small_config, tmp_path):
+    """From the second on with text positions, which start at zero and are kept."""
     states = {}
     for stage, before in (("stage1", ""), ("stage2", "stage1"), ("stage3", "stage2")):
-        init_from = str(tmp_path / before) if before else ""
-        states[stage] = run(small_config(stage, init_from=init_from, num_steps=2, samples__count=2), tmp_path / stage)
+        start = {"init_from": str(tmp_path / before), "model__text_positions": 24} if before else {}
+        states[stage] = run(small_config(stage, num_steps=2, samples__count=2, **start), tmp_path / stage)
         if before:
-            trainer = Trainer(small_config(stage, init_from=init_from), jax.devices()[:1])
-            start = trainer.init_state()
-            jax.tree.map(np.testing.assert_array_equal, start.params, states[before].params)
+            start = Trainer(small_config(stage, **start), jax.devices()[:1]).init_state()
+            transformer, expected = start.params["transformer"], states[before].params["transformer"]
+            if before == "stage1":
+                assert not np.any(transformer["text_positions"])
+                transformer = without_positions(transformer)
+            jax.tree.map(np.testing.assert_array_equal, transformer, expected)
+            jax.tree.map(np.testing.assert_array_equal, start.params["heads"], states[before].params["heads"])
             assert int(start.step) == 0
+            trained = states[stage].params["transformer"]["text_positions"]
+            assert np.all(np.any(trained, axis=1))  # every place of the text has moved
     samples = sorted(path.name for path in (tmp_path / "stage3" / "samples").iterdir())
     assert samples == sorted(
         [f"{name}_000002.md" for name in ("edit", "perception", "personalization", "text_to_image", "vqa")]
@@ -210,6 +221,28 @@ def test_ema_weights_of_another_run_can_be_the_start(finished, small_config):
     assert np.abs(kernel(start) - kernel(raw)).max() > 0
     # Six steps from the same start: the average lags behind, but is near.
     assert np.abs(kernel(start) - kernel(raw)).max() < 0.1
+
+
+@pytest.mark.parametrize("source", ["average", "bundle"])
+def test_text_positions_start_at_zero_where_the_start_has_none(source, finished, small_config, tiny_bundle):
+    start = {"init_from": str(tiny_bundle)}
+    if source == "average":
+        start = {"init_from": str(finished), "init_weights": "ema"}
+    plain, state = (
+        Trainer(small_config("stage1", model__text_positions=rows, **start), jax.devices()[:1]).init_state()
+        for rows in (0, 24)
+    )
+    for tree, other in ((state.params["transformer"], plain.params["transformer"]), (state.ema, plain.ema)):
+        others = without_positions(tree)
+        assert tree["text_positions"].shape == (24, 32) and not np.any(tree["text_positions"])
+        jax.tree.map(np.testing.assert_array_equal, others, other)
+
+
+@pytest.mark.bad_input
+def test_a_start_with_other_text_positions_is_refused(positioned_bundle, small_config, refuses):
+    for rows, words in ((0, "wanted nothing"), (32, "wanted (32, 32)")):
+        config = small_config("stage1", init_from=str(positioned_bundle), model__text_positions=rows)
+        refuses(lambda c=config: Trainer(c, jax.devices()[:1]).init_state(), "transformer/text_positions", words)
 
 
 def test_a_bundle_can_be_the_start_and_gives_the_frozen_encoders_too(small_config, finished, tmp_path):

@@ -156,7 +156,7 @@ def test_every_sampling_program(mesh, batch, platform):
         conditions = array(1, 8, 8, 16) if mode == "text_and_image" else None
         lowered(sample, mesh, params, seeds, *rest, conditions, mode=mode)
     both = {"transformer": params, "text_encoder": frozen["text_encoder"]}
-    describe = functools.partial(programs.describe, transformer, text_encoder, mask_id=511)
+    describe = functools.partial(programs.describe, transformer, text_encoder, mask_id=511, eos_id=1)
     for decoding in DECODINGS:
         rest = (latents, ids, is_target, seeds, 4, 1.0, 0.9, 0.1)
         lowered(describe, mesh, both, *rest, decoding=decoding)

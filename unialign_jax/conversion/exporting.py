@@ -65,6 +65,7 @@ def export(
     dtype=None,
     overwrite=False,
     progress=False,
+    drop_text_positions=False,
 ) -> list[str]:
     """Writes PyTorch's files and returns what the format had no place for, one line each.
 
@@ -77,6 +78,8 @@ def export(
       weights: of a run, "raw" or "ema".
       components: which of "transformer", "text_encoder", "autoencoder" to write; all that there are when None.
       dtype: "float32", "float16" or "bfloat16" to write; as stored when None.
+      drop_text_positions: whether to leave out a transformer's table of text positions. No format has a place for it,
+        and images and texts change without it: a transformer that has one is refused otherwise.
 
     Raises ValueError, FileNotFoundError, FileExistsError or OSError with what is wrong; what was at `output` is then as
     it was.
@@ -92,6 +95,11 @@ def export(
     missing = [name for name in chosen if name not in trees]
     if missing:
         raise ValueError(f"{source or run} has no {', '.join(missing)}; it has {', '.join(trees)}")
+    if "transformer" in chosen and trees["transformer"].config.text_positions and not drop_text_positions:
+        raise ValueError(
+            f"the transformer of {run or source} has text positions, for which {format} has no place: "
+            "--drop-text-positions leaves them out, and images and texts change"
+        )
     writers = [plan_component(name, trees, format, DTYPES[dtype] if dtype else None) for name in chosen]
     output = Path(output).absolute()
     check_output(output, format, overwrite)
@@ -143,7 +151,8 @@ def bundle_from_run(
         leaves = ((path, np.asarray(leaf)) for path, leaf in bundle.flatten(params).items())
         pieces.setdefault(name, (config, leaves, None))
     about = describe(run, settings)
-    check_fit(bundle.BundleConfig(**{name: config for name, (config, *_) in pieces.items()}), tokenizer)
+    sizes = {key: about[key] for key in bundle.SIZES}
+    check_fit(bundle.BundleConfig(**{name: config for name, (config, *_) in pieces.items()}, **sizes), tokenizer)
     size = sum(int(np.prod(shape)) * 4 for tree in trained.values() for shape in tree.shapes.values())
     check_space(output, size)
     with (
@@ -154,7 +163,7 @@ def bundle_from_run(
             bar.set_description(name)
             writer.add(name, config, with_progress(cast(leaves, wanted), bar))
         writer.add_tokenizer(tokenizer)
-        writer.sizes = {key: about[key] for key in bundle.SIZES}
+        writer.sizes = sizes
         writer.tasks, writer.sampling = about["tasks"], about["sampling"]
         writer.provenance = {"kind": "run", "run": Path(run).name, "step": step, "weights": weights}
         if source is not None:
@@ -167,18 +176,21 @@ def cast(leaves, dtype):
 
 
 def left_out(trees, chosen, format) -> list[str]:
-    """What a format has no place for, one line each. None of it touches the image velocity of a prompt."""
+    """What a format has no place for, one line each. But for text positions, none of it touches the image velocity."""
     if "transformer" not in chosen:
         return []
+    lines = []
+    if trees["transformer"].config.text_positions:
+        lines.append("the text positions, without which images and texts change")
     if format == "unialign":
         if "heads" not in trees:
-            return []
+            return lines
         kept = {
             "final_silu": "that the alignment heads end without a SiLU, which the released class applies (in training)",
             "pool": "that the alignment heads read single tokens, which the released class pools first (in training)",
         }
-        return [line for field, line in kept.items() if not getattr(trees["heads"].config, field)]
-    lines = ["the text head (captions and answers)", "the text half of the last block, which only the text head reads"]
+        return lines + [line for field, line in kept.items() if not getattr(trees["heads"].config, field)]
+    lines += ["the text head (captions and answers)", "the text half of the last block, which only the text head reads"]
     return lines + (["the alignment heads (training only)"] if "heads" in trees else [])
 
 

@@ -21,7 +21,7 @@ from unialign_jax.models.autoencoder import sample_latents as latents_of
 from unialign_jax.models.mesh import BATCH_AXES, axes_that_divide
 from unialign_jax.models.mmdit import block_modulations, first_of_pairs, in_pairs, second_of_pairs, without_modulations
 from unialign_jax.sampling import image as image_sampler
-from unialign_jax.sampling.text import sample_text
+from unialign_jax.sampling.text import SINGLE_STEPS, sample_text
 
 # How the unconditional prediction enters: not at all; through the text at every noise level, or only where
 # `Guidance.active` says so; through the text and the condition images, each with a scale of its own.
@@ -175,6 +175,7 @@ def describe(
     entropy_bound,
     *,
     mask_id,
+    eos_id,
     decoding,
 ):
     """The text of an image: T5 and the network fill the masked positions of ids (see `sampling.text.sample_text`).
@@ -205,6 +206,8 @@ def describe(
         jax.vmap(jax.random.key)(seeds),
         num_steps=num_steps,
         mask_id=mask_id,
+        eos_id=eos_id,
+        single_steps=0 if transformer.config.text_positions else SINGLE_STEPS,
         decoding=decoding,
         temperature=temperature,
         threshold=threshold,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from unialign_jax.diffusion import masking
 
 DECODINGS = ("ancestral", "confidence", "entropy", "top_k")
+SINGLE_STEPS = 4  # of "top_k" for a model without text positions
 
 
 class TextSample(NamedTuple):
@@ -23,6 +24,8 @@ def sample_text(
     *,
     num_steps,
     mask_id,
+    eos_id=None,
+    single_steps=0,
     decoding="ancestral",
     temperature=1.0,
     threshold=0.9,
@@ -48,6 +51,15 @@ def sample_text(
     Probability and entropy are the model's own, before temperature, so that the choice of positions does not lean on
     the tokens drawn. (LLaDA takes the probability of the drawn token, which is the same at temperature 0.)
 
+    Two rules protect texts in all decodings but "ancestral", which stays the reference's:
+
+    - With `eos_id`, end-of-text comes last. Sentences of all lengths agree on end-of-text where they are over, and
+      differ in their words, so that the surest position would often end the text too early. A position whose likeliest
+      token is end-of-text waits while another hidden one of its sample has a word there; top_k spreads the words over
+      its steps. When only ends are left, the rightmost come first: an end there says least about the length.
+    - In the first `single_steps` steps top_k reveals one token. A model without text positions predicts the same word
+      at every masked position until it sees a first one.
+
     A sample's outcome depends on its own key and row, not on its neighbours, as long as logits_fn keeps rows
     apart. Call it under jax.jit: all but decoding and mask_id may be traced.
 
@@ -58,6 +70,8 @@ def sample_text(
       keys_B: [B] typed PRNG keys, one a sample.
       num_steps: N, an int32 scalar of at least 1.
       mask_id: the mask's token id, the tokenizer's last; neither it nor what a larger vocabulary has beyond is drawn.
+      eos_id: the id of end-of-text, which then comes last; None treats it as any token.
+      single_steps: an int32 scalar; it takes at most half of num_steps.
       decoding: one of DECODINGS.
       temperature: of the draw, a scalar or [B]; 1 draws from the model, 0 takes the likeliest token.
       threshold: of "confidence", a scalar or [B]; above 1 it reveals one token a step.
@@ -94,18 +108,23 @@ def sample_text(
             doubt = jnp.sum(jax.scipy.special.entr(probabilities), axis=-1)
         else:
             doubt = -jnp.max(probabilities, axis=-1)
-        # Hidden positions first, the surest first among them; rank is each position's place in that order.
-        order = jnp.lexsort((doubt, ~is_hidden), axis=-1)
+        is_end = jnp.zeros_like(is_hidden) if eos_id is None else jnp.argmax(logits, axis=-1) == eos_id
+        waits = is_end & jnp.any(is_hidden & ~is_end, axis=-1, keepdims=True)
+        is_ready = is_hidden & ~waits
+        # Ready positions first: words from the surest on, ends from the right; rank is a position's place in it.
+        order = jnp.lexsort((jnp.where(is_end, -jnp.arange(length), doubt), waits, ~is_hidden), axis=-1)
         rank = jnp.argsort(order, axis=-1)
-        hidden = jnp.sum(is_hidden, axis=-1, keepdims=True)
+        ready = jnp.sum(is_ready, axis=-1, keepdims=True)
         if decoding == "confidence":
-            count = jnp.sum(is_hidden & (-doubt >= threshold), axis=-1, keepdims=True)
+            count = jnp.sum(is_ready & (-doubt >= threshold), axis=-1, keepdims=True)
         elif decoding == "entropy":
             ordered = jnp.take_along_axis(doubt, order, axis=-1)
-            within = jnp.cumsum(ordered, axis=-1) - ordered <= entropy_bound  # the sum less its largest, the last
-            count = jnp.sum(within, axis=-1, keepdims=True)
+            within = jnp.cumsum(ordered, axis=-1) - jax.lax.cummax(ordered, axis=1) <= entropy_bound
+            count = jnp.sum(within & (jnp.arange(length) < ready), axis=-1, keepdims=True)
         else:
-            count = -(-hidden // jnp.maximum(num_steps - step, 1))
+            left = jnp.maximum(num_steps - step, 1)
+            count = jnp.where(left == 1, jnp.sum(is_hidden, axis=-1, keepdims=True), -(-ready // left))
+            count = jnp.where(step < jnp.minimum(single_steps, num_steps // 2), 1, count)
         return is_hidden & (rank < jnp.maximum(count, 1))
 
     def unfinished(state):

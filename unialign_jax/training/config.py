@@ -59,7 +59,7 @@ def paper_config(size="") -> ConfigDict:
             # where it has none random encoders and the small tokenizer of the shapes world.
             "frozen_from": "",
             "tokenizer": "",
-            # Networks
+            # Networks. model.text_positions: rows of a table of text positions; 0, none, as in the released model.
             "model": dataclasses.asdict(presets.MMDIT["unialign_2b"]) | {"attention": "auto"},
             "heads": dataclasses.asdict(presets.ALIGNMENT_HEADS["unialign_2b"]),
             "text_encoder": dataclasses.asdict(presets.TEXT_ENCODER["t5_xxl"]),

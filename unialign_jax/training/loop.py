@@ -113,7 +113,7 @@ class Trainer:
             if stored.heads is None:
                 log.info("%s has no alignment heads, they start at random", config.init_from)
                 del abstract["heads"]
-            if not stored.transformer.text_positions:
+            if stored.transformer is not None and not stored.transformer.text_positions:
                 abstract["transformer"] = {k: v for k, v in abstract["transformer"].items() if k != "text_positions"}
             loaded = bundle.restore(source, abstract)
         if loaded["transformer"].keys() != fresh["transformer"].keys():

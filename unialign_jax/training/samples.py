@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from unialign_jax import sharding
+from unialign_jax.bundle_config import BundleConfig
 from unialign_jax.data.kinds import has_image_pass
 from unialign_jax.diffusion.flow import sampling_sigmas
 from unialign_jax.models.mesh import BATCH_AXES
@@ -70,10 +71,14 @@ class Sampler:
         def decode_images(params, latents, count):
             return programs.decode_images(autoencoder, params, latents)[:count]
 
+        # Answers too, by the program of captions.
+        own = BundleConfig(transformer=transformer.config).sampling_defaults
+
         def describe(params, latents, ids, is_target, seeds, count):
             sample = programs.describe(
                 transformer, text_encoder, params, latents, ids, is_target, seeds,
-                settings.caption_steps, 1.0, 0.9, 0.1, mask_id=tokenizer.mask_id, decoding="ancestral",
+                settings.caption_steps, own["caption_temperature"], 0.9, 0.1,
+                mask_id=tokenizer.mask_id, eos_id=tokenizer.eos_id, decoding=own["caption_decoding"],
             )  # fmt: skip
             return sample.ids[:count]
 
