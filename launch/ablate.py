@@ -232,7 +232,7 @@ def ablate(arguments) -> None:
         found = content.get("settings")
         raise ValueError(f"{path} was made with {found}: choose another --output, or give the same options")
     stages = ("stage1", "stage2") if arguments.edit_steps else ("stage1",)
-    cells = [(v, s, t) for s in range(arguments.seeds) for v in arguments.variants for t in stages]
+    cells = [(v, s, t) for t in stages for s in range(arguments.seeds) for v in arguments.variants]
     for number, (variant, seed, stage) in enumerate(cells):
         key = f"{variant}/seed{seed}/{stage}"
         if key in content["runs"]:

@@ -22,7 +22,7 @@ def parse_arguments(argv):
     parser.add_argument("--output", required=True, metavar="DIR", help="bundle to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
     parser.add_argument("--autoencoder-steps", type=int, default=13000, metavar="N", help="of 8 pictures (%(default)s)")
-    parser.add_argument("--text-encoder-steps", type=int, default=6000, metavar="N", help="of 32 texts (%(default)s)")
+    parser.add_argument("--text-encoder-steps", type=int, default=4000, metavar="N", help="of 32 texts (%(default)s)")
     parser.add_argument("--scenes", type=int, default=256, metavar="N", help="held out, to score both (%(default)s)")
     arguments = parser.parse_args(argv)
     for name, least in (("autoencoder_steps", 2), ("text_encoder_steps", 2), ("scenes", 1)):

@@ -46,7 +46,7 @@ BAD_VALUES = [
     ("batch_size", 0, "batch_size is 0"),
     ("image_size", 36, "multiple of 16"),
     ("text_length", 1, "text_length is 1"),
-    ("model.latent_channels", 16, "the autoencoder gives 48"),
+    ("model.latent_channels", 16, "the autoencoder gives 8"),
     ("model.text_width", 64, "the text encoder gives 128"),
     ("model.vocab_size", 1000, "512 rows"),
     ("model.tap_depth", 5, "1 to model.depth 4"),
@@ -243,3 +243,15 @@ def test_a_bundle_of_frozen_encoders_brings_its_tokenizer(small_config, tiny_bun
     assert named.tokenizer == "other"
     (tmp_path / "config.json").write_text(json.dumps({"frozen_from": str(tiny_bundle), "tokenizer": ""}))
     assert inherit_sources(small_config("stage1"), tmp_path).tokenizer == ""
+
+
+def test_the_encoders_of_the_package_stand_back_behind_those_of_a_run(tiny_bundle, tmp_path):
+    config = load_stage(f"{ROOT}/configs/stage1.py:tiny")
+    fresh = inherit_sources(config, tmp_path)
+    assert (fresh.frozen_from, fresh.tokenizer) == ("demo", "")
+    config.init_from = str(tiny_bundle)
+    assert inherit_sources(config, tmp_path).frozen_from == str(tiny_bundle)
+    config.init_from = "demo"
+    assert inherit_sources(config, tmp_path).frozen_from == "demo"
+    (tmp_path / "config.json").write_text(json.dumps({"frozen_from": "", "tokenizer": ""}))  # drawn from a fixed seed
+    assert inherit_sources(config, tmp_path).frozen_from == ""

@@ -41,19 +41,40 @@ def test_the_foreground_is_what_differs_from_the_corner_and_a_pixel_around():
     np.testing.assert_array_equal(encoders.foreground(jnp.asarray(pixels))[0, ..., 0], wanted)
 
 
-def test_hidden_words_alone_are_scored():
-    """A model of known predictions: the loss is its mean over hidden tokens, whichever were drawn."""
+def test_hidden_words_and_the_words_around_are_asked_for():
+    """A model that knows the true ids: sure of them where it is asked for them, of others everywhere else."""
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 12, (4, 20)))
+    reach, size = encoders.REACH, 16
 
-    class Uniform:
+    class Knowing:
         def apply(self, _, seen):
-            self.seen = seen
-            return jnp.zeros((*seen.shape, 16))
+            self.changed = np.asarray(seen != ids)
+            wrong = jnp.where(self.changed, ids, (ids + 1) % size)
+            padded = np.pad(np.asarray(ids), ((0, 0), (reach, reach)))
+            around = np.stack([padded[:, i : i + 20] for i in range(2 * reach + 1)], axis=-1)
+            return 50 * jax.nn.one_hot(wrong, size), 50 * jax.nn.one_hot(around, size)
 
-    module, ids = Uniform(), jnp.arange(4 * 8).reshape(4, 8) % 12
-    loss = encoders.masked_words_loss(module, {}, ids, jax.random.key(0), mask_id=15, num_words=12)
-    np.testing.assert_allclose(loss, np.log(16), rtol=1e-6)
-    changed = np.asarray(module.seen != ids)
-    assert changed.any() and not changed.all()
+    module = Knowing()
+    total, parts = encoders.readings_loss(module, {}, ids, jax.random.key(0), mask_id=15, num_words=12)
+    assert module.changed.any() and not module.changed.all()
+    assert float(parts[1]) < 1e-6 and float(total) == pytest.approx(float(sum(parts)))
+    # A hidden token that happened to become itself is the one that it does not know as hidden.
+    assert float(parts[0]) < 50 * 0.2
+
+
+def test_latent_channels_deviate_alike_and_the_pictures_stay():
+    module = make_autoencoder(SMALL_IMAGES)
+    params = module.init(jax.random.key(1), jnp.zeros((1, 16, 16, 3)))["params"]
+    images = encoders.world_images(7, 0, 12, 16)
+    even = encoders.with_even_channels(SMALL_IMAGES, params, images)
+    pixels = jnp.float32(images) / 127.5 - 1
+    latents, log_variance = module.apply({"params": even}, pixels, method="encode")
+    np.testing.assert_allclose(np.std(latents, axis=(0, 1, 2)), 1, rtol=1e-4)
+    before = module.apply({"params": params}, pixels, method="encode")
+    ratio = np.asarray(latents[0, 0, 0] / before[0][0, 0, 0])
+    np.testing.assert_allclose(jnp.exp(0.5 * (log_variance - before[1]))[0, 0, 0], ratio, rtol=1e-4)
+    pictures = [module.apply({"params": p}, pixels) for p in (params, even)]
+    np.testing.assert_allclose(*pictures, atol=1e-4)
 
 
 def test_scale_and_shift_bring_latents_to_mean_0_and_deviation_1():
@@ -76,7 +97,7 @@ def test_both_learn_and_the_same_seed_gives_the_same_numbers():
     assert texts.keys() == bundle.abstract_params(bundle.BundleConfig(text_encoder=SMALL_TEXTS))["text_encoder"].keys()
     (_, first), (_, second), (step, words) = seen
     assert first == second and step == 30
-    assert words["loss"] < 0.9 * np.log(512)  # better than a guess
+    assert words["around"] < 0.9 * np.log(512)  # better than a guess
 
 
 def test_texts_are_those_that_the_model_reads():

@@ -106,7 +106,30 @@ def train_autoencoder(config: AutoencoderConfig, *, steps: int, batch: int, imag
         state, (error, divergence) = update(state, images, jax.random.fold_in(key, step))
         if step % 50 == 49 or step == steps - 1:
             log(step + 1, {"error": float(error), "kl": float(divergence)}, state[1])
-    return with_statistics(config, state[1], world_images(AUTOENCODER_SEED, 0, 480, image_size)), state[1]
+    images = world_images(AUTOENCODER_SEED, 0, 480, image_size)
+    params = with_even_channels(config, state[1], images)
+    return with_statistics(config, params, images), params
+
+
+def with_even_channels(config: AutoencoderConfig, params, images: np.ndarray):
+    """The same autoencoder, whose latent channels all deviate by 1 over `images`, so that noise hides all alike.
+
+    The factors go into the encoder's last convolution and, as their inverses, into the decoder's first.
+    """
+    encode = jax.jit(make_autoencoder(config).apply, static_argnames="method")
+    means = [
+        encode({"params": params}, jnp.float32(images[i : i + 32]) / 127.5 - 1, method="encode")[0]
+        for i in range(0, len(images), 32)
+    ]
+    factors = 1 / np.concatenate(means).std(axis=(0, 1, 2))
+    last, first = params["encoder"]["conv_out"], params["decoder"]["conv_in"]
+    channels = config.latent_channels
+    both = jnp.concatenate([factors, jnp.ones(channels)])
+    offset = jnp.concatenate([jnp.zeros(channels), 2 * jnp.log(factors)])  # of the log variances
+    last = {"kernel": last["kernel"] * both, "bias": last["bias"] * both + offset}
+    first = first | {"kernel": first["kernel"] / factors[:, None]}
+    encoder, decoder = params["encoder"] | {"conv_out": last}, params["decoder"] | {"conv_in": first}
+    return params | {"encoder": encoder, "decoder": decoder}
 
 
 def with_statistics(config: AutoencoderConfig, params, images: np.ndarray) -> AutoencoderConfig:
@@ -141,6 +164,8 @@ def reconstructions_exact(config: AutoencoderConfig, params, scenes: int, *, ima
 
 MASK_SHARES = (0.15, 0.6)  # of the tokens of a text that are hidden, drawn uniformly
 CORRUPTED = 0.1  # of the hidden tokens, those that become another token instead of the mask
+REACH = 6  # every token is asked for the tokens up to so many places before and after it
+REACH_WIDTH = 32  # of what is read off an embedding for each of those places
 
 
 def world_texts(seed: int, first: int, count: int) -> list[str]:
@@ -156,20 +181,30 @@ def world_texts(seed: int, first: int, count: int) -> list[str]:
     return texts
 
 
-class MaskedWords(nn.Module):
-    """A T5 encoder and the head that it is trained with: the hidden words, read off its embeddings."""
+class Readings(nn.Module):
+    """A T5 encoder and the heads that it is trained with: ids [B, L] -> logits of the token at each place, and around.
+
+    Returns [B, L, V], what was hidden, and [B, L, 2 REACH + 1, V], those from REACH before each token to REACH after.
+    """
 
     encoder: nn.Module
 
     @nn.compact
     def __call__(self, ids):
         x = self.encoder(ids)
-        x = nn.LayerNorm(name="head_norm")(nn.gelu(nn.Dense(x.shape[-1], name="head_hidden")(x)))
-        return nn.Dense(self.encoder.config.vocab_size, name="head_out")(x)
+        hidden = nn.LayerNorm(name="head_norm")(nn.gelu(nn.Dense(x.shape[-1], name="head_hidden")(x)))
+        vocab_size = self.encoder.config.vocab_size
+        around = nn.DenseGeneral((2 * REACH + 1, REACH_WIDTH), name="around_hidden")(x)
+        return nn.Dense(vocab_size, name="head_out")(hidden), nn.Dense(vocab_size, name="around_out")(around)
 
 
-def masked_words_loss(module, params, ids, key, mask_id: int, num_words: int):
-    """Cross-entropy of hidden words; spans of one to three tokens are hidden together."""
+def readings_loss(module, params, ids, key, mask_id: int, num_words: int):
+    """The cross-entropy of hidden words, and of the words around every token: (sum, (the one, the other)).
+
+    Spans of one or two tokens are hidden together. Hidden words alone would leave of a visible word what tells of
+    hidden ones, and of a colour in this world nothing does. The words around make each token know what belongs to it,
+    as the embeddings of a T5 of full size do.
+    """
     share_key, start_key, kind_key, word_key = jax.random.split(key, 4)
     share = jax.random.uniform(share_key, (ids.shape[0], 1), minval=MASK_SHARES[0], maxval=MASK_SHARES[1])
     starts = jax.random.uniform(start_key, ids.shape) < share / 2
@@ -177,14 +212,26 @@ def masked_words_loss(module, params, ids, key, mask_id: int, num_words: int):
     drawn = jax.random.uniform(kind_key, ids.shape)
     other = jax.random.randint(word_key, ids.shape, 0, num_words)
     seen = jnp.where(hidden, jnp.where(drawn < CORRUPTED, other, mask_id), ids)
-    logits = module.apply({"params": params}, seen)
+    logits, around_logits = module.apply({"params": params}, seen)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, ids)
-    return jnp.sum(losses * hidden) / jnp.sum(hidden)
+    hidden_loss = jnp.sum(losses * hidden) / jnp.sum(hidden)
+    around, inside = words_around(ids)
+    losses = optax.softmax_cross_entropy_with_integer_labels(around_logits, around)
+    around_loss = jnp.sum(losses * inside) / jnp.sum(inside)
+    return hidden_loss + around_loss, (hidden_loss, around_loss)
+
+
+def words_around(ids):
+    """([B, L, 2 REACH + 1] ids from REACH before each token to REACH after, whether each is inside the text)."""
+    length = ids.shape[1]
+    places = np.arange(length)[:, None] + np.arange(-REACH, REACH + 1)
+    inside = (places >= 0) & (places < length)
+    return ids[:, np.clip(places, 0, length - 1)], jnp.broadcast_to(inside, (len(ids), *inside.shape))
 
 
 def train_text_encoder(config, tokenizer, *, steps: int, batch: int, length: int, learning_rate: float, log):
-    """float32 params of a T5 encoder of the shapes world's texts, trained to restore hidden words."""
-    module = MaskedWords(TextEncoder(config))
+    """float32 params of a T5 encoder of the shapes world's texts, trained by `readings_loss`."""
+    module = Readings(TextEncoder(config))
     key = jax.random.key(TEXT_ENCODER_SEED)
     params = module.init(key, jnp.zeros((1, length), jnp.int32))["params"]
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(cooling(learning_rate, steps, 200), b2=0.98))
@@ -193,11 +240,11 @@ def train_text_encoder(config, tokenizer, *, steps: int, batch: int, length: int
     def update(state, ids, key):
         params, opt_state = state
         loss = functools.partial(
-            masked_words_loss, module, mask_id=tokenizer.mask_id, num_words=tokenizer.vocab_size - NUM_SENTINELS
+            readings_loss, module, mask_id=tokenizer.mask_id, num_words=tokenizer.vocab_size - NUM_SENTINELS
         )
-        value, gradients = jax.value_and_grad(loss)(params, ids, key)
+        (_, values), gradients = jax.value_and_grad(loss, has_aux=True)(params, ids, key)
         updates, opt_state = tx.update(gradients, opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state), value
+        return (optax.apply_updates(params, updates), opt_state), values
 
     def make(number):
         texts = world_texts(TEXT_ENCODER_SEED, number * batch, batch)
@@ -205,7 +252,8 @@ def train_text_encoder(config, tokenizer, *, steps: int, batch: int, length: int
 
     state = (params, tx.init(params))
     for step, ids in enumerate(prefetched(make, steps)):
-        state, value = update(state, ids, jax.random.fold_in(key, step))
+        state, values = update(state, ids, jax.random.fold_in(key, step))
         if step % 50 == 49 or step == steps - 1:
-            log(step + 1, {"loss": float(value)}, state[0]["encoder"])
+            hidden, around = map(float, values)
+            log(step + 1, {"hidden": hidden, "around": around}, state[0]["encoder"])
     return state[0]["encoder"]

@@ -196,9 +196,13 @@ def inherit_sources(config, workdir: Path) -> ConfigDict:
     A resumed run keeps its own; a new one takes those of `init_from`: what a bundle holds, or what a run names. The
     tokenizer that is still not named is the one of the bundle `frozen_from`, which its text encoder was made with.
     A bundle of the package is kept by its name, for the package may move; its tokenizer is the shapes world's, "".
+    As a stage's default it stands back behind those of `init_from` or of the run.
     """
     config = config.copy_and_resolve_references()
     is_new = not (workdir / "config.json").is_file()
+    default = config.frozen_from if bundle.is_packaged(config.frozen_from) else ""
+    if default:
+        config.frozen_from = ""
     if is_new and bundle.is_bundle(bundle.locate(config.init_from)):
         before = {"frozen_from": _lasting(config.init_from), "tokenizer": _tokenizer_of(config.init_from)}
     else:
@@ -209,6 +213,8 @@ def inherit_sources(config, workdir: Path) -> ConfigDict:
         before = before or start or {}
     for key in ("frozen_from", "tokenizer"):
         config[key] = config[key] or before.get(key, "")
+    if is_new:
+        config.frozen_from = config.frozen_from or default
     if is_new and not config.tokenizer and bundle.is_bundle(bundle.locate(config.frozen_from)):
         config.tokenizer = _tokenizer_of(config.frozen_from)
     return config
