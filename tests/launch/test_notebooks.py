@@ -23,8 +23,9 @@ ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "launch/colab").glob("*.ipynb"))
 NAMES = ("quickstart.ipynb", "unialign_tpu.ipynb")
 SHEETS = ("generate", "caption", "edit", "perceive", "personalize", "conversation")
-# The tiny networks, smaller still: they compile in seconds.
-SMALLER = ["batch_size=2", "image_size=32", "text_length=24"]
+# The tiny networks, smaller still and from random weights: they compile in seconds.
+SMALLER = ["batch_size=2", "image_size=32", "text_length=24", "frozen_from=", "autoencoder.kind=space_to_depth"]
+SMALLER += [f"{group}.latent_channels=48" for group in ("model", "autoencoder")] + ["autoencoder.downsample_factor=4"]
 SMALLER += ["model.depth=1", "model.tap_depth=1", "model.num_heads=2", "model.head_width=16", "model.text_width=32"]
 SMALLER += [f"text_encoder.{key}" for key in ("depth=1", "width=32", "mlp_width=32", "num_heads=2", "head_width=16")]
 
@@ -138,7 +139,12 @@ def test_one_version_of_cuda_everywhere():
 
 def test_quickstart(execute, tmp_path):
     parameters = {"CODE": str(ROOT), "DATA_OPTIONS": ["--num-records=60"], "CHANGES": SMALLER, "SAMPLING_STEPS": 2}
-    parameters |= {"STAGE1_STEPS": 2, "STAGE2_STEPS": 4, "STAGE2_STREAMS": ("edit",)}  # a program more a stream
+    parameters |= {
+        "START": "",
+        "STAGE1_STEPS": 2,
+        "STAGE2_STEPS": 4,
+        "STAGE2_STREAMS": ("edit",),
+    }  # a program more a stream
     notebook, found = execute("quickstart.ipynb", parameters, ["captions"])
 
     assert len(found["captions"]) == 4 and all(isinstance(caption, str) for caption in found["captions"])
