@@ -41,25 +41,50 @@ def test_the_foreground_is_what_differs_from_the_corner_and_a_pixel_around():
     np.testing.assert_array_equal(encoders.foreground(jnp.asarray(pixels))[0, ..., 0], wanted)
 
 
-def test_hidden_words_and_the_words_around_are_asked_for():
-    """A model that knows the true ids: sure of them where it is asked for them, of others everywhere else."""
+def test_what_a_reader_answers_at_each_token():
+    text = "a large pink star at the top right and a small blue cross at the left on a white background"
+    tokens = text.split()
+    found = encoders.answers(text, tokens, 24)
+    star, cross = [8, 4, 2, 3, 3], [3, 6, 1, 4, 3]  # pink, star, large, top right; blue, cross, small, left; white
+    nothing = [0, 0, 0, 0, 3]
+    assert found[tokens.index("a")].tolist() == found[tokens.index("background")].tolist() == nothing
+    assert all(found[place].tolist() == star for place in range(tokens.index("large"), tokens.index("small")))
+    assert all(found[place].tolist() == cross for place in range(tokens.index("small"), tokens.index("on")))
+    alike = encoders.answers("two small red circles on a gray background", "two small red circles on a gray".split(), 8)
+    assert alike[1].tolist() == [1, 1, 1, 0, 2]
+    assert (encoders.answers("move the red star to the top", [], 8) == encoders.NOT_ASKED).all()
+
+
+def test_what_the_loss_of_reading_counts():
+    """A reader that is sure of all, and right but for one word in ten, seen or hidden, and one answer."""
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 12, (4, 20)))
-    reach, size = encoders.REACH, 16
+    wanted = np.zeros((4, 20, len(encoders.QUESTIONS)), np.int32)
+    wanted[0] = encoders.NOT_ASKED
 
-    class Knowing:
-        def apply(self, _, seen):
-            self.changed = np.asarray(seen != ids)
-            wrong = jnp.where(self.changed, ids, (ids + 1) % size)
-            padded = np.pad(np.asarray(ids), ((0, 0), (reach, reach)))
-            around = np.stack([padded[:, i : i + 20] for i in range(2 * reach + 1)], axis=-1)
-            return 50 * jax.nn.one_hot(wrong, size), 50 * jax.nn.one_hot(around, size)
+    class Sure:
+        encoder = type("", (), {"config": SMALL_TEXTS})
 
-    module = Knowing()
-    total, parts = encoders.readings_loss(module, {}, ids, jax.random.key(0), mask_id=15, num_words=12)
-    assert module.changed.any() and not module.changed.all()
-    assert float(parts[1]) < 1e-6 and float(total) == pytest.approx(float(sum(parts)))
-    # A hidden token that happened to become itself is the one that it does not know as hidden.
-    assert float(parts[0]) < 50 * 0.2
+        def apply(self, _, seen, noise):
+            self.hidden = np.asarray(seen != ids)
+            assert noise.shape == (4, 20, SMALL_TEXTS.width)
+            words = np.asarray(ids).copy()
+            words[:, ::10] = (words[:, ::10] + 1) % 12
+            replies = [50 * jax.nn.one_hot(jnp.zeros((4, 20), int), 5) for _ in encoders.QUESTIONS]
+            replies[1] = replies[1].at[:, 0].set(50 * jax.nn.one_hot(1, 5))
+            return 50 * jax.nn.one_hot(words, 16), replies
+
+    reader = Sure()
+    total, (hidden, visible, answered) = encoders.reading_loss(
+        reader, {}, ids, jnp.asarray(wanted), jax.random.key(3), mask_id=15, num_words=12
+    )
+    assert reader.hidden.any() and not reader.hidden.all()
+    wrong = np.zeros((4, 20), bool)
+    wrong[:, ::10] = True
+    # Where a hidden word was replaced by itself it cannot be told; the seed has no such word.
+    np.testing.assert_allclose(hidden, 50 * wrong[reader.hidden].mean(), rtol=1e-5)
+    np.testing.assert_allclose(visible, 50 * wrong[~reader.hidden].mean(), rtol=1e-5)
+    np.testing.assert_allclose(answered, 50 * 3 / 60, rtol=1e-5)  # in the three texts that are asked
+    np.testing.assert_allclose(total, hidden + encoders.VISIBLE_WEIGHT * visible + answered, rtol=1e-6)
 
 
 def test_latent_channels_deviate_alike_and_the_pictures_stay():
@@ -97,7 +122,7 @@ def test_both_learn_and_the_same_seed_gives_the_same_numbers():
     assert texts.keys() == bundle.abstract_params(bundle.BundleConfig(text_encoder=SMALL_TEXTS))["text_encoder"].keys()
     (_, first), (_, second), (step, words) = seen
     assert first == second and step == 30
-    assert words["around"] < 0.9 * np.log(512)  # better than a guess
+    assert words["visible"] < 0.9 * np.log(512)  # better than a guess
 
 
 def test_texts_are_those_that_the_model_reads():

@@ -16,9 +16,11 @@ import numpy as np
 import optax
 
 from unialign_jax.data.shapes import shapes_example
+from unialign_jax.data.shapes_scene import BACKGROUNDS, COLORS, POSITIONS, SHAPES, SIZES
 from unialign_jax.data.tokenizer import NUM_SENTINELS
 from unialign_jax.evaluation import shapes, shapes_run
 from unialign_jax.evaluation.shapes_detector import detect
+from unialign_jax.evaluation.shapes_words import parse_caption
 from unialign_jax.models.autoencoder import AutoencoderConfig, Moments, make_autoencoder
 from unialign_jax.models.text_encoder import TextEncoder
 
@@ -162,10 +164,14 @@ def reconstructions_exact(config: AutoencoderConfig, params, scenes: int, *, ima
 
 # --- the text encoder -------------------------------------------------------------------------------------------------
 
-MASK_SHARES = (0.15, 0.6)  # of the tokens of a text that are hidden, drawn uniformly
+MASK_SHARES = (0.0, 0.6)  # of the tokens of a text that are hidden, drawn uniformly
 CORRUPTED = 0.1  # of the hidden tokens, those that become another token instead of the mask
-REACH = 6  # every token is asked for the tokens up to so many places before and after it
-REACH_WIDTH = 32  # of what is read off an embedding for each of those places
+VISIBLE_WEIGHT = 0.5  # of the tokens that are not hidden
+EMBEDDING_NOISE = 0.8  # added to embeddings where they are read, in parts of their size
+# What a reader asks of each token of a caption: of which colour, shape, size and at which place its thing is (0: it has
+# none, or it is not said), and what the background is. The answers, in the order of the classes from 1 on.
+QUESTIONS = (COLORS, SHAPES, SIZES, POSITIONS, BACKGROUNDS)
+NOT_ASKED = -1
 
 
 def world_texts(seed: int, first: int, count: int) -> list[str]:
@@ -181,79 +187,100 @@ def world_texts(seed: int, first: int, count: int) -> list[str]:
     return texts
 
 
-class Readings(nn.Module):
-    """A T5 encoder and the heads that it is trained with: ids [B, L] -> logits of the token at each place, and around.
+def answers(text: str, tokens: list[str], length: int) -> np.ndarray:
+    """The classes that a reader is to answer at each token, int32 [length, QUESTIONS]; NOT_ASKED for other texts.
 
-    Returns [B, L, V], what was hidden, and [B, L, 2 REACH + 1, V], those from REACH before each token to REACH after.
+    Args: `tokens` are the words of the text, one token each. A thing's phrase begins with its size.
+    """
+    claim = parse_caption(text)
+    if claim is None or claim.view != "photo":
+        return np.full((length, len(QUESTIONS)), NOT_ASKED, np.int32)
+    result = np.zeros((length, len(QUESTIONS)), np.int32)
+    result[:, -1] = 1 + BACKGROUNDS.index(claim.background)
+    end = len(tokens) - tokens[::-1].index("on") - 1
+    starts = [place for place in range(end) if tokens[place] in SIZES]
+    for start, stop, named in zip(starts, [*starts[1:], end], claim.things, strict=False):
+        cell = 0 if named.cell is None else 1 + named.cell
+        words = (1 + COLORS.index(named.color), 1 + SHAPES.index(named.shape), 1 + SIZES.index(named.size), cell)
+        result[start:stop, :-1] = words
+    return result
+
+
+class Reader(nn.Module):
+    """A T5 encoder and the heads that it is trained with: ids [B, L] -> logits of words [B, L, V], and of QUESTIONS.
+
+    The embeddings are read through noise, so that what differs in meaning comes to lie far apart.
     """
 
     encoder: nn.Module
 
     @nn.compact
-    def __call__(self, ids):
+    def __call__(self, ids, noise):
         x = self.encoder(ids)
+        size = jnp.sqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True))
+        x = x + EMBEDDING_NOISE * size * noise
         hidden = nn.LayerNorm(name="head_norm")(nn.gelu(nn.Dense(x.shape[-1], name="head_hidden")(x)))
-        vocab_size = self.encoder.config.vocab_size
-        around = nn.DenseGeneral((2 * REACH + 1, REACH_WIDTH), name="around_hidden")(x)
-        return nn.Dense(vocab_size, name="head_out")(hidden), nn.Dense(vocab_size, name="around_out")(around)
+        words = nn.Dense(self.encoder.config.vocab_size, name="head_out")(hidden)
+        return words, [nn.Dense(1 + len(names), name=f"question_{i}")(x) for i, names in enumerate(QUESTIONS)]
 
 
-def readings_loss(module, params, ids, key, mask_id: int, num_words: int):
-    """The cross-entropy of hidden words, and of the words around every token: (sum, (the one, the other)).
+def reading_loss(module, params, ids, wanted, key, mask_id: int, num_words: int):
+    """What a T5 encoder is trained by: (loss, its parts: hidden words, visible words, answers).
 
-    Spans of one or two tokens are hidden together. Hidden words alone would leave of a visible word what tells of
-    hidden ones, and of a colour in this world nothing does. The words around make each token know what belongs to it,
-    as the embeddings of a T5 of full size do.
+    Masked words, spans of one or two hidden together, and the visible ones too: hidden words alone would leave of a
+    visible word what tells of hidden ones, and of a colour in this world nothing does. And a supervised task, as T5's
+    own pretraining mixed in: at every token of a caption, what its thing is (`answers`, int [B, L, QUESTIONS]).
     """
-    share_key, start_key, kind_key, word_key = jax.random.split(key, 4)
+    share_key, start_key, kind_key, word_key, noise_key = jax.random.split(key, 5)
     share = jax.random.uniform(share_key, (ids.shape[0], 1), minval=MASK_SHARES[0], maxval=MASK_SHARES[1])
     starts = jax.random.uniform(start_key, ids.shape) < share / 2
     hidden = starts | jnp.pad(starts, ((0, 0), (1, 0)))[:, :-1]
     drawn = jax.random.uniform(kind_key, ids.shape)
     other = jax.random.randint(word_key, ids.shape, 0, num_words)
     seen = jnp.where(hidden, jnp.where(drawn < CORRUPTED, other, mask_id), ids)
-    logits, around_logits = module.apply({"params": params}, seen)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, ids)
-    hidden_loss = jnp.sum(losses * hidden) / jnp.sum(hidden)
-    around, inside = words_around(ids)
-    losses = optax.softmax_cross_entropy_with_integer_labels(around_logits, around)
-    around_loss = jnp.sum(losses * inside) / jnp.sum(inside)
-    return hidden_loss + around_loss, (hidden_loss, around_loss)
+    noise = jax.random.normal(noise_key, (*ids.shape, module.encoder.config.width))
+    words, replies = module.apply({"params": params}, seen, noise)
 
+    def mean(values, where):
+        return jnp.sum(values * where) / jnp.maximum(jnp.sum(where), 1)
 
-def words_around(ids):
-    """([B, L, 2 REACH + 1] ids from REACH before each token to REACH after, whether each is inside the text)."""
-    length = ids.shape[1]
-    places = np.arange(length)[:, None] + np.arange(-REACH, REACH + 1)
-    inside = (places >= 0) & (places < length)
-    return ids[:, np.clip(places, 0, length - 1)], jnp.broadcast_to(inside, (len(ids), *inside.shape))
+    losses = optax.softmax_cross_entropy_with_integer_labels(words, ids)
+    asked = wanted[..., 0] != NOT_ASKED
+    answered = sum(
+        mean(optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(wanted[..., i], 0)), asked)
+        for i, logits in enumerate(replies)
+    )
+    parts = mean(losses, hidden), mean(losses, ~hidden), answered
+    return parts[0] + VISIBLE_WEIGHT * parts[1] + parts[2], parts
 
 
 def train_text_encoder(config, tokenizer, *, steps: int, batch: int, length: int, learning_rate: float, log):
-    """float32 params of a T5 encoder of the shapes world's texts, trained by `readings_loss`."""
-    module = Readings(TextEncoder(config))
+    """float32 params of a T5 encoder of the shapes world's texts, trained by `reading_loss`."""
+    module = Reader(TextEncoder(config))
     key = jax.random.key(TEXT_ENCODER_SEED)
-    params = module.init(key, jnp.zeros((1, length), jnp.int32))["params"]
+    params = module.init(key, jnp.zeros((1, length), jnp.int32), jnp.zeros((1, length, config.width)))["params"]
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(cooling(learning_rate, steps, 200), b2=0.98))
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def update(state, ids, key):
+    def update(state, ids, wanted, key):
         params, opt_state = state
         loss = functools.partial(
-            readings_loss, module, mask_id=tokenizer.mask_id, num_words=tokenizer.vocab_size - NUM_SENTINELS
+            reading_loss, module, mask_id=tokenizer.mask_id, num_words=tokenizer.vocab_size - NUM_SENTINELS
         )
-        (_, values), gradients = jax.value_and_grad(loss, has_aux=True)(params, ids, key)
+        (_, values), gradients = jax.value_and_grad(loss, has_aux=True)(params, ids, wanted, key)
         updates, opt_state = tx.update(gradients, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), values
 
     def make(number):
         texts = world_texts(TEXT_ENCODER_SEED, number * batch, batch)
-        return np.stack([tokenizer.encode(text, length) for text in texts])
+        ids = np.stack([tokenizer.encode(text, length) for text in texts])
+        words = [[tokenizer.decode([token]).strip() for token in tokenizer.token_ids(text)] for text in texts]
+        return ids, np.stack([answers(*pair, length) for pair in zip(texts, words, strict=True)])
 
     state = (params, tx.init(params))
-    for step, ids in enumerate(prefetched(make, steps)):
-        state, values = update(state, ids, jax.random.fold_in(key, step))
+    for step, (ids, wanted) in enumerate(prefetched(make, steps)):
+        state, values = update(state, ids, wanted, jax.random.fold_in(key, step))
         if step % 50 == 49 or step == steps - 1:
-            hidden, around = map(float, values)
-            log(step + 1, {"hidden": hidden, "around": around}, state[0]["encoder"])
+            hidden, visible, answered = map(float, values)
+            log(step + 1, {"hidden": hidden, "visible": visible, "answers": answered}, state[0]["encoder"])
     return state[0]["encoder"]
