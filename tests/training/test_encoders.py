@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from unialign_jax import bundle
+from unialign_jax.data.shapes_scene import Scene, Thing
 from unialign_jax.data.tokenizer import load_tokenizer
 from unialign_jax.models import presets
 from unialign_jax.models.autoencoder import AutoencoderConfig, make_autoencoder
@@ -39,6 +40,25 @@ def test_the_foreground_is_what_differs_from_the_corner_and_a_pixel_around():
     wanted = np.zeros((8, 8))
     wanted[3:6, 3:6] = 1
     np.testing.assert_array_equal(encoders.foreground(jnp.asarray(pixels))[0, ..., 0], wanted)
+
+
+def test_what_is_at_each_latent():
+    scene = Scene("gray", (Thing("star", "pink", "large", 0), Thing("circle", "blue", "small", 8)))
+    found = encoders.things_at(scene, "photo", 8)
+    assert found[1, 1].tolist() == [4, 2, 8] and found[6, 6].tolist() == [1, 1, 3]  # middles at 0.19 and 0.81
+    assert found[4, 4].tolist() == [0, 0, 0]
+    # Of the middles at 0.06, 0.19 and 0.31 those within 0.178 of the star's, (0.21, 0.21).
+    assert (found[..., 0] == 4)[:3, :3].astype(int).tolist() == [[0, 1, 0], [1, 1, 1], [0, 1, 1]]
+    assert (found[..., 0] == 4).sum() == 6
+    assert (encoders.things_at(scene, "depth", 8)[..., 2] == encoders.NOT_ASKED).all()
+    assert (encoders.things_at(scene, "depth", 8)[..., :2] == found[..., :2]).all()
+    assert (encoders.things_at(None, "photo", 8) == encoders.NOT_ASKED).all()
+
+
+def test_what_is_not_asked_does_not_count():
+    logits = jnp.log(jnp.asarray([[0.25, 0.75], [0.5, 0.5], [0.1, 0.9]]))
+    found = encoders.cross_entropy(logits, jnp.asarray([1, encoders.NOT_ASKED, 0]))
+    np.testing.assert_allclose(found, -(np.log(0.75) + np.log(0.1)) / 2, rtol=1e-6)
 
 
 def test_what_a_reader_answers_at_each_token():

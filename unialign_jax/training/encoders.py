@@ -27,16 +27,49 @@ from unialign_jax.models.text_encoder import TextEncoder
 AUTOENCODER_SEED, TEXT_ENCODER_SEED = 20261124, 20261125  # worlds that no data set of a run uses
 KL_WEIGHT = 2e-4
 FOREGROUND_WEIGHT = 4.0
+VIEW_WEIGHT = 0.05
+LATENT_NOISE = 0.8  # in deviations of each channel
+NOT_ASKED = -1
 
 
 def world_images(seed: int, first: int, count: int, image_size: int) -> np.ndarray:
     """Pictures of every kind that the autoencoder meets, uint8 [count, S, S, 3]: scenes, maps and lone subjects."""
-    images = []
+    return world_pictures(seed, first, count, image_size, 1)[0]
+
+
+def world_pictures(seed: int, first: int, count: int, image_size: int, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """(`world_images`, `things_at` of each on a grid of `side` x `side`)."""
+    images, things = [], []
     for number in range(first, first + count):
         kind = ("text_to_image", "perception", "text_to_image", "edit", "perception", "personalization")[number % 6]
         example = shapes_example(kind, seed, number, image_size=image_size)
-        images.append(example.conditions[0] if kind == "personalization" else example.image)
-    return np.stack(images)
+        lone = kind == "personalization"
+        images.append(example.conditions[0] if lone else example.image)
+        things.append(things_at(None if lone else example.scene, example.view, side))
+    return np.stack(images), np.stack(things)
+
+
+MARGIN = 0.03  # in picture widths, by which a thing reaches beyond its radius
+
+
+def things_at(scene, view: str, side: int) -> np.ndarray:
+    """Which shape, size and colour there is at the middle of each square of a grid, int32 [side, side, 3].
+
+    0 is none, then the classes in their order; NOT_ASKED without a scene, and of the colours of a map.
+    """
+    result = np.full((side, side, 3), NOT_ASKED if scene is None else 0, np.int32)
+    middles = (np.arange(side) + 0.5) / side
+    for thing in scene.far_to_near() if scene is not None else ():
+        x, y = thing.center
+        inside = np.hypot(middles - x, (middles - y)[:, None]) <= thing.radius + MARGIN
+        result[inside] = (
+            1 + SHAPES.index(thing.shape),
+            1 + SIZES.index(thing.size),
+            1 + COLORS.index(thing.color),
+        )
+    if view != "photo":
+        result[..., 2] = NOT_ASKED
+    return result
 
 
 def prefetched(make, count: int) -> Iterator:
@@ -68,17 +101,43 @@ def foreground(pixels):
     return nn.max_pool(differs.astype(jnp.float32), (3, 3), padding="SAME")
 
 
-def autoencoder_loss(module, params, pixels, key):
-    """The mean absolute error of what comes back, more where there is something, and a little KL divergence."""
+class Viewer(nn.Module):
+    """What is at each latent, read off it alone through noise: [B, h, w, C] -> logits of shape, size and colour."""
+
+    @nn.compact
+    def __call__(self, latents, noise):
+        size = jax.lax.stop_gradient(jnp.sqrt(jnp.mean(jnp.square(latents), axis=(0, 1, 2))))
+        noisy = latents / (size + 1e-6) + LATENT_NOISE * noise
+        return [nn.Dense(1 + len(names), name=f"class_{i}")(noisy) for i, names in enumerate((SHAPES, SIZES, COLORS))]
+
+
+def autoencoder_loss(module, params, pixels, things, key):
+    """The mean absolute error of what comes back, more where there is something, a little KL divergence, a reading.
+
+    The reading asks each latent what is there (`things_at`), through noise: a shape then lies in a direction of its
+    own, and not in the fine detail of many latents, which a diffusion model learns last.
+    """
+    params, viewer = params["autoencoder"], params["viewer"]
     moments = Moments(*module.apply({"params": params}, pixels, method="encode"))
-    noise = jax.random.normal(key, moments.mean.shape)
+    noise_key, view_key = jax.random.split(key)
+    noise = jax.random.normal(noise_key, moments.mean.shape)
+    views = Viewer().apply({"params": viewer}, moments.mean, jax.random.normal(view_key, moments.mean.shape))
+    view_loss = sum(cross_entropy(logits, things[..., i]) for i, logits in enumerate(views))
     latents = moments.mean + jnp.exp(0.5 * moments.log_variance) * noise
     decoded = module.apply({"params": params}, latents, method="decode")
     weight = 1 + FOREGROUND_WEIGHT * foreground(pixels)
     error = jnp.abs(decoded - pixels)
     variance = jnp.exp(moments.log_variance)
     divergence = 0.5 * jnp.mean(jnp.square(moments.mean) + variance - 1 - moments.log_variance)
-    return jnp.mean(weight * error) + KL_WEIGHT * divergence, (jnp.mean(error), divergence)
+    loss = jnp.mean(weight * error) + KL_WEIGHT * divergence + VIEW_WEIGHT * view_loss
+    return loss, (jnp.mean(error), divergence, view_loss)
+
+
+def cross_entropy(logits, classes):
+    """The mean over where it is asked for."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(classes, 0))
+    asked = classes != NOT_ASKED
+    return jnp.sum(losses * asked) / jnp.maximum(jnp.sum(asked), 1)
 
 
 def train_autoencoder(config: AutoencoderConfig, *, steps: int, batch: int, image_size: int, learning_rate: float, log):
@@ -88,28 +147,32 @@ def train_autoencoder(config: AutoencoderConfig, *, steps: int, batch: int, imag
     """
     module = make_autoencoder(config)
     key = jax.random.key(AUTOENCODER_SEED)
-    params = module.init(key, jnp.zeros((1, image_size, image_size, 3)))["params"]
+    params = {"autoencoder": module.init(key, jnp.zeros((1, image_size, image_size, 3)))["params"]}
+    latents = jnp.zeros((1, 1, 1, config.latent_channels))
+    params["viewer"] = Viewer().init(jax.random.fold_in(key, 1), latents, latents)["params"]
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(cooling(learning_rate, steps, 100), b2=0.99))
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def update(state, images, key):
+    def update(state, images, things, key):
         params, average, opt_state = state
         pixels = images.astype(jnp.float32) / 127.5 - 1
         loss = functools.partial(autoencoder_loss, module)
-        (_, values), gradients = jax.value_and_grad(loss, has_aux=True)(params, pixels, key)
+        (_, values), gradients = jax.value_and_grad(loss, has_aux=True)(params, pixels, things, key)
         updates, opt_state = tx.update(gradients, opt_state, params)
         params = optax.apply_updates(params, updates)
         average = jax.tree.map(lambda a, p: a + 0.005 * (p - a), average, params)
         return (params, average, opt_state), values
 
     state = (params, jax.tree.map(jnp.copy, params), tx.init(params))
-    make = lambda n: world_images(AUTOENCODER_SEED, n * batch, batch, image_size)  # noqa: E731
-    for step, images in enumerate(prefetched(make, steps)):
-        state, (error, divergence) = update(state, images, jax.random.fold_in(key, step))
+    side = image_size // config.downsample_factor
+    make = lambda n: world_pictures(AUTOENCODER_SEED, n * batch, batch, image_size, side)  # noqa: E731
+    for step, (images, things) in enumerate(prefetched(make, steps)):
+        state, values = update(state, images, things, jax.random.fold_in(key, step))
         if step % 50 == 49 or step == steps - 1:
-            log(step + 1, {"error": float(error), "kl": float(divergence)}, state[1])
+            named = dict(zip(("error", "kl", "view"), map(float, values), strict=True))
+            log(step + 1, named, state[1]["autoencoder"])
     images = world_images(AUTOENCODER_SEED, 0, 480, image_size)
-    params = with_even_channels(config, state[1], images)
+    params = with_even_channels(config, state[1]["autoencoder"], images)
     return with_statistics(config, params, images), params
 
 
@@ -171,7 +234,6 @@ EMBEDDING_NOISE = 0.8  # added to embeddings where they are read, in parts of th
 # What a reader asks of each token of a caption: of which colour, shape, size and at which place its thing is (0: it has
 # none, or it is not said), and what the background is. The answers, in the order of the classes from 1 on.
 QUESTIONS = (COLORS, SHAPES, SIZES, POSITIONS, BACKGROUNDS)
-NOT_ASKED = -1
 
 
 def world_texts(seed: int, first: int, count: int) -> list[str]:
