@@ -40,8 +40,8 @@ AUTOENCODER = {
     # Trained on the shapes world by launch/pretrain_encoders.py; scale and shift are those of its latents.
     "tiny": AutoencoderConfig(
         latent_channels=8,
-        scale=0.9984,
-        shift=0.0287,
+        scale=0.758,
+        shift=0.259,
         block_widths=(8, 16, 32, 64),
         blocks_per_level=0,
         norm_groups=2,

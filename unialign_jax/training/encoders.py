@@ -112,25 +112,28 @@ class Viewer(nn.Module):
 
 
 def autoencoder_loss(module, params, pixels, things, key):
-    """The mean absolute error of what comes back, more where there is something, a little KL divergence, a reading.
+    """The mean absolute error of what comes back, more where there is something, and a little KL divergence.
 
-    The reading asks each latent what is there (`things_at`), through noise: a shape then lies in a direction of its
-    own, and not in the fine detail of many latents, which a diffusion model learns last.
+    With a `Viewer` among the parameters each latent is asked what is there (`things_at`), through noise: a shape then
+    lies in a direction of its own, and not in the fine detail of many latents, which a diffusion model learns last.
+    Returns (loss, {name: its parts}).
     """
-    params, viewer = params["autoencoder"], params["viewer"]
-    moments = Moments(*module.apply({"params": params}, pixels, method="encode"))
-    noise_key, view_key = jax.random.split(key)
-    noise = jax.random.normal(noise_key, moments.mean.shape)
-    views = Viewer().apply({"params": viewer}, moments.mean, jax.random.normal(view_key, moments.mean.shape))
-    view_loss = sum(cross_entropy(logits, things[..., i]) for i, logits in enumerate(views))
+    apply = functools.partial(module.apply, {"params": params["autoencoder"]})
+    moments = Moments(*apply(pixels, method="encode"))
+    key, view_key = jax.random.split(key) if "viewer" in params else (key, None)
+    noise = jax.random.normal(key, moments.mean.shape)
     latents = moments.mean + jnp.exp(0.5 * moments.log_variance) * noise
-    decoded = module.apply({"params": params}, latents, method="decode")
-    weight = 1 + FOREGROUND_WEIGHT * foreground(pixels)
-    error = jnp.abs(decoded - pixels)
+    error = jnp.abs(apply(latents, method="decode") - pixels)
     variance = jnp.exp(moments.log_variance)
     divergence = 0.5 * jnp.mean(jnp.square(moments.mean) + variance - 1 - moments.log_variance)
-    loss = jnp.mean(weight * error) + KL_WEIGHT * divergence + VIEW_WEIGHT * view_loss
-    return loss, (jnp.mean(error), divergence, view_loss)
+    loss = jnp.mean((1 + FOREGROUND_WEIGHT * foreground(pixels)) * error) + KL_WEIGHT * divergence
+    parts = {"error": jnp.mean(error), "kl": divergence}
+    if view_key is not None:
+        noise = jax.random.normal(view_key, moments.mean.shape)
+        views = Viewer().apply({"params": params["viewer"]}, moments.mean, noise)
+        parts["view"] = sum(cross_entropy(logits, things[..., i]) for i, logits in enumerate(views))
+        loss += VIEW_WEIGHT * parts["view"]
+    return loss, parts
 
 
 def cross_entropy(logits, classes):
@@ -140,16 +143,31 @@ def cross_entropy(logits, classes):
     return jnp.sum(losses * asked) / jnp.maximum(jnp.sum(asked), 1)
 
 
-def train_autoencoder(config: AutoencoderConfig, *, steps: int, batch: int, image_size: int, learning_rate: float, log):
+def train_autoencoder(config: AutoencoderConfig, *, steps: int, view_steps: int, batch: int, image_size: int, log):
     """(config with the latents' own scale and shift, float32 params): an autoencoder of the shapes world.
 
-    Args: `log` is called with (step, {name: value}, params averaged).
+    Args:
+      steps: in which it learns to give pictures back.
+      view_steps: in which its latents then learn to tell what is there.
+      log: called with (step, {name: value}, parameters averaged).
     """
-    module = make_autoencoder(config)
-    key = jax.random.key(AUTOENCODER_SEED)
+    module, key = make_autoencoder(config), jax.random.key(AUTOENCODER_SEED)
+    side = image_size // config.downsample_factor
+    make = lambda n: world_pictures(AUTOENCODER_SEED, n * batch, batch, image_size, side)  # noqa: E731
     params = {"autoencoder": module.init(key, jnp.zeros((1, image_size, image_size, 3)))["params"]}
+    params = optimize_autoencoder(module, params, steps, 2.5e-3, make, key, log)
     latents = jnp.zeros((1, 1, 1, config.latent_channels))
-    params["viewer"] = Viewer().init(jax.random.fold_in(key, 1), latents, latents)["params"]
+    params |= {"viewer": Viewer().init(jax.random.fold_in(key, 1), latents, latents)["params"]}
+    params = optimize_autoencoder(
+        module, params, view_steps, 1.5e-3, make, key, lambda step, *rest: log(steps + step, *rest)
+    )
+    images = world_images(AUTOENCODER_SEED, 0, 480, image_size)
+    params = with_even_channels(config, params["autoencoder"], images)
+    return with_statistics(config, params, images), params
+
+
+def optimize_autoencoder(module, params, steps, learning_rate, make, key, log):
+    """The running average of the parameters after `steps` steps on `make(0)`, `make(1)`, ...: (images, things)."""
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(cooling(learning_rate, steps, 100), b2=0.99))
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -157,23 +175,18 @@ def train_autoencoder(config: AutoencoderConfig, *, steps: int, batch: int, imag
         params, average, opt_state = state
         pixels = images.astype(jnp.float32) / 127.5 - 1
         loss = functools.partial(autoencoder_loss, module)
-        (_, values), gradients = jax.value_and_grad(loss, has_aux=True)(params, pixels, things, key)
+        (_, parts), gradients = jax.value_and_grad(loss, has_aux=True)(params, pixels, things, key)
         updates, opt_state = tx.update(gradients, opt_state, params)
         params = optax.apply_updates(params, updates)
         average = jax.tree.map(lambda a, p: a + 0.005 * (p - a), average, params)
-        return (params, average, opt_state), values
+        return (params, average, opt_state), parts
 
     state = (params, jax.tree.map(jnp.copy, params), tx.init(params))
-    side = image_size // config.downsample_factor
-    make = lambda n: world_pictures(AUTOENCODER_SEED, n * batch, batch, image_size, side)  # noqa: E731
     for step, (images, things) in enumerate(prefetched(make, steps)):
-        state, values = update(state, images, things, jax.random.fold_in(key, step))
+        state, parts = update(state, images, things, jax.random.fold_in(key, step))
         if step % 50 == 49 or step == steps - 1:
-            named = dict(zip(("error", "kl", "view"), map(float, values), strict=True))
-            log(step + 1, named, state[1]["autoencoder"])
-    images = world_images(AUTOENCODER_SEED, 0, 480, image_size)
-    params = with_even_channels(config, state[1]["autoencoder"], images)
-    return with_statistics(config, params, images), params
+            log(step + 1, {name: float(value) for name, value in parts.items()}, state[1]["autoencoder"])
+    return state[1]
 
 
 def with_even_channels(config: AutoencoderConfig, params, images: np.ndarray):
