@@ -17,5 +17,5 @@ def get_config(size=""):
     config.streams.text_to_image = stream("text_to_image", "data/text_to_image")
     config.model.remat = "dots"  # on 64 chips of v4 or v5p and 256 of v5e it fits; on fewer ask launch/plan.py --search
     if size == "tiny":
-        tiny(config, num_steps=1800)
+        tiny(config, num_steps=3000)
     return config

@@ -20,6 +20,6 @@ def get_config(size=""):
     config.streams.perception = stream("perception", "data/perception")
     config.streams.personalization = stream("personalization", "data/personalization")
     if size == "tiny":
-        tiny(config, num_steps=1800)
+        tiny(config, num_steps=3000)
         config.init_from = "runs/tiny"
     return config

@@ -20,6 +20,6 @@ def get_config(size=""):
     config.streams.personalization = stream("personalization", "data/personalization")
     config.streams.vqa = stream("vqa", "data/vqa", weight=2.0)
     if size == "tiny":
-        tiny(config, num_steps=1800)
+        tiny(config, num_steps=3000)
         config.init_from = "runs/tiny2"
     return config

@@ -71,11 +71,31 @@ def small_config(shapes_dir):
                     "tap_depth": 1,
                     "text_width": 32,
                     "latent_channels": 48,
+                    "max_patches": 96,
+                    "text_positions": 0,
                 },
+                # A recipe of the tests' own: that of the tiny stages is searched for, and moves.
+                "loss_weights": {"masked_text": 0.2},
+                "optimizer": {
+                    "learning_rate": 2e-3,
+                    "warmup_steps": 50,
+                    "cooldown_start": 0,
+                    "cooldown_steps": 0,
+                    "clip_norm": 2.0,
+                    "b2": 0.999,
+                },
+                "ema_decay": 0.995,
                 "heads": {"hidden_width": 32, "teacher_width": 16},
                 "text_encoder": {"width": 32, "mlp_width": 48, "num_heads": 2, "head_width": 16, "depth": 1},
                 "checkpoint": {"every": 3, "keep_last": 2, "keep_every": 0},
-                "samples": {"every": 0, "count": 0, "steps": 2, "caption_steps": 2},
+                "samples": {
+                    "every": 0,
+                    "count": 0,
+                    "steps": 2,
+                    "caption_steps": 2,
+                    "guidance_scale": 3.0,
+                    "shift": 3.0,
+                },
             }
         )
         for name, stream in config.streams.items():
@@ -188,6 +208,7 @@ def tiny_bundle(tmp_path_factory):
             tap_depth=1,
             text_width=32,
             latent_channels=48,
+            max_patches=96,
             text_positions=0,
         ),
         text_encoder=dataclasses.replace(

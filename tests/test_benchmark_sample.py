@@ -30,9 +30,9 @@ def test_the_figures_of_a_tiny_run_add_up(tmp_path):
     assert figures["images"] == "64 px, 4 Euler steps, guidance 7, 32 text tokens"
 
     matmul = figures["large square matmul, TFLOP/s"]
-    # The tiny MM-DiT by hand, 64 image and 32 text tokens of width 192: 24 D^2 a token in each of 4 blocks, attention,
+    # The tiny MM-DiT by hand, 16 image and 32 text tokens of width 128: 24 D^2 a token in each of 4 blocks, attention,
     # and a few percent for the rest; four guided steps.
-    block = 96 * 24 * 192**2 + 4 * 96**2 * 192
+    block = 48 * 24 * 128**2 + 4 * 48**2 * 128
     loop = 4 * 2 * 4 * block / 1e12
     parts = sum(figures[f"image batch 2: {part}, s"] for part in ("T5", "loop", "VAE decode"))
     assert 0 < parts <= figures["image batch 2: all, s"] * 1.001
