@@ -53,8 +53,6 @@ FIGURES = (
     ("stage2", "edit/unchanged", "rest unchanged", True),
 )
 TASKS = {"stage1": ("text_to_image", "caption"), "stage2": ("edit",)}
-# The 97.5% quantile of Student's t by degrees of freedom; the normal one beyond.
-T_QUANTILES = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 
 
 def parse_arguments(argv):
@@ -112,7 +110,7 @@ def run_folder(arguments, variant: str, seed: int, stage: str) -> Path:
 
 
 def train(arguments, variant: str, seed: int, stage: str) -> None:
-    """Trains one run, or goes on with it; what it says goes to train.log beside it. Raises ValueError when it fails."""
+    """Trains one run, or goes on with it; its log is STAGE.log beside its folder. Raises ValueError when it fails."""
     folder = run_folder(arguments, variant, seed, stage)
     folder.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, ROOT / "launch" / "train.py", "--noprogress", f"--config={ROOT}/configs/{stage}.py:tiny"]
@@ -153,10 +151,12 @@ def validation_losses(folder: Path) -> dict[str, float]:
 
 def interval(values: list[float]) -> tuple[float, float]:
     """Mean, and half the width of its 95% interval by Student's t; infinite for a single value."""
+    from scipy.stats import t
+
     count = len(values)
     if count < 2:
         return values[0], math.inf
-    return statistics.fmean(values), T_QUANTILES.get(count - 1, 1.96) * statistics.stdev(values) / math.sqrt(count)
+    return statistics.fmean(values), float(t.ppf(0.975, count - 1)) * statistics.stdev(values) / math.sqrt(count)
 
 
 def tabulate(results: dict, variants: list[str]) -> dict[str, dict[str, tuple[float, float]]]:
