@@ -22,11 +22,13 @@ def parse_arguments(argv):
     parser.add_argument("--output", required=True, metavar="DIR", help="bundle to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
     parser.add_argument("--autoencoder-steps", type=int, default=13000, metavar="N", help="of 8 pictures (%(default)s)")
-    parser.add_argument("--view-steps", type=int, default=3000, metavar="N", help="of them on, to tell what is there")
+    parser.add_argument("--view-steps", type=int, default=4000, metavar="N", help="more, to tell what is there")
+    parser.add_argument("--decoder-steps", type=int, default=8000, metavar="N", help="more, of the decoder alone")
     parser.add_argument("--text-encoder-steps", type=int, default=2000, metavar="N", help="of 32 texts (%(default)s)")
     parser.add_argument("--scenes", type=int, default=256, metavar="N", help="held out, to score both (%(default)s)")
     arguments = parser.parse_args(argv)
-    for name, least in (("autoencoder_steps", 2), ("view_steps", 2), ("text_encoder_steps", 2), ("scenes", 1)):
+    for name in ("autoencoder_steps", "view_steps", "decoder_steps", "text_encoder_steps", "scenes"):
+        least = 1 if name == "scenes" else 2
         if getattr(arguments, name) < least:
             parser.error(f"--{name.replace('_', '-')} is {getattr(arguments, name)}, expected at least {least}")
     return arguments
@@ -60,14 +62,15 @@ def main(argv=None) -> int:
         text_params = encoders.train_text_encoder(
             text_config, tokenizer, steps=steps, batch=32, length=32, learning_rate=1e-3, log=bar("text encoder", steps)
         )
-        steps, view_steps = arguments.autoencoder_steps, arguments.view_steps
+        steps = (arguments.autoencoder_steps, arguments.view_steps, arguments.decoder_steps)
         image_config, image_params = encoders.train_autoencoder(
             presets.AUTOENCODER["tiny"],
-            steps=steps,
-            view_steps=view_steps,
+            steps=steps[0],
+            view_steps=steps[1],
+            decoder_steps=steps[2],
             batch=8,
             image_size=64,
-            log=bar("autoencoder", steps + view_steps),
+            log=bar("autoencoder", sum(steps)),
         )
         write(arguments, tokenizer, text_config, text_params, image_config, image_params)
     except (ValueError, OSError, RuntimeError) as error:
@@ -102,7 +105,7 @@ def write(arguments, tokenizer, text_config, text_params, image_config, image_pa
         provenance={
             "made by": "launch/pretrain_encoders.py",
             "steps": {
-                "autoencoder": [arguments.autoencoder_steps, arguments.view_steps],
+                "autoencoder": [arguments.autoencoder_steps, arguments.view_steps, arguments.decoder_steps],
                 "text_encoder": arguments.text_encoder_steps,
             },
             "reconstructions exact": {"share": restored, "scenes": arguments.scenes},

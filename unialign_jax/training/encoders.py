@@ -27,8 +27,10 @@ from unialign_jax.models.text_encoder import TextEncoder
 AUTOENCODER_SEED, TEXT_ENCODER_SEED = 20261124, 20261125  # worlds that no data set of a run uses
 KL_WEIGHT = 2e-4
 FOREGROUND_WEIGHT = 4.0
-VIEW_WEIGHT = 0.05
-LATENT_NOISE = 0.8  # in deviations of each channel
+VIEW_WEIGHT = 0.1
+LATENT_NOISE = 0.8  # through which a latent is asked what is there, in deviations of each channel
+DECODER_NOISE = 0.6  # the most through which the decoder reads latents
+OFFSET_WEIGHT = 0.01
 NOT_ASKED = -1
 
 
@@ -106,33 +108,46 @@ class Viewer(nn.Module):
 
     @nn.compact
     def __call__(self, latents, noise):
-        size = jax.lax.stop_gradient(jnp.sqrt(jnp.mean(jnp.square(latents), axis=(0, 1, 2))))
-        noisy = latents / (size + 1e-6) + LATENT_NOISE * noise
+        mean = jax.lax.stop_gradient(jnp.mean(latents, axis=(0, 1, 2)))
+        deviation = jax.lax.stop_gradient(jnp.std(latents, axis=(0, 1, 2)))
+        noisy = (latents - mean) / (deviation + 1e-6) + LATENT_NOISE * noise
         return [nn.Dense(1 + len(names), name=f"class_{i}")(noisy) for i, names in enumerate((SHAPES, SIZES, COLORS))]
 
 
-def autoencoder_loss(module, params, pixels, things, key):
-    """The mean absolute error of what comes back, more where there is something, and a little KL divergence.
+def autoencoder_loss(module, params, pixels, things, key, *, phase: str):
+    """The mean absolute error of what comes back, more where there is something; and what the phase adds.
 
-    With a `Viewer` among the parameters each latent is asked what is there (`things_at`), through noise: a shape then
-    lies in a direction of its own, and not in the fine detail of many latents, which a diffusion model learns last.
+    "pictures": the latents with their own variance, and a little KL divergence.
+    "things": each latent is asked what is there (`things_at`, `Viewer`), through noise, and the decoder reads latents
+      through noise too. A shape then lies in a direction of its own, and small errors of a diffusion model do not
+      change it. The channels' means are held near 0.
+    "decoder": the decoder alone, through the same noise.
+
     Returns (loss, {name: its parts}).
     """
     apply = functools.partial(module.apply, {"params": params["autoencoder"]})
     moments = Moments(*apply(pixels, method="encode"))
-    key, view_key = jax.random.split(key) if "viewer" in params else (key, None)
-    noise = jax.random.normal(key, moments.mean.shape)
-    latents = moments.mean + jnp.exp(0.5 * moments.log_variance) * noise
+    key, view_key, level_key, robust_key = (key, *[None] * 3) if phase == "pictures" else jax.random.split(key, 4)
+    mean, variance = moments.mean, jnp.exp(moments.log_variance)
+    latents = mean + jnp.sqrt(variance) * jax.random.normal(key, mean.shape)
+    if phase != "pictures":
+        deviation = jax.lax.stop_gradient(jnp.std(mean, axis=(0, 1, 2)))
+        level = DECODER_NOISE * jax.random.uniform(level_key, (len(mean), 1, 1, 1))
+        latents += level * deviation * jax.random.normal(robust_key, mean.shape)
+    if phase == "decoder":
+        latents = jax.lax.stop_gradient(latents)
     error = jnp.abs(apply(latents, method="decode") - pixels)
-    variance = jnp.exp(moments.log_variance)
-    divergence = 0.5 * jnp.mean(jnp.square(moments.mean) + variance - 1 - moments.log_variance)
-    loss = jnp.mean((1 + FOREGROUND_WEIGHT * foreground(pixels)) * error) + KL_WEIGHT * divergence
-    parts = {"error": jnp.mean(error), "kl": divergence}
-    if view_key is not None:
-        noise = jax.random.normal(view_key, moments.mean.shape)
-        views = Viewer().apply({"params": params["viewer"]}, moments.mean, noise)
+    divergence = 0.5 * jnp.mean(jnp.square(mean) + variance - 1 - moments.log_variance)
+    loss = jnp.mean((1 + FOREGROUND_WEIGHT * foreground(pixels)) * error)
+    parts = {"error": jnp.mean(error)}
+    if phase != "decoder":
+        loss += KL_WEIGHT * divergence
+        parts["kl"] = divergence
+    if phase == "things":
+        views = Viewer().apply({"params": params["viewer"]}, mean, jax.random.normal(view_key, mean.shape))
         parts["view"] = sum(cross_entropy(logits, things[..., i]) for i, logits in enumerate(views))
         loss += VIEW_WEIGHT * parts["view"]
+        loss += OFFSET_WEIGHT * jnp.mean(jnp.square(jnp.mean(mean, axis=(0, 1, 2)) / deviation))
     return loss, parts
 
 
@@ -143,30 +158,45 @@ def cross_entropy(logits, classes):
     return jnp.sum(losses * asked) / jnp.maximum(jnp.sum(asked), 1)
 
 
-def train_autoencoder(config: AutoencoderConfig, *, steps: int, view_steps: int, batch: int, image_size: int, log):
+def train_autoencoder(
+    config: AutoencoderConfig, *, steps: int, view_steps: int, decoder_steps: int, batch: int, image_size: int, log
+):
     """(config with the latents' own scale and shift, float32 params): an autoencoder of the shapes world.
 
     Args:
       steps: in which it learns to give pictures back.
-      view_steps: in which its latents then learn to tell what is there.
+      view_steps: in which its latents then learn to tell what is there, from white latents on (`whitened`).
+      decoder_steps: in which its decoder learns on alone.
       log: called with (step, {name: value}, parameters averaged).
     """
     module, key = make_autoencoder(config), jax.random.key(AUTOENCODER_SEED)
     side = image_size // config.downsample_factor
     make = lambda n: world_pictures(AUTOENCODER_SEED, n * batch, batch, image_size, side)  # noqa: E731
-    params = {"autoencoder": module.init(key, jnp.zeros((1, image_size, image_size, 3)))["params"]}
-    params = optimize_autoencoder(module, params, steps, 2.5e-3, make, key, log)
-    latents = jnp.zeros((1, 1, 1, config.latent_channels))
-    params |= {"viewer": Viewer().init(jax.random.fold_in(key, 1), latents, latents)["params"]}
-    params = optimize_autoencoder(
-        module, params, view_steps, 1.5e-3, make, key, lambda step, *rest: log(steps + step, *rest)
-    )
     images = world_images(AUTOENCODER_SEED, 0, 480, image_size)
-    params = with_even_channels(config, params["autoencoder"], images)
-    return with_statistics(config, params, images), params
+    params = {"autoencoder": module.init(key, jnp.zeros((1, image_size, image_size, 3)))["params"]}
+    latents = jnp.zeros((1, 1, 1, config.latent_channels))
+    viewer = Viewer().init(jax.random.fold_in(key, 1), latents, latents)["params"]
+    done = 0
+    for phase, count, rate in (
+        ("pictures", steps, 2.5e-3),
+        ("things", view_steps, 2e-3),
+        ("decoder", decoder_steps, 2e-3),
+    ):
+        if phase == "things":
+            params = params | {"viewer": viewer}
+        shifted = functools.partial(_log_after, done, log)
+        params = optimize_autoencoder(module, params, count, rate, make, key, shifted, phase)
+        if phase != "decoder":
+            params = {"autoencoder": whitened(config, params["autoencoder"], images)}
+        done += count
+    return with_statistics(config, params["autoencoder"], images), params["autoencoder"]
 
 
-def optimize_autoencoder(module, params, steps, learning_rate, make, key, log):
+def _log_after(done, log, step, *values):
+    log(done + step, *values)
+
+
+def optimize_autoencoder(module, params, steps, learning_rate, make, key, log, phase):
     """The running average of the parameters after `steps` steps on `make(0)`, `make(1)`, ...: (images, things)."""
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(cooling(learning_rate, steps, 100), b2=0.99))
 
@@ -174,7 +204,7 @@ def optimize_autoencoder(module, params, steps, learning_rate, make, key, log):
     def update(state, images, things, key):
         params, average, opt_state = state
         pixels = images.astype(jnp.float32) / 127.5 - 1
-        loss = functools.partial(autoencoder_loss, module)
+        loss = functools.partial(autoencoder_loss, module, phase=phase)
         (_, parts), gradients = jax.value_and_grad(loss, has_aux=True)(params, pixels, things, key)
         updates, opt_state = tx.update(gradients, opt_state, params)
         params = optax.apply_updates(params, updates)
@@ -189,23 +219,36 @@ def optimize_autoencoder(module, params, steps, learning_rate, make, key, log):
     return state[1]
 
 
-def with_even_channels(config: AutoencoderConfig, params, images: np.ndarray):
-    """The same autoencoder, whose latent channels all deviate by 1 over `images`, so that noise hides all alike.
+def whitened(config: AutoencoderConfig, params, images: np.ndarray):
+    """The same autoencoder, whose latents have mean 0 and covariance I over `images`, so that noise hides all alike.
 
-    The factors go into the encoder's last convolution and, as their inverses, into the decoder's first.
+    With W = covariance^(-1/2) the latents become (latents - mean) W, by the encoder's last convolution; the decoder's
+    first takes it back. Pictures stay but for their border: that convolution pads with zeros, which now stand for the
+    mean. The log variances are shifted to what they are on average.
     """
     encode = jax.jit(make_autoencoder(config).apply, static_argnames="method")
-    means = [
-        encode({"params": params}, jnp.float32(images[i : i + 32]) / 127.5 - 1, method="encode")[0]
+    moments = [
+        Moments(*encode({"params": params}, jnp.float32(images[i : i + 32]) / 127.5 - 1, method="encode"))
         for i in range(0, len(images), 32)
     ]
-    factors = 1 / np.concatenate(means).std(axis=(0, 1, 2))
-    last, first = params["encoder"]["conv_out"], params["decoder"]["conv_in"]
     channels = config.latent_channels
-    both = jnp.concatenate([factors, jnp.ones(channels)])
-    offset = jnp.concatenate([jnp.zeros(channels), 2 * jnp.log(factors)])  # of the log variances
-    last = {"kernel": last["kernel"] * both, "bias": last["bias"] * both + offset}
-    first = first | {"kernel": first["kernel"] / factors[:, None]}
+    latents = np.concatenate([m.mean for m in moments]).reshape(-1, channels).astype(np.float64)
+    variance = np.exp(np.concatenate([m.log_variance for m in moments])).mean(axis=(0, 1, 2))
+    mean, values, vectors = latents.mean(0), *np.linalg.eigh(np.cov(latents.T))
+    matrix = (vectors / np.sqrt(values)) @ vectors.T
+    last, first = params["encoder"]["conv_out"], params["decoder"]["conv_in"]
+    kernel, bias = np.asarray(last["kernel"], np.float64), np.asarray(last["bias"], np.float64)
+    offset = np.log(variance @ np.square(matrix)) - np.log(variance)
+    last = {
+        "kernel": np.concatenate([kernel[..., :channels] @ matrix, kernel[..., channels:]], -1),
+        "bias": np.concatenate([(bias[:channels] - mean) @ matrix, bias[channels:] + offset]),
+    }
+    kernel = np.asarray(first["kernel"], np.float64)
+    first = {
+        "kernel": np.einsum("ij,hwjo->hwio", np.linalg.inv(matrix), kernel),
+        "bias": first["bias"] + np.einsum("j,hwjo->o", mean, kernel),
+    }
+    last, first = jax.tree.map(jnp.float32, (last, first))
     encoder, decoder = params["encoder"] | {"conv_out": last}, params["decoder"] | {"conv_in": first}
     return params | {"encoder": encoder, "decoder": decoder}
 
