@@ -124,7 +124,8 @@ def benchmark_train(arguments) -> dict:
     import jax
 
     from unialign_jax.inputs import check_whole
-    from unialign_jax.training import distributed, flops
+    from unialign_jax.models import flops
+    from unialign_jax.parallel import processes
     from unialign_jax.training.loop import StopRequest, Trainer, run_steps
     from unialign_jax.training.metrics import memory_use
     from unialign_jax.training.stages import read_config
@@ -132,7 +133,7 @@ def benchmark_train(arguments) -> dict:
     for name in ("steps", "rounds"):
         check_whole(f"--{name}", getattr(arguments, name), 1, MOST_ROUNDS)
     logging.getLogger().setLevel(logging.ERROR)
-    distributed.take_gpu_memory(os.environ)  # as in training
+    processes.take_gpu_memory(os.environ)  # as in training
     config = read_config(arguments.config, arguments.set)
     config.num_steps = 1 << 30  # each measurement sets its own end
     config.checkpoint.every = 1 << 30

@@ -96,7 +96,7 @@ def benchmark_memory(arguments) -> dict:
 
 def mesh_changes(text) -> list[str]:
     """ "fsdp=4,tensor=2" -> that mesh as changes to a configuration, axes that are not named being 1."""
-    from unialign_jax.sharding import AXES
+    from unialign_jax.parallel.sharding import AXES
 
     sizes = dict.fromkeys(AXES, "1")
     for part in text.split(","):
@@ -115,12 +115,12 @@ def plan_and_run(settings) -> dict:
     import jax
     from benchmark_step import Setup, peak_of
 
-    from unialign_jax.training import distributed
+    from unialign_jax.parallel import processes
     from unialign_jax.training.config import active_streams
     from unialign_jax.training.plan import plan_step
     from unialign_jax.training.stages import read_config
 
-    distributed.take_gpu_memory(os.environ)  # as in training
+    processes.take_gpu_memory(os.environ)  # as in training
     on_cpu = settings["platform"] == "cpu"
     jax.config.update("jax_platforms", {"gpu": "cuda"}.get(settings["platform"], settings["platform"]))
     if on_cpu:

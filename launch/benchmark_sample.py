@@ -280,8 +280,8 @@ def pipeline(settings) -> dict:
 
     from unialign_jax import Pipeline
     from unialign_jax.data.tokenizer import load_tokenizer
+    from unialign_jax.models.flops import peak_flops
     from unialign_jax.pipeline import default_dtype
-    from unialign_jax.training.flops import peak_flops
     from unialign_jax.training.metrics import memory_use
 
     device = jax.devices()[0]
@@ -318,7 +318,7 @@ def bundle_tokenizer(directory):
 
 
 def measure_images(settings, model, watch, limits) -> dict:
-    from unialign_jax.training import flops
+    from unialign_jax.models import flops
 
     config, steps = model.config, settings["steps"]
     size = settings["size"] or config.image_size
@@ -354,7 +354,7 @@ def measure_images(settings, model, watch, limits) -> dict:
 def measure_captions(settings, model, watch, limits) -> dict:
     from PIL import Image
 
-    from unialign_jax.training import flops
+    from unialign_jax.models import flops
 
     config, size = model.config, model.config.image_size
     tokens = settings["caption_tokens"] or config.text_length
@@ -459,7 +459,7 @@ def forward_shapes(settings, config):
 
 
 def measure_forward(settings, config, run) -> dict:
-    from unialign_jax.training import flops
+    from unialign_jax.models import flops
 
     seconds = []
     for _ in range(1 + settings["rounds"]):

@@ -5,7 +5,7 @@
     python launch/benchmark.py step --config=configs/stage1.py:tiny --micro-batches=4
 
 Every micro-batch (samples of one device at a time) is tried with every remat policy, each in a process of its own, and
-has a row: compiling, seconds of a step, TFLOP/s and MFU of a device (FLOPs by training/flops.py), images a second, the
+has a row: compiling, seconds of a step, TFLOP/s and MFU of a device (FLOPs by models/flops.py), images a second, the
 highest memory and whether the step or the making of the weights before it took it, that which the compiler had planned,
 and the mesh. One that does not fit has a row that says so. Of the setting
 with most images a second the parts are then compiled and measured apart: T5, VAE, the MM-DiT with its losses forward,
@@ -146,9 +146,9 @@ class Setup:
     """A configuration's training step on some devices: its program, and its arguments made out of nothing."""
 
     def __init__(self, config, stream, devices):
-        from unialign_jax import sharding
+        from unialign_jax.parallel import sharding
+        from unialign_jax.parallel.meshes import mesh_for
         from unialign_jax.training.config import active_streams, build_configs, config_problems
-        from unialign_jax.training.meshes import mesh_for
         from unialign_jax.training.optimizer import make_optimizer
         from unialign_jax.training.state import Networks, abstract_frozen, abstract_state
         from unialign_jax.training.step import batch_shapes
@@ -175,7 +175,7 @@ class Setup:
         """Programs that make the state, the frozen networks and a batch, at random, where they belong."""
         import jax
 
-        from unialign_jax import sharding
+        from unialign_jax.parallel import sharding
         from unialign_jax.training.state import init_frozen, init_state
 
         def shardings(tree):
@@ -216,11 +216,11 @@ def random_batch(shapes):
 def open_setup(settings) -> Setup:
     import jax
 
-    from unialign_jax.training import distributed
+    from unialign_jax.parallel import processes
     from unialign_jax.training.config import batch_shards
     from unialign_jax.training.stages import read_config
 
-    distributed.take_gpu_memory(os.environ)  # as in training
+    processes.take_gpu_memory(os.environ)  # as in training
     config = read_config(settings["config"], settings["changes"])
     devices = jax.devices()[: settings["devices"]]
     config.accumulation = settings["accumulation"]
@@ -243,8 +243,8 @@ def whole(settings) -> dict:
 def measure_step(setup, settings) -> dict:
     import jax
 
-    from unialign_jax.training.flops import peak_flops
-    from unialign_jax.training.meshes import format_mesh
+    from unialign_jax.models.flops import peak_flops
+    from unialign_jax.parallel.meshes import format_mesh
     from unialign_jax.training.metrics import memory_use, to_means
 
     began = time.perf_counter()
@@ -310,7 +310,7 @@ def step_flops(setup) -> float:
 
 def part_flops(setup) -> dict[str, float]:
     """The model's FLOPs of each part in a step on one device."""
-    from unialign_jax.training import flops
+    from unialign_jax.models import flops
 
     config, networks = setup.config, setup.networks
     model, latents = networks.transformer.config, config.image_size // networks.autoencoder.config.downsample_factor
@@ -375,7 +375,7 @@ def parts(settings) -> dict:
     """The parts' seconds, work and share of the step, and the machine's matmuls."""
     import jax
 
-    from unialign_jax.training.flops import peak_flops
+    from unialign_jax.models.flops import peak_flops
 
     setup = open_setup(settings)
     step_seconds = settings["step_seconds"]
@@ -416,7 +416,7 @@ def part_seconds(setup, measure) -> dict[str, float]:
     """
     import jax
 
-    from unialign_jax import sharding
+    from unialign_jax.parallel import sharding
     from unialign_jax.training.step import compute_losses, encode_images, encode_texts, has_image_pass, update_state
 
     config, networks, kind = setup.config, setup.networks, setup.stream.kind
@@ -483,7 +483,7 @@ def attention_calls(setup) -> dict:
     from jax.sharding import NamedSharding
 
     from unialign_jax.models.attention import attention
-    from unialign_jax.models.mesh import BATCH_AXES, HEAD_AXES
+    from unialign_jax.parallel.activations import BATCH_AXES, HEAD_AXES
 
     model = setup.networks.transformer.config
     rows = setup.config.batch_size // setup.config.accumulation

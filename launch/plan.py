@@ -182,7 +182,7 @@ def say_what_may_fit(options):
 
 
 def training_that_may_fit(arguments, changes, remat) -> list[tuple[str, str]]:
-    from unialign_jax import hardware
+    from unialign_jax.parallel import hardware
 
     options = []
     if not arguments.search:
@@ -213,9 +213,10 @@ def sampling_that_may_fit(arguments) -> list[tuple[str, str]]:
 
 
 def plan_training(arguments, changes) -> dict:
-    from unialign_jax import hardware, planning
-    from unialign_jax.training import meshes, search
+    from unialign_jax import planning
+    from unialign_jax.parallel import hardware, meshes
     from unialign_jax.training import plan as training
+    from unialign_jax.training import search
     from unialign_jax.training.config import active_streams, config_problems
     from unialign_jax.training.stages import read_config
 
@@ -296,7 +297,8 @@ def plan_training(arguments, changes) -> dict:
 
 
 def plan(arguments) -> dict:
-    from unialign_jax import hardware, planning
+    from unialign_jax import planning
+    from unialign_jax.parallel import hardware
 
     planning.check_sampling(planning.published_config(), arguments.size, arguments.batch)
     chips = hardware.chips_of(hardware.topology_name(arguments.topology))

@@ -91,10 +91,10 @@ def main(arguments):
         from unialign_jax.training.stages import read_config
 
         config = read_config(options.config, changes)
-        from unialign_jax.training import distributed
+        from unialign_jax.parallel import processes
 
-        distributed.take_gpu_memory(os.environ)
-        last_words = distributed.start(
+        processes.take_gpu_memory(os.environ)
+        last_words = processes.start(
             os.environ,
             options.coordinator,
             options.num_processes,
@@ -119,7 +119,7 @@ def main(arguments):
 
 def expected(error, config) -> str | None:
     """What to say of an error that needs no traceback, or None for one that does."""
-    from unialign_jax.training.distributed import out_of_memory
+    from unialign_jax.parallel.processes import out_of_memory
 
     if reason := out_of_memory(error):
         return (
@@ -132,7 +132,7 @@ def expected(error, config) -> str | None:
 
 def train_together(config, options, last_words):
     """Trains as one of several processes, and ends this one when it cannot go on, so that the others end too."""
-    from unialign_jax.training.distributed import AGAIN, LOST, lost_another
+    from unialign_jax.parallel.processes import AGAIN, LOST, lost_another
     from unialign_jax.training.loop import train
 
     progress, status = not options.noprogress, 1

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from unialign_jax import bundle, bundle_config, inventory, jobs, sharding
+from unialign_jax import bundle, bundle_config, inventory, jobs
 from unialign_jax.data.tokenizer import load_tokenizer
 from unialign_jax.models import presets
 from unialign_jax.models.mmdit import AlignmentHeadsConfig
 from unialign_jax.models.text_encoder import TextEncoder
+from unialign_jax.parallel import sharding
 
 CONFIG = bundle.BundleConfig(
     transformer=dataclasses.replace(

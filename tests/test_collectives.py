@@ -8,8 +8,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from unialign_jax.collectives import read_collectives, read_groups, type_bytes
-from unialign_jax.models.mesh import dot_general_splitting
-from unialign_jax.sharding import make_mesh
+from unialign_jax.parallel.activations import dot_general_splitting
+from unialign_jax.parallel.sharding import make_mesh
 
 LOOP = """\
 HloModule step, is_scheduled=true

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from unialign_jax import bundle, hardware, planning
+from unialign_jax import bundle, planning
+from unialign_jax.parallel import hardware
 from unialign_jax.planning import GIB, Memory
 
 ROOT = Path(__file__).resolve().parents[1]

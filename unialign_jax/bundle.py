@@ -25,7 +25,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from unialign_jax import inventory, sharding
+from unialign_jax import inventory
 from unialign_jax.bundle_config import (
     COMPONENTS,
     SIZES,
@@ -42,6 +42,7 @@ from unialign_jax.files import check_inside, check_regular, first_line, refuse_e
 from unialign_jax.models.autoencoder import make_autoencoder
 from unialign_jax.models.mmdit import AlignmentHeads, MMDiT
 from unialign_jax.models.text_encoder import TextEncoder
+from unialign_jax.parallel import sharding
 
 # What others know by this module's name.
 __all__ = ["BundleConfig", "COMPONENTS", "SIZES", "is_bundle", "is_packaged", "locate", "sha256"]

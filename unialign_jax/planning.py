@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 
-from unialign_jax import hardware, weights
+from unialign_jax import weights
 from unialign_jax.bundle import BundleConfig
 from unialign_jax.inputs import ImageSettings, check_whole
 from unialign_jax.models import presets
+from unialign_jax.parallel import hardware
 from unialign_jax.pipeline import Pipeline
 from unialign_jax.quantization import abstract_quantized, tree_bytes
 from unialign_jax.sizes import ImageSizes

@@ -16,11 +16,12 @@ import pytest
 import tokenizers
 from safetensors.numpy import load_file, save_file
 
-from unialign_jax import bundle, sharding
+from unialign_jax import bundle
 from unialign_jax.conversion import safetensors_file
 from unialign_jax.conversion.rules import export_tensors
 from unialign_jax.conversion.teacher import config_from_qwen, convert_teacher, load_teacher, qwen_table, tokenize
 from unialign_jax.models.teacher import TeacherConfig, encode_images, encode_texts
+from unialign_jax.parallel import sharding
 
 WORDS = ("<|endoftext|>", "a", "red", "cat", "sits")
 VOCAB_SIZE, WIDTH = 50, 24

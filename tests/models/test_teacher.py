@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unialign_jax import sharding
 from unialign_jax.models.teacher import (
     PIXEL_STD,
     TeacherConfig,
@@ -20,6 +19,7 @@ from unialign_jax.models.teacher import (
     preprocess_images,
     resized_size,
 )
+from unialign_jax.parallel import sharding
 
 TINY = TeacherConfig(
     depth=4,

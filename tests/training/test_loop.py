@@ -11,7 +11,8 @@ import jax
 import numpy as np
 import pytest
 
-from unialign_jax import bundle, sharding
+from unialign_jax import bundle
+from unialign_jax.parallel import sharding
 from unialign_jax.training.loop import Recorder, Trainer, train
 from unialign_jax.training.metrics import read_metrics
 

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unialign_jax import sharding
 from unialign_jax.diffusion.flow import sampling_sigmas
 from unialign_jax.models.attention import attention
-from unialign_jax.models.precision import storage_dtype
+from unialign_jax.models.parameters import storage_dtype
+from unialign_jax.parallel import sharding
 from unialign_jax.sampling import image as image_sampler
 from unialign_jax.sampling import programs
 from unialign_jax.sampling.solvers import solver_table

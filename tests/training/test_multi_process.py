@@ -18,7 +18,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from unialign_jax.training import distributed
+from unialign_jax.parallel import processes
 from unialign_jax.training.checkpoints import Checkpoints
 from unialign_jax.training.loop import train
 from unialign_jax.training.metrics import read_metrics
@@ -31,7 +31,7 @@ PATIENCE = 300  # seconds that a machine busy with other things may take
 
 
 @contextlib.contextmanager
-def processes(count, command, logs: Path):
+def running(count, command, logs: Path):
     """`count` processes of command(coordinator, process_id); none of them outlives the block."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -89,7 +89,7 @@ def test_many_processes_are_one_run_through_a_loss_and_a_stop(small_config, chan
 
     # Data parallel and tensor parallel: two and two processes read the same rows.
     four = tmp_path / "four"
-    with processes(4, command(4, "mesh.data=2", "mesh.fsdp=1", "mesh.tensor=2"), four) as started:
+    with running(4, command(4, "mesh.data=2", "mesh.fsdp=1", "mesh.tensor=2"), four) as started:
         saved = workdir / "checkpoints" / "4"
         wait_until(lambda: len(rows(workdir)) >= 6 and saved.is_dir(), started, four)
         started[2].kill()
@@ -103,7 +103,7 @@ def test_many_processes_are_one_run_through_a_loss_and_a_stop(small_config, chan
     two = tmp_path / "two"
     # The state split, and gradients in rings between the processes; both take part in the samples, one writes them.
     samples = ("samples.every=2", "samples.count=3", "samples.steps=1", "samples.caption_steps=1")
-    with processes(2, command(2, "mesh.data=2", *samples), two) as started:
+    with running(2, command(2, "mesh.data=2", *samples), two) as started:
         wait_until(lambda: "resuming" in said(two, 0), started, two)
         wait_until(lambda: 3 <= len(rows(workdir)) != len(of_four), started, two)
         began = len(rows(workdir))
@@ -149,7 +149,7 @@ def test_a_process_that_falls_silent_ends_the_others(silent, tmp_path):
     def command(coordinator, index):
         return "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{SILENT}", coordinator, str(index)
 
-    with processes(2, command, logs) as started:
+    with running(2, command, logs) as started:
         wait_until(lambda: all(said(logs, index).count("step") > 2 for index in range(2)), started, logs)
         started[silent].send_signal(signal.SIGSTOP)
         other = 1 - silent
@@ -215,7 +215,7 @@ def test_processes_that_see_different_checkpoints_refuse_them_together(tmp_path)
         folders = [str(tmp_path / name) for name in ("both", "old", "renamed")]
         return "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{SEEN}", coordinator, str(index), *folders
 
-    with only_run_in(tmp_path / "renamed"), processes(2, command, logs) as started:
+    with only_run_in(tmp_path / "renamed"), running(2, command, logs) as started:
         assert [process.wait(PATIENCE) for process in started] == [0, 0], said(logs, 0) + said(logs, 1)
     for index, (own, other) in enumerate((([1, 2], [1]), ([1], [1, 2]))):
         first, restored, second, third, fourth = (
@@ -276,7 +276,7 @@ def test_a_process_lost_in_a_save_is_told_as_in_every_other_case(tmp_path):
         script = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{LOST_IN_A_SAVE}"
         return "-c", script, str(ROOT), coordinator, str(index), str(tmp_path / "run")
 
-    with processes(2, command, logs) as started:
+    with running(2, command, logs) as started:
         assert [process.wait(PATIENCE) for process in started] == [75, -signal.SIGKILL], said(logs, 0)
     last = said(logs, 0).splitlines()[-1]
     assert last.startswith("error: this process cannot go on, most likely because another was lost (") and AGAIN in last
@@ -293,30 +293,30 @@ def test_a_coordinator_that_does_not_answer(tmp_path):
             f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom unialign_jax.training import distributed\n{start}",
         )
 
-    with processes(1, command, logs) as (process,):
+    with running(1, command, logs) as (process,):
         assert process.wait(PATIENCE) != 0
         wait_until(lambda: "another was lost or could not be reached" in said(logs, 0), [], logs)
 
 
 def test_nobody_waits_where_there_is_one_process():
-    assert not distributed.start({})
-    assert not distributed.start({}, "localhost:1", 1, 0)
+    assert not processes.start({})
+    assert not processes.start({}, "localhost:1", 1, 0)
     job = {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}  # a shell within an allocation
-    assert not distributed.start(job)
-    assert not distributed.in_slurm_step(job | {"SLURM_STEP_NODELIST": "a", "SLURM_LOCALID": "0", "SLURM_NTASKS": "1"})
-    assert distributed.in_slurm_step(job | {"SLURM_STEP_NODELIST": "a[1-2]", "SLURM_LOCALID": "0"})
-    assert distributed.anywhere(True) and not distributed.anywhere(False)
+    assert not processes.start(job)
+    assert not processes.in_slurm_step(job | {"SLURM_STEP_NODELIST": "a", "SLURM_LOCALID": "0", "SLURM_NTASKS": "1"})
+    assert processes.in_slurm_step(job | {"SLURM_STEP_NODELIST": "a[1-2]", "SLURM_LOCALID": "0"})
+    assert processes.anywhere(True) and not processes.anywhere(False)
 
 
 def test_a_lost_process_is_told_from_other_errors():
     lost = ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
     saving = OSError("the checkpoint could not be written")
-    assert not distributed.lost_another(saving)
+    assert not processes.lost_another(saving)
     saving.__cause__ = lost
-    assert distributed.lost_another(lost) and distributed.lost_another(saving)
-    assert distributed.lost_another(jax.errors.JaxRuntimeError("UNAVAILABLE: Socket closed"))
-    assert not distributed.lost_another(ValueError("stream vqa: record 3 cannot be decoded"))
-    assert not distributed.lost_another(jax.errors.JaxRuntimeError("INVALID_ARGUMENT: Executable expected 3 buffers"))
+    assert processes.lost_another(lost) and processes.lost_another(saving)
+    assert processes.lost_another(jax.errors.JaxRuntimeError("UNAVAILABLE: Socket closed"))
+    assert not processes.lost_another(ValueError("stream vqa: record 3 cannot be decoded"))
+    assert not processes.lost_another(jax.errors.JaxRuntimeError("INVALID_ARGUMENT: Executable expected 3 buffers"))
 
 
 def wrapped_by_a_save(error, workdir):
@@ -332,10 +332,10 @@ def test_waiting_in_vain_in_a_save_is_a_lost_process_and_a_full_disk_is_not(tmp_
     chained = TimeoutError("ChainedFuture completed 2/3 futures but timed out after 3.28 seconds.")
     chained.__cause__ = in_vain
     for error in (in_vain, chained, TimeoutError("Timed out after 600 seconds."), TimeoutError()):
-        assert distributed.lost_another(error) and distributed.lost_another(wrapped_by_a_save(error, tmp_path))
+        assert processes.lost_another(error) and processes.lost_another(wrapped_by_a_save(error, tmp_path))
     for number in (errno.ETIMEDOUT, errno.ENOSPC, errno.EIO):
         disk = OSError(number, os.strerror(number), "checkpoints/3")
-        assert not distributed.lost_another(disk) and not distributed.lost_another(wrapped_by_a_save(disk, tmp_path))
+        assert not processes.lost_another(disk) and not processes.lost_another(wrapped_by_a_save(disk, tmp_path))
 
 
 def test_memory_that_does_not_suffice_is_told_from_a_lost_process():
@@ -348,17 +348,17 @@ def test_memory_that_does_not_suffice_is_told_from_a_lost_process():
         wrapped,
         jax.errors.JaxRuntimeError("INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory"),
     ):
-        assert "out of memory" in distributed.out_of_memory(error).lower()
-        assert not distributed.lost_another(error)
+        assert "out of memory" in processes.out_of_memory(error).lower()
+        assert not processes.lost_another(error)
     # tensorstore's, of a full disk
-    assert distributed.out_of_memory(ValueError("RESOURCE_EXHAUSTED: No space left on device")) is None
-    assert distributed.out_of_memory(jax.errors.JaxRuntimeError("UNAVAILABLE: Socket closed")) is None
+    assert processes.out_of_memory(ValueError("RESOURCE_EXHAUSTED: No space left on device")) is None
+    assert processes.out_of_memory(jax.errors.JaxRuntimeError("UNAVAILABLE: Socket closed")) is None
 
 
 def test_training_takes_a_gpu_but_for_what_the_environment_says():
     for given in ({}, {"XLA_CLIENT_MEM_FRACTION": "0.5"}, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}):
         environ = dict(given)
-        distributed.take_gpu_memory(environ)
+        processes.take_gpu_memory(environ)
         assert environ == (given or {"XLA_CLIENT_MEM_FRACTION": "0.95"})
 
 
@@ -375,7 +375,7 @@ def test_training_takes_a_gpu_but_for_what_the_environment_says():
     ],
 )
 def test_when_a_tpu_host_is_one_of_several(environ, metadata, expected):
-    assert distributed.on_tpu_pod(environ, lambda name: metadata.get(name, "")) == expected
+    assert processes.on_tpu_pod(environ, lambda name: metadata.get(name, "")) == expected
 
 
 @pytest.mark.parametrize(
@@ -388,22 +388,22 @@ def test_when_a_tpu_host_is_one_of_several(environ, metadata, expected):
 )
 def test_arguments_that_do_not_go_together(arguments, message):
     with pytest.raises(ValueError, match=message):
-        distributed.start({}, *arguments)
+        processes.start({}, *arguments)
 
 
 def test_rows_follow_from_the_devices_not_from_the_process_number():
     """On a TPU the mesh follows the torus: a host's rows may be in pieces, and on several of its devices."""
     pieces = {"a": (slice(6, 8),), "b": (slice(0, 2),), "c": (slice(6, 8),)}
     host = SimpleNamespace(addressable_devices_indices_map=lambda shape: pieces)
-    mine = distributed.local_rows(host, 8)
+    mine = processes.local_rows(host, 8)
     np.testing.assert_array_equal(mine, [0, 1, 6, 7])
 
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2)[::-1], ("data", "tensor"))
     sharding = NamedSharding(mesh, P("data"))
     values = np.arange(8 * 3).reshape(8, 3)
-    everything = distributed.local_rows(sharding, 8)
+    everything = processes.local_rows(sharding, 8)
     np.testing.assert_array_equal(everything, range(8))
-    np.testing.assert_array_equal(distributed.put_rows(sharding, 8, everything, values), values)
+    np.testing.assert_array_equal(processes.put_rows(sharding, 8, everything, values), values)
     # The one piece of code that picks a device's rows out of what the host has read:
     host = SimpleNamespace()
     found = {}
@@ -413,6 +413,6 @@ def test_rows_follow_from_the_devices_not_from_the_process_number():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "make_array_from_callback", collect)
-        distributed.put_rows(host, 8, mine, values[mine])
+        processes.put_rows(host, 8, mine, values[mine])
     np.testing.assert_array_equal(found["a"], values[6:8])
     np.testing.assert_array_equal(found["b"], values[:2])

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unialign_jax import hardware, planning, sharding
+from unialign_jax import planning
 from unialign_jax.collectives import Collective, read_collectives
-from unialign_jax.models.late_reduction import scan_reducing_late
+from unialign_jax.parallel import hardware, sharding
+from unialign_jax.parallel.gradients import scan_reducing_late
 from unialign_jax.planning import GIB
 from unialign_jax.training import plan
 from unialign_jax.training.stages import read_config

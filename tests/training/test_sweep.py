@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from unialign_jax import hardware
+from unialign_jax.parallel import hardware
 from unialign_jax.planning import GIB
 from unialign_jax.training import plan, plan_report, sweep
 from unialign_jax.training.stages import read_config

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from unialign_jax.data.records import METADATA_FILE, open_records, write_records
-from unialign_jax.training import distributed
+from unialign_jax.parallel import processes
 from unialign_jax.training.checkpoints import Checkpoints
 from unialign_jax.training.loop import Trainer, train
 from unialign_jax.training.metrics import read_metrics
@@ -138,8 +138,8 @@ def fails(monkeypatch):
             raise SystemExit(status)
 
         monkeypatch.setattr("unialign_jax.training.loop.train", train)
-        monkeypatch.setattr(distributed, "start", lambda *_, **__: LastWords() if several else None)
-        monkeypatch.setattr(distributed, "take_gpu_memory", lambda environ: None)
+        monkeypatch.setattr(processes, "start", lambda *_, **__: LastWords() if several else None)
+        monkeypatch.setattr(processes, "take_gpu_memory", lambda environ: None)
         monkeypatch.setattr(os, "_exit", end)
 
     return fail
@@ -482,7 +482,7 @@ def test_every_stage_has_the_whole_time_before_a_run_counts_as_stuck(config, tmp
 
         monkeypatch.setattr(where, name, watched)
 
-    monkeypatch.setattr(distributed, "ending_when_stuck", timer)
+    monkeypatch.setattr(processes, "ending_when_stuck", timer)
     stages = {
         Checkpoints: ("restore_latest", "save", "close"),
         Trainer: ("__init__", "init_state", "init_frozen", "compile_step", "put_batch"),
@@ -502,7 +502,7 @@ def test_every_stage_has_the_whole_time_before_a_run_counts_as_stuck(config, tmp
 
 def test_pictures_that_one_process_does_not_see_are_written_by_all(config, finished, monkeypatch):
     written = []
-    monkeypatch.setattr(distributed, "anywhere", lambda condition: True)  # as when another process has found it so
+    monkeypatch.setattr(processes, "anywhere", lambda condition: True)  # as when another process has found it so
     monkeypatch.setattr(Sampler, "is_written", lambda self, step: True)
     monkeypatch.setattr(Sampler, "write", lambda self, step, *_: written.append(step) or [])
     monkeypatch.setattr(Checkpoints, "restore_latest", restored_alone(Checkpoints.restore_latest, monkeypatch))
@@ -515,7 +515,7 @@ def restored_alone(restore, monkeypatch):
 
     def alone(self, *arguments):
         with monkeypatch.context() as patch:
-            patch.setattr(distributed, "anywhere", lambda condition: condition)
+            patch.setattr(processes, "anywhere", lambda condition: condition)
             return restore(self, *arguments)
 
     return alone

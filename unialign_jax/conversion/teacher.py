@@ -15,7 +15,7 @@ import tokenizers
 from orbax.checkpoint import v1 as ocp
 from tqdm import tqdm
 
-from unialign_jax import bundle, bundle_config, sharding
+from unialign_jax import bundle, bundle_config
 from unialign_jax.conversion import safetensors_file
 from unialign_jax.conversion.importing import DTYPES, Job, check_space, with_progress
 from unialign_jax.conversion.rules import DENSE_FROM_HEADS, SAME, Rule, Table, Transform, affine
@@ -25,6 +25,7 @@ from unialign_jax.conversion.sources import Part, check_tokenizer, read_weight_m
 from unialign_jax.data.tokenizer import load_backend
 from unialign_jax.files import read_json
 from unialign_jax.models.teacher import PIXEL_MEAN, PIXEL_STD, ROTARY_BASE, TeacherConfig, init_teacher
+from unialign_jax.parallel import sharding
 
 COMPONENT = "teacher"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"

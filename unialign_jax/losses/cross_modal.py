@@ -6,7 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from unialign_jax.models.mesh import gather_rows
+from unialign_jax.parallel.activations import gather_rows
 
 
 @functools.partial(jax.jit, static_argnames=("direction",))

@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
-from unialign_jax.models.mesh import BATCH_AXES, HEAD_AXES, axes_that_divide
+from unialign_jax.parallel.activations import BATCH_AXES, HEAD_AXES, axes_that_divide
 
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
 SPLASH_LANES = 128  # the TPU kernel's block sizes are multiples of this

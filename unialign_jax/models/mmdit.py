@@ -20,8 +20,8 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from unialign_jax.models.attention import attention
-from unialign_jax.models.late_reduction import reduces_late, scan_reducing_late
-from unialign_jax.models.mesh import dot_general_splitting, keep_batch_sharded
+from unialign_jax.parallel.activations import dot_general_splitting, keep_batch_sharded
+from unialign_jax.parallel.gradients import reduces_late, scan_reducing_late
 
 XAVIER = nn.initializers.xavier_uniform()
 REMAT_POLICIES = {

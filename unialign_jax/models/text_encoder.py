@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unialign_jax.models.attention import attention
-from unialign_jax.models.mesh import BATCH_AXES, ENCODER_BATCH_AXES, ENCODER_HEAD_AXES, keep_batch_sharded
+from unialign_jax.parallel.activations import BATCH_AXES, ENCODER_BATCH_AXES, ENCODER_HEAD_AXES, keep_batch_sharded
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 
 from unialign_jax.models.autoencoder import Moments, denormalize
 from unialign_jax.models.autoencoder import sample_latents as latents_of
-from unialign_jax.models.mesh import BATCH_AXES, axes_that_divide
 from unialign_jax.models.mmdit import block_modulations, first_of_pairs, in_pairs, second_of_pairs, without_modulations
+from unialign_jax.parallel.activations import BATCH_AXES, axes_that_divide
 from unialign_jax.sampling import image as image_sampler
 from unialign_jax.sampling.text import SINGLE_STEPS, sample_text
 

@@ -22,8 +22,8 @@ from orbax.checkpoint import v1 as ocp
 
 from unialign_jax import checksums
 from unialign_jax.files import first_line
-from unialign_jax.sharding import path_string
-from unialign_jax.training import distributed
+from unialign_jax.parallel import processes
+from unialign_jax.parallel.sharding import path_string
 from unialign_jax.training.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class Checkpoints:
         Raises OSError, in all of them, when one does not see them all.
         """
         own = self._own_steps()
-        steps = distributed.from_first(own)
+        steps = processes.from_first(own)
         self._refuse_if(
             set(steps) - set(own), f"process 0 sees the checkpoints {steps}, another not all of them (this one: {own})"
         )
@@ -65,7 +65,7 @@ class Checkpoints:
         return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
 
     def _refuse_if(self, differs, what: str):
-        if distributed.anywhere(bool(differs)):
+        if processes.anywhere(bool(differs)):
             raise OSError(
                 f"{self.directory}: {what}. --workdir must be on a file system that all hosts see alike; where a host "
                 "keeps listings for a while (NFS), start again"
@@ -144,7 +144,7 @@ class Checkpoints:
                 reason = agreed(directory, reason)
             if reason is None:
                 found = int(loaded["state"]["step"])
-                if distributed.anywhere(found != step):
+                if processes.anywhere(found != step):
                     raise ValueError(
                         f"{directory} holds the state of another step (in this process {found}): give the folder the "
                         "name of its step, or move it away"
@@ -170,7 +170,7 @@ class Checkpoints:
             log.warning("%s/%d is kept as %s", self.directory, step, kept.name)
             (self.directory / str(step)).rename(kept)
         if steps:
-            distributed.wait_for_all("damaged checkpoints set aside")
+            processes.wait_for_all("damaged checkpoints set aside")
             self._checkpointer.reload()
 
     def close(self):
@@ -193,7 +193,7 @@ def agreed(directory: Path, reason: str | None) -> str | None:
             jax.process_index(),
             reason,
         )
-    elsewhere = distributed.anywhere(reason is not None)
+    elsewhere = processes.anywhere(reason is not None)
     return reason or ("another process cannot read it" if elsewhere else None)
 
 

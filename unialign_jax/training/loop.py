@@ -18,16 +18,17 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from unialign_jax import bundle, sharding
+from unialign_jax import bundle
 from unialign_jax.data.mixture import IN_USE, Mixture, batches_ahead
 from unialign_jax.data.streams import Stream, StreamConfig
 from unialign_jax.data.text_lengths import cuts_of
 from unialign_jax.data.tokenizer import load_tokenizer
 from unialign_jax.files import first_line, read_json, replacing_file
-from unialign_jax.training import distributed, flops
+from unialign_jax.models import flops
+from unialign_jax.parallel import processes, sharding
+from unialign_jax.parallel.meshes import mesh_for
 from unialign_jax.training.checkpoints import Checkpoints, checkpoints_of, load_params
 from unialign_jax.training.config import active_streams, build_configs, config_problems, listed
-from unialign_jax.training.meshes import mesh_for
 from unialign_jax.training.metrics import MetricsWriter, Throughput, to_means
 from unialign_jax.training.optimizer import make_optimizer
 from unialign_jax.training.run_lock import only_run_in
@@ -66,7 +67,7 @@ class Trainer:
         if jax.process_index() == 0:
             for line in (line for stream in self.streams.values() for line in cuts_of(stream)):
                 log.warning("%s; a larger --config.text_length keeps more", line)
-        self.rows = distributed.local_rows(sharding.batch_sharding(self.mesh), config.batch_size)
+        self.rows = processes.local_rows(sharding.batch_sharding(self.mesh), config.batch_size)
         self.mixture = Mixture(
             list(self.streams.values()), seed=config.seed, global_batch=config.batch_size, rows=self.rows
         )
@@ -164,7 +165,7 @@ class Trainer:
         shapes = [batch_shapes(self.config, stream.config).values() for stream in self.streams.values()]
         row_bytes = max(sum(x.size * x.dtype.itemsize for x in batch) for batch in shapes) // self.config.batch_size
         most = data.prefetch if data.num_threads else 0
-        sharing = distributed.processes_on_this_host()
+        sharing = processes.processes_on_this_host()
         ahead = batches_ahead(rows * row_bytes, data.prefetch_gb * 1e9 / sharing, most)
         log.info(
             "data: %d batches ahead, %.2f GB of this host's memory with those in use (%d rows, up to %.1f MB a batch"
@@ -181,7 +182,7 @@ class Trainer:
     def put_batch(self, batch: dict[str, np.ndarray]):
         """This host's rows of a batch -> the global arrays."""
         place, size = sharding.batch_sharding(self.mesh), self.config.batch_size
-        return {key: distributed.put_rows(place, size, self.rows, value) for key, value in batch.items()}
+        return {key: processes.put_rows(place, size, self.rows, value) for key, value in batch.items()}
 
 
 def check_config(config: ConfigDict, device_count: int):
@@ -275,7 +276,7 @@ class StopRequest:
 
     def __init__(self):
         self.signal = None
-        self._vote = distributed.Vote() if jax.process_count() > 1 else None
+        self._vote = processes.Vote() if jax.process_count() > 1 else None
 
     def __enter__(self):
         self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -363,7 +364,7 @@ def train(config: ConfigDict, workdir, *, progress=True, devices=None, stuck_tim
     check_config(config, len(jax.devices() if devices is None else devices))
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
-    with distributed.ending_when_stuck(stuck_timeout) as alive:
+    with processes.ending_when_stuck(stuck_timeout) as alive:
         alive()
         config = inherit_sources(config, workdir)
         trainer = Trainer(config, devices)
@@ -400,7 +401,7 @@ def train(config: ConfigDict, workdir, *, progress=True, devices=None, stuck_tim
                 log.info("%s is already at step %d of %d", workdir, int(state.step), config.num_steps)
             finished = int(state.step) >= config.num_steps
             alive()
-            if finished and config.samples.count and distributed.anywhere(not sampler.is_written(int(state.step))):
+            if finished and config.samples.count and processes.anywhere(not sampler.is_written(int(state.step))):
                 for path in sampler.write(int(state.step), sampled_params(state), frozen):
                     log.info("wrote %s", path)
             alive()

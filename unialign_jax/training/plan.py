@@ -11,7 +11,7 @@ ICI       bytes that a chip receives, by collective, over the links that its gro
           group spans, both ways where it closes to a ring. A permute takes its shortest way; overlapped ones share
           the links of a way along an axis, and the two ways run at once. Overlapped is what the compiler runs beside
           other work (it has a start and an end, or is split over fusions), exposed the rest; of the sums of the
-          blocks' gradients (late_reduction.py) also what is longer than the backward pass of the blocks, and the last
+          blocks' gradients (gradients.py) also what is longer than the backward pass of the blocks, and the last
 DCN       bytes between slices over a chip's share of its host's network, never overlapped
 
 These are arithmetic, not measurements.
@@ -24,12 +24,12 @@ import re
 import jax
 import numpy as np
 
-from unialign_jax import hardware, sharding
 from unialign_jax.collectives import KINDS, Collective, read_collectives
+from unialign_jax.models import flops
+from unialign_jax.parallel import hardware, sharding
+from unialign_jax.parallel.meshes import mesh_for
 from unialign_jax.planning import GIB
-from unialign_jax.training import flops
 from unialign_jax.training.config import active_streams, build_configs, config_problems, listed
-from unialign_jax.training.meshes import mesh_for
 from unialign_jax.training.optimizer import make_optimizer
 from unialign_jax.training.state import Networks, abstract_frozen, abstract_state
 from unialign_jax.training.step import batch_shapes, has_image_pass, lower_train_step, make_train_step
@@ -40,7 +40,7 @@ ATTENTION_BACKWARD = 2.5
 # A policy's recomputation in the backward pass: a whole forward of the blocks, or of attention alone.
 RECOMPUTED = {"none": (0, 0), "dots": (0, 1), "block": (1, 1), "offload": (1, 1)}
 
-# The permutes of late_reduction.py inside its scan, without the sum of the last block's gradients after it.
+# The permutes of parallel/gradients.py inside its scan, without the sum of the last block's gradients after it.
 IN_BLOCKS = re.compile(r"shard_map/while/body/.*ppermute$")
 
 

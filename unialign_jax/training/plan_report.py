@@ -7,10 +7,10 @@ import math
 import textwrap
 from pathlib import Path
 
-from unialign_jax import hardware
 from unialign_jax.files import check_regular, replacing_file
+from unialign_jax.parallel import hardware
+from unialign_jax.parallel.meshes import format_mesh
 from unialign_jax.planning import GIB
-from unialign_jax.training.meshes import format_mesh
 from unialign_jax.training.plan import MATMUL_SHARE, StepPlan
 from unialign_jax.training.sweep import STAGE, TOPOLOGIES, check_kinds, read_json, read_rows
 

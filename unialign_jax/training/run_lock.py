@@ -20,7 +20,7 @@ from typing import IO
 import jax
 
 from unialign_jax.files import check_regular, first_line, one_line, parse_json
-from unialign_jax.training import distributed
+from unialign_jax.parallel import processes
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def only_run_in(workdir: Path, patience: float = LEASE) -> Iterator[None]:
             file = _take(workdir, patience)
         except OSError as error:
             refusal = str(error)
-    if refusal := distributed.text_from_first(refusal):
+    if refusal := processes.text_from_first(refusal):
         raise OSError(refusal)
     try:
         yield

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from unialign_jax import sharding
 from unialign_jax.bundle_config import BundleConfig
 from unialign_jax.data.kinds import has_image_pass
 from unialign_jax.diffusion.flow import sampling_sigmas
-from unialign_jax.models.mesh import BATCH_AXES
-from unialign_jax.models.precision import storage_dtype
+from unialign_jax.models.parameters import storage_dtype
+from unialign_jax.parallel import sharding
+from unialign_jax.parallel.activations import BATCH_AXES
 from unialign_jax.sampling import programs
 from unialign_jax.sampling.solvers import solver_table
 from unialign_jax.training.state import Networks

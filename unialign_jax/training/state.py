@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from unialign_jax import sharding
 from unialign_jax.models.autoencoder import AutoencoderConfig, make_autoencoder
 from unialign_jax.models.mmdit import AlignmentHeads, AlignmentHeadsConfig, MMDiT, MMDiTConfig
 from unialign_jax.models.text_encoder import TextEncoder, TextEncoderConfig
+from unialign_jax.parallel import sharding
 
 # The frozen encoders of a run without converted weights are drawn from this seed, whatever the run's own: the stages of
 # one training must agree on them.

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from unialign_jax import sharding
 from unialign_jax.data.kinds import has_image_pass
 from unialign_jax.diffusion import flow, masking
 from unialign_jax.losses.cross_modal import cross_modal_loss
@@ -20,7 +19,8 @@ from unialign_jax.losses.intrinsic_modal import intrinsic_modal_loss
 from unialign_jax.losses.masked_text import masked_text_loss
 from unialign_jax.models.autoencoder import Moments, sample_latents
 from unialign_jax.models.mmdit import in_pairs
-from unialign_jax.models.precision import storage_dtype
+from unialign_jax.models.parameters import storage_dtype
+from unialign_jax.parallel import sharding
 from unialign_jax.training.optimizer import ema_update
 from unialign_jax.training.state import Networks, TrainState
 

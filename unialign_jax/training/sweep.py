@@ -19,7 +19,8 @@ from pathlib import Path
 
 import jax
 
-from unialign_jax import files, hardware, planning
+from unialign_jax import files, planning
+from unialign_jax.parallel import hardware
 from unialign_jax.training import plan, search
 from unialign_jax.training.config import active_streams, flat_items
 from unialign_jax.training.step import has_image_pass

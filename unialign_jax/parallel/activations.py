@@ -1,4 +1,4 @@
-"""How activations lie on the device mesh. `unialign_jax.sharding` says what each axis does to the parameters.
+"""How activations lie on the device mesh. `unialign_jax.parallel.sharding` says what each axis does to the parameters.
 
 The names are of the axes of `sharding.make_mesh`; a mesh may lack some of them.
 """

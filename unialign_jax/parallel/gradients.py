@@ -12,8 +12,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from unialign_jax.models.mesh import BATCH_AXES, TILE, axes_that_divide
-from unialign_jax.sharding import partition_spec
+from unialign_jax.parallel.activations import BATCH_AXES, TILE, axes_that_divide
+from unialign_jax.parallel.sharding import partition_spec
 
 
 def reduces_late(mesh, batch_size) -> bool:

@@ -2,10 +2,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from unialign_jax.models import flops
 from unialign_jax.models.autoencoder import AutoencoderConfig
 from unialign_jax.models.mmdit import AlignmentHeadsConfig, MMDiTConfig
 from unialign_jax.models.text_encoder import TextEncoderConfig
-from unialign_jax.training import flops
 
 TERA = 1e12
 MMDIT = MMDiTConfig()

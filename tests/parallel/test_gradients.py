@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unialign_jax import sharding
-from unialign_jax.models.late_reduction import line, reduces_late, ring, scan_reducing_late
+from unialign_jax.parallel import sharding
+from unialign_jax.parallel.gradients import line, reduces_late, ring, scan_reducing_late
 
 DEPTH, BATCH = 3, 16  # the first round, the last and one between
 

@@ -20,9 +20,9 @@ import math
 import jax
 import numpy as np
 
-from unialign_jax import hardware
 from unialign_jax.data.kinds import has_image_pass
-from unialign_jax.sharding import AXES, complete_mesh_shape, count_slices, mesh_sizes
+from unialign_jax.parallel import hardware
+from unialign_jax.parallel.sharding import AXES, complete_mesh_shape, count_slices, mesh_sizes
 from unialign_jax.training.state import Networks, init_frozen, init_params
 
 ENCODER = 4  # chips that share a text encoder

@@ -8,7 +8,7 @@ All functions return the FLOPs of ONE sample as a float. Configs are read by att
 models.mmdit, models.text_encoder and models.autoencoder.
 """
 
-from unialign_jax.hardware import find_chip
+from unialign_jax.parallel.hardware import find_chip
 
 TIME_FEATURES = 256  # sinusoids that the MM-DiT's time embedding reads
 

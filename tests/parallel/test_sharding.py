@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from unialign_jax import bundle, sharding
+from unialign_jax import bundle
 from unialign_jax.models import presets
 from unialign_jax.models.mmdit import AlignmentHeads, MMDiT
 from unialign_jax.models.text_encoder import TextEncoder
+from unialign_jax.parallel import sharding
 
 
 def full_size_shapes():
