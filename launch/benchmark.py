@@ -123,7 +123,7 @@ def machine() -> dict:
 def benchmark_train(arguments) -> dict:
     import jax
 
-    from unialign_jax.inputs import check_whole
+    from unialign_jax.inference.inputs import check_whole
     from unialign_jax.models import flops
     from unialign_jax.parallel import processes
     from unialign_jax.training.loop import StopRequest, Trainer, run_steps

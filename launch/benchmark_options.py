@@ -51,7 +51,7 @@ def add_arguments(parser):
 def benchmark_options(arguments) -> dict[str, str]:
     """{option: what it costs and gives}. Raises ValueError or OSError for arguments that do not fit."""
     from unialign_jax import Pipeline, bundle
-    from unialign_jax.inputs import MAX_STEPS, check_range, check_whole
+    from unialign_jax.inference.inputs import MAX_STEPS, check_range, check_whole
 
     for name, most in {"count": 4096, "rounds": 1_000_000, "solution_steps": MAX_STEPS}.items():
         check_whole(f"--{name.replace('_', '-')}", getattr(arguments, name), 1, most)

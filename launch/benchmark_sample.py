@@ -64,7 +64,7 @@ def add_arguments(parser):
 
 def benchmark_sample(arguments) -> dict:
     """{figure: value}; what could not be measured says so. Raises ValueError for options that do not fit."""
-    from unialign_jax.inputs import MAX_STEPS, MAX_TOKENS, check_range, check_whole
+    from unialign_jax.inference.inputs import MAX_STEPS, MAX_TOKENS, check_range, check_whole
     from unialign_jax.planning import check_sampling
 
     settings = {k: v for k, v in vars(arguments).items() if k not in ("measure", "output", "command")}
@@ -201,8 +201,9 @@ def parameter_loader(settings, config, dtype):
     """A function, name of a component -> its parameters on the device, read from the bundle or random."""
     import jax
 
-    from unialign_jax import bundle, weights
-    from unialign_jax.quantization import quantize_leaf
+    from unialign_jax import bundle
+    from unialign_jax.inference import weights
+    from unialign_jax.inference.quantization import quantize_leaf
 
     device = jax.devices()[0]
     if settings["bundle"]:
@@ -280,8 +281,8 @@ def pipeline(settings) -> dict:
 
     from unialign_jax import Pipeline
     from unialign_jax.data.tokenizer import load_tokenizer
+    from unialign_jax.inference.pipeline import default_dtype
     from unialign_jax.models.flops import peak_flops
-    from unialign_jax.pipeline import default_dtype
     from unialign_jax.training.metrics import memory_use
 
     device = jax.devices()[0]
@@ -432,9 +433,9 @@ def forward(settings) -> dict:
     """One forward of the MM-DiT, of one image with its text, from noise to velocity."""
     import jax
 
+    from unialign_jax.inference.pipeline import default_dtype
     from unialign_jax.models.attention import resolve_implementation
     from unialign_jax.models.mmdit import MMDiT
-    from unialign_jax.pipeline import default_dtype
 
     device = jax.devices()[0]
     dtype = settings["dtype"] or default_dtype(device)

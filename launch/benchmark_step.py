@@ -47,7 +47,7 @@ def add_arguments(parser):
 
 def benchmark_step(arguments) -> dict:
     """{figure: value}, of which some are tables. Raises ValueError for bad options, and when nothing was measured."""
-    from unialign_jax.inputs import check_whole
+    from unialign_jax.inference.inputs import check_whole
     from unialign_jax.training.config import active_streams, config_problems
     from unialign_jax.training.stages import read_config
 

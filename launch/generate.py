@@ -21,7 +21,8 @@ explain_missing_packages()
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from unialign_jax import files, job_runner, jobs
+from unialign_jax import files
+from unialign_jax.inference import job_runner, jobs
 
 log = logging.getLogger("generate")
 

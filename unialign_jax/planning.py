@@ -15,14 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 
-from unialign_jax import weights
 from unialign_jax.bundle import BundleConfig
-from unialign_jax.inputs import ImageSettings, check_whole
+from unialign_jax.inference import weights
+from unialign_jax.inference.inputs import ImageSettings, check_whole
+from unialign_jax.inference.pipeline import Pipeline
+from unialign_jax.inference.quantization import abstract_quantized, tree_bytes
 from unialign_jax.models import presets
+from unialign_jax.models.sizes import ImageSizes
 from unialign_jax.parallel import hardware
-from unialign_jax.pipeline import Pipeline
-from unialign_jax.quantization import abstract_quantized, tree_bytes
-from unialign_jax.sizes import ImageSizes
 
 TASKS = ("t2i", "edit", "caption")
 GIB = 2**30

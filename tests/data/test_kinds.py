@@ -5,10 +5,10 @@ import hashlib
 
 import pytest
 
-from unialign_jax import jobs
 from unialign_jax.data import jsonl, kinds, records, shapes, streams
 from unialign_jax.data.records import Record
 from unialign_jax.data.tokenizer import load_tokenizer
+from unialign_jax.inference import jobs
 from unialign_jax.training import config as config_lib
 
 # Of the first four records of each kind at 32 px, made before the kinds had numbers.

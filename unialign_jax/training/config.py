@@ -15,10 +15,10 @@ from unialign_jax.data.kinds import KINDS
 from unialign_jax.models import presets
 from unialign_jax.models.autoencoder import AutoencoderConfig
 from unialign_jax.models.mmdit import REMAT_POLICIES, AlignmentHeadsConfig, MMDiTConfig
+from unialign_jax.models.sizes import ImageSizes
 from unialign_jax.models.text_encoder import TextEncoderConfig
 from unialign_jax.parallel.meshes import is_open
 from unialign_jax.parallel.sharding import complete_mesh_shape, mesh_sizes
-from unialign_jax.sizes import ImageSizes
 
 
 def stream(kind, path, weight=1.0, num_conditions=None, validation_path="") -> ConfigDict:

@@ -21,8 +21,8 @@ from unialign_jax import bundle, runs
 from unialign_jax.data.streams import Stream
 from unialign_jax.diffusion import flow, masking
 from unialign_jax.evaluation import shapes, shapes_run
+from unialign_jax.inference.pipeline import Pipeline
 from unialign_jax.parallel import sharding
-from unialign_jax.pipeline import Pipeline
 from unialign_jax.training.config import listed
 from unialign_jax.training.metrics import to_means
 from unialign_jax.training.state import Networks

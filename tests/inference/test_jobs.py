@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unialign_jax import job_runner
-from unialign_jax.job_runner import Results, batches, run
-from unialign_jax.jobs import OPTIONS, TASKS, BadJob, Job, make_job, read_jobs
-from unialign_jax.sizes import ImageSizes
+from unialign_jax.inference import job_runner
+from unialign_jax.inference.job_runner import Results, batches, run
+from unialign_jax.inference.jobs import OPTIONS, TASKS, BadJob, Job, make_job, read_jobs
+from unialign_jax.models.sizes import ImageSizes
 
 
 class FakePipeline:
@@ -313,8 +313,8 @@ def test_the_options_are_the_pipelines():
     """What is known of the pipeline before it is opened: names, ranges, choices."""
     import inspect
 
-    from unialign_jax.inputs import MAX_TOKENS, SEEDS, ImageSettings, TextSettings
-    from unialign_jax.pipeline import MAX_REFERENCES, PERCEPTION, Pipeline
+    from unialign_jax.inference.inputs import MAX_TOKENS, SEEDS, ImageSettings, TextSettings
+    from unialign_jax.inference.pipeline import MAX_REFERENCES, PERCEPTION, Pipeline
     from unialign_jax.sampling.solvers import SOLVERS
     from unialign_jax.sampling.text import DECODINGS
 
@@ -582,6 +582,6 @@ def test_png_text_survives_any_language(folder):
 
 
 def test_jobs_are_checked_without_jax():
-    code = "import sys, unialign_jax.jobs, unialign_jax.job_runner; sys.exit('jax' in sys.modules)"
-    root = Path(__file__).resolve().parents[1]
+    code = "import sys, unialign_jax.inference.jobs, unialign_jax.inference.job_runner; sys.exit('jax' in sys.modules)"
+    root = Path(__file__).resolve().parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0

@@ -21,7 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from unialign_jax.data import images as image_files
 from unialign_jax.files import check_regular, first_line, replacing_file
-from unialign_jax.jobs import RESULTS, TEXT_TASKS, BadJob, Job, check_size
+from unialign_jax.inference.jobs import RESULTS, TEXT_TASKS, BadJob, Job, check_size
 
 log = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from PIL import Image
 
 from unialign_jax import Pipeline
 from unialign_jax.bundle_config import write_content
-from unialign_jax.sizes import ImageSizes
+from unialign_jax.models.sizes import ImageSizes
 
-SCRIPT = Path(__file__).resolve().parents[1] / "launch/generate.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "launch/generate.py"
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,7 @@ import pytest
 import qwix
 
 from unialign_jax import bundle
-from unialign_jax.models import presets
-from unialign_jax.models.mmdit import MMDiT, block_modulations, without_modulations
-from unialign_jax.models.text_encoder import TextEncoder
-from unialign_jax.parallel.sharding import path_string
-from unialign_jax.quantization import (
+from unialign_jax.inference.quantization import (
     MODES,
     abstract_quantized,
     quantize_leaf,
@@ -25,6 +21,10 @@ from unialign_jax.quantization import (
     to_int8,
     tree_bytes,
 )
+from unialign_jax.models import presets
+from unialign_jax.models.mmdit import MMDiT, block_modulations, without_modulations
+from unialign_jax.models.text_encoder import TextEncoder
+from unialign_jax.parallel.sharding import path_string
 
 CONFIG = bundle.BundleConfig(
     transformer=dataclasses.replace(

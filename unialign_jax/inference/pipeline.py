@@ -23,12 +23,12 @@ from PIL import Image
 
 from unialign_jax import bundle, runs
 from unialign_jax.bundle_config import fit_problems
-from unialign_jax.conversation import Conversation
 from unialign_jax.data.images import fill_size
 from unialign_jax.data.streams import encode_question
 from unialign_jax.data.tokenizer import Tokenizer
 from unialign_jax.files import shown
-from unialign_jax.inputs import (
+from unialign_jax.inference.conversation import Conversation
+from unialign_jax.inference.inputs import (
     MAX_TOKENS,
     ImageSettings,
     Picture,
@@ -40,15 +40,15 @@ from unialign_jax.inputs import (
     open_image,
     spread,
 )
+from unialign_jax.inference.quantization import quantize_module
+from unialign_jax.inference.weights import Loader, Weights, bundle_loader
 from unialign_jax.models.attention import resolve_implementation
 from unialign_jax.models.autoencoder import make_autoencoder
 from unialign_jax.models.mmdit import MMDiT
+from unialign_jax.models.sizes import ImageSizes
 from unialign_jax.models.text_encoder import TextEncoder
-from unialign_jax.quantization import quantize_module
 from unialign_jax.sampling import image as image_sampler
 from unialign_jax.sampling import programs
-from unialign_jax.sizes import ImageSizes
-from unialign_jax.weights import Loader, Weights, bundle_loader
 
 log = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ import logging
 import jax
 
 from unialign_jax import bundle
+from unialign_jax.inference.quantization import quantize_leaf
 from unialign_jax.models.parameters import storage_dtype
-from unialign_jax.quantization import quantize_leaf
 
 log = logging.getLogger(__name__)
 
