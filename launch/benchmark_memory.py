@@ -116,8 +116,8 @@ def plan_and_run(settings) -> dict:
     from benchmark_step import Setup, peak_of
 
     from unialign_jax.parallel import processes
+    from unialign_jax.planning.step_plan import plan_step
     from unialign_jax.training.config import active_streams
-    from unialign_jax.training.plan import plan_step
     from unialign_jax.training.stages import read_config
 
     processes.take_gpu_memory(os.environ)  # as in training

@@ -131,15 +131,14 @@ def main(argv=None):
 
 
 def write_report(arguments):
-    from unialign_jax.training import plan_report
+    from unialign_jax.planning.sampling_plan import plan_report
 
     plan_report.write_report(arguments.report, arguments.docs)
     print(f"wrote {arguments.docs / 'tpu.md'} and {arguments.docs / plan_report.PLOT}")
 
 
 def plan_all(arguments, changes) -> list[str]:
-    from unialign_jax import planning
-    from unialign_jax.training import sweep
+    from unialign_jax.planning.sampling_plan import sampling_plan, sweep
     from unialign_jax.training.stages import read_config
 
     config = read_config(arguments.config, changes)
@@ -147,7 +146,7 @@ def plan_all(arguments, changes) -> list[str]:
     for name in names:
         sweep.split_name(name)
     make_folder("--output", arguments.output)
-    planning.topology_devices("v5e-1")  # without the TPU compiler, one error and not one for each slice
+    sampling_plan.topology_devices("v5e-1")  # without the TPU compiler, one error and not one for each slice
     return sweep.sweep(config, arguments.config, names, arguments.output)
 
 
@@ -213,10 +212,9 @@ def sampling_that_may_fit(arguments) -> list[tuple[str, str]]:
 
 
 def plan_training(arguments, changes) -> dict:
-    from unialign_jax import planning
     from unialign_jax.parallel import hardware, meshes
-    from unialign_jax.training import plan as training
-    from unialign_jax.training import search
+    from unialign_jax.planning.sampling_plan import sampling_plan, search
+    from unialign_jax.planning.sampling_plan import step_plan as training
     from unialign_jax.training.config import active_streams, config_problems
     from unialign_jax.training.stages import read_config
 
@@ -233,8 +231,8 @@ def plan_training(arguments, changes) -> dict:
         names = [arguments.stream]
     if arguments.dump:
         make_folder("--dump", arguments.dump)
-    devices = planning.topology_devices(arguments.topology, arguments.num_slices)
-    usable = planning.usable_bytes(devices[0])
+    devices = sampling_plan.topology_devices(arguments.topology, arguments.num_slices)
+    usable = sampling_plan.usable_bytes(devices[0])
 
     def compile_step(config, name):
         print(f"compiling: {name}, remat {config.model.remat}, accumulation {config.accumulation}", file=sys.stderr)
@@ -272,10 +270,11 @@ def plan_training(arguments, changes) -> dict:
     figures = training.report(config, plans)
     if plans:
         for title, rows in figures["tables"].items():
-            print(f"{title}\n{planning.format_table(rows)}\n")
+            print(f"{title}\n{sampling_plan.format_table(rows)}\n")
     for plan in plans:
         verdict = "fits" if plan.fits else "DOES NOT FIT"
-        print(f"{plan.stream}: {verdict}: {plan.peak / planning.GIB:.2f} of {(usable or 0) / planning.GIB:.2f} GiB")
+        sizes = f"{plan.peak / sampling_plan.GIB:.2f} of {(usable or 0) / sampling_plan.GIB:.2f} GiB"
+        print(f"{plan.stream}: {verdict}: {sizes}")
     for line in misfits:
         print(f"DOES NOT FIT: {line}")
     fits = not misfits and all(plan.fits for plan in plans)
@@ -297,40 +296,40 @@ def plan_training(arguments, changes) -> dict:
 
 
 def plan(arguments) -> dict:
-    from unialign_jax import planning
     from unialign_jax.parallel import hardware
+    from unialign_jax.planning.sampling_plan import sampling_plan
 
-    planning.check_sampling(planning.published_config(), arguments.size, arguments.batch)
+    sampling_plan.check_sampling(sampling_plan.published_config(), arguments.size, arguments.batch)
     chips = hardware.chips_of(hardware.topology_name(arguments.topology))
     if chips > 1:
         raise ValueError(f"topology {arguments.topology} has {chips} chips, sampling runs on one: v5e:1x1")
-    devices = planning.topology_devices(arguments.topology)
-    usable = planning.usable_bytes(devices[0])
-    programs, params = planning.sampling_programs(
+    devices = sampling_plan.topology_devices(arguments.topology)
+    usable = sampling_plan.usable_bytes(devices[0])
+    programs, params = sampling_plan.sampling_programs(
         arguments.task, devices[0], size=arguments.size, batch=arguments.batch, quantize=arguments.quantize
     )
     names = {name for program in programs for name in program.components}
-    resident = {name: planning.resident_bytes(params[name]) for name in sorted(names)}
+    resident = {name: sampling_plan.resident_bytes(params[name]) for name in sorted(names)}
     measured = []
     for program in programs:
         print(f"compiling: {program.name}", file=sys.stderr)
         try:
-            measured.append(planning.measure(program))
+            measured.append(sampling_plan.measure(program))
         except ValueError:  # no room for this one alone
             say_what_may_fit(sampling_that_may_fit(arguments))
             raise
-    rows = planning.table(measured, resident)
+    rows = sampling_plan.table(measured, resident)
     peak = rows[-1]["peak_low_memory" if arguments.low_memory else "peak"]
     print(
         f"{arguments.task}, {arguments.size} px, batch {arguments.batch}, bfloat16, quantize {arguments.quantize}, "
         f"on {arguments.topology} ({devices[0].device_kind}); GiB\n"
     )
-    print(planning.format_table(rows))
-    fits = usable is None or peak * planning.GIB <= usable
+    print(sampling_plan.format_table(rows))
+    fits = usable is None or peak * sampling_plan.GIB <= usable
     if usable is not None:
         mode = "with low_memory" if arguments.low_memory else "without low_memory"
         verdict = "fits" if fits else "DOES NOT FIT"
-        print(f"\n{verdict} {mode}: {peak:.2f} of {usable / planning.GIB:.2f} GiB")
+        print(f"\n{verdict} {mode}: {peak:.2f} of {usable / sampling_plan.GIB:.2f} GiB")
     if not fits:
         say_what_may_fit(sampling_that_may_fit(arguments))
     return {
@@ -340,7 +339,7 @@ def plan(arguments) -> dict:
         "batch": arguments.batch,
         "quantize": arguments.quantize,
         "low_memory": arguments.low_memory,
-        "usable": usable and usable / planning.GIB,
+        "usable": usable and usable / sampling_plan.GIB,
         "fits": fits,
         "rows": rows,
     }

@@ -20,12 +20,12 @@ def nothing_is_compiled(monkeypatch):
     """The compiler and other processes are out of reach: what gets so far fails."""
     import subprocess
 
-    from unialign_jax import planning
+    from unialign_jax.planning.sampling_plan import sampling_plan
 
     def reached(*_, **__):
         raise AssertionError("reached the work")
 
-    monkeypatch.setattr(planning, "topology_devices", reached)
+    monkeypatch.setattr(sampling_plan, "topology_devices", reached)
     monkeypatch.setattr(subprocess, "run", reached)
     monkeypatch.setattr(subprocess, "Popen", reached)
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")

@@ -5,12 +5,11 @@ import types
 
 import pytest
 
-from unialign_jax.planning import GIB
-from unialign_jax.training import plan, search
-from unialign_jax.training.search import Candidate
+from unialign_jax.planning.sampling_plan import GIB, search, step_plan
+from unialign_jax.planning.search import Candidate
 from unialign_jax.training.stages import read_config
 
-STEP = plan.StepPlan(
+STEP = step_plan.StepPlan(
     stream="text_to_image",
     chips=64,
     mesh={"replica": 1, "data": 1, "encoder": 1, "fsdp": 64, "tensor": 1},
@@ -55,7 +54,7 @@ def compiler(needs, asked, numbers=True):
         asked.append((candidate.accumulation, candidate.remat))
         held = round(needs(candidate) * GIB)
         if held > 16 * GIB:
-            raise plan.DoesNotFit("no room", held if numbers else None)
+            raise step_plan.DoesNotFit("no room", held if numbers else None)
         return dataclasses.replace(STEP, accumulation=candidate.accumulation, remat=candidate.remat, temporaries=held)
 
     return compile_step

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import jax
 
-from unialign_jax import files, planning
+from unialign_jax import files
 from unialign_jax.parallel import hardware
-from unialign_jax.training import plan, search
+from unialign_jax.planning.sampling_plan import sampling_plan, search, step_plan
 from unialign_jax.training.config import active_streams, flat_items
 from unialign_jax.training.step import has_image_pass
 
@@ -116,7 +116,7 @@ def sweep(config, reference: str, topologies, folder: Path, *, plan_row: Callabl
 
 def read_rows(folder: Path) -> list[dict]:
     """All plans of a folder. Raises ValueError naming a file that cannot be read, or is of other code."""
-    kinds = typing.get_type_hints(plan.StepPlan).items()
+    kinds = typing.get_type_hints(step_plan.StepPlan).items()
     figures = {name: kind if kind in (str, dict) else kind | int for name, kind in kinds}  # 0 is a float too
     rows = []
     for path in sorted(folder.glob("plan-*.json")):
@@ -171,9 +171,9 @@ def write_json(path: Path, content: dict):
 def describe(row: dict) -> str:
     if row["step"] is None:
         return f"DOES NOT FIT: {row['misfit']}"
-    step = plan.StepPlan(**row["step"])
+    step = step_plan.StepPlan(**row["step"])
     return (
-        f"accumulation {step.accumulation}, remat {step.remat}, {step.peak / planning.GIB:.2f} GiB, "
+        f"accumulation {step.accumulation}, remat {step.remat}, {step.peak / sampling_plan.GIB:.2f} GiB, "
         f"{1e3 * step.seconds:.0f} ms, MFU {100 * step.mfu:.0f}%"
     )
 
@@ -181,13 +181,13 @@ def describe(row: dict) -> str:
 def compile_row(config, name: str, topology: str) -> dict:
     """Searches the best plan of one stream on one slice, compiling; the search's result as JSON."""
     slices, one = split_name(topology)
-    devices = planning.topology_devices(one, slices)
+    devices = sampling_plan.topology_devices(one, slices)
     made = {
         "date": datetime.date.today().isoformat(),
         "jax": jax.__version__,
         "libtpu": importlib.metadata.version("libtpu"),
     }
-    usable = planning.usable_bytes(devices[0])
+    usable = sampling_plan.usable_bytes(devices[0])
     alone = config.copy_and_resolve_references()
     alone.batch_size = max(config.batch_size, len(devices))
     for other, stream in alone.streams.items():
@@ -198,7 +198,7 @@ def compile_row(config, name: str, topology: str) -> dict:
             f"compiling: {name} on {topology}, accumulation {candidate.accumulation}, remat {candidate.remat}",
             file=sys.stderr,
         )
-        return plan.plan_step(candidate.applied_to(alone), devices, name, usable=usable)
+        return step_plan.plan_step(candidate.applied_to(alone), devices, name, usable=usable)
 
     found = search.search(search.candidates(alone, devices, name), usable or math.inf, compile_step)
     return {

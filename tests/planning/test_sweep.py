@@ -10,12 +10,11 @@ import pytest
 from PIL import Image
 
 from unialign_jax.parallel import hardware
-from unialign_jax.planning import GIB
-from unialign_jax.training import plan, plan_report, sweep
+from unialign_jax.planning.sampling_plan import GIB, plan_report, step_plan, sweep
 from unialign_jax.training.stages import read_config
 
 ROOT = Path(__file__).resolve().parents[2]
-STEP = plan.StepPlan(
+STEP = step_plan.StepPlan(
     stream="text_to_image",
     chips=256,
     mesh={"replica": 4, "data": 16, "encoder": 4, "fsdp": 1, "tensor": 1},
@@ -289,6 +288,6 @@ def test_the_page_is_written_between_its_marks_and_the_same_again(folder):
 
 def test_rows_are_whole_files(folder):
     row = json.loads((folder / "plans" / "plan-image0-text-v5e-256.json").read_text())
-    assert plan.StepPlan(**row["step"]) == STEP
+    assert step_plan.StepPlan(**row["step"]) == STEP
     assert row["shape"] == "image0-text" and row["topology"] == "v5e-256" and row["made"] == MADE
     assert not [path for path in (folder / "plans").iterdir() if path.suffix != ".json"]

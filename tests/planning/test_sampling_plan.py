@@ -10,11 +10,11 @@ import jax
 import numpy as np
 import pytest
 
-from unialign_jax import bundle, planning
+from unialign_jax import bundle
 from unialign_jax.parallel import hardware
-from unialign_jax.planning import GIB, Memory
+from unialign_jax.planning.sampling_plan import GIB, Memory, sampling_plan
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 needs_libtpu = pytest.mark.skipif(not HAS_LIBTPU, reason="needs the TPU compiler: pip install 'libtpu==0.0.42.*'")
 
@@ -28,12 +28,12 @@ MEASURED = [
 
 def test_peaks_count_what_is_there_at_that_moment():
     # Code of all programs: 1/2. Everything resident: 14; each program adds its own and what was made before it.
-    assert planning.peaks(MEASURED, RESIDENT, low_memory=False) == [
+    assert sampling_plan.peaks(MEASURED, RESIDENT, low_memory=False) == [
         int(GIB * (14 + 0.5 + 0.25 + 1)),
         int(GIB * (14 + 0.5 + 0.25 + 0.25 + 0.5 + 2)),
         int(GIB * (14 + 0.5 + 0.75 + 8)),
     ]
-    assert planning.peaks(MEASURED, RESIDENT, low_memory=True) == [
+    assert sampling_plan.peaks(MEASURED, RESIDENT, low_memory=True) == [
         int(GIB * (9 + 0.5 + 0.25 + 1)),
         int(GIB * (4 + 0.5 + 0.25 + 0.25 + 0.5 + 2)),
         int(GIB * (1 + 0.5 + 0.75 + 8)),
@@ -41,21 +41,21 @@ def test_peaks_count_what_is_there_at_that_moment():
 
 
 def test_table_ends_with_the_whole_task():
-    rows = planning.table(MEASURED, RESIDENT)
+    rows = sampling_plan.table(MEASURED, RESIDENT)
     assert [row["program"] for row in rows] == ["encode prompts", "sample", "decode images", "whole task"]
     assert rows[1]["parameters"] == 4 and rows[1]["temporaries"] == 2
     assert rows[-1]["parameters"] == 14 and rows[-1]["peak"] == 23.25 and rows[-1]["peak_low_memory"] == 10.75
-    header, *_, last = planning.format_table(rows).splitlines()
+    header, *_, last = sampling_plan.format_table(rows).splitlines()
     assert header.split() == "program parameters inputs outputs temporaries code peak peak low memory".split()
     assert last.split() == ["whole", "task", "14.00", "0.25", "0.50", "8.00", "0.50", "23.25", "10.75"]
     assert len(header) == len(last)
 
 
-@pytest.mark.parametrize("task", planning.TASKS)
+@pytest.mark.parametrize("task", sampling_plan.TASKS)
 def test_the_pipelines_own_programs_are_lowered(task, positioned_bundle):
     """The tiny model's, on this machine's device: what is asked for in shapes is what the pipeline's functions take."""
     config = bundle.read_config(positioned_bundle)
-    programs, params = planning.sampling_programs(
+    programs, params = sampling_plan.sampling_programs(
         task, jax.devices()[0], config=config, size=32, batch=2, steps=3, dtype="float32", quantize="int8"
     )
     out = {
@@ -78,22 +78,22 @@ def test_the_pipelines_own_programs_are_lowered(task, positioned_bundle):
 def test_measuring_on_this_machine(tiny_bundle):
     """T5 of the tiny bundle on three texts, filled up to four: [4, 24] ids in, [4, 24, 32] out, all float32."""
     config = bundle.read_config(tiny_bundle)
-    programs, params = planning.sampling_programs(
+    programs, params = sampling_plan.sampling_programs(
         "t2i", jax.devices()[0], config=config, size=32, batch=2, steps=3, dtype="float32"
     )
-    memory = planning.measure(programs[0])
+    memory = sampling_plan.measure(programs[0])
     assert (memory.inputs, memory.outputs) == (4 * 24 * 4, 4 * 24 * 32 * 4)
     floats = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(params["text_encoder"]))
-    assert planning.resident_bytes(params["text_encoder"]) == 4 * floats
+    assert sampling_plan.resident_bytes(params["text_encoder"]) == 4 * floats
 
 
 def test_bad_arguments_are_said_in_a_line():
     with pytest.raises(ValueError, match=r"^topology is 'v5e', expected such as v4:4x4x4 or v4-128, v5e-256"):
-        planning.topology_devices("v5e")
+        sampling_plan.topology_devices("v5e")
     with pytest.raises(ValueError, match=r"^unknown task 'paint', expected one of t2i, edit, caption$"):
-        planning.sampling_programs("paint", jax.devices()[0])
+        sampling_plan.sampling_programs("paint", jax.devices()[0])
     with pytest.raises(ValueError, match=r"^size is 500, expected a multiple of 16 up to 3072, such as 496"):
-        planning.sampling_programs("t2i", jax.devices()[0], size=500)
+        sampling_plan.sampling_programs("t2i", jax.devices()[0], size=500)
 
 
 @pytest.mark.parametrize(
@@ -118,14 +118,14 @@ DEVICES = [types.SimpleNamespace(device_kind="TPU v5 lite")] * 16
 @pytest.fixture
 def plan_command(launch_command, monkeypatch, capsys):
     """A function (arguments) -> (status, what `plan.py` printed); its compiler says that nothing fits."""
-    from unialign_jax.training import plan
+    from unialign_jax.planning.sampling_plan import step_plan
 
     def refuse(config, devices, name, **_):
-        raise plan.DoesNotFit(f"the step of {name} does not fit: it needs 21.50G of 15.75G", 21 * GIB)
+        raise step_plan.DoesNotFit(f"the step of {name} does not fit: it needs 21.50G of 15.75G", 21 * GIB)
 
-    monkeypatch.setattr(planning, "topology_devices", lambda *_: DEVICES)
-    monkeypatch.setattr(planning, "usable_bytes", lambda _: 15 * GIB)
-    monkeypatch.setattr(plan, "plan_step", refuse)
+    monkeypatch.setattr(sampling_plan, "topology_devices", lambda *_: DEVICES)
+    monkeypatch.setattr(sampling_plan, "usable_bytes", lambda _: 15 * GIB)
+    monkeypatch.setattr(step_plan, "plan_step", refuse)
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     monkeypatch.chdir(ROOT)
@@ -157,7 +157,7 @@ def test_a_training_that_does_not_fit_is_told_what_may(plan_command):
 
 
 def test_a_search_in_vain_names_the_next_slice(plan_command, monkeypatch):
-    from unialign_jax.training import search
+    from unialign_jax.planning.sampling_plan import search
 
     found = search.Found(None, [], "the step of text_to_image does not fit: it needs 17.0G of 15.75G")
     monkeypatch.setattr(search, "candidates", lambda *_: [])
@@ -171,9 +171,9 @@ def test_a_sampling_that_does_not_fit_is_told_what_may(plan_command, monkeypatch
     def measure(program):
         raise ValueError(f"{program.name}: RESOURCE_EXHAUSTED")
 
-    program = planning.Program("sample", (), None, {}, ())
-    monkeypatch.setattr(planning, "sampling_programs", lambda *_, **__: ([program], {}))
-    monkeypatch.setattr(planning, "measure", measure)
+    program = sampling_plan.Program("sample", (), None, {}, ())
+    monkeypatch.setattr(sampling_plan, "sampling_programs", lambda *_, **__: ([program], {}))
+    monkeypatch.setattr(sampling_plan, "measure", measure)
     status, printed = plan_command("--task=edit", "--batch=8")
     assert status == "error: sample: RESOURCE_EXHAUSTED"
     assert commands_in(printed) == [
@@ -208,12 +208,12 @@ def test_without_the_compiler_the_command_says_what_to_install():
 def test_the_chip_says_how_much_there_is_and_compiles_t5(monkeypatch):
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    device = planning.topology_devices("v5e:1x1")[0]
-    assert planning.usable_bytes(device) == 15.75 * GIB
-    programs, params = planning.sampling_programs("t2i", device, quantize="int8")
-    memory = planning.measure(programs[0])
+    device = sampling_plan.topology_devices("v5e:1x1")[0]
+    assert sampling_plan.usable_bytes(device) == 15.75 * GIB
+    programs, params = sampling_plan.sampling_programs("t2i", device, quantize="int8")
+    memory = sampling_plan.measure(programs[0])
     assert memory.outputs >= 256 * 4096 * 2
     # 4.76 B parameters: a byte each, and two for the 32128 x 4096 of the token table.
-    assert 4.5 * GIB < planning.resident_bytes(params["text_encoder"]) < 4.65 * GIB
+    assert 4.5 * GIB < sampling_plan.resident_bytes(params["text_encoder"]) < 4.65 * GIB
     with pytest.raises(ValueError, match="^topology v5e:3x5"):
-        planning.topology_devices("v5e:3x5")
+        sampling_plan.topology_devices("v5e:3x5")

@@ -7,9 +7,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from unialign_jax.collectives import read_collectives, read_groups, type_bytes
 from unialign_jax.parallel.activations import dot_general_splitting
 from unialign_jax.parallel.sharding import make_mesh
+from unialign_jax.planning.collectives import read_collectives, read_groups, type_bytes
 
 LOOP = """\
 HloModule step, is_scheduled=true
