@@ -7,7 +7,7 @@ time, and captions pictures in every decoding. Differences are root mean squares
 plain sampler's images, and from the solution of the flow (Euler at --solution-steps). Of captions it says how often the
 network ran.
 
-Prompts and pictures are those of the shapes world (data/shapes.py, a seed that training does not use), for a bundle of
+Prompts and pictures are those of the shapes world (a seed that training does not use), for a bundle of
 configs/stage1.py:tiny, or the lines of --prompts; then the pictures to caption are the ones made.
 """
 
@@ -106,7 +106,7 @@ def read_inputs(arguments, size):
         return prompts, None
     from PIL import Image
 
-    from unialign_jax.data.shapes import shapes_example
+    from unialign_jax.data.shapes.tasks import shapes_example
 
     examples = [shapes_example("text_to_image", 1, index, image_size=size) for index in range(arguments.count)]
     return [example.caption for example in examples], [Image.fromarray(example.image) for example in examples]

@@ -14,8 +14,9 @@ explain_missing_packages()
 
 from tqdm import tqdm
 
-from unialign_jax.data import jsonl, records, shapes
+from unialign_jax.data import jsonl, records
 from unialign_jax.data.kinds import KINDS
+from unialign_jax.data.shapes.tasks import tasks
 from unialign_jax.data.text_lengths import TextLengths
 from unialign_jax.data.tokenizer import load_tokenizer
 from unialign_jax.files import one_line, refuse_existing
@@ -53,7 +54,7 @@ ends well; any other existing output is refused unless --overwrite is given.
 LIMITS = {  # of the options that are numbers: the least and the most
     "num_records": (1, 10**9),
     "seed": (0, 2**63 - 1),
-    "image_size": (shapes.MIN_IMAGE_SIZE, shapes.MAX_IMAGE_SIZE),
+    "image_size": (tasks.MIN_IMAGE_SIZE, tasks.MAX_IMAGE_SIZE),
     "teacher_width": (0, 2**16),
     "max_side": (1, 2**16),
     "threads": (1, 256),
@@ -107,13 +108,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def prepare_shapes(arguments: argparse.Namespace) -> None:
     """Writes the procedural world and says what was written."""
     began = time.monotonic()
-    written = shapes.write_shapes(
+    written = tasks.write_shapes(
         arguments.output,
         arguments.num_records,
         seed=arguments.seed,
         image_size=arguments.image_size,
         teacher_width=arguments.teacher_width,
-        streams=(arguments.stream,) if arguments.stream else shapes.STREAMS,
+        streams=(arguments.stream,) if arguments.stream else tasks.STREAMS,
         overwrite=arguments.overwrite,
         progress=lambda stream, total, items: tqdm(items, desc=stream, total=total, unit="record", disable=None),
     )

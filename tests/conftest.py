@@ -40,7 +40,7 @@ def compilation_cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def shapes_dir(tmp_path_factory):
     """A small shapes data set of all five streams, 32 px, 40 records each."""
-    from unialign_jax.data.shapes import write_shapes
+    from unialign_jax.data.shapes.tasks import write_shapes
 
     directory = tmp_path_factory.mktemp("shapes")
     write_shapes(directory, num_records=40, image_size=32, teacher_width=16)

@@ -5,8 +5,9 @@ import hashlib
 
 import pytest
 
-from unialign_jax.data import jsonl, kinds, records, shapes, streams
+from unialign_jax.data import jsonl, kinds, records, streams
 from unialign_jax.data.records import Record
+from unialign_jax.data.shapes.tasks import tasks
 from unialign_jax.data.tokenizer import load_tokenizer
 from unialign_jax.inference import jobs
 from unialign_jax.training import config as config_lib
@@ -37,7 +38,7 @@ def new_kind(request):
 def digest(kind):
     found = hashlib.sha256()
     for index in range(4):
-        record = shapes.shapes_record(kind, 0, index, image_size=32, teacher_width=16)
+        record = tasks.shapes_record(kind, 0, index, image_size=32, teacher_width=16)
         values = [getattr(record, field.name) for field in dataclasses.fields(record)]
         found.update(repr(tuple(v.tobytes() if hasattr(v, "tobytes") else v for v in values)).encode())
     return found.hexdigest()[:16]
@@ -50,8 +51,8 @@ def test_shapes_are_what_they_were(kind):
 
 def test_a_new_kind_disturbs_nothing(new_kind, tmp_path, refuses):
     assert {kind: digest(kind) for kind in RECORDS} == RECORDS
-    assert shapes.write_shapes(tmp_path / "world", 1, image_size=16) == dict.fromkeys(RECORDS, True)
-    refuses(lambda: shapes.shapes_record(new_kind, 0, 0), "sketch", "shapes has")
+    assert tasks.write_shapes(tmp_path / "world", 1, image_size=16) == dict.fromkeys(RECORDS, True)
+    refuses(lambda: tasks.shapes_record(new_kind, 0, 0), "sketch", "shapes has")
     refuses(lambda: list(jsonl.read_jsonl([tmp_path / "rows"], new_kind)), "sketch", "JSONL", "write_records")
     # What works from the table alone, works.
     records.write_records(tmp_path / "own", [Record("a", b"x", caption="c")], kind=new_kind)
@@ -91,7 +92,7 @@ def test_the_table_agrees_with_the_others():
         assert ("conditions" in kind.fields) == (kind.num_conditions > 0)
         assert set(kind.tasks) <= set(jobs.TASKS)
     assert set(jobs.TASKS) == {task for kind in kinds.KINDS.values() for task in kind.tasks}
-    assert set(jsonl.READERS) == set(shapes.STREAMS) == set(kinds.KINDS)
+    assert set(jsonl.READERS) == set(tasks.STREAMS) == set(kinds.KINDS)
     defaults = {name: kind.num_conditions for name, kind in kinds.KINDS.items()}
     assert defaults == {"text_to_image": 0, "edit": 1, "perception": 1, "personalization": 3, "vqa": 0}
     assert [name for name in kinds.KINDS if not kinds.has_image_pass(name)] == ["vqa"]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from unialign_jax.data.mixture import IN_USE, Mixture, batches_ahead, integer_weights, interleave
-from unialign_jax.data.shapes import write_shapes
+from unialign_jax.data.shapes.tasks import write_shapes
 from unialign_jax.data.streams import Stream, StreamConfig
 from unialign_jax.data.tokenizer import load_tokenizer
 

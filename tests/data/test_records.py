@@ -12,7 +12,7 @@ import pytest
 
 from unialign_jax.data import records as records_lib
 from unialign_jax.data.records import Record, RecordError, open_records, read_metadata, write_records
-from unialign_jax.data.shapes import shapes_example, write_shapes
+from unialign_jax.data.shapes.tasks import shapes_example, write_shapes
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -104,7 +104,7 @@ def test_reading_and_writing_import_no_tensorflow(tmp_path):
     code = f"""
 import sys
 sys.path.insert(0, {str(REPO)!r})
-from unialign_jax.data.shapes import write_shapes
+from unialign_jax.data.shapes.tasks import write_shapes
 from unialign_jax.data.records import open_records
 from unialign_jax.data.streams import Stream, StreamConfig
 from unialign_jax.data.mixture import Mixture

@@ -10,7 +10,7 @@ from PIL import Image
 
 from unialign_jax.data import streams as streams_lib
 from unialign_jax.data.records import Record, RecordError, write_records
-from unialign_jax.data.shapes import shapes_example, write_shapes
+from unialign_jax.data.shapes.tasks import shapes_example, write_shapes
 from unialign_jax.data.streams import Stream, StreamConfig, decode_image, encode_question
 from unialign_jax.data.tokenizer import load_tokenizer
 

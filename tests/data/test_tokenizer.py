@@ -11,8 +11,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from unialign_jax.data import train_tokenizer
-from unialign_jax.data.shapes import shapes_texts
+from unialign_jax.data.shapes.tasks import shapes_texts, train_tokenizer
 from unialign_jax.data.tokenizer import Tokenizer, clean_up, load_tokenizer
 
 PIECES = ["▁the", "▁a", "▁cat", "▁dog", "▁sat", "▁on", "▁mat", "s", "ing", "▁", ".", ",", "?", ":", *"abcdefgQA"]
@@ -80,7 +79,7 @@ def test_the_packaged_file_is_what_the_script_makes(shapes_tokenizer):
     made = json.loads(train_tokenizer.train_shapes_tokenizer().to_str())
     packaged = json.loads(shapes_tokenizer._backend.to_str())
     assert made["model"]["vocab"] == packaged["model"]["vocab"], (
-        "the world's words changed: run `python -m unialign_jax.data.train_tokenizer` and commit the file"
+        "the world's words changed: run `python -m unialign_jax.data.shapes.train_tokenizer` and commit the file"
     )
     assert made["added_tokens"] == packaged["added_tokens"]
 

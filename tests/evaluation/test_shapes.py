@@ -5,9 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from unialign_jax.data.shapes import caption_scene, shapes_example
-from unialign_jax.data.shapes_render import draw_scene
-from unialign_jax.data.shapes_scene import BACKGROUNDS, COLORS, SHAPES, SIZES, Scene
+from unialign_jax.data.shapes.render import draw_scene
+from unialign_jax.data.shapes.scene import BACKGROUNDS, COLORS, SHAPES, SIZES, Scene
+from unialign_jax.data.shapes.tasks import caption_scene, shapes_example
 from unialign_jax.evaluation import shapes, shapes_words
 from unialign_jax.evaluation.shapes_detector import detect
 

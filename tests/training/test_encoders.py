@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from unialign_jax import bundle
-from unialign_jax.data.shapes_scene import Scene, Thing
+from unialign_jax.data.shapes.scene import Scene, Thing
 from unialign_jax.data.tokenizer import load_tokenizer
 from unialign_jax.models import presets
 from unialign_jax.models.autoencoder import AutoencoderConfig, make_autoencoder

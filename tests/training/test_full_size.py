@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from unialign_jax.data.shapes import write_shapes
+from unialign_jax.data.shapes.tasks import write_shapes
 from unialign_jax.training.loop import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,7 +11,7 @@ import pytest
 
 from unialign_jax import Pipeline, bundle, runs
 from unialign_jax.data.records import RecordError
-from unialign_jax.data.shapes import write_shapes
+from unialign_jax.data.shapes.tasks import write_shapes
 from unialign_jax.evaluation import shapes_run
 from unialign_jax.models.mmdit import MMDiTOutput
 from unialign_jax.training import validation

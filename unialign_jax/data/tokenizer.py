@@ -13,7 +13,7 @@ from unialign_jax.files import check_regular, first_line
 
 NUM_SENTINELS = 100
 MAX_TOKENIZER_FILE = 2**26  # bytes; T5's tokenizer.json has 2.4 million, Qwen's 7 million
-_SHAPES_FILE = "shapes_tokenizer.json"
+_SHAPES_FILE = "shapes/tokenizer.json"  # of this folder
 
 
 class Tokenizer:

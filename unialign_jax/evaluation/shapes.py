@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from unialign_jax.data.shapes import relations
-from unialign_jax.data.shapes_render import DEPTH_LEVELS, draw_scene
-from unialign_jax.data.shapes_scene import Scene, Thing
+from unialign_jax.data.shapes.render import DEPTH_LEVELS, draw_scene
+from unialign_jax.data.shapes.scene import Scene, Thing
+from unialign_jax.data.shapes.tasks import relations
 from unialign_jax.evaluation.shapes_detector import Detection, detect
 from unialign_jax.evaluation.shapes_words import Claim, Named, is_true, parse_caption
 

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from unialign_jax.data.shapes_render import BACKGROUND_RGB, COLOR_RGB, draw_scene
-from unialign_jax.data.shapes_scene import BACKGROUNDS, COLORS, GRID, SHAPES, SIZES, Scene, Thing
+from unialign_jax.data.shapes.render import BACKGROUND_RGB, COLOR_RGB, draw_scene
+from unialign_jax.data.shapes.scene import BACKGROUNDS, COLORS, GRID, SHAPES, SIZES, Scene, Thing
 
 SHIFTS = (-0.022, -0.011, 0.0, 0.011, 0.022)  # of a thing in its cell, in picture widths; scenes draw within +-0.022
 # A thing must lower the picture's squared error by this share of what its own full-contrast drawing would.

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from unialign_jax.data.shapes import Example, shapes_example
+from unialign_jax.data.shapes.tasks import Example, shapes_example
 from unialign_jax.evaluation import shapes
 from unialign_jax.evaluation.shapes_words import parse_caption, question_topic
 from unialign_jax.training.samples import cell, draw_sheet

@@ -1,14 +1,14 @@
 """What the texts of the shapes world say: captions and questions read back into what they claim.
 
-`unialign_jax/data/shapes.py` writes these texts from scenes; here they are parsed, and compared with scenes. A text
+`data/shapes/tasks.py` writes these texts from scenes; here they are parsed, and compared with scenes. A text
 that the grammar does not have is no claim: `parse_caption` returns None.
 """
 
 import re
 from typing import NamedTuple
 
-from unialign_jax.data.shapes import relations
-from unialign_jax.data.shapes_scene import BACKGROUNDS, COLORS, POSITIONS, SHAPES, SIZES, Scene, Thing
+from unialign_jax.data.shapes.scene import BACKGROUNDS, COLORS, POSITIONS, SHAPES, SIZES, Scene, Thing
+from unialign_jax.data.shapes.tasks import relations
 
 NUMBERS = {"one": 1, "two": 2, "three": 3}
 RELATIONS = ("left of", "right of", "above", "below")
@@ -113,7 +113,7 @@ def _orders(things):
 
 
 def question_topic(question: str) -> str:
-    """The topic of one of the world's questions, as `data/shapes.py` names them; "other" for any other text."""
+    """The topic of one of the world's questions, as `data/shapes/tasks.py` names them; "other" for any other text."""
     patterns = {
         "count": r"how many shapes are there\?",
         "count of": r"how many .+ are there\?",

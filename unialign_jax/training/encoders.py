@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from unialign_jax.data.shapes import shapes_example
-from unialign_jax.data.shapes_scene import BACKGROUNDS, COLORS, POSITIONS, SHAPES, SIZES
+from unialign_jax.data.shapes.scene import BACKGROUNDS, COLORS, POSITIONS, SHAPES, SIZES
+from unialign_jax.data.shapes.tasks import shapes_example
 from unialign_jax.data.tokenizer import NUM_SENTINELS
 from unialign_jax.evaluation import shapes, shapes_run
 from unialign_jax.evaluation.shapes_detector import detect

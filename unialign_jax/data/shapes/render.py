@@ -5,7 +5,7 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw
 
-from unialign_jax.data.shapes_scene import Scene, Thing
+from unialign_jax.data.shapes.scene import Scene, Thing
 
 COLOR_RGB = {
     "red": (220, 30, 30),

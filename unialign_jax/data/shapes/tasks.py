@@ -16,9 +16,8 @@ import numpy as np
 from PIL import Image
 
 from unialign_jax.data import records as records_lib
-from unialign_jax.data import shapes_render as render
 from unialign_jax.data.records import Record
-from unialign_jax.data.shapes_scene import (
+from unialign_jax.data.shapes.scene import (
     BACKGROUNDS,
     COLORS,
     GRID,
@@ -30,6 +29,7 @@ from unialign_jax.data.shapes_scene import (
     oracle_features,
     sample_scene,
 )
+from unialign_jax.data.shapes.tasks import render as render
 from unialign_jax.files import refuse_existing
 
 WORLD_VERSION = 1  # raise it when the same (seed, index) gives another record

@@ -1,4 +1,4 @@
-"""Makes the packaged `shapes` tokenizer: `python -m unialign_jax.data.train_tokenizer [OUTPUT.json]`.
+"""Makes the packaged `shapes` tokenizer: `python -m unialign_jax.data.shapes.train_tokenizer [OUTPUT.json]`.
 
 A Unigram model in T5's form. Its pieces are the words of the world's own texts, every printable ASCII character (so
 that any English text survives a round trip), and everyday words and letter groups (so that the caption of a photograph
@@ -16,7 +16,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from unialign_jax.data.shapes import shapes_texts
+from unialign_jax.data.shapes.tasks import shapes_texts
 from unialign_jax.data.tokenizer import NUM_SENTINELS
 
 VOCAB_SIZE = 512
@@ -80,7 +80,7 @@ def train_shapes_tokenizer(vocab_size: int = VOCAB_SIZE) -> tokenizers.Tokenizer
 
 
 def main() -> None:
-    output = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("shapes_tokenizer.json")
+    output = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("tokenizer.json")
     tokenizer = train_shapes_tokenizer()
     tokenizer.save(str(output))
     print(f"wrote {output} ({tokenizer.get_vocab_size()} ids)")

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from unialign_jax.data import shapes
-from unialign_jax.data import shapes_render as render
 from unialign_jax.data.records import open_records
-from unialign_jax.data.shapes_scene import Scene, Thing, attributes, oracle_features, sample_scene
+from unialign_jax.data.shapes.scene import Scene, Thing, attributes, oracle_features, sample_scene
+from unialign_jax.data.shapes.tasks import render as render
+from unialign_jax.data.shapes.tasks import tasks
 
 NUM = 150
 WORDS = {"one": 1, "two": 2, "three": 3}
@@ -86,13 +86,13 @@ def check_caption(caption, image):
 @pytest.mark.parametrize("stream", ["text_to_image", "edit", "personalization"])
 def test_captions_are_true(stream):
     for index in range(NUM):
-        example = shapes.shapes_example(stream, 0, index)
+        example = tasks.shapes_example(stream, 0, index)
         assert len(example.caption.split()) <= 31
         check_caption(example.caption, example.image)
 
 
 def test_text_to_image_varies():
-    examples = [shapes.shapes_example("text_to_image", 0, i, image_size=16) for i in range(600)]
+    examples = [tasks.shapes_example("text_to_image", 0, i, image_size=16) for i in range(600)]
     captions = " ".join(example.caption for example in examples)
     for word in ("three", "two", "left of", "right of", "above", "below", "large", "small", *COLORS, *BACKGROUNDS):
         assert word in captions
@@ -102,7 +102,7 @@ def test_text_to_image_varies():
 def test_edits_change_what_they_say_and_nothing_else():
     seen = collections.Counter()
     for index in range(NUM):
-        example = shapes.shapes_example("edit", 0, index)
+        example = tasks.shapes_example("edit", 0, index)
         (source,) = example.conditions
         target = example.image
         assert (source != target).any()
@@ -136,7 +136,7 @@ def test_edits_change_what_they_say_and_nothing_else():
 
 def test_depth_is_the_draw_order():
     for index in range(200):
-        example = shapes.shapes_example("perception", 1, index)
+        example = tasks.shapes_example("perception", 1, index)
         if example.view != "depth":
             continue
         names = re.search(r"near to far: (.*)", example.caption).group(1).split(", ")
@@ -193,7 +193,7 @@ def test_canny_hysteresis_keeps_weak_edges_that_touch_strong_ones():
 @pytest.mark.parametrize("view", ["canny", "pose"])
 def test_maps_sit_on_the_things(view):
     for index in range(120):
-        example = shapes.shapes_example("perception", 2, index)
+        example = tasks.shapes_example("perception", 2, index)
         if example.view != view:
             continue
         source = example.conditions[0]
@@ -210,7 +210,7 @@ def test_maps_sit_on_the_things(view):
 def test_personalization_references_hold_the_subjects():
     counts = collections.Counter()
     for index in range(NUM):
-        example = shapes.shapes_example("personalization", 0, index)
+        example = tasks.shapes_example("personalization", 0, index)
         counts[len(example.conditions)] += 1
         places = re.findall(r"the (?:first|second|third) at the ([a-z ]+?)(?=,| and| on)", example.instruction)
         assert len(places) == len(example.conditions)
@@ -252,7 +252,7 @@ def answer_by_looking(question, image):
 
 
 def test_vqa_answers_are_true_and_balanced():
-    examples = [shapes.shapes_example("vqa", 0, i) for i in range(900)]
+    examples = [tasks.shapes_example("vqa", 0, i) for i in range(900)]
     looked = 0
     answers = collections.defaultdict(collections.Counter)
     for example in examples:
@@ -272,7 +272,7 @@ def test_vqa_answers_are_true_and_balanced():
             counted = match.group(1)
             count = sum(counted in (f"{t.shape}s", f"{t.shape}es", "shapes") for t in example.scene.things)
             assert example.answer == ("zero", "one", "two", "three")[count]
-        topic = re.sub(r"\b(" + "|".join((*COLORS, *shapes.SHAPES)) + r")(es|s)?\b", "*", example.question)
+        topic = re.sub(r"\b(" + "|".join((*COLORS, *tasks.SHAPES)) + r")(es|s)?\b", "*", example.question)
         answers[topic][example.answer] += 1
     assert looked > 350
     assert len(answers) >= 12
@@ -285,9 +285,9 @@ def test_vqa_answers_are_true_and_balanced():
 
 
 def test_everything_is_a_function_of_seed_and_index():
-    for stream in shapes.STREAMS:
-        first = shapes.shapes_record(stream, 3, 17)
-        again = shapes.shapes_record(stream, 3, 17)
+    for stream in tasks.STREAMS:
+        first = tasks.shapes_record(stream, 3, 17)
+        again = tasks.shapes_record(stream, 3, 17)
         assert (first.image, first.conditions, first.caption, first.question) == (
             again.image,
             again.conditions,
@@ -295,21 +295,21 @@ def test_everything_is_a_function_of_seed_and_index():
             again.question,
         )
         assert np.array_equal(first.teacher_image, again.teacher_image)
-        assert shapes.shapes_record(stream, 4, 17).image != first.image
-        assert shapes.shapes_record(stream, 3, 18).image != first.image
+        assert tasks.shapes_record(stream, 4, 17).image != first.image
+        assert tasks.shapes_record(stream, 3, 18).image != first.image
     with pytest.raises(ValueError, match="unknown stream 'video'"):
-        shapes.shapes_example("video", 0, 0)
+        tasks.shapes_example("video", 0, 0)
 
 
 def test_the_world_is_pinned():
     """Golden scenes and words: if this fails on purpose, raise WORLD_VERSION and put the new digest here."""
     digest = hashlib.sha256()
-    for stream in shapes.STREAMS:
+    for stream in tasks.STREAMS:
         for index in range(20):
-            example = shapes.shapes_example(stream, 0, index, image_size=8)
+            example = tasks.shapes_example(stream, 0, index, image_size=8)
             words = (example.caption, example.instruction, example.question, example.answer)
             digest.update(repr((words, example.view, example.scene)).encode())
-    assert (shapes.WORLD_VERSION, digest.hexdigest()[:16]) == (1, "aa56c7c84dbbeb23")
+    assert (tasks.WORLD_VERSION, digest.hexdigest()[:16]) == (1, "aa56c7c84dbbeb23")
 
 
 def test_oracle_features():
@@ -342,24 +342,24 @@ def test_oracle_features():
 
 
 def test_write_shapes(tmp_path):
-    assert shapes.write_shapes(tmp_path, 6, seed=2, image_size=32, teacher_width=8) == dict.fromkeys(
-        shapes.STREAMS, True
+    assert tasks.write_shapes(tmp_path, 6, seed=2, image_size=32, teacher_width=8) == dict.fromkeys(
+        tasks.STREAMS, True
     )
-    for stream in shapes.STREAMS:
+    for stream in tasks.STREAMS:
         source = open_records(tmp_path / stream)
         assert len(source) == 6 and source.metadata.kind == stream and source.metadata.teacher_width == 8
         assert "oracle" in source.metadata.parameters["teacher"]
         record = source[5]
-        expected = shapes.shapes_record(stream, 2, 5, image_size=32, teacher_width=8)
+        expected = tasks.shapes_record(stream, 2, 5, image_size=32, teacher_width=8)
         assert record.image == expected.image and record.conditions == expected.conditions
         assert record.caption == expected.caption and record.answer == expected.answer
         np.testing.assert_array_equal(record.teacher_text, expected.teacher_text)
         assert Image.open(io.BytesIO(record.image)).size == (32, 32)
-    again = shapes.write_shapes(tmp_path, 6, seed=2, image_size=32, teacher_width=8)
-    assert again == dict.fromkeys(shapes.STREAMS, False)
+    again = tasks.write_shapes(tmp_path, 6, seed=2, image_size=32, teacher_width=8)
+    assert again == dict.fromkeys(tasks.STREAMS, False)
     with pytest.raises(FileExistsError, match="exists already"):
-        shapes.write_shapes(tmp_path, 6, seed=3, image_size=32, teacher_width=8)
-    only = shapes.write_shapes(tmp_path, {"vqa": 4}, image_size=32, teacher_width=0, streams=("vqa",), overwrite=True)
+        tasks.write_shapes(tmp_path, 6, seed=3, image_size=32, teacher_width=8)
+    only = tasks.write_shapes(tmp_path, {"vqa": 4}, image_size=32, teacher_width=0, streams=("vqa",), overwrite=True)
     assert only == {"vqa": True}
     assert open_records(tmp_path / "vqa")[3].teacher_image is None
     assert len(open_records(tmp_path / "edit")) == 6
