@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from unialign_jax.benchmarks import loop
+
 ROOT = Path(__file__).resolve().parents[2]
 STAGE = "--config=configs/stage1.py:tiny"
 
@@ -12,7 +14,6 @@ STAGE = "--config=configs/stage1.py:tiny"
 @pytest.fixture(autouse=True)
 def in_the_repository(monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.syspath_prepend(ROOT / "launch")  # where a script finds the files beside it
 
 
 @pytest.fixture(autouse=True)
@@ -176,7 +177,7 @@ def test_figures_of_before_are_replaced_whole(launch_command, monkeypatch, tmp_p
     output = tmp_path / "figures.json"
     output.write_text('{"older": 1}')
     benchmark = launch_command("benchmark")
-    monkeypatch.setattr(benchmark, "benchmark_train", lambda arguments: {"steps": arguments.steps})
+    monkeypatch.setattr(loop, "benchmark_train", lambda arguments: {"steps": arguments.steps})
     benchmark.main(["train", "--steps=3", f"--output={output}"])
     figures = json.loads(output.read_text())
     assert figures["steps"] == 3 and figures["machine"] and "older" not in figures

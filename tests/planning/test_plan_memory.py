@@ -1,11 +1,12 @@
 """The plan's memory against a real run: two virtual CPU devices in a process of their own."""
 
 import argparse
-import importlib
 import sys
 from pathlib import Path
 
 import pytest
+
+from unialign_jax.benchmarks import memory
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALLER = (
@@ -20,15 +21,13 @@ SMALLER = (
 )
 
 
-@pytest.fixture
-def memory(monkeypatch):
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.syspath_prepend(ROOT / "launch")
-    return importlib.import_module("benchmark_memory")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's count of a process's memory is Linux's")
-def test_the_plan_is_what_a_run_takes(memory, monkeypatch):
+def test_the_plan_is_what_a_run_takes(monkeypatch):
     # Half the time of compiling; where buffers lie is decided before.
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
     parser = argparse.ArgumentParser()
@@ -47,6 +46,6 @@ def test_the_plan_is_what_a_run_takes(memory, monkeypatch):
 
 
 @pytest.mark.parametrize("mesh", ["fsdp", "fsdp=8,depth=2", "fsdp=half", ""])
-def test_a_bad_mesh_is_told_in_a_line(memory, mesh):
+def test_a_bad_mesh_is_told_in_a_line(mesh):
     with pytest.raises(ValueError, match="^--mesh is .*, expected sizes of replica, data, encoder, fsdp, tensor"):
         memory.mesh_changes(mesh)

@@ -1,7 +1,6 @@
 """launch/benchmark.py step: its FLOPs are the closed forms', and what does not fit is a row. No times are judged."""
 
 import argparse
-import importlib
 import math
 from pathlib import Path
 
@@ -9,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from unialign_jax.benchmarks import sample
+from unialign_jax.benchmarks import step as module
 from unialign_jax.training.stages import read_config
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TERA = 1e12
 SMALL = (
     "image_size=32",
@@ -35,10 +36,8 @@ SMALL = (
 @pytest.fixture
 def step(monkeypatch):
     """The module; what it runs in processes of its own runs in this one."""
-    monkeypatch.syspath_prepend(ROOT / "launch")
-    module = importlib.import_module("benchmark_step")
-    monkeypatch.setitem(importlib.import_module("benchmark_sample").MATMUL, "cpu", (256, 1))
-    monkeypatch.setattr(module, "call_alone", lambda program, function, settings: getattr(module, function)(settings))
+    monkeypatch.setitem(sample.MATMUL, "cpu", (256, 1))
+    monkeypatch.setattr(module, "call_alone", lambda _, function, settings: getattr(module, function)(settings))
     return module
 
 

@@ -1,13 +1,13 @@
 """diffusers' side of launch/benchmark.py sample: SD3Transformer2DModel of the same size, with random weights.
 
-Called by benchmark_sample.py, each function in a process of its own. On a GPU torch compiles the network, as diffusers'
+Called by sample.py, each function in a process of its own. On a GPU torch compiles the network, as diffusers'
 documentation advises; on a CPU it runs as it is. No text encoder and no autoencoder: only the network is compared.
 """
 
 import statistics
 import time
 
-from benchmark_sample import (  # beside this file
+from unialign_jax.benchmarks.sample import (
     LARGE_MATMUL,
     MATMUL,
     answer,

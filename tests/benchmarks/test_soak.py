@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "launch"))
+from unialign_jax.benchmarks.soak import summary, watch
 
-from benchmark_soak import summary, watch
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def looks(memory=0.0, descriptors=0.0, threads=0.0):
@@ -74,6 +74,6 @@ def test_watching_a_process_until_it_ends(tmp_path):
 )
 def test_a_soak_that_cannot_be(command_refuses, monkeypatch, arguments, words):
     monkeypatch.setattr(sys, "path", list(sys.path))
-    config = [f"--config={Path(__file__).resolve().parents[1]}/configs/stage1.py:tiny"]
+    config = [f"--config={ROOT}/configs/stage1.py:tiny"]
     monkeypatch.chdir(os.sep)
     command_refuses("benchmark", ["soak", *config, *arguments], words)

@@ -1,6 +1,5 @@
 """launch/benchmark.py sample: what it prints adds up, and what it cannot measure it says. No times are judged."""
 
-import importlib
 import json
 import os
 import subprocess
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, str(ROOT / "launch" / "benchmark.py"), "sample"]
 SMALL = ["--steps=4", "--batch=2", "--caption-batch=1,2", "--caption-steps=3", "--rounds=1"]
 
@@ -59,8 +58,9 @@ def test_the_figures_of_a_tiny_run_add_up(tmp_path):
 
 def test_a_forward_of_ours_and_of_diffusers(tiny_bundle, monkeypatch):
     pytest.importorskip("diffusers")
-    monkeypatch.syspath_prepend(ROOT / "launch")
-    ours, theirs = importlib.import_module("benchmark_sample"), importlib.import_module("benchmark_diffusers")
+    from unialign_jax.benchmarks import diffusers as theirs
+    from unialign_jax.benchmarks import sample as ours
+
     monkeypatch.setattr(ours, "worker", lambda side, name, settings: getattr(workers[side], name)(settings))
     monkeypatch.setitem(ours.MATMUL, "cpu", (512, 1))
     workers = {"ours": ours, "diffusers": theirs}

@@ -7,8 +7,8 @@
 On CPUs the run has --devices virtual ones, and what is real is the growth of the process's resident memory, from before
 the first array is made to the highest during two steps. On an accelerator it is the peak that the devices tell, which
 they count from the start of the process: "real is of" says whether the steps took it, or the making of the weights
-before them, beside which the plan says nothing. The plan is `training.plan.plan_step`'s peak of one device times their
-number. Each case runs in a process of its own.
+before them, beside which the plan says nothing. The plan is `planning.step_plan.plan_step`'s peak of one device times
+their number. Each case runs in a process of its own.
 """
 
 import ctypes
@@ -18,9 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from benchmark_sample import answer, call_alone  # beside this file
+from unialign_jax.benchmarks.sample import answer, call_alone
 
 STEPS = 2
 PATIENCE = 300  # seconds
@@ -90,7 +88,7 @@ def benchmark_memory(arguments) -> dict:
     rows = []
     for mesh, remat, settings in cases:
         print(f"measuring mesh {mesh}, remat {remat} ...", file=sys.stderr, flush=True)
-        rows.append({"mesh": mesh, "remat": remat} | call_alone(Path(__file__), "plan_and_run", settings))
+        rows.append({"mesh": mesh, "remat": remat} | call_alone("memory", "plan_and_run", settings))
     return {"memory, GB over all devices": rows}
 
 
@@ -113,8 +111,8 @@ def mesh_changes(text) -> list[str]:
 def plan_and_run(settings) -> dict:
     """The plan's parts, its sum and what a run took, in GB over all devices."""
     import jax
-    from benchmark_step import Setup, peak_of
 
+    from unialign_jax.benchmarks.step import Setup, peak_of
     from unialign_jax.parallel import processes
     from unialign_jax.planning.step_plan import plan_step
     from unialign_jax.training.config import active_streams

@@ -11,13 +11,10 @@ Prompts and pictures are those of the shapes world (a seed that training does no
 configs/stage1.py:tiny, or the lines of --prompts; then the pictures to caption are the ones made.
 """
 
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 PLAIN = "euler, 28 steps"
 VARIANTS = {

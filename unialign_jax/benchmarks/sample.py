@@ -30,8 +30,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("images", "captions", "forward")
 RANDOM = {  # by name: MM-DiT, T5, autoencoder, pixels, tokens
     "unialign_2b": ("unialign_2b", "t5_xxl", "sd3", 512, 256),
@@ -157,23 +156,27 @@ def not_measured(why) -> str:
 
 
 def worker(side, function, settings) -> dict:
-    """What `function` of this file (or of the one for diffusers) returns, called in a process of its own."""
-    program = {"ours": "benchmark_sample.py", "diffusers": "benchmark_diffusers.py"}[side]
+    """What `function` of this module (or of the one for diffusers) returns, called in a process of its own."""
+    module = {"ours": "sample", "diffusers": "diffusers"}[side]
     print(f"measuring {side}: {function} ...", file=sys.stderr, flush=True)
-    return call_alone(Path(__file__).with_name(program), function, settings)
+    return call_alone(module, function, settings)
 
 
-def call_alone(program, function, settings) -> dict:
-    """What the file `program` writes when it is called as FUNCTION SETTINGS RESULT, both JSON, in a process of its own.
+def call_alone(module, function, settings) -> dict:
+    """What a module of this folder writes when run as FUNCTION SETTINGS RESULT, both JSON, in a process of its own.
 
+    It is run by name, without a folder before PYTHONPATH (-P): this one has modules named like packages (diffusers).
     Raises ValueError when it fails.
     """
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     with tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch) / "result.json"
-        command = [sys.executable, str(program), function, json.dumps(settings), str(result)]
-        if status := subprocess.run(command).returncode:
+        command = [sys.executable, "-P", "-m", f"unialign_jax.benchmarks.{module}"]
+        command += [function, json.dumps(settings), str(result)]
+        if status := subprocess.run(command, env=environment).returncode:
             hint = ", killed: out of memory?" if status == -9 else ""
-            raise ValueError(f"{program.name} {function} failed with status {status}{hint}")
+            raise ValueError(f"{module}.py {function} failed with status {status}{hint}")
         return json.loads(result.read_text())
 
 

@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-LAUNCH = Path(__file__).resolve().parent
+LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 
 
 def add_arguments(parser):

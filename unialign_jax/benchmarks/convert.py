@@ -15,8 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+ROOT = Path(__file__).resolve().parents[2]
 LOAD = """
 import sys
 import jax
@@ -48,12 +47,11 @@ def benchmark_convert(arguments) -> dict:
         for part in parts:
             source, flags = makers[part](scratch)
             output = scratch / f"{part}_bundle"
-            root = Path(__file__).resolve().parent.parent
             command = [sys.executable, "launch/convert.py", "sd3", f"--source={source}", f"--output={output}", *flags]
-            figures |= named(f"{part} conversion", measure(command, root))
+            figures |= named(f"{part} conversion", measure(command, ROOT))
             figures[f"{part} source GB"] = source.stat().st_size / 1e9
             source.unlink()
-            figures |= named(f"{part} loading as bfloat16", measure([sys.executable, "-c", LOAD, str(output)], root))
+            figures |= named(f"{part} loading as bfloat16", measure([sys.executable, "-c", LOAD, str(output)], ROOT))
             figures[f"{part} bundle GB"] = sum(f.stat().st_size for f in output.rglob("*") if f.is_file()) / 1e9
             shutil.rmtree(output)
     finally:

@@ -21,9 +21,7 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from benchmark_sample import MOST_ROUNDS, answer, batch_sizes, call_alone, jax_matmul, not_measured  # beside this file
+from unialign_jax.benchmarks.sample import MOST_ROUNDS, answer, batch_sizes, call_alone, jax_matmul, not_measured
 
 PROFILED_STEPS = 3
 FAILED = "failed"  # how the outcome of a setting begins that broke for another reason than memory
@@ -113,7 +111,7 @@ def benchmark_step(arguments) -> dict:
         print("measuring the parts of the best ...", file=sys.stderr, flush=True)
         try:
             settings = tried[best] | {"step_seconds": rows[best]["step, ms"] / 1e3}
-            figures |= call_alone(Path(__file__), "parts", settings)
+            figures |= call_alone("step", "parts", settings)
         except ValueError as error:  # the settings' rows are worth having
             figures["parts"] = not_measured(error)
     return figures
@@ -122,7 +120,7 @@ def benchmark_step(arguments) -> dict:
 def measure_alone(settings) -> dict:
     print(f"measuring {settings['micro_batch']} a device, {settings['changes'][-2]} ...", file=sys.stderr, flush=True)
     try:
-        return call_alone(Path(__file__), "whole", settings)
+        return call_alone("step", "whole", settings)
     except ValueError as error:  # the other settings are worth having
         return unmeasured(f"{FAILED}: {error}")
 
