@@ -131,14 +131,14 @@ def main(argv=None):
 
 
 def write_report(arguments):
-    from unialign_jax.planning.sampling_plan import plan_report
+    from unialign_jax.planning import plan_report
 
     plan_report.write_report(arguments.report, arguments.docs)
     print(f"wrote {arguments.docs / 'tpu.md'} and {arguments.docs / plan_report.PLOT}")
 
 
 def plan_all(arguments, changes) -> list[str]:
-    from unialign_jax.planning.sampling_plan import sampling_plan, sweep
+    from unialign_jax.planning import sampling_plan, sweep
     from unialign_jax.training.stages import read_config
 
     config = read_config(arguments.config, changes)
@@ -213,8 +213,8 @@ def sampling_that_may_fit(arguments) -> list[tuple[str, str]]:
 
 def plan_training(arguments, changes) -> dict:
     from unialign_jax.parallel import hardware, meshes
-    from unialign_jax.planning.sampling_plan import sampling_plan, search
-    from unialign_jax.planning.sampling_plan import step_plan as training
+    from unialign_jax.planning import sampling_plan, search
+    from unialign_jax.planning import step_plan as training
     from unialign_jax.training.config import active_streams, config_problems
     from unialign_jax.training.stages import read_config
 
@@ -297,7 +297,7 @@ def plan_training(arguments, changes) -> dict:
 
 def plan(arguments) -> dict:
     from unialign_jax.parallel import hardware
-    from unialign_jax.planning.sampling_plan import sampling_plan
+    from unialign_jax.planning import sampling_plan
 
     sampling_plan.check_sampling(sampling_plan.published_config(), arguments.size, arguments.batch)
     chips = hardware.chips_of(hardware.topology_name(arguments.topology))

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from unialign_jax.data import jsonl, records
 from unialign_jax.data.kinds import KINDS
-from unialign_jax.data.shapes.tasks import tasks
+from unialign_jax.data.shapes import tasks
 from unialign_jax.data.text_lengths import TextLengths
 from unialign_jax.data.tokenizer import load_tokenizer
 from unialign_jax.files import one_line, refuse_existing

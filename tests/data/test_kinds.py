@@ -7,7 +7,7 @@ import pytest
 
 from unialign_jax.data import jsonl, kinds, records, streams
 from unialign_jax.data.records import Record
-from unialign_jax.data.shapes.tasks import tasks
+from unialign_jax.data.shapes import tasks
 from unialign_jax.data.tokenizer import load_tokenizer
 from unialign_jax.inference import jobs
 from unialign_jax.training import config as config_lib

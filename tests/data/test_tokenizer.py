@@ -11,7 +11,8 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from unialign_jax.data.shapes.tasks import shapes_texts, train_tokenizer
+from unialign_jax.data.shapes import train_tokenizer
+from unialign_jax.data.shapes.tasks import shapes_texts
 from unialign_jax.data.tokenizer import Tokenizer, clean_up, load_tokenizer
 
 PIECES = ["▁the", "▁a", "▁cat", "▁dog", "▁sat", "▁on", "▁mat", "s", "ing", "▁", ".", ",", "?", ":", *"abcdefgQA"]

@@ -12,7 +12,8 @@ import pytest
 
 from unialign_jax import bundle
 from unialign_jax.parallel import hardware
-from unialign_jax.planning.sampling_plan import GIB, Memory, sampling_plan
+from unialign_jax.planning import sampling_plan
+from unialign_jax.planning.sampling_plan import GIB, Memory
 
 ROOT = Path(__file__).resolve().parents[2]
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
@@ -118,7 +119,7 @@ DEVICES = [types.SimpleNamespace(device_kind="TPU v5 lite")] * 16
 @pytest.fixture
 def plan_command(launch_command, monkeypatch, capsys):
     """A function (arguments) -> (status, what `plan.py` printed); its compiler says that nothing fits."""
-    from unialign_jax.planning.sampling_plan import step_plan
+    from unialign_jax.planning import step_plan
 
     def refuse(config, devices, name, **_):
         raise step_plan.DoesNotFit(f"the step of {name} does not fit: it needs 21.50G of 15.75G", 21 * GIB)
@@ -157,7 +158,7 @@ def test_a_training_that_does_not_fit_is_told_what_may(plan_command):
 
 
 def test_a_search_in_vain_names_the_next_slice(plan_command, monkeypatch):
-    from unialign_jax.planning.sampling_plan import search
+    from unialign_jax.planning import search
 
     found = search.Found(None, [], "the step of text_to_image does not fit: it needs 17.0G of 15.75G")
     monkeypatch.setattr(search, "candidates", lambda *_: [])

@@ -11,9 +11,8 @@ from PIL import Image
 from scipy import ndimage
 
 from unialign_jax.data.records import open_records
+from unialign_jax.data.shapes import render, tasks
 from unialign_jax.data.shapes.scene import Scene, Thing, attributes, oracle_features, sample_scene
-from unialign_jax.data.shapes.tasks import render as render
-from unialign_jax.data.shapes.tasks import tasks
 
 NUM = 150
 WORDS = {"one": 1, "two": 2, "three": 3}

@@ -1,6 +1,6 @@
 """The procedural world `shapes`: five streams of records with true targets, each a pure function of (seed, index).
 
-Scenes are in shapes_scene.py, their pictures in shapes_render.py; here are the words and the tasks.
+Scenes are in scene.py, their pictures in render.py; here are the words and the tasks.
 The teacher features are an oracle (`shapes_scene.oracle_features`): the truth about the scene, randomly projected.
 """
 
@@ -17,6 +17,7 @@ from PIL import Image
 
 from unialign_jax.data import records as records_lib
 from unialign_jax.data.records import Record
+from unialign_jax.data.shapes import render
 from unialign_jax.data.shapes.scene import (
     BACKGROUNDS,
     COLORS,
@@ -29,7 +30,6 @@ from unialign_jax.data.shapes.scene import (
     oracle_features,
     sample_scene,
 )
-from unialign_jax.data.shapes.tasks import render as render
 from unialign_jax.files import refuse_existing
 
 WORLD_VERSION = 1  # raise it when the same (seed, index) gives another record
