@@ -205,8 +205,9 @@ def export(arguments):
 
 def export_run(arguments):
     """The run as a bundle, with the frozen encoders and the tokenizer that it was trained with."""
-    from unialign_jax import bundle, runs
+    from unialign_jax import bundle
     from unialign_jax.conversion.exporting import bundle_from_run
+    from unialign_jax.training import runs
 
     if not runs.is_run(arguments.run):
         raise FileNotFoundError(f"{arguments.run} is no run's folder: expected config.json and checkpoints/ inside")

@@ -66,7 +66,8 @@ def parse_arguments(argv):
 
 def open_model(folder: Path, weights: str | None, batch: int):
     """The pipeline of a bundle or a run's folder, and what tells this model from others."""
-    from unialign_jax import Pipeline, bundle, runs
+    from unialign_jax import Pipeline, bundle
+    from unialign_jax.training import runs
 
     folder = bundle.locate(folder)
     if bundle.is_bundle(folder) or not runs.is_run(folder):

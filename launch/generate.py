@@ -150,7 +150,8 @@ class Model:
     """The bundle, or the run, as the command line names it: checked at once, opened when it is needed."""
 
     def __init__(self, options):
-        from unialign_jax import bundle, runs
+        from unialign_jax import bundle
+        from unialign_jax.training import runs
 
         self._options, self._run = options, None
         folder = self._folder = bundle.locate(options.bundle)

@@ -212,9 +212,10 @@ def sampling_that_may_fit(arguments) -> list[tuple[str, str]]:
 
 
 def plan_training(arguments, changes) -> dict:
-    from unialign_jax.parallel import hardware, meshes
+    from unialign_jax.parallel import hardware
     from unialign_jax.planning import sampling_plan, search
     from unialign_jax.planning import step_plan as training
+    from unialign_jax.training import meshes
     from unialign_jax.training.config import active_streams, config_problems
     from unialign_jax.training.stages import read_config
 

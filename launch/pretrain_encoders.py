@@ -89,13 +89,13 @@ def write(arguments, tokenizer, text_config, text_params, image_config, image_pa
     import ml_dtypes
 
     from unialign_jax import bundle
-    from unialign_jax.training import encoders
+    from unialign_jax.evaluation.reconstructions import reconstructions_exact
 
     params = jax.tree.map(
         lambda x: jax.device_get(x).astype(ml_dtypes.bfloat16),
         {"text_encoder": text_params, "autoencoder": image_params},
     )
-    restored = encoders.reconstructions_exact(image_config, params["autoencoder"], arguments.scenes, image_size=64)
+    restored = reconstructions_exact(image_config, params["autoencoder"], arguments.scenes, image_size=64)
     print(f"scenes that the detector reads the same from their reconstruction: {100 * restored:.1f}%")
     config = bundle.BundleConfig(
         text_encoder=text_config,

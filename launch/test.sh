@@ -8,5 +8,7 @@ cd "$(dirname "$0")/.."
 source launch/environment.sh
 make_environment requirements.txt requirements-test.txt
 ruff check .
+ruff format --check .
+lint-imports
 python -m pytest -n 2 --dist loadfile "$@"
 say_how_to_activate

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from unialign_jax import bundle, bundle_config, inventory
+from unialign_jax import bundle, bundle_config
 from unialign_jax.data.tokenizer import load_tokenizer
 from unialign_jax.inference import jobs
+from unialign_jax.integrity import inventory
 from unialign_jax.models import presets
 from unialign_jax.models.mmdit import AlignmentHeadsConfig
 from unialign_jax.models.text_encoder import TextEncoder

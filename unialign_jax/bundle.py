@@ -25,7 +25,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from unialign_jax import inventory
 from unialign_jax.bundle_config import (
     COMPONENTS,
     SIZES,
@@ -39,6 +38,7 @@ from unialign_jax.bundle_config import (
 )
 from unialign_jax.data.tokenizer import MAX_TOKENIZER_FILE, Tokenizer, load_tokenizer
 from unialign_jax.files import check_inside, check_regular, first_line, refuse_existing, replacing_folder, sha256
+from unialign_jax.integrity import inventory
 from unialign_jax.models.autoencoder import make_autoencoder
 from unialign_jax.models.mmdit import AlignmentHeads, MMDiT
 from unialign_jax.models.text_encoder import TextEncoder

@@ -4,8 +4,9 @@ import dataclasses
 import os
 from pathlib import Path
 
-from unialign_jax import files, inventory
+from unialign_jax import files
 from unialign_jax.files import shown
+from unialign_jax.integrity import inventory
 from unialign_jax.models.autoencoder import AutoencoderConfig
 from unialign_jax.models.mmdit import REMAT_POLICIES, AlignmentHeadsConfig, MMDiTConfig
 from unialign_jax.models.text_encoder import TextEncoderConfig

@@ -136,7 +136,7 @@ def test_t5_folder_equals_transformers(t5_folder):
         ("a dog ' s life", "a dog's life"),
         ("it isn't, he's 5.5 .5", "it isn't, he's 5.5.5"),
         (" . , a", "., a"),
-        ("nothing to do: \"a\" - b ;", "nothing to do: \"a\" - b ;"),
+        ('nothing to do: "a" - b ;', 'nothing to do: "a" - b ;'),
     ],
 )
 def test_spaces_are_cleaned_up_as_by_transformers(shapes_tokenizer, t5_folder, text, expected):

@@ -68,9 +68,7 @@ def test_shift_acts_on_the_same_draw():
     # On the logit, shift 3 is an offset of ln 3.
     plain = np.asarray(flow.sample_sigma(jax.random.key(1), 1000), np.float64)
     shifted = np.asarray(flow.sample_sigma(jax.random.key(1), 1000, shift=3.0), np.float64)
-    np.testing.assert_allclose(
-        np.log(shifted / (1 - shifted)), np.log(plain / (1 - plain)) + np.log(3.0), atol=1e-4
-    )
+    np.testing.assert_allclose(np.log(shifted / (1 - shifted)), np.log(plain / (1 - plain)) + np.log(3.0), atol=1e-4)
 
 
 def test_levels_reproduce_the_reference_distribution():
@@ -110,7 +108,5 @@ def test_euler_is_exact_on_a_straight_line():
     latents = noise
     for sigma, next_sigma in zip(sigmas[:-1], sigmas[1:], strict=True):
         latents = flow.euler_step(latents, noise - clean, sigma, next_sigma)
-        np.testing.assert_allclose(
-            latents, (1 - next_sigma) * clean + next_sigma * noise, atol=2e-6, rtol=1e-5
-        )
+        np.testing.assert_allclose(latents, (1 - next_sigma) * clean + next_sigma * noise, atol=2e-6, rtol=1e-5)
     np.testing.assert_allclose(latents, clean, atol=2e-6)

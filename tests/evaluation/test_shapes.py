@@ -5,11 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 
+from unialign_jax.data.shapes import words
+from unialign_jax.data.shapes.detector import detect
 from unialign_jax.data.shapes.render import draw_scene
 from unialign_jax.data.shapes.scene import BACKGROUNDS, COLORS, SHAPES, SIZES, Scene
 from unialign_jax.data.shapes.tasks import caption_scene, shapes_example
-from unialign_jax.evaluation import shapes, shapes_words
-from unialign_jax.evaluation.shapes_detector import detect
+from unialign_jax.evaluation import shapes
 
 SEED = 77
 
@@ -71,15 +72,15 @@ def test_other_pictures_are_refused():
 def test_every_caption_of_the_world_parses_and_is_true(stream):
     for index in range(300):
         example = shapes_example(stream, SEED, index, image_size=8)
-        claim = shapes_words.parse_caption(example.caption)
-        assert claim is not None and shapes_words.is_true(claim, example.scene, example.view), example.caption
+        claim = words.parse_caption(example.caption)
+        assert claim is not None and words.is_true(claim, example.scene, example.view), example.caption
 
 
 def test_a_caption_of_another_scene_is_false():
     scenes = [shapes_example("text_to_image", SEED, i, image_size=8).scene for i in range(60)]
     for scene, other in zip(scenes, scenes[1:], strict=False):
-        claim = shapes_words.parse_caption(caption_scene(scene))
-        assert shapes_words.is_true(claim, other) == (what(scene) == what(other))
+        claim = words.parse_caption(caption_scene(scene))
+        assert words.is_true(claim, other) == (what(scene) == what(other))
 
 
 @pytest.mark.parametrize(
@@ -97,7 +98,7 @@ def test_a_caption_of_another_scene_is_false():
     ],
 )
 def test_what_is_no_sentence_of_the_world(text):
-    assert shapes_words.parse_caption(text) is None
+    assert words.parse_caption(text) is None
 
 
 def test_a_relation_may_hold_for_either_order_but_not_the_opposite():
@@ -105,7 +106,7 @@ def test_a_relation_may_hold_for_either_order_but_not_the_opposite():
     left = dataclasses.replace(things[0], cell=3, shape="star", color="red", size="large")
     right = dataclasses.replace(things[0], cell=5, shape="cross", color="blue", size="small")
     scene = Scene("gray", (left, right))
-    tell = lambda text: shapes_words.is_true(shapes_words.parse_caption(text), scene)  # noqa: E731
+    tell = lambda text: words.is_true(words.parse_caption(text), scene)  # noqa: E731
     assert tell("a large red star left of a small blue cross on a gray background")
     assert tell("a small blue cross right of a large red star on a gray background")
     assert not tell("a large red star right of a small blue cross on a gray background")
@@ -113,9 +114,9 @@ def test_a_relation_may_hold_for_either_order_but_not_the_opposite():
 
 
 def test_every_question_has_its_topic():
-    topics = {shapes_words.question_topic(shapes_example("vqa", SEED, i, image_size=8).question) for i in range(200)}
+    topics = {words.question_topic(shapes_example("vqa", SEED, i, image_size=8).question) for i in range(200)}
     assert topics == {"count", "count of", "color", "shape", "size", "background", "exists", "relation", "position"}
-    assert shapes_words.question_topic("why?") == "other"
+    assert words.question_topic("why?") == "other"
 
 
 def test_scores_of_true_maps_and_edits_are_one_and_of_wrong_ones_are_not():

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unialign_jax import Pipeline, bundle, checksums
+from unialign_jax import Pipeline, bundle
 from unialign_jax.bundle_config import write_content
 from unialign_jax.data.tokenizer import load_tokenizer
 from unialign_jax.diffusion.flow import sampling_sigmas
+from unialign_jax.integrity import checksums
 from unialign_jax.models.autoencoder import Moments, denormalize, make_autoencoder, sample_latents
 from unialign_jax.models.mmdit import MMDiT
 from unialign_jax.models.text_encoder import TextEncoder

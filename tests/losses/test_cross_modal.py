@@ -39,9 +39,7 @@ def test_features_without_information_give_ln_n():
     # The same text for every image: nothing to tell the rows apart, exactly ln N one way and symmetric.
     image, text = make_case(1, batch=16)
     same = np.broadcast_to(text[:1], text.shape)
-    np.testing.assert_allclose(
-        cross_modal_loss(image, same, direction="image_to_text"), np.log(16), rtol=1e-5
-    )
+    np.testing.assert_allclose(cross_modal_loss(image, same, direction="image_to_text"), np.log(16), rtol=1e-5)
     # Independent features in many dimensions at a mild temperature: ln N up to their small chance similarity.
     rng = np.random.default_rng(2)
     image, text = rng.normal(size=(2, 16, 1, 4096)).astype(np.float32)

@@ -29,9 +29,7 @@ def reference_nll(logits, ids):
 @pytest.mark.parametrize("normalization", ["positions", "maskable"])
 def test_against_float64(normalization):
     logits, ids, is_masked, maskable, fraction = make_case()
-    loss = masked_text_loss(
-        logits, ids, is_masked, maskable, fraction, mask_id=MASK_ID, normalization=normalization
-    )
+    loss = masked_text_loss(logits, ids, is_masked, maskable, fraction, mask_id=MASK_ID, normalization=normalization)
     assert loss.shape == (3,) and loss.dtype == jnp.float32
     weighted = (reference_nll(logits, ids) * is_masked).sum(1) / fraction
     np.testing.assert_allclose(
@@ -45,9 +43,9 @@ def test_against_float64(normalization):
 def test_gradient_against_torch():
     torch = pytest.importorskip("torch")
     logits, ids, is_masked, maskable, fraction = make_case(1)
-    gradient = jax.grad(
-        lambda x: masked_text_loss(x, ids, is_masked, maskable, fraction, mask_id=MASK_ID).mean()
-    )(logits)
+    gradient = jax.grad(lambda x: masked_text_loss(x, ids, is_masked, maskable, fraction, mask_id=MASK_ID).mean())(
+        logits
+    )
 
     torch_logits = torch.tensor(logits, dtype=torch.float64, requires_grad=True)
     penalty = torch.zeros(9, dtype=torch.float64)
@@ -70,9 +68,7 @@ def test_visible_tokens_and_the_masks_logit_do_not_matter():
     changed = logits.copy()
     changed[~is_masked] = 1e4
     changed[..., MASK_ID] = 1e4
-    np.testing.assert_array_equal(
-        masked_text_loss(changed, ids, is_masked, maskable, fraction, mask_id=MASK_ID), loss
-    )
+    np.testing.assert_array_equal(masked_text_loss(changed, ids, is_masked, maskable, fraction, mask_id=MASK_ID), loss)
     nothing = masked_text_loss(
         logits, ids, np.zeros_like(is_masked), maskable, fraction, mask_id=MASK_ID, normalization="maskable"
     )
@@ -109,13 +105,9 @@ def test_bfloat16_logits_are_summed_in_float32():
 def test_the_backward_pass_keeps_no_float32_copy_of_the_logits():
     logits, ids, is_masked, maskable, fraction = make_case(4)
     logits = jnp.asarray(logits, jnp.bfloat16)
-    _, backward = jax.vjp(
-        lambda x: masked_text_loss(x, ids, is_masked, maskable, fraction, mask_id=MASK_ID), logits
-    )
+    _, backward = jax.vjp(lambda x: masked_text_loss(x, ids, is_masked, maskable, fraction, mask_id=MASK_ID), logits)
     kept = [leaf for leaf in jax.tree.leaves(backward) if leaf.size == logits.size]
-    assert [leaf.dtype for leaf in kept] == [
-        jnp.bfloat16
-    ]  # the logits themselves, nothing else of their size
+    assert [leaf.dtype for leaf in kept] == [jnp.bfloat16]  # the logits themselves, nothing else of their size
 
 
 def test_errors():

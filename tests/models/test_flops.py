@@ -40,9 +40,7 @@ def test_the_figures_at_full_size():
 
 def test_training_samples_at_full_size():
     def sample(**stream):
-        return flops.training_sample_flops(
-            MMDIT, T5_XXL, SD3_VAE, HEADS, image_size=512, text_length=256, **stream
-        )
+        return flops.training_sample_flops(MMDIT, T5_XXL, SD3_VAE, HEADS, image_size=512, text_length=256, **stream)
 
     assert sample() / TERA == pytest.approx(17.9, rel=0.02)
     assert sample(num_conditions=1) / TERA == pytest.approx(24.8, rel=0.02)
@@ -54,9 +52,7 @@ def test_training_samples_at_full_size():
 def test_attention_heads_and_text_head_are_counted_against_xla():
     # One joint block, unscanned and without norms, as XLA counts it: both streams' matmuls and the attention.
     width, image_tokens, text_tokens = 256, 48, 32
-    config = MMDiTConfig(
-        depth=1, num_heads=4, head_width=64, latent_channels=4, text_width=64, vocab_size=512
-    )
+    config = MMDiTConfig(depth=1, num_heads=4, head_width=64, latent_channels=4, text_width=64, vocab_size=512)
     shape = jax.ShapeDtypeStruct
     stream = {
         "qkv": shape((width, 3 * width), jnp.float32),

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unialign_jax import checksums
-from unialign_jax.runs import latest_step
+from unialign_jax.integrity import checksums
 from unialign_jax.training.checkpoints import Checkpoints, damage, load_params
+from unialign_jax.training.runs import latest_step
 from unialign_jax.training.state import TrainState
 
 

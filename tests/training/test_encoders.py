@@ -10,6 +10,7 @@ import pytest
 from unialign_jax import bundle
 from unialign_jax.data.shapes.scene import Scene, Thing
 from unialign_jax.data.tokenizer import load_tokenizer
+from unialign_jax.evaluation.reconstructions import reconstructions_exact
 from unialign_jax.models import presets
 from unialign_jax.models.autoencoder import AutoencoderConfig, make_autoencoder
 from unialign_jax.training import encoders
@@ -172,7 +173,7 @@ def test_the_packaged_encoders_are_those_of_the_preset():
     measured = encoders.with_statistics(plain, params["autoencoder"], images)
     assert measured.scale == pytest.approx(config.autoencoder.scale, rel=1e-2)
     assert measured.shift == pytest.approx(config.autoencoder.shift, abs=1e-2)
-    assert encoders.reconstructions_exact(config.autoencoder, params["autoencoder"], 32, image_size=64) >= 0.8
+    assert reconstructions_exact(config.autoencoder, params["autoencoder"], 32, image_size=64) >= 0.8
 
 
 @pytest.mark.bad_input

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unialign_jax import Pipeline, bundle, runs
+from unialign_jax import Pipeline, bundle
 from unialign_jax.data.records import RecordError
 from unialign_jax.data.shapes.tasks import write_shapes
 from unialign_jax.evaluation import shapes_run
 from unialign_jax.models.mmdit import MMDiTOutput
-from unialign_jax.training import validation
+from unialign_jax.training import runs, validation
 from unialign_jax.training.config import config_problems
 from unialign_jax.training.loop import Trainer, train
 from unialign_jax.training.metrics import read_metrics

@@ -145,8 +145,8 @@ class Setup:
 
     def __init__(self, config, stream, devices):
         from unialign_jax.parallel import sharding
-        from unialign_jax.parallel.meshes import mesh_for
         from unialign_jax.training.config import active_streams, build_configs, config_problems
+        from unialign_jax.training.meshes import mesh_for
         from unialign_jax.training.optimizer import make_optimizer
         from unialign_jax.training.state import Networks, abstract_frozen, abstract_state
         from unialign_jax.training.step import batch_shapes
@@ -242,7 +242,7 @@ def measure_step(setup, settings) -> dict:
     import jax
 
     from unialign_jax.models.flops import peak_flops
-    from unialign_jax.parallel.meshes import format_mesh
+    from unialign_jax.training.meshes import format_mesh
     from unialign_jax.training.metrics import memory_use, to_means
 
     began = time.perf_counter()

@@ -22,7 +22,7 @@ from unialign_jax.conversion.importing import DTYPES, check_fit, check_space, wi
 from unialign_jax.conversion.rules import Table
 from unialign_jax.files import check_inside, read_json, refuse_existing, replacing_folder
 from unialign_jax.models.mmdit import AlignmentHeadsConfig
-from unialign_jax.runs import StoredTree, describe, latest_step, open_run, read_run_tokenizer, read_settings
+from unialign_jax.training.runs import StoredTree, describe, latest_step, open_run, read_run_tokenizer, read_settings
 
 FORMATS = ("unialign", "diffusers", "stability")
 CLASSES = {"unialign": "SD3JointModelFlexible", "diffusers": "SD3Transformer2DModel"}

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from unialign_jax import bundle, runs
+from unialign_jax import bundle
 from unialign_jax.conversion import autoencoder, exporting, rules, sources, text_encoder, transformer
 from unialign_jax.files import one_line
+from unialign_jax.training import runs
 
 
 def inspect(path, *, keys=False) -> Iterator[str]:

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from unialign_jax.data.shapes.detector import Detection, detect
 from unialign_jax.data.shapes.render import DEPTH_LEVELS, draw_scene
 from unialign_jax.data.shapes.scene import Scene, Thing
 from unialign_jax.data.shapes.tasks import relations
-from unialign_jax.evaluation.shapes_detector import Detection, detect
-from unialign_jax.evaluation.shapes_words import Claim, Named, is_true, parse_caption
+from unialign_jax.data.shapes.words import Claim, Named, is_true, parse_caption
 
 TOLERANCE = 1  # pixels that an edge or a corner point may be off
 UNCHANGED = 8.0  # mean absolute difference in grey levels below which a region counts as unchanged

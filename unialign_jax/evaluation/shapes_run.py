@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 
 from unialign_jax.data.shapes.tasks import Example, shapes_example
+from unialign_jax.data.shapes.words import parse_caption, question_topic
 from unialign_jax.evaluation import shapes
-from unialign_jax.evaluation.shapes_words import parse_caption, question_topic
 from unialign_jax.training.samples import cell, draw_sheet
 
 HELD_OUT_SEED = 1_000_003  # of a world that no data set is made of by default

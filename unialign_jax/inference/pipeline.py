@@ -1,11 +1,11 @@
 """What a user imports: a bundle's model, with a method for each task; PIL images and strings in and out.
 
-    from unialign_jax import Pipeline
+from unialign_jax import Pipeline
 
-    pipeline = Pipeline.from_bundle("bundles/unialign")
-    image, = pipeline.generate("a red circle on a blue background", seeds=7)
-    edited, = pipeline.edit("make the circle green", image)
-    print(pipeline.caption(edited)[0], pipeline.answer(edited, "What colour is the circle?")[0])
+pipeline = Pipeline.from_bundle("bundles/unialign")
+image, = pipeline.generate("a red circle on a blue background", seeds=7)
+edited, = pipeline.edit("make the circle green", image)
+print(pipeline.caption(edited)[0], pipeline.answer(edited, "What colour is the circle?")[0])
 """
 
 import contextlib
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from unialign_jax import bundle, runs
+from unialign_jax import bundle
 from unialign_jax.bundle_config import fit_problems
 from unialign_jax.data.images import fill_size
 from unialign_jax.data.streams import encode_question
@@ -49,6 +49,7 @@ from unialign_jax.models.sizes import ImageSizes
 from unialign_jax.models.text_encoder import TextEncoder
 from unialign_jax.sampling import image as image_sampler
 from unialign_jax.sampling import programs
+from unialign_jax.training import runs
 
 log = logging.getLogger(__name__)
 

@@ -76,9 +76,7 @@ def autoencoder_encode(config, *, image_size):
         if level > 0:
             side //= 2
             total += conv(side, width, width)  # strided
-        total += resnet(side, width, width_out) + (config.blocks_per_level - 1) * resnet(
-            side, width_out, width_out
-        )
+        total += resnet(side, width, width_out) + (config.blocks_per_level - 1) * resnet(side, width_out, width_out)
         width = width_out
     return total + autoencoder_middle(side, width) + conv(side, width, 2 * config.latent_channels)
 

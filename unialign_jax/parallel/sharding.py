@@ -10,7 +10,7 @@ The mesh's axes all split the batch, except the last, and differ in what they do
 
 On few chips the state decides and fsdp is right; on many, with few samples a chip, gathering weights in every pass
 would bound the step, and data is. On TPUs an axis of the mesh should lie along one axis of the torus, for only there
-does the compiler reduce-scatter: `parallel/meshes.py` chooses replica=4, data=16, encoder=4 on v5e:16x16.
+does the compiler reduce-scatter: `training/meshes.py` chooses replica=4, data=16, encoder=4 on v5e:16x16.
 All axes are Auto: `jax.jit` with these shardings is what used to be called pjit.
 """
 

@@ -26,10 +26,10 @@ import numpy as np
 
 from unialign_jax.models import flops
 from unialign_jax.parallel import hardware, sharding
-from unialign_jax.parallel.meshes import mesh_for
 from unialign_jax.planning.collectives import KINDS, Collective, read_collectives
 from unialign_jax.planning.sampling_plan import GIB
 from unialign_jax.training.config import active_streams, build_configs, config_problems, listed
+from unialign_jax.training.meshes import mesh_for
 from unialign_jax.training.optimizer import make_optimizer
 from unialign_jax.training.state import Networks, abstract_frozen, abstract_state
 from unialign_jax.training.step import batch_shapes, has_image_pass, lower_train_step, make_train_step

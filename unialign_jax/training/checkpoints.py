@@ -20,8 +20,8 @@ import jax
 import tensorstore as ts
 from orbax.checkpoint import v1 as ocp
 
-from unialign_jax import checksums
 from unialign_jax.files import first_line
+from unialign_jax.integrity import checksums
 from unialign_jax.parallel import processes
 from unialign_jax.parallel.sharding import path_string
 from unialign_jax.training.state import TrainState

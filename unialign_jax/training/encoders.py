@@ -17,10 +17,8 @@ import optax
 
 from unialign_jax.data.shapes.scene import BACKGROUNDS, COLORS, POSITIONS, SHAPES, SIZES
 from unialign_jax.data.shapes.tasks import shapes_example
+from unialign_jax.data.shapes.words import parse_caption
 from unialign_jax.data.tokenizer import NUM_SENTINELS
-from unialign_jax.evaluation import shapes, shapes_run
-from unialign_jax.evaluation.shapes_detector import detect
-from unialign_jax.evaluation.shapes_words import parse_caption
 from unialign_jax.models.autoencoder import AutoencoderConfig, Moments, make_autoencoder
 from unialign_jax.models.text_encoder import TextEncoder
 
@@ -262,23 +260,6 @@ def with_statistics(config: AutoencoderConfig, params, images: np.ndarray) -> Au
     encode = jax.jit(lambda x: Moments(*module.apply({"params": params}, x / 127.5 - 1, method="encode")).mean)
     latents = np.concatenate([encode(jnp.float32(images[i : i + 32])) for i in range(0, len(images), 32)])
     return dataclasses.replace(config, scale=float(f"{1 / latents.std():.4g}"), shift=round(float(latents.mean()), 4))
-
-
-def reconstructions_exact(config: AutoencoderConfig, params, scenes: int, *, image_size: int) -> float:
-    """The share of held-out scenes that the detector reads the same from their reconstruction as they are."""
-    module = make_autoencoder(config)
-    examples = shapes_run.held_out("text_to_image", scenes, image_size)
-
-    @jax.jit
-    def reconstruct(images):
-        pixels = module.apply({"params": params}, images.astype(jnp.float32) / 127.5 - 1)
-        return jnp.clip(jnp.round((pixels + 1) * 127.5), 0, 255).astype(jnp.uint8)
-
-    images = np.concatenate(
-        [reconstruct(np.stack([e.image for e in examples[i : i + 32]])) for i in range(0, scenes, 32)]
-    )
-    same = [shapes.is_same_scene(detect(image), e.scene) for image, e in zip(images, examples, strict=True)]
-    return float(np.mean(same))
 
 
 # --- the text encoder -------------------------------------------------------------------------------------------------

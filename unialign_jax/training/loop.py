@@ -26,9 +26,9 @@ from unialign_jax.data.tokenizer import load_tokenizer
 from unialign_jax.files import first_line, read_json, replacing_file
 from unialign_jax.models import flops
 from unialign_jax.parallel import processes, sharding
-from unialign_jax.parallel.meshes import mesh_for
 from unialign_jax.training.checkpoints import Checkpoints, checkpoints_of, load_params
 from unialign_jax.training.config import active_streams, build_configs, config_problems, listed
+from unialign_jax.training.meshes import mesh_for
 from unialign_jax.training.metrics import MetricsWriter, Throughput, to_means
 from unialign_jax.training.optimizer import make_optimizer
 from unialign_jax.training.run_lock import only_run_in

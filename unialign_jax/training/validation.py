@@ -17,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import ndtri
 
-from unialign_jax import bundle, runs
+from unialign_jax import bundle
 from unialign_jax.data.streams import Stream
 from unialign_jax.diffusion import flow, masking
 from unialign_jax.evaluation import shapes, shapes_run
 from unialign_jax.inference.pipeline import Pipeline
 from unialign_jax.parallel import sharding
+from unialign_jax.training import runs
 from unialign_jax.training.config import listed
 from unialign_jax.training.metrics import to_means
 from unialign_jax.training.state import Networks

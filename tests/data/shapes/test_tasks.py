@@ -341,9 +341,7 @@ def test_oracle_features():
 
 
 def test_write_shapes(tmp_path):
-    assert tasks.write_shapes(tmp_path, 6, seed=2, image_size=32, teacher_width=8) == dict.fromkeys(
-        tasks.STREAMS, True
-    )
+    assert tasks.write_shapes(tmp_path, 6, seed=2, image_size=32, teacher_width=8) == dict.fromkeys(tasks.STREAMS, True)
     for stream in tasks.STREAMS:
         source = open_records(tmp_path / stream)
         assert len(source) == 6 and source.metadata.kind == stream and source.metadata.teacher_width == 8

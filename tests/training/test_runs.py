@@ -10,10 +10,11 @@ import jax
 import numpy as np
 import pytest
 
-from unialign_jax import Pipeline, bundle, runs
+from unialign_jax import Pipeline, bundle
 from unialign_jax.bundle_config import write_content
 from unialign_jax.conversion.exporting import bundle_from_run
 from unialign_jax.data.tokenizer import load_tokenizer
+from unialign_jax.training import runs
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
-from unialign_jax import checksums, files
+from unialign_jax import files
+from unialign_jax.integrity import checksums
 
 THREADS = 4  # hashing releases the GIL; four keep up with a fast disk
 SEAL = "config_sha256"  # the key of a JSON file whose value is the hash of the file itself, with zeros in its place

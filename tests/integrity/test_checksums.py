@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from unialign_jax import checksums
+from unialign_jax.integrity import checksums
 
 SIZES = {"empty": 0, "one": 1, "deep/row": 4095, "deep/square": 2**21, "deep/er/beyond": 2**21 + 4097}
 
