@@ -1,5 +1,7 @@
 """UniAlignment in JAX. `unialign_jax.Pipeline` makes images and texts from a bundle."""
 
+__version__ = "0.1.0"
+
 
 def __getattr__(name):
     # Imported when it is asked for: the data pipelines live in this package too, and do without JAX.

@@ -25,6 +25,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from unialign_jax import __version__
 from unialign_jax.bundle_config import (
     COMPONENTS,
     SIZES,
@@ -462,10 +463,6 @@ def is_disk_full(error) -> bool:
 
 
 def versions() -> dict[str, str]:
-    result = {}
-    for name in ("unialign_jax", "jax", "flax", "orbax-checkpoint", "numpy"):
-        try:
-            result[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            result[name] = "not installed as a package"
-    return result
+    """Of this package and of those that made a bundle."""
+    others = ("jax", "flax", "orbax-checkpoint", "numpy")
+    return {"unialign_jax": __version__} | {name: importlib.metadata.version(name) for name in others}
