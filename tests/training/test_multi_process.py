@@ -130,10 +130,10 @@ def test_many_processes_are_one_run_through_a_loss_and_a_stop(small_config, chan
 
 SILENT = """
 import os, sys, time
-from unialign_jax.training import distributed
+from unialign_jax.parallel import processes
 
-assert distributed.start(os.environ, sys.argv[1], 2, int(sys.argv[2]), heartbeat_timeout=5)
-vote = distributed.Vote()
+assert processes.start(os.environ, sys.argv[1], 2, int(sys.argv[2]), heartbeat_timeout=5)
+vote = processes.Vote()
 while True:
     vote(0)
     print("step", flush=True)
@@ -163,7 +163,7 @@ import logging, os, sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-from unialign_jax.training import distributed
+from unialign_jax.parallel import processes
 from pathlib import Path
 from unialign_jax.training.checkpoints import Checkpoints, agreed
 from unialign_jax.training.run_lock import only_run_in
@@ -171,7 +171,7 @@ from unialign_jax.training.state import TrainState
 
 index, folders = int(sys.argv[2]), sys.argv[3:]
 logging.basicConfig(level=logging.WARNING, format="%(message)s")
-last_words = distributed.start(os.environ, sys.argv[1], 2, index)
+last_words = processes.start(os.environ, sys.argv[1], 2, index)
 everywhere = jax.NamedSharding(jax.sharding.Mesh(np.array(jax.devices()), ("device",)), jax.P())
 like = TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere), {}, {}, ())
 
@@ -185,8 +185,8 @@ def refused(call):
         print("taken", flush=True)
 
 
-assert distributed.from_first([7, 8, 9] if index == 0 else [5]) == [7, 8, 9]
-assert distributed.from_first([] if index == 0 else [5]) == []
+assert processes.from_first([7, 8, 9] if index == 0 else [5]) == [7, 8, 9]
+assert processes.from_first([] if index == 0 else [5]) == []
 assert agreed("folder", "torn" if index else None) == ("torn" if index else "another process cannot read it")
 short = Checkpoints(folders[index])  # process 1 does not see what process 0 does
 refused(lambda: short.restore_latest(like))
@@ -287,10 +287,10 @@ def test_a_coordinator_that_does_not_answer(tmp_path):
     logs = tmp_path / "log"
 
     def command(coordinator, index):
-        start = f"distributed.start({{}}, {coordinator!r}, 2, 1, initialization_timeout=1)"
+        start = f"processes.start({{}}, {coordinator!r}, 2, 1, initialization_timeout=1)"
         return (
             "-c",
-            f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom unialign_jax.training import distributed\n{start}",
+            f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom unialign_jax.parallel import processes\n{start}",
         )
 
     with running(1, command, logs) as (process,):
