@@ -119,7 +119,7 @@ assert "torch" not in sys.modules
 
 
 def test_data_names_no_jax():
-    for path in (REPO / "unialign_jax" / "data").glob("*.py"):
+    for path in (REPO / "unialign_jax" / "data").rglob("*.py"):
         for line in path.read_text().splitlines():
             assert not line.strip().startswith(("import jax", "from jax", "import tensorflow as", "from flax")), path
 
