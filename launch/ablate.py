@@ -159,26 +159,55 @@ def interval(values: list[float]) -> tuple[float, float]:
     return statistics.fmean(values), float(t.ppf(0.975, count - 1)) * statistics.stdev(values) / math.sqrt(count)
 
 
+def values_of(results: dict, name: str, stage: str, variant: str) -> dict[str, float]:
+    """{seed: figure} of the runs of a variant that have it."""
+    found = {}
+    for key, run in results.items():
+        of_variant, seed, of_stage = key.split("/")
+        if (of_variant, of_stage) == (variant, stage) and name in run:
+            found[seed] = run[name]
+    return found
+
+
 def tabulate(results: dict, variants: list[str]) -> dict[str, dict[str, tuple[float, float]]]:
-    """{heading: {variant: (mean, half width of its interval)}} of what all seeds of all variants have."""
+    """{heading: {variant: (mean, half width of its interval)}} of what all variants have."""
     table = {}
     for stage, name, heading, _ in FIGURES:
-        rows = {v: [run[name] for key, run in results.items() if key.startswith(f"{v}/") and f"/{stage}" in key
-                    and name in run] for v in variants}  # fmt: skip
+        rows = {variant: list(values_of(results, name, stage, variant).values()) for variant in variants}
         if all(rows.values()):
             table[heading] = {variant: interval(values) for variant, values in rows.items()}
     return table
 
 
-def write_table(path: Path, table, variants, settings: str) -> None:
+def compare(results: dict, variants: list[str]) -> dict[str, dict[str, tuple[float, float]]]:
+    """The differences of all variants to the first, as `tabulate`; seed by seed, for a seed has one start and one order
+    of data, so that much of the chance falls out."""
+    table = {}
+    for stage, name, heading, _ in FIGURES:
+        base, *others = (values_of(results, name, stage, variant) for variant in variants)
+        rows = [[values[seed] - base[seed] for seed in sorted(base.keys() & values.keys())] for values in others]
+        if rows and all(rows):
+            table[heading] = dict(zip(variants[1:], map(interval, rows), strict=True))
+    return table
+
+
+def write_table(path: Path, results: dict, variants: list[str], settings: str) -> None:
+    lines = [settings, "", *table_lines(tabulate(results, variants), variants)]
+    if len(variants) > 1:
+        differences = table_lines(compare(results, variants), variants[1:], sign="+")
+        lines += ["", f"Less {variants[0]}, seed by seed:", "", *differences]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def table_lines(table, variants, sign="") -> list[str]:
     shares = {heading for _, _, heading, share in FIGURES if share}
-    lines = [settings, "", "| | " + " | ".join(variants) + " |", "|---" * (len(variants) + 1) + "|"]
+    lines = ["| | " + " | ".join(variants) + " |", "|---" * (len(variants) + 1) + "|"]
     for heading, row in table.items():
         factor, digits, unit = (100, 1, ", %") if heading in shares else (1, 4, "")
         pairs = [(factor * mean, factor * half) for mean, half in (row[variant] for variant in variants)]
-        cells = [f"{mean:.{digits}f} ± {half:.{digits}f}" for mean, half in pairs]
+        cells = [f"{mean:{sign}.{digits}f} ± {half:.{digits}f}" for mean, half in pairs]
         lines.append(f"| {heading}{unit} | " + " | ".join(cells) + " |")
-    path.write_text("\n".join(lines) + "\n")
+    return lines
 
 
 def draw(path: Path, table, variants) -> None:
@@ -248,7 +277,7 @@ def ablate(arguments) -> None:
         f"{arguments.seeds} seeds, {arguments.steps} steps of stage 1 and {arguments.edit_steps} of stage 2; mean and "
         f"95% interval over seeds; accuracies over {arguments.scenes} held-out scenes."
     )
-    write_table(arguments.output / "table.md", table, arguments.variants, told)
+    write_table(arguments.output / "table.md", content["runs"], arguments.variants, told)
     draw(arguments.output / "ablation.png", table, arguments.variants)
     print((arguments.output / "table.md").read_text())
 

@@ -12,8 +12,8 @@ explain_missing_packages()
 
 DESCRIPTION = """\
 Trains an autoencoder (of SD3's class) and a T5 encoder on the shapes world, from fixed seeds, and writes both with the
-world's tokenizer as a bundle, in bfloat16. Those of the demo bundle in the package were made by this command with its
-defaults, which takes about 30 minutes on two CPU cores.
+world's tokenizer as a bundle, in bfloat16. Those of the demo bundle in the package were made with its defaults, which
+take about an hour of one CPU core.
 """
 
 

@@ -47,6 +47,7 @@ def test_it_goes_on_where_it_stopped_and_writes_table_and_picture(ablate, monkey
     assert len(trained) == len(set(trained)) == 9  # two variants, two seeds, two stages, and the stop
     table = (tmp_path / "table.md").read_text()
     assert "| colour, % | 55.0 ± 63.5 | 30.0 ± 63.5 |" in table  # 12.71 * 0.0707 / sqrt(2)
+    assert "| colour, % | -25.0 ± 0.0 |" in table  # less `both`, seed by seed: the seeds' own differences fall out
     assert Image.open(tmp_path / "ablation.png").width > 500
     assert len(json.loads((tmp_path / "results.json").read_text())["runs"]) == 8
 

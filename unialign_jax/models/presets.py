@@ -37,11 +37,11 @@ TEXT_ENCODER = {
 
 AUTOENCODER = {
     "sd3": AutoencoderConfig(),
-    # Trained on the shapes world by launch/pretrain_encoders.py; scale and shift are those of its latents.
+    # Trained on the shapes world by launch/pretrain_encoders.py; its latents are white.
     "tiny": AutoencoderConfig(
         latent_channels=8,
-        scale=0.758,
-        shift=0.259,
+        scale=1.0,
+        shift=0.0,
         block_widths=(8, 16, 32, 64),
         blocks_per_level=0,
         norm_groups=2,
