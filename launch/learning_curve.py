@@ -21,7 +21,7 @@ examples:
   python launch/learning_curve.py runs/stage1 runs/stage2 --figures=text_to_image/exact,edit/exact --output=curve.png
 """
 FIGURES = "text_to_image/color,text_to_image/place,text_to_image/shape,text_to_image/exact,caption/parses,caption/true"
-COLORS = ("#3b6ea5", "#d98032", "#5a9e5a", "#b35a5a", "#8a63a8", "#4aa3a3", "#9a9a9a", "#c0a000")
+COLORS = ("#3b6ea5", "#d98032", "#5a9e5a", "#b35a5a", "#8a63a8", "#4aa3a3", "#9a9a9a", "#c0a000", "#222222", "#e377c2")
 
 
 def parse_arguments(argv):
