@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From a fresh machine to pictures and scores: environment, data, a short training, samples, accuracies. The training goes
-# on from the weights of the demo model in the package, which were trained for hours (docs/learning.md); add
+# on from the weights of the demo model in the package, which were trained much longer (docs/learning.md); add
 # --from-scratch to begin with random ones. Needs Python 3.11 or newer, two CPU cores and 6 GB of memory. Run again, it
 # goes on from where it was.
 #
