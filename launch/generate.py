@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 import time
-import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,7 +20,7 @@ explain_missing_packages()
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from unialign_jax import files
+from unialign_jax import __version__, files
 from unialign_jax.inference import job_runner, jobs
 
 log = logging.getLogger("generate")
@@ -177,7 +176,7 @@ class Model:
             "bundle_hash": digest,
             "dtype": options.dtype or "default",
             "quantize": options.quantize,
-            "unialign_jax": tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"],
+            "unialign_jax": __version__,
         }
         self.identity = f"{digest} {options.dtype} {options.quantize}"  # all of it that changes results
 

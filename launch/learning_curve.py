@@ -45,6 +45,7 @@ def read_curve(runs: list[Path], figures: list[str]) -> list[dict]:
     """
     from unialign_jax.files import read_json
     from unialign_jax.training.metrics import read_metrics
+    from unialign_jax.training.runs import latest_step
 
     points, samples_before, seconds = [], 0, 0.0
     for run in runs:
@@ -63,7 +64,9 @@ def read_curve(runs: list[Path], figures: list[str]) -> list[dict]:
         if not found:
             raise ValueError(f"{run} has no validations: train with --config.validation.every=N")
         points += found.values()
-        samples_before += step * batch_size
+        # The last steps of a run may lie between two rows; its newest checkpoint knows them.
+        last = latest_step(run) if (run / "checkpoints").is_dir() else 0
+        samples_before += max(step, last, *found) * batch_size
     return points
 
 

@@ -94,7 +94,7 @@ def test_a_peak_from_before_the_steps_is_said(step):
 @pytest.mark.parametrize(
     "stage, stream, expected",
     [
-        # TFLOP a sample, counted by hand for tests/training/test_flops.py: T5, VAE, forward, forward of attention.
+        # TFLOP a sample, counted by hand for tests/models/test_flops.py: T5, VAE, forward, forward of attention.
         ("stage1", "text_to_image", (4.80, 1.10, 3.99, 2 * 24 * 4 * 1280**2 * 1536 / TERA)),
         ("stage2", "edit", (4.80, 2.20, 5.92, 24 * 4 * (1280**2 + 2304**2) * 1536 / TERA)),
         ("stage3", "vqa", (2.40, 1.10, 2.01, 24 * 4 * 1280**2 * 1536 / TERA)),

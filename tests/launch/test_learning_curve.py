@@ -34,6 +34,17 @@ def test_points_go_on_from_stage_to_stage(launch_command, tmp_path, capsys):
     assert Image.open(tmp_path / "curve.png").width > 500
 
 
+def test_a_stage_is_as_long_as_its_newest_checkpoint_says(launch_command, monkeypatch, tmp_path, capsys):
+    """It was stopped at step 13, and had written its last row at 10."""
+    write_run(tmp_path / "one", 8, [training(10, 0.1), validation(10, exact=0.5)])
+    (tmp_path / "one/checkpoints").mkdir()
+    write_run(tmp_path / "two", 4, [training(10, 1.0), validation(10, exact=0.75)])
+    monkeypatch.setattr("unialign_jax.training.runs.latest_step", lambda run: 13)
+    figures = "--figures=text_to_image/exact"
+    assert launch_command("learning_curve").main([f"{tmp_path}/one", f"{tmp_path}/two", figures]) == 0
+    assert [line.split(" ")[1] for line in capsys.readouterr().out.splitlines()[2:]] == ["80", "144"]
+
+
 @pytest.mark.bad_input
 def test_what_has_no_curve(command_refuses, tmp_path):
     write_run(tmp_path / "run", 8, [training(5, 0.1)])

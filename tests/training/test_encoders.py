@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from unialign_jax import bundle
@@ -129,6 +130,61 @@ def test_whitened_latents_are_uncorrelated_and_the_pictures_stay():
     np.testing.assert_allclose(*pictures, atol=1e-3)
 
 
+@pytest.fixture(scope="module")
+def small_autoencoder():
+    """(module, parameters with a viewer, pictures as float32, what is at each latent)."""
+    module = make_autoencoder(SMALL_IMAGES)
+    images, things = encoders.world_pictures(7, 0, 6, 16, 8)
+    latents = jnp.zeros((1, 1, 1, 2))
+    params = {
+        "autoencoder": module.init(jax.random.key(1), jnp.zeros((1, 16, 16, 3)))["params"],
+        "viewer": encoders.Viewer().init(jax.random.key(2), latents, latents)["params"],
+    }
+    return module, params, jnp.float32(images) / 127.5 - 1, things
+
+
+def test_the_decoder_learns_on_alone_and_through_noise(small_autoencoder, monkeypatch):
+    module, params, pixels, things = small_autoencoder
+
+    def loss(params):
+        return encoders.autoencoder_loss(module, params, pixels, things, jax.random.key(3), phase="decoder")[0]
+
+    value, gradients = jax.value_and_grad(loss)({"autoencoder": params["autoencoder"]})
+    norm = {name: optax.global_norm(gradients["autoencoder"][name]) for name in ("encoder", "decoder")}
+    assert norm["encoder"] == 0 < norm["decoder"]
+    monkeypatch.setattr(encoders, "DECODER_NOISE", 0.0)
+    assert abs(loss(params) - value) > 1e-4
+
+
+def test_the_loss_that_asks_what_is_there_is_the_sum_of_its_parts(small_autoencoder, monkeypatch):
+    """Without noise in the decoder's latents the picture's part is that of the means and the variances' own draw."""
+    module, params, pixels, things = small_autoencoder
+    key = jax.random.key(3)
+    monkeypatch.setattr(encoders, "DECODER_NOISE", 0.0)
+    loss, parts = encoders.autoencoder_loss(module, params, pixels, things, key, phase="things")
+    mean, log_variance = module.apply({"params": params["autoencoder"]}, pixels, method="encode")
+    draws, view_key, *_ = jax.random.split(key, 4)
+    latents = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(draws, mean.shape)
+    made = module.apply({"params": params["autoencoder"]}, latents, method="decode")
+    error = np.abs(np.asarray(made - pixels))
+    weights = 1 + encoders.FOREGROUND_WEIGHT * np.asarray(encoders.foreground(pixels))
+    mean, variance = np.float64(mean), np.exp(np.float64(log_variance))
+    kl = 0.5 * (mean**2 + variance - 1 - np.log(variance)).mean()
+    z = (mean - mean.mean((0, 1, 2))) / mean.std((0, 1, 2))
+    z += encoders.LATENT_NOISE * np.asarray(jax.random.normal(view_key, mean.shape))
+    view = 0
+    for i in range(3):
+        head = params["viewer"][f"class_{i}"]
+        logits = z @ np.float64(head["kernel"]) + np.float64(head["bias"])
+        log_shares = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        asked = things[..., i] != encoders.NOT_ASKED
+        view -= np.take_along_axis(log_shares, np.maximum(things[..., i, None], 0), -1)[..., 0][asked].mean()
+    offset = ((mean.mean((0, 1, 2)) / mean.std((0, 1, 2))) ** 2).mean()
+    wanted = (weights * error).mean() + encoders.KL_WEIGHT * kl + encoders.VIEW_WEIGHT * view
+    np.testing.assert_allclose(loss, wanted + encoders.OFFSET_WEIGHT * offset, rtol=1e-4)
+    np.testing.assert_allclose([parts["error"], parts["kl"], parts["view"]], [error.mean(), kl, view], rtol=1e-3)
+
+
 def test_scale_and_shift_bring_latents_to_mean_0_and_deviation_1():
     module = make_autoencoder(SMALL_IMAGES)
     params = module.init(jax.random.key(1), jnp.zeros((1, 16, 16, 3)))["params"]
@@ -177,7 +233,7 @@ def test_the_packaged_encoders_are_those_of_the_preset():
 
 
 @pytest.mark.bad_input
-@pytest.mark.parametrize("option", ["--autoencoder-steps=1", "--text-encoder-steps=0", "--scenes=0"])
+@pytest.mark.parametrize("option", ["--autoencoder-steps=1", "--view-steps=1", "--decoder-steps=1", "--text-encoder-steps=0", "--scenes=0"])
 def test_bad_options(command_refuses, tmp_path, option):
     command_refuses("pretrain_encoders", [f"--output={tmp_path}/encoders", option], option.split("=")[0])
 

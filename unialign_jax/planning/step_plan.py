@@ -359,7 +359,7 @@ def link_flows(chip, pairs, shape) -> dict[tuple[int, int], int]:
 
 
 def report(config, plans: list[StepPlan]) -> dict:
-    """Tables of the streams' plans for `planning.format_table`, and of the stage, by the streams' shares of steps."""
+    """Tables (`sampling_plan.format_table`) of the streams' plans, and of the stage by the streams' shares of steps."""
     streams = active_streams(config)
     total = sum(streams[plan.stream].weight for plan in plans) or 1.0
     memory, network, speed = [], [], []

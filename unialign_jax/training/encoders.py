@@ -28,7 +28,7 @@ FOREGROUND_WEIGHT = 4.0
 VIEW_WEIGHT = 0.1
 LATENT_NOISE = 0.8  # through which a latent is asked what is there, in deviations of each channel
 DECODER_NOISE = 0.6  # the most through which the decoder reads latents
-OFFSET_WEIGHT = 0.01
+OFFSET_WEIGHT = 0.01  # of the channels' squared means, in deviations
 NOT_ASKED = -1
 
 
@@ -163,7 +163,7 @@ def train_autoencoder(
 
     Args:
       steps: in which it learns to give pictures back.
-      view_steps: in which its latents then learn to tell what is there, from white latents on (`whitened`).
+      view_steps: in which its latents then learn to tell what is there; made white before and after (`whitened`).
       decoder_steps: in which its decoder learns on alone.
       log: called with (step, {name: value}, parameters averaged).
     """
@@ -222,7 +222,7 @@ def whitened(config: AutoencoderConfig, params, images: np.ndarray):
 
     With W = covariance^(-1/2) the latents become (latents - mean) W, by the encoder's last convolution; the decoder's
     first takes it back. Pictures stay but for their border: that convolution pads with zeros, which now stand for the
-    mean. The log variances are shifted to what they are on average.
+    mean. The log variances are shifted to what they are on average. A direction without variance stays as it is.
     """
     encode = jax.jit(make_autoencoder(config).apply, static_argnames="method")
     moments = [
@@ -233,7 +233,7 @@ def whitened(config: AutoencoderConfig, params, images: np.ndarray):
     latents = np.concatenate([m.mean for m in moments]).reshape(-1, channels).astype(np.float64)
     variance = np.exp(np.concatenate([m.log_variance for m in moments])).mean(axis=(0, 1, 2))
     mean, values, vectors = latents.mean(0), *np.linalg.eigh(np.cov(latents.T))
-    matrix = (vectors / np.sqrt(values)) @ vectors.T
+    matrix = (vectors / np.where(values > 1e-8, np.sqrt(np.maximum(values, 1e-8)), 1)) @ vectors.T
     last, first = params["encoder"]["conv_out"], params["decoder"]["conv_in"]
     kernel, bias = np.asarray(last["kernel"], np.float64), np.asarray(last["bias"], np.float64)
     offset = np.log(variance @ np.square(matrix)) - np.log(variance)

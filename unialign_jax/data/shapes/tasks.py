@@ -1,7 +1,7 @@
 """The procedural world `shapes`: five streams of records with true targets, each a pure function of (seed, index).
 
 Scenes are in scene.py, their pictures in render.py; here are the words and the tasks.
-The teacher features are an oracle (`shapes_scene.oracle_features`): the truth about the scene, randomly projected.
+The teacher features are an oracle (`scene.oracle_features`): the truth about the scene, randomly projected.
 """
 
 import dataclasses
