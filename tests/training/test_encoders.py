@@ -233,7 +233,9 @@ def test_the_packaged_encoders_are_those_of_the_preset():
 
 
 @pytest.mark.bad_input
-@pytest.mark.parametrize("option", ["--autoencoder-steps=1", "--view-steps=1", "--decoder-steps=1", "--text-encoder-steps=0", "--scenes=0"])
+@pytest.mark.parametrize(
+    "option", ["--autoencoder-steps=1", "--view-steps=1", "--decoder-steps=1", "--text-encoder-steps=0", "--scenes=0"]
+)
 def test_bad_options(command_refuses, tmp_path, option):
     command_refuses("pretrain_encoders", [f"--output={tmp_path}/encoders", option], option.split("=")[0])
 
