@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from unialign_jax.data.caches import is_cache
 from unialign_jax.data.kinds import KINDS, find_kind
 from unialign_jax.files import check_regular, first_line, read_json, replacing_folder
 
@@ -108,7 +109,7 @@ def foreign_names(directory: Path) -> list[str]:
     return sorted(
         entry.name
         for entry in directory.iterdir()
-        if not entry.is_file() or not (entry.name in own or _SHARD.fullmatch(entry.name))
+        if not (is_cache(entry) or (entry.is_file() and (entry.name in own or _SHARD.fullmatch(entry.name))))
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from unialign_jax.data.caches import ENCODE_COMMAND, Cache, find_cache
 from unialign_jax.data.images import decode_rgb, fill_size
 from unialign_jax.data.kinds import find_kind
 from unialign_jax.data.records import Record, RecordError, open_records
@@ -30,7 +31,8 @@ class StreamConfig:
       num_conditions: K, condition images per example: 0 for a kind without any, else at least 1.
       image_size: height and width of all images, in pixels.
       text_length: L, tokens per text.
-      use_teacher: hand out the records' teacher features where they have them.
+      use_teacher: hand out teacher features: those cached in the folder, or else the records' own.
+      use_latents: hand out the autoencoder's moments cached in the folder in place of images.
     """
 
     name: str
@@ -41,6 +43,7 @@ class StreamConfig:
     image_size: int = 64
     text_length: int = 48
     use_teacher: bool = True
+    use_latents: bool = False
 
     def __post_init__(self):
         try:
@@ -75,6 +78,11 @@ class Stream:
         teacher_text    float16 [T]
         replaced        bool    []            a neighbour stands in for a record that cannot be decoded
 
+    With `use_latents` the images are absent, and there are, with latents of [h, w, C],
+
+        image_moments      float16 [h, w, 2C]     mean and log variance of the target's raw latents
+        condition_moments  float16 [K, h, w, 2C]  absent when K is 0
+
     `stream[index]` is a pure function of the index and safe in threads. A damaged record is replaced by the next
     sound one (cyclically) and logged once, by key.
     """
@@ -98,8 +106,40 @@ class Stream:
             raise ValueError(
                 f"stream {config.name}: {config.path} holds {found} records, the stream's kind is {config.kind}"
             )
+        self._teacher = self._open_cache("teacher") if config.use_teacher else None
+        self._latents = self._open_cache("latents") if config.use_latents else None
+        if config.use_latents and self._latents is None:
+            raise ValueError(f"stream {config.name}: {config.path} has no cached latents, see `{ENCODE_COMMAND}`")
         self._indices = range(len(self.records))  # which of the records the examples are made of
         self._logged: set[int] = set()
+
+    def _open_cache(self, name: str) -> Cache | None:
+        config = self.config
+        try:
+            cache = find_cache(config.path, name)
+        except ValueError as error:
+            raise ValueError(f"stream {config.name}: {error}") from None
+        if cache is None:
+            return None
+        found = cache.description
+        if found.image_size != config.image_size:
+            raise ValueError(
+                f"stream {config.name}: {cache.directory} was made of images of {found.image_size} pixels, the run has "
+                f"image_size {config.image_size}: encode again, see `{ENCODE_COMMAND}`"
+            )
+        count = found.arrays.get("condition_moments", (0,))[0]
+        if name == "latents" and count != config.num_conditions:
+            raise ValueError(
+                f"stream {config.name}: {cache.directory} has {count} conditions of each record, the stream has "
+                f"num_conditions {config.num_conditions}: encode again, see `{ENCODE_COMMAND}`"
+            )
+        return cache
+
+    @property
+    def networks(self) -> dict[str, str]:
+        """Cache -> what identifies the network that made it, of the caches that examples come from."""
+        caches = {"teacher": self._teacher, "latents": self._latents}
+        return {name: cache.description.network for name, cache in caches.items() if cache is not None}
 
     def part(self, start: int, stop: int) -> "Stream":
         """Examples `start` to `stop` (exclusive) alone: no stand-in for a damaged record comes from the others.
@@ -115,6 +155,8 @@ class Stream:
     @property
     def teacher_width(self) -> int:
         """T, or 0 when examples carry no teacher features."""
+        if self._teacher is not None:
+            return self._teacher.description.arrays["teacher_image"][-1]
         return self.records.metadata.teacher_width if self.config.use_teacher else 0
 
     def __len__(self) -> int:
@@ -132,7 +174,7 @@ class Stream:
         for offset in range(min(len(self), MAX_NEIGHBOURS + 1)):
             candidate = (index + offset) % len(self)
             try:
-                example = self._load(candidate)
+                example = self.load(candidate)
             except RecordError as error:
                 self._log_once(candidate, error)
                 last_error = error
@@ -144,27 +186,29 @@ class Stream:
             f"cannot be decoded: write the folder again (last error: {last_error})"
         )
 
-    def _load(self, index: int) -> dict[str, np.ndarray]:
-        config = self.config
-        record = self.records[self._indices[index]]
+    def load(self, index: int) -> dict[str, np.ndarray]:
+        """The example at `index` without `replaced`. Raises RecordError when the record cannot be decoded."""
+        config, number = self.config, self._indices[index]
+        record = self.records[number]
         try:
-            example = {"image": decode_image(record.image, config.image_size)}
-            if config.num_conditions:
-                references = [
-                    decode_image(data, config.image_size) for data in record.conditions[: config.num_conditions]
-                ]
-                if not references:
-                    raise RecordError("it has no condition image")
-                # Fewer references than K: its own, repeated in turn.
-                example["conditions"] = np.stack(
-                    [references[i % len(references)] for i in range(config.num_conditions)]
-                )
+            example = _cached(self._latents, number) if self._latents is not None else self._decode(record)
+            if self._teacher is not None:
+                example |= _cached(self._teacher, number)
+            elif self.teacher_width:
+                example |= {"teacher_image": record.teacher_image, "teacher_text": record.teacher_text}
         except RecordError as error:
             raise RecordError(f"key {record.key!r}: {error}") from error
-        example.update(encode_texts(record, config.kind, self.tokenizer, config.text_length))
-        if self.teacher_width:
-            example["teacher_image"] = record.teacher_image
-            example["teacher_text"] = record.teacher_text
+        return example | encode_texts(record, config.kind, self.tokenizer, config.text_length)
+
+    def _decode(self, record: Record) -> dict[str, np.ndarray]:
+        config = self.config
+        example = {"image": decode_image(record.image, config.image_size)}
+        if config.num_conditions:
+            references = [decode_image(data, config.image_size) for data in record.conditions[: config.num_conditions]]
+            if not references:
+                raise RecordError("it has no condition image")
+            # Fewer references than K: its own, repeated in turn.
+            example["conditions"] = np.stack([references[i % len(references)] for i in range(config.num_conditions)])
         return example
 
     def _log_once(self, index: int, error: RecordError) -> None:
@@ -179,6 +223,13 @@ class Stream:
 
     def __repr__(self) -> str:
         return f"Stream({self.config.name!r}, kind={self.config.kind!r}, records={len(self)})"
+
+
+def _cached(cache: Cache, index: int) -> dict[str, np.ndarray]:
+    found = cache[index]
+    if found is None:
+        raise RecordError("it could not be decoded when it was encoded")
+    return found
 
 
 def decode_image(data: bytes, image_size: int) -> np.ndarray:
@@ -208,6 +259,13 @@ def encode_texts(record: Record, kind: str, tokenizer: Tokenizer, length: int) -
         is_target = np.ones(length, dtype=bool)
         prompt_ids = tokenizer.encode(getattr(record, asked), length)
     return {"prompt_ids": prompt_ids, "text_ids": text_ids, "text_is_target": is_target}
+
+
+def taught_text(record: Record, kind: str) -> str:
+    """The text that a teacher reads of a record: all that the text pass reads, unmasked."""
+    if find_kind(kind).prompt == "question":
+        return f"Q: {record.question} A: {record.answer}"
+    return record.caption
 
 
 def encode_question(question: str, answer: str, tokenizer: Tokenizer, length: int) -> tuple[np.ndarray, np.ndarray]:
