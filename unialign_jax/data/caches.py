@@ -11,6 +11,7 @@ stands for a record that cannot be decoded.
 
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
@@ -158,17 +159,16 @@ class Cache:
         again = f"encode again, see `{ENCODE_COMMAND}`"
         if self.description.records != records_digest(directory):
             raise ValueError(f"{self.directory} was made of other records than {directory} holds: {again}")
-        sizes = {name: 2 * math.prod(shape) for name, shape in self.description.arrays.items()}
         for number in range(self.description.num_parts):
-            for array, size in sizes.items():
+            for array, shape in self.description.arrays.items():
                 file = _file(self.directory, array, number)
                 try:
                     found = check_regular(file)
                 except FileNotFoundError:
                     raise ValueError(f"{file} is missing, the cache is not whole: {again}") from None
-                expected = size * len(self.description.part(number))
-                if not expected < found <= expected + 4096:  # the header of an .npy file
-                    raise ValueError(f"{file} has {found} bytes, expected {expected} and a header: {again}")
+                expected = _file_size((len(self.description.part(number)), *shape))
+                if found != expected:
+                    raise ValueError(f"{file} has {found} bytes, expected {expected}: {again}")
         self._maps: dict[tuple[str, int], np.ndarray] = {}
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray] | None:
@@ -200,6 +200,13 @@ def differences(found: Description, expected: Description) -> list[str]:
         old, new = (json.dumps(each.options | {"arrays": each.arrays}) for each in (found, expected))
         lines.append(f"it was made with other settings ({old}, not {new})")
     return lines
+
+
+def _file_size(shape: tuple[int, ...]) -> int:
+    """Bytes of an .npy file of float16."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f2", "fortran_order": False, "shape": shape})
+    return header.tell() + 2 * math.prod(shape)
 
 
 def _file(directory: Path, name: str, number: int) -> Path:
