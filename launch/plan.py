@@ -131,14 +131,14 @@ def main(argv=None):
 
 
 def write_report(arguments):
-    from unialign_jax.planning import plan_report
+    from unialign_jax.planning import report
 
-    plan_report.write_report(arguments.report, arguments.docs)
-    print(f"wrote {arguments.docs / 'tpu.md'} and {arguments.docs / plan_report.PLOT}")
+    report.write_report(arguments.report, arguments.docs)
+    print(f"wrote {arguments.docs / 'tpu.md'} and {arguments.docs / report.PLOT}")
 
 
 def plan_all(arguments, changes) -> list[str]:
-    from unialign_jax.planning import sampling_plan, sweep
+    from unialign_jax.planning import sampling, sweep
     from unialign_jax.training.stages import read_config
 
     config = read_config(arguments.config, changes)
@@ -146,7 +146,7 @@ def plan_all(arguments, changes) -> list[str]:
     for name in names:
         sweep.split_name(name)
     make_folder("--output", arguments.output)
-    sampling_plan.topology_devices("v5e-1")  # without the TPU compiler, one error and not one for each slice
+    sampling.topology_devices("v5e-1")  # without the TPU compiler, one error and not one for each slice
     return sweep.sweep(config, arguments.config, names, arguments.output)
 
 
@@ -213,8 +213,8 @@ def sampling_that_may_fit(arguments) -> list[tuple[str, str]]:
 
 def plan_training(arguments, changes) -> dict:
     from unialign_jax.parallel import hardware
-    from unialign_jax.planning import sampling_plan, search
-    from unialign_jax.planning import step_plan as training
+    from unialign_jax.planning import sampling, search
+    from unialign_jax.planning import step as training
     from unialign_jax.training import meshes
     from unialign_jax.training.config import active_streams, config_problems
     from unialign_jax.training.stages import read_config
@@ -232,8 +232,8 @@ def plan_training(arguments, changes) -> dict:
         names = [arguments.stream]
     if arguments.dump:
         make_folder("--dump", arguments.dump)
-    devices = sampling_plan.topology_devices(arguments.topology, arguments.num_slices)
-    usable = sampling_plan.usable_bytes(devices[0])
+    devices = sampling.topology_devices(arguments.topology, arguments.num_slices)
+    usable = sampling.usable_bytes(devices[0])
 
     def compile_step(config, name):
         print(f"compiling: {name}, remat {config.model.remat}, accumulation {config.accumulation}", file=sys.stderr)
@@ -271,10 +271,10 @@ def plan_training(arguments, changes) -> dict:
     figures = training.report(config, plans)
     if plans:
         for title, rows in figures["tables"].items():
-            print(f"{title}\n{sampling_plan.format_table(rows)}\n")
+            print(f"{title}\n{sampling.format_table(rows)}\n")
     for plan in plans:
         verdict = "fits" if plan.fits else "DOES NOT FIT"
-        sizes = f"{plan.peak / sampling_plan.GIB:.2f} of {(usable or 0) / sampling_plan.GIB:.2f} GiB"
+        sizes = f"{plan.peak / sampling.GIB:.2f} of {(usable or 0) / sampling.GIB:.2f} GiB"
         print(f"{plan.stream}: {verdict}: {sizes}")
     for line in misfits:
         print(f"DOES NOT FIT: {line}")
@@ -298,39 +298,39 @@ def plan_training(arguments, changes) -> dict:
 
 def plan(arguments) -> dict:
     from unialign_jax.parallel import hardware
-    from unialign_jax.planning import sampling_plan
+    from unialign_jax.planning import sampling
 
-    sampling_plan.check_sampling(sampling_plan.published_config(), arguments.size, arguments.batch)
+    sampling.check_sampling(sampling.published_config(), arguments.size, arguments.batch)
     chips = hardware.chips_of(hardware.topology_name(arguments.topology))
     if chips > 1:
         raise ValueError(f"topology {arguments.topology} has {chips} chips, sampling runs on one: v5e:1x1")
-    devices = sampling_plan.topology_devices(arguments.topology)
-    usable = sampling_plan.usable_bytes(devices[0])
-    programs, params = sampling_plan.sampling_programs(
+    devices = sampling.topology_devices(arguments.topology)
+    usable = sampling.usable_bytes(devices[0])
+    programs, params = sampling.sampling_programs(
         arguments.task, devices[0], size=arguments.size, batch=arguments.batch, quantize=arguments.quantize
     )
     names = {name for program in programs for name in program.components}
-    resident = {name: sampling_plan.resident_bytes(params[name]) for name in sorted(names)}
+    resident = {name: sampling.resident_bytes(params[name]) for name in sorted(names)}
     measured = []
     for program in programs:
         print(f"compiling: {program.name}", file=sys.stderr)
         try:
-            measured.append(sampling_plan.measure(program))
+            measured.append(sampling.measure(program))
         except ValueError:  # no room for this one alone
             say_what_may_fit(sampling_that_may_fit(arguments))
             raise
-    rows = sampling_plan.table(measured, resident)
+    rows = sampling.table(measured, resident)
     peak = rows[-1]["peak_low_memory" if arguments.low_memory else "peak"]
     print(
         f"{arguments.task}, {arguments.size} px, batch {arguments.batch}, bfloat16, quantize {arguments.quantize}, "
         f"on {arguments.topology} ({devices[0].device_kind}); GiB\n"
     )
-    print(sampling_plan.format_table(rows))
-    fits = usable is None or peak * sampling_plan.GIB <= usable
+    print(sampling.format_table(rows))
+    fits = usable is None or peak * sampling.GIB <= usable
     if usable is not None:
         mode = "with low_memory" if arguments.low_memory else "without low_memory"
         verdict = "fits" if fits else "DOES NOT FIT"
-        print(f"\n{verdict} {mode}: {peak:.2f} of {usable / sampling_plan.GIB:.2f} GiB")
+        print(f"\n{verdict} {mode}: {peak:.2f} of {usable / sampling.GIB:.2f} GiB")
     if not fits:
         say_what_may_fit(sampling_that_may_fit(arguments))
     return {
@@ -340,7 +340,7 @@ def plan(arguments) -> dict:
         "batch": arguments.batch,
         "quantize": arguments.quantize,
         "low_memory": arguments.low_memory,
-        "usable": usable and usable / sampling_plan.GIB,
+        "usable": usable and usable / sampling.GIB,
         "fits": fits,
         "rows": rows,
     }

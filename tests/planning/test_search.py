@@ -5,8 +5,9 @@ import types
 
 import pytest
 
-from unialign_jax.planning import search, step_plan
-from unialign_jax.planning.sampling_plan import GIB
+from unialign_jax.planning import search
+from unialign_jax.planning import step as step_plan
+from unialign_jax.planning.sampling import GIB
 from unialign_jax.planning.search import Candidate
 from unialign_jax.training.stages import read_config
 

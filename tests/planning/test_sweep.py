@@ -10,8 +10,10 @@ import pytest
 from PIL import Image
 
 from unialign_jax.parallel import hardware
-from unialign_jax.planning import plan_report, step_plan, sweep
-from unialign_jax.planning.sampling_plan import GIB
+from unialign_jax.planning import report as plan_report
+from unialign_jax.planning import step as step_plan
+from unialign_jax.planning import sweep
+from unialign_jax.planning.sampling import GIB
 from unialign_jax.training.stages import read_config
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from unialign_jax.parallel import hardware, sharding
-from unialign_jax.planning import sampling_plan
+from unialign_jax.planning import sampling as sampling_plan
 from unialign_jax.training import meshes
 from unialign_jax.training.config import build_configs
 from unialign_jax.training.stages import read_config

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import numpy as np
 
 from unialign_jax.parallel import hardware
-from unialign_jax.planning.sampling_plan import GIB
-from unialign_jax.planning.step_plan import DoesNotFit, StepPlan, compute_seconds, group_bandwidth, step_work
+from unialign_jax.planning.sampling import GIB
+from unialign_jax.planning.step import DoesNotFit, StepPlan, compute_seconds, group_bandwidth, step_work
 from unialign_jax.training import meshes
 from unialign_jax.training.config import active_streams, batch_shards, build_configs, config_problems, listed
 from unialign_jax.training.state import Networks

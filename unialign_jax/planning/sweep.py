@@ -21,7 +21,9 @@ import jax
 
 from unialign_jax import files
 from unialign_jax.parallel import hardware
-from unialign_jax.planning import sampling_plan, search, step_plan
+from unialign_jax.planning import sampling as sampling_plan
+from unialign_jax.planning import search
+from unialign_jax.planning import step as step_plan
 from unialign_jax.training.config import active_streams, flat_items
 from unialign_jax.training.step import has_image_pass
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from unialign_jax.files import check_regular, replacing_file
 from unialign_jax.parallel import hardware
-from unialign_jax.planning.sampling_plan import GIB
-from unialign_jax.planning.step_plan import MATMUL_SHARE, StepPlan
+from unialign_jax.planning.sampling import GIB
+from unialign_jax.planning.step import MATMUL_SHARE, StepPlan
 from unialign_jax.planning.sweep import STAGE, TOPOLOGIES, check_kinds, read_json, read_rows
 from unialign_jax.training.meshes import format_mesh
 

@@ -12,8 +12,8 @@ import pytest
 
 from unialign_jax import bundle
 from unialign_jax.parallel import hardware
-from unialign_jax.planning import sampling_plan
-from unialign_jax.planning.sampling_plan import GIB, Memory
+from unialign_jax.planning import sampling as sampling_plan
+from unialign_jax.planning.sampling import GIB, Memory
 
 ROOT = Path(__file__).resolve().parents[2]
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
@@ -119,7 +119,7 @@ DEVICES = [types.SimpleNamespace(device_kind="TPU v5 lite")] * 16
 @pytest.fixture
 def plan_command(launch_command, monkeypatch, capsys):
     """A function (arguments) -> (status, what `plan.py` printed); its compiler says that nothing fits."""
-    from unialign_jax.planning import step_plan
+    from unialign_jax.planning import step as step_plan
 
     def refuse(config, devices, name, **_):
         raise step_plan.DoesNotFit(f"the step of {name} does not fit: it needs 21.50G of 15.75G", 21 * GIB)

@@ -10,9 +10,10 @@ import pytest
 
 from unialign_jax.parallel import hardware, sharding
 from unialign_jax.parallel.gradients import scan_reducing_late
-from unialign_jax.planning import sampling_plan, step_plan
+from unialign_jax.planning import sampling as sampling_plan
+from unialign_jax.planning import step as step_plan
 from unialign_jax.planning.collectives import Collective, read_collectives
-from unialign_jax.planning.sampling_plan import GIB
+from unialign_jax.planning.sampling import GIB
 from unialign_jax.training.stages import read_config
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None

@@ -27,7 +27,7 @@ import numpy as np
 from unialign_jax.models import flops
 from unialign_jax.parallel import hardware, sharding
 from unialign_jax.planning.collectives import KINDS, Collective, read_collectives
-from unialign_jax.planning.sampling_plan import GIB
+from unialign_jax.planning.sampling import GIB
 from unialign_jax.training.config import active_streams, build_configs, config_problems, listed
 from unialign_jax.training.meshes import mesh_for
 from unialign_jax.training.optimizer import make_optimizer
@@ -359,7 +359,7 @@ def link_flows(chip, pairs, shape) -> dict[tuple[int, int], int]:
 
 
 def report(config, plans: list[StepPlan]) -> dict:
-    """Tables (`sampling_plan.format_table`) of the streams' plans, and of the stage by the streams' shares of steps."""
+    """Tables (`sampling.format_table`) of the streams' plans, and of the stage by the streams' shares of steps."""
     streams = active_streams(config)
     total = sum(streams[plan.stream].weight for plan in plans) or 1.0
     memory, network, speed = [], [], []
