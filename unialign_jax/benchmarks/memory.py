@@ -132,8 +132,8 @@ def plan_and_run(settings) -> dict:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         step = plan_step(config, jax.devices(), stream)
         program, makers = setup.compile_step(), setup.compile_makers()
-    sizes = {name: getattr(step, name) for name in ("parameters", "optimizer", "frozen", "batch", "temporaries")}
-    planned = {name: step.chips * size / 1e9 for name, size in (sizes | {"plan": step.peak}).items()}
+    sizes = {name: getattr(step.memory, name) for name in ("parameters", "optimizer", "frozen", "batch", "temporaries")}
+    planned = {name: step.chips * size / 1e9 for name, size in (sizes | {"plan": step.memory.peak}).items()}
 
     before = resident()
     state, frozen, batch = (make() for make in makers)

@@ -1,17 +1,22 @@
-"""What a sweep's folder says, as the generated part of docs/tpu.md and a plot of scaling.
+"""Plans as tables: as text for the command line, and of a sweep as the generated part of docs/tpu.md with its plot.
 
-Every number comes from the folder's files and from `hardware.CHIPS`; the same folder gives the same page.
+Every number of the page comes from the sweep's file and from `hardware.CHIPS`; the same file gives the same page.
 """
 
+import dataclasses
 import math
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 
 from unialign_jax.files import check_regular, replacing_file
 from unialign_jax.parallel import hardware
-from unialign_jax.planning.sampling import GIB
-from unialign_jax.planning.step import MATMUL_SHARE, StepPlan
-from unialign_jax.planning.sweep import STAGE, TOPOLOGIES, check_kinds, read_json, read_rows
+from unialign_jax.planning.roofline import MATMUL_SHARE
+from unialign_jax.planning.stage import StagePlan, stage_total
+from unialign_jax.planning.step import StepPlan
+from unialign_jax.planning.sweep import TOPOLOGIES, Plans, SlicePlan, Stage, read_plans
+from unialign_jax.planning.topology import GIB, split_name
+from unialign_jax.training.config import active_streams
 from unialign_jax.training.meshes import format_mesh
 
 BEGIN = "<!-- plans: written by python launch/plan.py --report, not by hand -->"
@@ -19,152 +24,239 @@ END = "<!-- end of plans -->"
 PLOT = "scaling.png"
 GENERATIONS = ("v4", "v5e", "v5p", "v6e")
 COLORS = dict(zip(GENERATIONS, ("#4c78a8", "#f58518", "#54a24b", "#b279a2"), strict=True))
-ROW = {"chip": str, "chips": int, "slices": int, "usable": int | None, "tried": list}  # of a plan, beside sweep.ROW
 KINDS = ("all-gather", "reduce-scatter", "all-reduce")  # the others are one column
 
 
-def write_report(folder: Path, docs: Path):
-    """Puts the tables of a sweep's folder into `docs`/tpu.md, between its two marks, and plots `docs`/scaling.png.
+def format_table(rows: Iterable[dict], *, markdown: bool = False) -> str:
+    """Rows of the same keys as aligned text, or as a Markdown table; floats with two decimals."""
+    rows = list(rows)
+    cells = [[key if markdown else key.replace("_", " ") for key in rows[0]]]
+    cells += [[f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
+    if markdown:
+        cells.insert(1, ["---", *["---:"] * (len(rows[0]) - 1)])
+        return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for first, *others in cells:
+        numbers = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
+        lines.append("  ".join([first.ljust(widths[0]), *numbers]))
+    return "\n".join(lines)
+
+
+def stage_figures(plan: StagePlan) -> dict:
+    """A stage's plan as JSON: tables for `format_table`, of the streams and of the whole stage; and all numbers."""
+    config, streams = plan.config, active_streams(plan.config)
+    memory, network, speed = [], [], []
+    for step in plan.steps:
+        bytes_of, roofline = dataclasses.asdict(step.memory), step.roofline
+        usable = bytes_of.pop("usable") or 0
+        bytes_of["activations"] = bytes_of.pop("temporaries")
+        bytes_of |= {"code": bytes_of.pop("code"), "peak": step.memory.peak, "usable": usable}
+        memory.append({"GiB a chip": step.stream} | {part: size / GIB for part, size in bytes_of.items()})
+        for place, received in (("in the slice", step.bytes_inside), ("across slices", step.bytes_across)):
+            if place == "in the slice" or any(received.values()):
+                row = {"GB received a chip": f"{step.stream}, {place}"}
+                row |= {kind: number / 1e9 for kind, number in received.items()}
+                network.append(row | {"total": sum(received.values()) / 1e9})
+        speed.append(
+            {
+                "ms a step": step.stream,
+                "TFLOP a chip": roofline.flops / 1e12,
+                "compute": 1e3 * roofline.compute,
+                "hbm": 1e3 * roofline.hbm,
+                "ici overlapped": 1e3 * roofline.ici_overlapped,
+                "ici exposed": 1e3 * roofline.ici_exposed,
+                "dcn": 1e3 * roofline.dcn,
+                "step": 1e3 * roofline.seconds,
+                "MFU %": 100 * roofline.mfu,
+                "all overlapped %": 100 * roofline.mfu_overlapped,
+                "images/s": step.images_per_second,
+            }
+        )
+    tables = {"memory": memory, "interconnect": network, "roofline (arithmetic, not measured)": speed}
+    if plan.steps and {step.stream for step in plan.steps} == streams.keys():
+        weighted = [(streams[step.stream].weight, step) for step in plan.steps]
+        whole = stage_total(weighted, config.num_steps * config.batch_size)
+        tables["the stage"] = [{config.name or "stage": f"{config.num_steps} steps"} | whole]
+    return {
+        "tables": tables,
+        "steps": [step_figures(step) for step in plan.steps],
+        "chips": plan.chips,
+        "mesh": plan.steps[0].mesh if plan.steps else dict(config.mesh),
+        "batch_size": config.batch_size,
+        "accumulation": config.accumulation,
+        "remat": config.model.remat,
+        "misfits": plan.out_of_memory,
+        "fits": plan.fits,
+    }
+
+
+def step_figures(step: StepPlan) -> dict:
+    figures = dataclasses.asdict(step)
+    return figures | figures.pop("memory") | figures.pop("roofline") | {"peak": step.memory.peak}
+
+
+def stage_text(plan: StagePlan) -> str:
+    """A stage's plan for the command line."""
+    config = plan.config
+    lines = [
+        f"{plan.chips} x {plan.device_kind}, batch {config.batch_size}, accumulation {config.accumulation}, remat "
+        f"{config.model.remat}",
+        *sorted({f"mesh {format_mesh(step.mesh)}: {step.mesh_reason}" for step in plan.steps}),
+    ]
+    if plan.steps:
+        tables = stage_figures(plan)["tables"]
+        lines += [f"\n{title}\n{format_table(rows)}" for title, rows in tables.items()]
+    lines.append("")
+    for step in plan.steps:
+        verdict = "fits" if step.memory.fits else "DOES NOT FIT"
+        lines.append(f"{step.stream}: {verdict}: {step.memory.peak / GIB:.2f} of {(plan.usable or 0) / GIB:.2f} GiB")
+    return "\n".join([*lines, *(f"DOES NOT FIT: {line}" for line in plan.out_of_memory)])
+
+
+def sampling_text(figures: dict) -> str:
+    """The figures of `sampling.plan_sampling` for the command line."""
+    lines = [
+        f"{figures['task']}, {figures['size']} px, batch {figures['batch']}, bfloat16, quantize "
+        f"{figures['quantize']}, on {figures['topology']}; GiB\n",
+        format_table(figures["rows"]),
+    ]
+    if figures["usable"]:
+        verdict = "fits" if figures["fits"] else "DOES NOT FIT"
+        mode, peak = ("with", "peak_low_memory") if figures["low_memory"] else ("without", "peak")
+        sizes = f"{figures['rows'][-1][peak]:.2f} of {figures['usable']:.2f} GiB"
+        lines.append(f"\n{verdict} {mode} low_memory: {sizes}")
+    return "\n".join(lines)
+
+
+def write_report(path: Path, docs: Path) -> None:
+    """Puts the tables of a sweep's file into `docs`/tpu.md, between its two marks, and plots `docs`/scaling.png.
 
     Raises ValueError where there are no plans, no marks, or no matplotlib.
     """
-    rows, stages = read_folder(folder)
+    plans = read_sweep(path)
     page = docs / "tpu.md"
     check_regular(page)
-    text = splice(page.read_text(), markdown(rows, stages))
-    plot(rows, stages[0], docs / PLOT)
+    text = splice(page.read_text(), markdown(plans))
+    plot(plans, docs / PLOT)
     with replacing_file(page) as scratch:
         scratch.write_text(text)
 
 
-def read_folder(folder: Path) -> tuple[list[dict], list[dict]]:
-    """The rows of a sweep, "step" as a StepPlan or None, in the order of the tables; and its stages by name."""
-    rows = read_rows(folder)
-    stages = [read_json(path, STAGE) for path in sorted(folder.glob("stage-*.json"))]
-    if not rows or not stages:
-        raise ValueError(
-            f"{folder} has no plans: python launch/plan.py --config=FILE --all --output={folder} makes them"
-        )
-    for row in rows:
-        path = folder / f"plan-{row['shape']}-{row['topology']}.json"
-        check_kinds(path, row, ROW)
-        check_kinds(path, row["made"], dict.fromkeys(("date", "jax", "libtpu"), str))
-        if row["chip"] not in GENERATIONS:
-            raise ValueError(f"{path} is of the chip {row['chip']!r}, expected one of {', '.join(GENERATIONS)}")
-    for stage in stages:
-        for stream in stage["streams"].values():
-            path = folder / f"stage-{stage['name']}.json"
-            check_kinds(path, stream if isinstance(stream, dict) else {}, {"shape": str, "weight": int | float})
-    rows = [row | {"step": row["step"] and StepPlan(**row["step"])} for row in rows]
-    return sorted(rows, key=lambda row: (GENERATIONS.index(row["chip"]), row["chips"])), stages
+def read_sweep(path: Path) -> Plans:
+    """The plans of a sweep's file in the order of the tables. Raises ValueError where there are none."""
+    plans = read_plans(path) if path.exists() else None
+    if not plans or not plans.plans or not plans.stages:
+        raise ValueError(f"{path} has no plans: python launch/plan.py --config=FILE --all --output={path} makes them")
+    for plan in plans.plans:
+        if plan.chip not in GENERATIONS:
+            raise ValueError(f"{path} has a plan of the chip {plan.chip!r}, expected one of {', '.join(GENERATIONS)}")
+    plans.plans.sort(key=lambda plan: (GENERATIONS.index(plan.chip), plan.chips))
+    return plans
 
 
 def splice(page: str, part: str) -> str:
-    """A page with what is between its marks replaced."""
+    """A page with `part` between its marks."""
     if page.count(BEGIN) != 1 or page.count(END) != 1:
-        raise ValueError(f"the page needs the lines {BEGIN} and {END}, once each, around what is written")
+        raise ValueError(f"the page needs the lines {BEGIN} and {END}, once each, around the generated part")
     before, _, rest = page.partition(BEGIN)
     return f"{before}{BEGIN}\n\n{part.strip()}\n\n{END}{rest.partition(END)[2]}"
 
 
-def markdown(rows: list[dict], stages: list[dict]) -> str:
-    made = [row["made"] for row in rows]
+def markdown(plans: Plans) -> str:
+    made = [plan.made for plan in plans.plans]
     dates = sorted({entry["date"] for entry in made})
     versions = ", ".join(
         f"{name} {' and '.join(sorted({entry[name] for entry in made}))}" for name in ("jax", "libtpu")
     )
     parts = [
         f"Compiled {' to '.join(dict.fromkeys((dates[0], dates[-1])))} ({versions}). All of it is arithmetic from the "
-        "compiled programs, not measured. Of all numbers of micro-batches (accumulation) and remat policies these are "
-        "the fastest on paper that fit. The batch is the configuration's, or a sample a chip where there are more "
-        "chips; hours are those of the stage's samples. `python launch/plan.py --config=FILE --all --output=DIR` "
-        "compiles, `--report=DIR` writes this part."
+        "compiled programs, not measured. Each row has the micro-batches (accumulation) and remat policy that are "
+        "fastest on paper among those that fit. The batch is the configuration's, or one sample per chip where there "
+        "are more chips; hours are those of the stage's samples. `python launch/plan.py --config=FILE --all "
+        "--output=JSON` compiles, `--report=JSON` writes this part."
     ]
-    missing = [name for name in TOPOLOGIES if name not in {row["topology"] for row in rows}]
+    missing = [name for name in TOPOLOGIES if name not in {plan.topology for plan in plans.plans}]
     if missing:
         parts.append(f"Not compiled yet: {', '.join(missing)}.")
-    for stage in stages:
-        parts += stage_part(rows, stage)
+    for name, stage in sorted(plans.stages.items()):
+        parts += stage_part(plans.plans, name, stage)
     parts += [
         "### Scaling",
-        f"![predicted MFU and bytes received by a chip, against chips]({PLOT})",
-        f"The step of {plotted(stages[0])[1]}, batches as above; hollow marks are of several slices.",
-        "### What the chips are taken to be",
-        table(map(chip_cells, (chip for chip in hardware.CHIPS if chip.axes))),
-        f"Sources: {hardware.SOURCES} Matmuls are taken to reach {100 * MATMUL_SHARE:.0f}% of the peak.",
+        f"![predicted MFU and bytes received per chip, against chips]({PLOT})",
+        f"The step of {plotted(plans)[1]}, batches as above; hollow marks are runs over several slices.",
+        "### Assumed figures of the chips",
+        format_table(map(chip_cells, (chip for chip in hardware.CHIPS if chip.axes)), markdown=True),
+        f"Sources: {hardware.SOURCES} Matmuls are assumed to reach {100 * MATMUL_SHARE:.0f}% of the peak.",
     ]
     return "\n\n".join(part if part[0] in "|#!" else wrap(part) for part in parts)
 
 
 def wrap(text: str) -> str:
-    """A paragraph in lines as long as the page's others."""
+    """A paragraph in lines of the page's width."""
     return textwrap.fill(text, 124, break_long_words=False, break_on_hyphens=False)
 
 
-def stage_part(rows, stage) -> list[str]:
+def stage_part(plans: list[SlicePlan], name: str, stage: Stage) -> list[str]:
     """A stage's tables over the slices for which all of its streams were planned."""
     shapes = {}
-    for name, stream in stage["streams"].items():
-        shapes.setdefault(stream["shape"], []).append(name)
+    for stream, share in stage.streams.items():
+        shapes.setdefault(share.shape, []).append(stream)
     by_slice = {}
-    for row in rows:
-        if row["shape"] in shapes:
-            by_slice.setdefault(row["topology"], {})[row["shape"]] = row
+    for plan in plans:
+        if plan.shape in shapes:
+            by_slice.setdefault(plan.topology, {})[plan.shape] = plan
     planned = {topology: found for topology, found in by_slice.items() if len(found) == len(shapes)}
-    title = f"### {stage['name']}: {stage['num_steps']:,} steps of {stage['batch_size']} samples"
+    title = f"### {name}: {stage.num_steps:,} steps of {stage.batch_size} samples"
     if not planned:
         return [title, "Not planned yet."]
     chosen = [(found[shape], names) for found in planned.values() for shape, names in shapes.items()]
     several = len(shapes) > 1
-    labels = [label(row, names if several else None) for row, names in chosen]
+    labels = [label(plan, names if several else None) for plan, names in chosen]
     parts = [
         title,
-        table(first | choice_cells(row) for first, (row, _) in zip(labels, chosen, strict=True)),
-        "GB that a chip receives in a step, by collective and, across slices, over DCN; milliseconds of a step; MFU as "
-        "it stands, and if all communication ran beside the compute:",
+        format_table(
+            (first | choice_cells(plan) for first, (plan, _) in zip(labels, chosen, strict=True)), markdown=True
+        ),
+        "GB received per chip and step, by collective and, across slices, over DCN; milliseconds per step; MFU, and "
+        "MFU if all communication overlapped with compute:",
     ]
     speeds = []
-    for first, (row, _) in zip(labels, chosen, strict=True):
-        if row["step"]:
-            whole = {} if several else stage_cells(stage, planned[row["topology"]])
-            speeds.append(first | speed_cells(row["step"]) | whole)
-    parts.append(table(speeds) if speeds else "Nothing fits.")
+    for first, (plan, _) in zip(labels, chosen, strict=True):
+        if plan.step:
+            whole = {} if several else stage_cells(stage, planned[plan.topology])
+            speeds.append(first | speed_cells(plan.step) | whole)
+    parts.append(format_table(speeds, markdown=True) if speeds else "Nothing fits.")
     if len(planned) < len(by_slice):
-        parts.append("Of the other slices not all streams of this stage are compiled.")
+        parts.append("On the other slices not all streams of this stage are compiled.")
     if several:
         totals = (label(next(iter(found.values()))) | stage_cells(stage, found) for found in planned.values())
         parts += [
-            "Each stream's plan is its own. A run has one mesh, accumulation and remat for all of its streams, those "
-            "of its heaviest (`--search` finds them), so the whole, by the streams' shares of the steps, is at best:",
-            table(totals),
+            "Each stream is planned by itself. A run has one mesh, accumulation and remat for all its streams, those "
+            "of the heaviest (`--search` finds them). So the stage, by the streams' shares of the steps, is at best:",
+            format_table(totals, markdown=True),
         ]
     return parts
 
 
-def label(row, streams=None) -> dict[str, str]:
-    cells = {"slice": row["topology"], "chips": f"{row['chips']:,}"}
+def label(plan: SlicePlan, streams: list[str] | None = None) -> dict[str, str]:
+    cells = {"slice": plan.topology, "chips": f"{plan.chips:,}"}
     return cells | ({"streams": ", ".join(streams)} if streams else {})
 
 
-def choice_cells(row) -> dict[str, str]:
-    step = row["step"]
-    usable = f"{row['usable'] / GIB:.2f}" if row["usable"] else "unknown"
-    if step is None:
-        least = row["tried"][-1]
-        need = f"{least['bytes'] / GIB:.2f} of {usable}" if least["bytes"] else f"more than {usable}"
-        return {
-            "mesh": "does not fit",
-            "batch": f"{row['batch_size']:,}",
-            "accumulation": str(least["accumulation"]),
-            "remat": least["remat"],
-            "peak of usable, GiB": f"**{need}**",
-        }
+def choice_cells(plan: SlicePlan) -> dict[str, str]:
+    step, usable = plan.step, f"{plan.usable / GIB:.2f}" if plan.usable else "unknown"
+    if step:
+        mesh, chosen, peak = format_mesh(step.mesh), step, f"{step.memory.peak / GIB:.2f} of {usable}"
+    else:
+        mesh, chosen = "does not fit", plan.tried[-1]
+        peak = f"**{f'{chosen.bytes / GIB:.2f} of' if chosen.bytes else 'more than'} {usable}**"
     return {
-        "mesh": format_mesh(step.mesh),
-        "batch": f"{step.batch_size:,}",
-        "accumulation": str(step.accumulation),
-        "remat": step.remat,
-        "peak of usable, GiB": f"{step.peak / GIB:.2f} of {usable}",
+        "mesh": mesh,
+        "batch": f"{plan.batch_size:,}",
+        "accumulation": str(chosen.accumulation),
+        "remat": chosen.remat,
+        "peak of usable, GiB": peak,
     }
 
 
@@ -172,44 +264,37 @@ def speed_cells(step: StepPlan) -> dict[str, str]:
     received = {kind: step.bytes_inside.get(kind, 0.0) for kind in KINDS}
     received["other"] = sum(step.bytes_inside.values()) - sum(received.values())
     received["DCN"] = sum(step.bytes_across.values())
+    roofline = step.roofline
     times = {
-        "compute": step.compute,
-        "HBM": step.hbm,
-        "ICI overlapped": step.ici_overlapped,
-        "ICI exposed": step.ici_exposed,
-        "DCN": step.dcn,
-        "step": step.seconds,
+        "compute": roofline.compute,
+        "HBM": roofline.hbm,
+        "ICI overlapped": roofline.ici_overlapped,
+        "ICI exposed": roofline.ici_exposed,
+        "DCN": roofline.dcn,
+        "step": roofline.seconds,
     }
     return (
         {f"{kind} GB": f"{number / 1e9:.2f}" for kind, number in received.items()}
         | {f"{part} ms": short(1e3 * seconds) for part, seconds in times.items()}
         | {
-            "MFU %": f"{100 * step.mfu:.0f}",
-            "all overlapped %": f"{100 * step.mfu_overlapped:.0f}",
+            "MFU %": f"{100 * roofline.mfu:.0f}",
+            "all overlapped %": f"{100 * roofline.mfu_overlapped:.0f}",
             "images/s": short(step.images_per_second),
         }
     )
 
 
-def stage_cells(stage, found: dict[str, dict]) -> dict[str, str]:
-    """The whole stage on one slice, from its streams' plans {shape: row}; dashes where one of them does not fit."""
-    steps = {shape: row["step"] for shape, row in found.items()}
-    if not all(steps.values()):
-        cells = dict.fromkeys(("hours", "chip-hours"), "-")
-        return cells if len(steps) == 1 else dict.fromkeys(("images/s", "MFU %"), "-") | cells
-    total = sum(stream["weight"] for stream in stage["streams"].values())
-    shares = [(stream["weight"] / total, steps[stream["shape"]]) for stream in stage["streams"].values()]
-    seconds = sum(share * step.seconds for share, step in shares)
-    flops = sum(share * step.flops for share, step in shares)
-    first = shares[0][1]
-    hours = stage["num_steps"] * stage["batch_size"] / first.batch_size * seconds / 3600
-    cells = {"hours": short(hours), "chip-hours": short(hours * first.chips)}
-    if len(steps) == 1:
-        return cells
-    return {
-        "images/s": short(first.batch_size / seconds),
-        "MFU %": f"{100 * flops / seconds / first.peak_flops:.0f}",
-    } | cells
+def stage_cells(stage: Stage, found: dict[str, SlicePlan]) -> dict[str, str]:
+    """The whole stage on one slice, from {shape: plan}; dashes where a stream does not fit.
+
+    A stage with one shape of step has speed and MFU in its step's row already.
+    """
+    keys = ("images/s", "MFU %", "hours", "chip-hours")[2 if len(found) == 1 else 0 :]
+    if not all(plan.step for plan in found.values()):
+        return dict.fromkeys(keys, "-")
+    weighted = [(stream.weight, found[stream.shape].step) for stream in stage.streams.values()]
+    total = stage_total(weighted, stage.num_steps * stage.batch_size)
+    return {key: f"{total[key]:.0f}" if key == "MFU %" else short(total[key]) for key in keys}
 
 
 def chip_cells(chip: hardware.Chip) -> dict[str, str]:
@@ -231,31 +316,26 @@ def short(number: float) -> str:
     return f"{number:.2f}" if number < 10 else f"{number:.1f}" if number < 100 else f"{number:,.0f}"
 
 
-def table(rows) -> str:
-    """Rows of the same keys as a Markdown table, the first column to the left."""
-    rows = list(rows)
-    lines = [list(rows[0]), ["---", *["---:"] * (len(rows[0]) - 1)], *(list(row.values()) for row in rows)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+def plotted(plans: Plans) -> tuple[str, str]:
+    """The shape and the stream of the plotted step: of the first stage, that with the fewest condition images."""
+    stage = plans.stages[min(plans.stages)]
+    return min((share.shape, stream) for stream, share in stage.streams.items())
 
 
-def plotted(stage) -> tuple[str, str]:
-    """The shape of step that the plot is of, and its stream: the one with the fewest condition images."""
-    return min((stream["shape"], name) for name, stream in stage["streams"].items())
-
-
-def plot(rows, stage, path: Path):
-    """MFU and bytes received, against chips from 8 on, of `plotted`; a line for each generation."""
+def plot(plans: Plans, path: Path) -> None:
+    """Plots MFU and bytes received of the step `plotted` against chips, from 8 on; one line for each generation."""
     try:
         from matplotlib.figure import Figure
         from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
     except ImportError:
         raise ValueError("the plot needs matplotlib: pip install matplotlib") from None
-    shape, _ = plotted(stage)
+    shape, _ = plotted(plans)
     lines = {}
-    for row in rows:
-        if row["shape"] == shape and row["step"] and row["chips"] >= 8:
-            name = row["chip"] + (f", {row['slices']} slices" if row["slices"] > 1 else "")
-            lines.setdefault(name, []).append(row["step"])
+    for plan in plans.plans:
+        if plan.shape == shape and plan.step and plan.chips >= 8:
+            slices, _ = split_name(plan.topology)
+            name = plan.chip + (f", {slices} slices" if slices > 1 else "")
+            lines.setdefault(name, []).append(plan.step)
     figure = Figure(figsize=(9, 3.8), dpi=100, layout="constrained")
     speed, moved = figure.subplots(1, 2)
     for name, steps in lines.items():
@@ -263,7 +343,7 @@ def plot(rows, stage, path: Path):
         style |= {"marker": "D", "linestyle": "none", "markerfacecolor": "none"} if "," in name else {}
         chips = [step.chips for step in steps]
         received = [(sum(step.bytes_inside.values()) + sum(step.bytes_across.values())) / 1e9 for step in steps]
-        speed.plot(chips, [100 * step.mfu for step in steps], **style)
+        speed.plot(chips, [100 * step.roofline.mfu for step in steps], **style)
         moved.plot(chips, received, **style)
     ticks = [2**power for power in range(3, 13)]
     for axes, title in ((speed, "predicted MFU, %"), (moved, "GB received by a chip in a step")):
