@@ -152,7 +152,7 @@ def plan_training(arguments, changes) -> dict:
     if plan.steps or not arguments.search:
         print(f"{arguments.config} on {arguments.num_slices} x {arguments.topology}\n{report.stage_text(plan)}")
     if not plan.fits:
-        say_what_may_fit(training_that_may_fit(arguments, changes, plan.config.model.remat))
+        say_what_training_may_fit(arguments, changes, plan.config.model.remat)
     if arguments.search and not plan.steps:
         raise ValueError(f"{plan.out_of_memory[0]}, and no other micro-batch or remat needs less")
     options = {name: getattr(arguments, name) for name in ("config", "topology", "num_slices")}
@@ -167,11 +167,11 @@ def plan_sampling(arguments) -> dict:
     try:
         figures = sampling.plan_sampling(arguments.task, arguments.topology, **options)
     except DoesNotFit:
-        say_what_may_fit(sampling_that_may_fit(arguments))
+        say_what_sampling_may_fit(arguments)
         raise
     print(report.sampling_text(figures))
     if not figures["fits"]:
-        say_what_may_fit(sampling_that_may_fit(arguments))
+        say_what_sampling_may_fit(arguments)
     return figures
 
 
@@ -190,43 +190,37 @@ def command(arguments, changes, **others) -> str:
     return "python launch/plan.py " + shlex.join(words)
 
 
-def say_what_may_fit(options):
-    """Prints the options, (what it is, the command) each, if there are any."""
+def say_what_may_fit(arguments, changes, options):
+    """Prints this command line with other options, from rows of (whether it applies, what it is, the options)."""
+    options = [(what, {"changes": changes} | other) for applies, what, other in options if applies]
     if options:
         print("\nWhat may fit:")
-    for what, line in options:
-        print(f"  {what}:\n    {line}")
+    for what, other in options:
+        print(f"  {what}:\n    {command(arguments, **other)}")
 
 
-def training_that_may_fit(arguments, changes, remat) -> list[tuple[str, str]]:
+def say_what_training_may_fit(arguments, changes, remat):
     from unialign_jax.parallel import hardware
 
-    options = []
-    if not arguments.search:
-        options.append(
-            ("accumulation and remat, tried one after another (minutes each)", command(arguments, changes, search=True))
-        )
-        if remat not in ("block", "offload"):
-            others = [change for change in changes if not change.startswith("model.remat=")]
-            line = command(arguments, [*others, "model.remat=block"])
-            options.append(("recomputation of all blocks in the backward pass", line))
-    if larger := hardware.larger_slice(arguments.topology):
-        options.append(("twice the chips", command(arguments, changes, topology=larger)))
-    return options
+    alone, larger = not arguments.search, hardware.larger_slice(arguments.topology)
+    block = [*(change for change in changes if not change.startswith("model.remat=")), "model.remat=block"]
+    may_block = alone and remat not in ("block", "offload")
+    options = [
+        (alone, "accumulation and remat, tried one after another (minutes each)", {"search": True}),
+        (may_block, "recomputation of all blocks in the backward pass", {"changes": block}),
+        (larger, "twice the chips", {"topology": larger}),
+    ]
+    say_what_may_fit(arguments, changes, options)
 
 
-def sampling_that_may_fit(arguments) -> list[tuple[str, str]]:
-    options = []
-    if not arguments.low_memory:
-        line = command(arguments, [], low_memory=True)
-        options.append(("only the weights of the current program on the chip", line))
-    if not arguments.quantize:
-        options.append(("weights of 8 bits", command(arguments, [], quantize="int8")))
-    if arguments.batch > 1:
-        options.append(("fewer images at a time", command(arguments, [], batch=arguments.batch // 2)))
-    if arguments.topology != "v6e:1x1":
-        options.append(("a chip with 32 GB", command(arguments, [], topology="v6e:1x1")))
-    return options
+def say_what_sampling_may_fit(arguments):
+    options = [
+        (not arguments.low_memory, "only the weights of the current program on the chip", {"low_memory": True}),
+        (not arguments.quantize, "weights of 8 bits", {"quantize": "int8"}),
+        (arguments.batch > 1, "fewer images at a time", {"batch": arguments.batch // 2}),
+        (arguments.topology != "v6e:1x1", "a chip with 32 GB", {"topology": "v6e:1x1"}),
+    ]
+    say_what_may_fit(arguments, [], options)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def nothing_is_compiled(monkeypatch):
 
 PLAN = [
     # Slices
-    ([STAGE, "--topology=v5e"], "topology is 'v5e', expected such as v4:4x4x4"),
+    ([STAGE, "--topology=v5e"], "topology is 'v5e', expected such as v4:4x4x4 or v4-128, v5e-256"),
     ([STAGE, "--topology="], "topology is ''"),
     ([STAGE, "--topology=v3-8"], "topology is 'v3-8'"),
     ([STAGE, "--topology=V5E-16"], "topology is 'V5E-16'"),
@@ -67,7 +67,7 @@ PLAN = [
     ([STAGE, "--config.image_size=500"], "image_size"),
     # Sampling
     (["--task=paint"], "invalid choice: 'paint'"),
-    (["--task=t2i", "--size=500"], "size is 500, expected a multiple of 16"),
+    (["--task=t2i", "--size=500"], "size is 500, expected a multiple of 16 up to 3072, such as 496"),
     (["--task=t2i", "--size=0"], "size is 0"),
     (["--task=edit", "--size=-512"], "size is -512"),
     (["--task=t2i", "--size=1e3"], "invalid int value: '1e3'"),

@@ -58,7 +58,7 @@ def test_the_other_streams_fit(stage, name, topology, compiler):
 
 
 @needs_libtpu
-def test_a_misfit_is_said_with_its_numbers(compiler):
+def test_the_error_has_the_compilers_numbers(compiler):
     devices = topology_devices("v5e:1x1")
     config = read_config("configs/stage1.py", ["batch_size=1"])
     message = r"^the step of text_to_image does not fit: it needs [\d.]+G of 15\.75G"

@@ -10,11 +10,12 @@ import pytest
 from PIL import Image
 
 from unialign_jax.parallel import hardware
-from unialign_jax.planning import report, sweep, topology
+from unialign_jax.planning import report, stage, sweep, topology
 from unialign_jax.planning.roofline import Roofline
 from unialign_jax.planning.search import Trial
 from unialign_jax.planning.step import CompiledMemory, StepPlan
 from unialign_jax.planning.topology import GIB
+from unialign_jax.training.config import active_streams
 from unialign_jax.training.stages import read_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,6 +32,7 @@ STEP = StepPlan(
     bytes_inside={"all-gather": 4e9, "reduce-scatter": 3e9, "all-reduce": 2e9, "all-to-all": 0.5e9},
     bytes_across={"all-reduce": 1.25e9},
 )
+FILES = [".plans.json.lock", "plans.json"]
 MADE = {"date": "2026-11-21", "jax": "0.10.2", "libtpu": "0.0.42.1"}
 
 
@@ -119,7 +121,24 @@ def test_a_sweep_resumes(tmp_path, capsys):
     found = [(plan.shape, plan.topology) for plan in plans.plans]
     assert found == [(f"image{i}-text", chips) for i in (0, 1, 3) for chips in ("v5e-256", "v5e-8")]
     assert plans.find("image0-text", "v5e-256").step == STEP and plans.find("image0-text", "v5e-256").made == MADE
-    assert [file.name for file in tmp_path.iterdir()] == ["plans.json"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == FILES
+
+
+def test_a_stream_is_planned_alone(monkeypatch):
+    """Its mesh and its batch do not depend on the other streams: at least a sample per chip."""
+    asked = []
+
+    def plan_stage(config, *place, searching):
+        asked.append((list(active_streams(config)), config.batch_size, *place, searching))
+        trials = [Trial(1, "offload", None, fits=False)]
+        return stage.StagePlan(config, "TPU v5 lite", 1024, 16 * GIB, [], ["no room"], trials)
+
+    monkeypatch.setattr(stage, "plan_stage", plan_stage)
+    monkeypatch.setattr("importlib.metadata.version", lambda _: "0.0.42.1")
+    plan = sweep.compile_slice(read_config("configs/stage3.py", []), "edit", "4xv5e-256")
+    assert asked == [(["edit"], 1024, "v5e-256", 4, True)]
+    assert (plan.shape, plan.chip, plan.chips, plan.batch_size) == ("image1-text", "v5e", 1024, 1024)
+    assert (plan.step, plan.out_of_memory) == (None, "no room")
 
 
 def test_sweeps_share_a_file(tmp_path):
@@ -130,7 +149,7 @@ def test_sweeps_share_a_file(tmp_path):
         share = lambda i: sweep.sweep(config, "", names[i::4], path, plan_slice=Compiler())  # noqa: E731
         assert list(threads.map(share, range(4))) == [[]] * 4
     assert {plan.topology for plan in sweep.read_plans(path).plans} == set(names)
-    assert [file.name for file in tmp_path.iterdir()] == ["plans.json"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == FILES
 
 
 def test_files_of_another_configuration_are_refused(tmp_path):
@@ -143,7 +162,7 @@ def test_files_of_another_configuration_are_refused(tmp_path):
     assert path.read_text() == before
     with pytest.raises(ValueError, match="^topology is 'v7-8'"):
         sweep.sweep(config, "configs/stage1.py", ["v4-8", "v7-8"], tmp_path / "new.json", plan_slice=Compiler())
-    assert [file.name for file in tmp_path.iterdir()] == ["plans.json"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == FILES
     with pytest.raises(ValueError, match="nothing.json has no plans: python launch/plan.py"):
         report.read_sweep(tmp_path / "nothing.json")
 
@@ -248,10 +267,10 @@ def test_the_tables_by_hand(folder):
     assert (row["chips"], row["batch"], row["hours"], row["chip-hours"]) == ("512", "512", "0.69", "356")
     row = cells(page, "stage1", ["4xv5e-256"])
     assert (row["chips"], row["batch"], row["hours"], row["chip-hours"]) == ("1,024", "1,024", "0.35", "356")
-    misfit = cells(page, "stage1", ["v5e-8"])
-    assert (misfit["mesh"], misfit["peak of usable, GiB"]) == ("does not fit", "**21.00 of 16.00**")
-    assert (misfit["accumulation"], misfit["remat"]) == ("32", "offload")
-    assert "step ms" not in misfit
+    row = cells(page, "stage1", ["v5e-8"])
+    assert (row["mesh"], row["peak of usable, GiB"]) == ("does not fit", "**21.00 of 16.00**")
+    assert (row["accumulation"], row["remat"]) == ("32", "offload")
+    assert "step ms" not in row
     # Stage 2: half of the steps 125 ms, half 325 ms.
     assert cells(page, "stage2", ["v5e-256", "256", "edit, perception"])["step ms"] == "325"
     total = cells(page, "stage2", ["v5e-256", "256"])

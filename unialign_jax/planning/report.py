@@ -25,6 +25,8 @@ PLOT = "scaling.png"
 GENERATIONS = ("v4", "v5e", "v5p", "v6e")
 COLORS = dict(zip(GENERATIONS, ("#4c78a8", "#f58518", "#54a24b", "#b279a2"), strict=True))
 KINDS = ("all-gather", "reduce-scatter", "all-reduce")  # the others are one column
+TIMES = {"compute": "compute", "hbm": "HBM", "ici_overlapped": "ICI overlapped", "ici_exposed": "ICI exposed"}
+TIMES |= {"dcn": "DCN", "seconds": "step"}  # {attribute of a Roofline: heading}
 
 
 def format_table(rows: Iterable[dict], *, markdown: bool = False) -> str:
@@ -48,39 +50,31 @@ def stage_figures(plan: StagePlan) -> dict:
     config, streams = plan.config, active_streams(plan.config)
     memory, network, speed = [], [], []
     for step in plan.steps:
-        bytes_of, roofline = dataclasses.asdict(step.memory), step.roofline
-        usable = bytes_of.pop("usable") or 0
-        bytes_of["activations"] = bytes_of.pop("temporaries")
-        bytes_of |= {"code": bytes_of.pop("code"), "peak": step.memory.peak, "usable": usable}
-        memory.append({"GiB a chip": step.stream} | {part: size / GIB for part, size in bytes_of.items()})
+        sizes, roofline = step.memory, step.roofline
+        row = {name: getattr(sizes, name) / GIB for name in ("parameters", "optimizer", "frozen", "batch")}
+        row |= {"activations": sizes.temporaries / GIB, "code": sizes.code / GIB, "peak": sizes.peak / GIB}
+        memory.append({"GiB a chip": step.stream} | row | {"usable": (sizes.usable or 0) / GIB})
         for place, received in (("in the slice", step.bytes_inside), ("across slices", step.bytes_across)):
             if place == "in the slice" or any(received.values()):
                 row = {"GB received a chip": f"{step.stream}, {place}"}
                 row |= {kind: number / 1e9 for kind, number in received.items()}
                 network.append(row | {"total": sum(received.values()) / 1e9})
         speed.append(
-            {
-                "ms a step": step.stream,
-                "TFLOP a chip": roofline.flops / 1e12,
-                "compute": 1e3 * roofline.compute,
-                "hbm": 1e3 * roofline.hbm,
-                "ici overlapped": 1e3 * roofline.ici_overlapped,
-                "ici exposed": 1e3 * roofline.ici_exposed,
-                "dcn": 1e3 * roofline.dcn,
-                "step": 1e3 * roofline.seconds,
-                "MFU %": 100 * roofline.mfu,
-                "all overlapped %": 100 * roofline.mfu_overlapped,
-                "images/s": step.images_per_second,
-            }
+            {"ms a step": step.stream, "TFLOP a chip": roofline.flops / 1e12}
+            | {heading.lower(): 1e3 * getattr(roofline, name) for name, heading in TIMES.items()}
+            | {"MFU %": 100 * roofline.mfu, "all overlapped %": 100 * roofline.mfu_overlapped}
+            | {"images/s": step.images_per_second}
         )
     tables = {"memory": memory, "interconnect": network, "roofline (arithmetic, not measured)": speed}
     if plan.steps and {step.stream for step in plan.steps} == streams.keys():
         weighted = [(streams[step.stream].weight, step) for step in plan.steps]
         whole = stage_total(weighted, config.num_steps * config.batch_size)
         tables["the stage"] = [{config.name or "stage": f"{config.num_steps} steps"} | whole]
+    steps = [dataclasses.asdict(step) | {"peak": step.memory.peak} for step in plan.steps]
+    steps = [figures | figures.pop("memory") | figures.pop("roofline") for figures in steps]
     return {
         "tables": tables,
-        "steps": [step_figures(step) for step in plan.steps],
+        "steps": steps,
         "chips": plan.chips,
         "mesh": plan.steps[0].mesh if plan.steps else dict(config.mesh),
         "batch_size": config.batch_size,
@@ -91,23 +85,14 @@ def stage_figures(plan: StagePlan) -> dict:
     }
 
 
-def step_figures(step: StepPlan) -> dict:
-    figures = dataclasses.asdict(step)
-    return figures | figures.pop("memory") | figures.pop("roofline") | {"peak": step.memory.peak}
-
-
 def stage_text(plan: StagePlan) -> str:
     """A stage's plan for the command line."""
     config = plan.config
-    lines = [
-        f"{plan.chips} x {plan.device_kind}, batch {config.batch_size}, accumulation {config.accumulation}, remat "
-        f"{config.model.remat}",
-        *sorted({f"mesh {format_mesh(step.mesh)}: {step.mesh_reason}" for step in plan.steps}),
-    ]
-    if plan.steps:
-        tables = stage_figures(plan)["tables"]
-        lines += [f"\n{title}\n{format_table(rows)}" for title, rows in tables.items()]
-    lines.append("")
+    how = f"batch {config.batch_size}, accumulation {config.accumulation}, remat {config.model.remat}"
+    lines = [f"{plan.chips} x {plan.device_kind}, {how}"]
+    lines += sorted({f"mesh {format_mesh(step.mesh)}: {step.mesh_reason}" for step in plan.steps})
+    tables = stage_figures(plan)["tables"] if plan.steps else {}
+    lines += [*(f"\n{title}\n{format_table(rows)}" for title, rows in tables.items()), ""]
     for step in plan.steps:
         verdict = "fits" if step.memory.fits else "DOES NOT FIT"
         lines.append(f"{step.stream}: {verdict}: {step.memory.peak / GIB:.2f} of {(plan.usable or 0) / GIB:.2f} GiB")
@@ -116,17 +101,13 @@ def stage_text(plan: StagePlan) -> str:
 
 def sampling_text(figures: dict) -> str:
     """The figures of `sampling.plan_sampling` for the command line."""
-    lines = [
-        f"{figures['task']}, {figures['size']} px, batch {figures['batch']}, bfloat16, quantize "
-        f"{figures['quantize']}, on {figures['topology']}; GiB\n",
-        format_table(figures["rows"]),
-    ]
+    text = "{task}, {size} px, batch {batch}, bfloat16, quantize {quantize}, on {topology}; GiB\n\n".format(**figures)
+    text += format_table(figures["rows"])
     if figures["usable"]:
         verdict = "fits" if figures["fits"] else "DOES NOT FIT"
         mode, peak = ("with", "peak_low_memory") if figures["low_memory"] else ("without", "peak")
-        sizes = f"{figures['rows'][-1][peak]:.2f} of {figures['usable']:.2f} GiB"
-        lines.append(f"\n{verdict} {mode} low_memory: {sizes}")
-    return "\n".join(lines)
+        text += f"\n\n{verdict} {mode} low_memory: {figures['rows'][-1][peak]:.2f} of {figures['usable']:.2f} GiB"
+    return text
 
 
 def write_report(path: Path, docs: Path) -> None:
@@ -265,22 +246,11 @@ def speed_cells(step: StepPlan) -> dict[str, str]:
     received["other"] = sum(step.bytes_inside.values()) - sum(received.values())
     received["DCN"] = sum(step.bytes_across.values())
     roofline = step.roofline
-    times = {
-        "compute": roofline.compute,
-        "HBM": roofline.hbm,
-        "ICI overlapped": roofline.ici_overlapped,
-        "ICI exposed": roofline.ici_exposed,
-        "DCN": roofline.dcn,
-        "step": roofline.seconds,
-    }
     return (
         {f"{kind} GB": f"{number / 1e9:.2f}" for kind, number in received.items()}
-        | {f"{part} ms": short(1e3 * seconds) for part, seconds in times.items()}
-        | {
-            "MFU %": f"{100 * roofline.mfu:.0f}",
-            "all overlapped %": f"{100 * roofline.mfu_overlapped:.0f}",
-            "images/s": short(step.images_per_second),
-        }
+        | {f"{heading} ms": short(1e3 * getattr(roofline, name)) for name, heading in TIMES.items()}
+        | {"MFU %": f"{100 * roofline.mfu:.0f}", "all overlapped %": f"{100 * roofline.mfu_overlapped:.0f}"}
+        | {"images/s": short(step.images_per_second)}
     )
 
 

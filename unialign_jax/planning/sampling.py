@@ -185,31 +185,17 @@ def peaks(measured: list[ProgramMemory], resident: dict[str, int], *, low_memory
 def memory_rows(measured: list[ProgramMemory], resident: dict[str, int]) -> list[dict]:
     """One row for each program, in GiB, and a last one for the whole task."""
     whole, lean = (peaks(measured, resident, low_memory=low) for low in (False, True))
+    columns = ("inputs", "outputs", "temporaries", "code")
     rows = [
-        {
-            "program": program.name,
-            "parameters": sum(resident[name] for name in program.components) / GIB,
-            "inputs": program.inputs / GIB,
-            "outputs": program.outputs / GIB,
-            "temporaries": program.temporaries / GIB,
-            "code": program.code / GIB,
-            "peak": peak / GIB,
-            "peak_low_memory": lean_peak / GIB,
-        }
+        {"program": program.name, "parameters": sum(resident[name] for name in program.components) / GIB}
+        | {column: getattr(program, column) / GIB for column in columns}
+        | {"peak": peak / GIB, "peak_low_memory": lean_peak / GIB}
         for program, peak, lean_peak in zip(measured, whole, lean, strict=True)
     ]
     used = {name for program in measured for name in program.components}
-    total = {
-        "program": "whole task",
-        "parameters": sum(resident[name] for name in used) / GIB,
-        "inputs": max(row["inputs"] for row in rows),
-        "outputs": max(row["outputs"] for row in rows),
-        "temporaries": max(row["temporaries"] for row in rows),
-        "code": sum(row["code"] for row in rows),
-        "peak": max(whole) / GIB,
-        "peak_low_memory": max(lean) / GIB,
-    }
-    return [*rows, total]
+    total = {"program": "whole task", "parameters": sum(resident[name] for name in used) / GIB}
+    total |= {column: max(row[column] for row in rows) for column in rows[0] if column not in total}
+    return [*rows, total | {"code": sum(row["code"] for row in rows)}]
 
 
 def plan_sampling(
@@ -234,14 +220,6 @@ def plan_sampling(
         measured.append(measure(program))
     rows = memory_rows(measured, resident)
     peak = rows[-1]["peak_low_memory" if low_memory else "peak"]
-    return {
-        "task": task,
-        "topology": topology_name,
-        "size": size,
-        "batch": batch,
-        "quantize": quantize,
-        "low_memory": low_memory,
-        "usable": usable and usable / GIB,
-        "fits": usable is None or peak * GIB <= usable,
-        "rows": rows,
-    }
+    figures = {"task": task, "topology": topology_name, "size": size, "batch": batch, "quantize": quantize}
+    figures |= {"low_memory": low_memory, "usable": usable and usable / GIB}
+    return figures | {"fits": usable is None or peak * GIB <= usable, "rows": rows}

@@ -130,14 +130,12 @@ def sweep(
     topologies = list(dict.fromkeys(map(usual_name, topologies)))
     if plan_slice is None:
         topology_devices("v5e-1")  # without the TPU compiler one error, not one for each slice
-    streams, shapes, program = active_streams(config), {}, program_of(config)
-    for name, stream in streams.items():
-        shapes.setdefault(shape_of(config, stream), name)
-    shares = {name: Share(shape_of(config, stream), stream.weight) for name, stream in streams.items()}
+    program, shapes, errors = program_of(config), {}, []
+    shares = {name: Share(shape_of(config, x), x.weight) for name, x in active_streams(config).items()}
+    for name, share in shares.items():
+        shapes.setdefault(share.shape, name)
     with updating(path, program) as plans:
         plans.stages[config.name] = Stage(reference, config.num_steps, config.batch_size, shares)
-
-    errors = []
     for topology in topologies:
         for shape, name in shapes.items():
             if read_plans(path).find(shape, topology):
@@ -161,7 +159,9 @@ def compile_slice(config: ConfigDict, name: str, topology: str) -> SlicePlan:
     chips = slices * hardware.chips_of(hardware.topology_name(one))
     alone = config.copy_and_resolve_references()
     alone.batch_size = max(config.batch_size, chips)
-    found = stage.plan_stage(alone, one, slices, stream=name, searching=True)
+    for other, stream in alone.streams.items():  # the mesh is chosen for the streams that have a weight
+        stream.weight = float(other == name)
+    found = stage.plan_stage(alone, one, slices, searching=True)
     versions = {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu")}
     return SlicePlan(
         shape=shape_of(config, config.streams[name]),
@@ -193,7 +193,8 @@ def updating(path: Path, program: dict) -> Iterator[Plans]:
 
     Raises ValueError when the file has plans of another program.
     """
-    with _locked(path):
+    with open(path.with_name(f".{path.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         plans = read_plans(path) if os.path.lexists(path) else Plans(program, {}, [])
         for key in sorted(plans.program.keys() | program.keys()):
             found, expected = plans.program.get(key), program.get(key)
@@ -209,22 +210,6 @@ def updating(path: Path, program: dict) -> Iterator[Plans]:
         text = re.sub(r"[\[{][^\[\]{}]*[\]}]", lambda match: re.sub(r"\s*\n\s*", " ", match[0]), text)
         with files.replacing_file(path) as scratch:
             scratch.write_text(text + "\n")
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds a lock beside `path`, a file that is removed at the end."""
-    lock = path.with_name(f".{path.name}.lock")
-    while True:
-        with open(lock, "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if os.fstat(file.fileno()).st_nlink == 0:  # its holder has removed it meanwhile
-                continue
-            try:
-                yield
-            finally:
-                lock.unlink()
-            return
 
 
 def read_plans(path: Path) -> Plans:

@@ -34,12 +34,11 @@ def topology_devices(name: str, num_slices: int = 1) -> list[jax.Device]:
     """
     name = hardware.topology_name(name)
     kind, grid = name.split(":")
-    options = {}
-    if math.prod(map(int, grid.split("x"))) == 1:
+    sides, options = list(map(int, grid.split("x"))), {}
+    if math.prod(sides) == 1:
         options["chips_per_host_bounds"] = [1, 1, 1]
     if num_slices > 1:
         options["num_slices"] = num_slices
-    sides = list(map(int, grid.split("x")))
     if any(rings := hardware.rings(kind, sides)):
         options["wrap"] = rings
     if kind == "v4":
