@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import datetime
 import fcntl
+import functools
 import importlib.metadata
 import json
 import os
@@ -217,6 +218,9 @@ def read_plans(path: Path) -> Plans:
     return _from_json(Plans, files.read_json(path), str(path))
 
 
+_hints = functools.cache(typing.get_type_hints)
+
+
 def _from_json(kind, value, where: str):
     """`value` as `kind`: a dataclass, a list or dict of them, or a type of JSON."""
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
@@ -227,7 +231,7 @@ def _from_json(kind, value, where: str):
     if not isinstance(value, (int, float) if plain is float else plain):
         raise ValueError(f"{where} is not of a sweep: it is a {type(value).__name__}, expected a {plain.__name__}")
     if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
+        hints = _hints(kind)
         if differing := hints.keys() ^ value.keys():
             raise ValueError(f"{where} is of other code ({min(differing)}): name another file, or remove it")
         return kind(**{key: _from_json(hint, value[key], f"{where}: {key}") for key, hint in hints.items()})
