@@ -13,7 +13,7 @@
 #   status   the state of the queued resource and of every host, with the last line of its log
 #   watch    status, then follows the log of the first host
 #   stop     SIGTERM to train.py on every host, and waits until it has saved, or reports that it has not; start resumes from there
-#   delete   gives the slices back (stop first: what is not saved is lost, and a keep that still runs rents them again)
+#   delete   gives the slices back (stop first: unsaved steps are lost, and a keep that still runs rents the slices again)
 #
 # Options: --settings=FILE, or one flag for each of its settings: --name --project --zone --accelerator --slices --provisioning
 # --runtime --storage --mount --config --workdir --poll --max-restarts; --create-flag=FLAG and --ssh-flag=FLAG (repeatable, passed on

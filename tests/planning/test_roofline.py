@@ -75,7 +75,7 @@ def test_permutes_load_links_and_both_ways_at_once():
     alone = [dataclasses.replace(collective, overlaps=False) for collective in both]
     assert roofline.ici_seconds(alone, V5E, devices, slice_of, 0.0) == (0.0, pytest.approx(2 * once))
 
-    # Sums of gradients run beside the backward pass of the blocks, the last block's beside nothing.
+    # Gradient reductions overlap with the blocks' backward pass; the last block's reduction is exposed.
     def named(name):
         return [dataclasses.replace(collective, name=name) for collective in both]
 

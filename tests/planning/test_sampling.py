@@ -28,7 +28,7 @@ MEASURED = [
 
 
 def test_peaks_count_what_is_there_at_that_moment():
-    # Code of all programs: 1/2. Everything resident: 14; each program adds its own and what was made before it.
+    # Code of all programs: 1/2. Everything resident: 14; each program adds its own and the outputs before it.
     assert sampling.peaks(MEASURED, RESIDENT, low_memory=False) == [
         int(GIB * (14 + 0.5 + 0.25 + 1)),
         int(GIB * (14 + 0.5 + 0.25 + 0.25 + 0.5 + 2)),
@@ -54,7 +54,7 @@ def test_table_ends_with_the_whole_task():
 
 @pytest.mark.parametrize("task", sampling.TASKS)
 def test_the_pipelines_own_programs_are_lowered(task, positioned_bundle):
-    """The tiny model's, on this machine's device: what is asked for in shapes is what the pipeline's functions take."""
+    """The tiny model's, on this machine's device: the pipeline's functions accept the planned shapes."""
     config = bundle.read_config(positioned_bundle)
     programs, params = sampling.sampling_programs(
         task, jax.devices()[0], config=config, size=32, batch=2, steps=3, dtype="float32", quantize="int8"

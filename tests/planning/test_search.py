@@ -1,4 +1,4 @@
-"""The search for what fits and is fastest: against machines whose memory does not follow the arithmetic."""
+"""The search for the fastest plan that fits, with compilers whose memory differs from the estimates."""
 
 import dataclasses
 import types
@@ -25,7 +25,7 @@ STEP = StepPlan(
     bytes_inside={},
     bytes_across={},
 )
-# Four rows a chip and 6 GiB beside them; seconds as recomputation and more micro-batches make them.
+# Four rows per chip and 6 GiB for the rest; recomputation and micro-batches add seconds.
 PER_ROW = {"none": 8, "dots": 5, "block": 3, "offload": 1}
 EXTRA = {"none": 0, "dots": 4, "block": 22, "offload": 22}
 ORDERED = sorted(

@@ -38,7 +38,7 @@ def test_stage1_fits_and_moves_what_arithmetic_says(topology, compiler):
     expected = 2 * 2 * 2.10e9 + 48 * 2 * 3 / 4 * (4 * 2 * samples * 256 * 4096 * 2)
     assert sum(step.bytes_inside.values()) == pytest.approx(expected, rel=0.15)
     assert sum(step.bytes_across.values()) == 0
-    # The blocks' gradients, nine tenths of all, go round in rings beside the compute.
+    # The blocks' gradients, nine tenths of all, travel in rings that overlap with compute.
     permuted = step.bytes_inside["collective-permute"]
     assert permuted > 0.9 * 2 * 2.10e9 * (1 - 4 / len(devices))
     chip = hardware.find_chip(devices[0].device_kind)

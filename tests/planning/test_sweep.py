@@ -167,7 +167,7 @@ def test_files_of_another_configuration_are_refused(tmp_path):
         report.read_sweep(tmp_path / "nothing.json")
 
 
-# (what is replaced, by its place in the file; the new content, `...` removes it; words of the error)
+# (place in the file; its new content, where `...` removes it; words of the error)
 DAMAGED = [
     ((), b"{", "is not JSON"),
     ((), b"[]", "holds a JSON list, expected an object"),
