@@ -75,7 +75,7 @@ def main(argv=None):
 
 def show(figures):
     """Prints figures one a line, tables (lists of rows) with their names above them."""
-    from unialign_jax.planning.sampling_plan import format_table
+    from unialign_jax.planning.report import format_table
 
     width = max(map(len, figures)) + 2
     for name, value in figures.items():

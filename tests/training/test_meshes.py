@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from unialign_jax.parallel import hardware, sharding
-from unialign_jax.planning import sampling_plan
+from unialign_jax.planning import topology
 from unialign_jax.training import meshes
 from unialign_jax.training.config import build_configs
 from unialign_jax.training.stages import read_config
@@ -143,7 +143,7 @@ def test_a_given_mesh_is_kept():
 def test_axes_that_scatter_lie_along_the_torus(name, slices, monkeypatch):
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    devices = sampling_plan.topology_devices(name, slices)
+    devices = topology.topology_devices(name, slices)
     machine = meshes.read_machine(devices)
     assert machine.grid == slice_of(name).grid
     mesh = sharding.make_mesh(**meshes.repeating(machine.grid, slices), devices=devices)

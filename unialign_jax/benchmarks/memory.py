@@ -7,7 +7,7 @@
 On CPUs the run has --devices virtual ones, and what is real is the growth of the process's resident memory, from before
 the first array is made to the highest during two steps. On an accelerator it is the peak that the devices tell, which
 they count from the start of the process: "real is of" says whether the steps took it, or the making of the weights
-before them, beside which the plan says nothing. The plan is `planning.step_plan.plan_step`'s peak of one device times
+before them, beside which the plan says nothing. The plan is `planning.step.plan_step`'s peak of one device times
 their number. Each case runs in a process of its own.
 """
 
@@ -114,7 +114,7 @@ def plan_and_run(settings) -> dict:
 
     from unialign_jax.benchmarks.step import Setup, peak_of
     from unialign_jax.parallel import processes
-    from unialign_jax.planning.step_plan import plan_step
+    from unialign_jax.planning.step import plan_step
     from unialign_jax.training.config import active_streams
     from unialign_jax.training.stages import read_config
 
@@ -132,8 +132,8 @@ def plan_and_run(settings) -> dict:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         step = plan_step(config, jax.devices(), stream)
         program, makers = setup.compile_step(), setup.compile_makers()
-    sizes = {name: getattr(step, name) for name in ("parameters", "optimizer", "frozen", "batch", "temporaries")}
-    planned = {name: step.chips * size / 1e9 for name, size in (sizes | {"plan": step.peak}).items()}
+    sizes = {name: getattr(step.memory, name) for name in ("parameters", "optimizer", "frozen", "batch", "temporaries")}
+    planned = {name: step.chips * size / 1e9 for name, size in (sizes | {"plan": step.memory.peak}).items()}
 
     before = resident()
     state, frozen, batch = (make() for make in makers)

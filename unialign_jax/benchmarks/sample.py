@@ -64,7 +64,7 @@ def add_arguments(parser):
 def benchmark_sample(arguments) -> dict:
     """{figure: value}; what could not be measured says so. Raises ValueError for options that do not fit."""
     from unialign_jax.inference.inputs import MAX_STEPS, MAX_TOKENS, check_range, check_whole
-    from unialign_jax.planning.sampling_plan import check_sampling
+    from unialign_jax.planning.sampling import check_sampling
 
     settings = {k: v for k, v in vars(arguments).items() if k not in ("measure", "output", "command")}
     settings["bundle"] = str(arguments.bundle.resolve()) if arguments.bundle else None

@@ -301,7 +301,7 @@ def seconds_a_call(call, rounds, calls, warmup=1) -> list[float]:
 
 def step_flops(setup) -> float:
     """The model's FLOPs of a step on one device."""
-    from unialign_jax.planning.step_plan import step_work
+    from unialign_jax.planning.roofline import step_work
 
     return step_work(setup.config, setup.networks, setup.stream, setup.mesh.size)["model"]
 

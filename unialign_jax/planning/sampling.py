@@ -1,19 +1,16 @@
-"""What a task needs in memory on a chip that is not here: the pipeline's own programs, compiled ahead of time.
+"""The memory of a sampling task on a chip that is not here: the pipeline's own programs, compiled ahead of time.
 
-The TPU compiler (the package libtpu) runs on any machine, and says how large arguments, outputs, temporaries and code
-are. Parameters are shapes only, so that a laptop plans the 7 B of a full model in a few minutes.
+Parameters are shapes only, so a laptop plans the full model (7 B parameters) in a few minutes.
 """
 
 import dataclasses
-import math
-import re
+import sys
 import types
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
 
 from unialign_jax.bundle import BundleConfig
 from unialign_jax.inference import weights
@@ -23,9 +20,10 @@ from unialign_jax.inference.quantization import abstract_quantized, tree_bytes
 from unialign_jax.models import presets
 from unialign_jax.models.sizes import ImageSizes
 from unialign_jax.parallel import hardware
+from unialign_jax.planning import topology
+from unialign_jax.planning.topology import GIB
 
 TASKS = ("t2i", "edit", "caption")
-GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +31,7 @@ class Program:
     """One compiled program of a task: `function(params, *inputs, **static)`, all arguments ShapeDtypeStructs."""
 
     name: str
-    components: tuple[str, ...]  # whose parameters it reads
+    components: tuple[str, ...]  # that it reads the parameters of
     function: Callable  # jitted
     params: dict
     inputs: tuple
@@ -41,8 +39,8 @@ class Program:
 
 
 @dataclasses.dataclass(frozen=True)
-class Memory:
-    """A program's memory on the device in bytes, without its parameters."""
+class ProgramMemory:
+    """A compiled program's memory on the device in bytes, without its parameters."""
 
     name: str
     components: tuple[str, ...]
@@ -50,46 +48,6 @@ class Memory:
     outputs: int
     temporaries: int
     code: int
-
-
-def topology_devices(name, num_slices=1) -> list:
-    """The devices of a TPU topology such as "v5e:1x1" or "v4-128" (see `hardware.topology_name`), to compile for.
-
-    Args: `num_slices`: how many such slices.
-    Raises ValueError when libtpu is missing or has no such topology.
-    """
-    name = hardware.topology_name(name)
-    kind, grid = name.split(":")
-    options = {}
-    if math.prod(map(int, grid.split("x"))) == 1:
-        options["chips_per_host_bounds"] = [1, 1, 1]
-    if num_slices > 1:
-        options["num_slices"] = num_slices
-    sides = list(map(int, grid.split("x")))
-    if any(rings := hardware.rings(kind, sides)):
-        options["wrap"] = rings
-    if kind == "v4":
-        options["chip_config_name"] = "megacore"  # or else each chip counts as two devices
-    try:
-        return list(topologies.get_topology_desc(name, platform="tpu", **options).devices)
-    except (RuntimeError, NotImplementedError) as error:
-        if "not installed" in str(error):
-            raise ValueError(
-                "the TPU compiler is not installed: pip install 'libtpu==0.0.42.*' (that is jax 0.10.2's; "
-                "for another jax the version that pip install --dry-run 'jax[tpu]' names)"
-            ) from None
-        raise ValueError(f"topology {name}: {str(error).splitlines()[0][:200]}") from None
-
-
-def usable_bytes(device) -> int | None:
-    """The memory that the compiler may use on a device, as it says itself when asked for too much; None unasked."""
-    place = jax.sharding.SingleDeviceSharding(device)
-    try:
-        jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((2**20, 2**20), jnp.float32, sharding=place)).compile()
-    except jax.errors.JaxRuntimeError as error:
-        if match := re.search(r"available HBM \(([\d.]+)G\)|of ([\d.]+)G hbm", str(error)):
-            return round(float(match[1] or match[2]) * GIB)
-    return None
 
 
 def published_config() -> BundleConfig:
@@ -102,25 +60,34 @@ def published_config() -> BundleConfig:
 
 
 def check_sampling(config: BundleConfig, size: int, batch: int) -> None:
-    """Raises ValueError for a size in pixels or a batch that the pipeline of such a model does not take."""
+    """Raises ValueError for a size in pixels or a batch that the pipeline of such a model refuses."""
     ImageSizes.of(config.transformer, config.autoencoder).check("size", size)
     check_whole("batch", batch, 1, 2**16)
 
 
-def sampling_programs(task, device, *, config=None, size=512, batch=1, steps=None, dtype="bfloat16", quantize=None):
-    """The programs of a task in the order in which `Pipeline` runs them, and every component that they read.
+def sampling_programs(
+    task: str,
+    device: jax.Device,
+    *,
+    config: BundleConfig | None = None,
+    size: int = 512,
+    batch: int = 1,
+    steps: int | None = None,
+    dtype: str = "bfloat16",
+    quantize: str | None = None,
+) -> tuple[list[Program], dict[str, dict]]:
+    """The programs of a task in the order in which `Pipeline` runs them, and {component: abstract parameters}.
 
     Args:
       task: "t2i" (guided), "edit" (guided, one condition image) or "caption" (of `config.text_length` tokens).
-      device: where the arguments live; of `topology_devices`, or a real one.
-      config: a BundleConfig; the published sizes when None.
+      device: holds the arguments; one of `topology_devices`, or a real one.
+      config: the published sizes when None.
       size: height and width of the images in pixels.
       batch: images at a time.
       steps: of the sampler; the pipeline's default when None.
       quantize: a mode of `quantization`, or None.
 
-    Returns (list of Program, {component: abstract parameters}).
-    Raises ValueError for a task that there is not, and a size or batch that the pipeline does not take.
+    Raises ValueError for an unknown task, and for a size or batch that the pipeline refuses.
     """
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}, expected one of {', '.join(TASKS)}")
@@ -179,17 +146,11 @@ def sampling_programs(task, device, *, config=None, size=512, batch=1, steps=Non
     return ([programs[0], encode, *programs[1:]] if task == "edit" else programs), params
 
 
-def measure(program: Program) -> Memory:
-    """Compiles a program and asks the compiler. Raises ValueError when it does not fit the device at all."""
+def measure(program: Program) -> ProgramMemory:
+    """Compiles a program and reads its memory. Raises DoesNotFit when it does not fit the device by itself."""
     lowered = program.function.lower(program.params, *program.inputs, **program.static)
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise ValueError(f"{program.name}: {' '.join(str(error).split())[:300]}") from None
-    found = compiled.memory_analysis()
-    return Memory(
+    found = topology.compile_program(lowered, program.name).memory_analysis()
+    return ProgramMemory(
         name=program.name,
         components=program.components,
         inputs=tree_bytes(program.inputs),
@@ -199,17 +160,17 @@ def measure(program: Program) -> Memory:
     )
 
 
-def resident_bytes(params) -> int:
-    """What parameters take on their device, in the layout that the compiler gives them (which may pad them)."""
+def resident_bytes(params: dict) -> int:
+    """Bytes of parameters on their device, in the compiler's layout (which may pad them)."""
     program = jax.jit(lambda params: jnp.zeros(()), keep_unused=True)
     return program.lower(params).compile().memory_analysis().argument_size_in_bytes
 
 
-def peaks(measured: list[Memory], resident: dict[str, int], *, low_memory: bool) -> list[int]:
-    """The most that is on the device while each program of a task runs, in bytes.
+def peaks(measured: list[ProgramMemory], resident: dict[str, int], *, low_memory: bool) -> list[int]:
+    """Bytes on the device while each program of a task runs.
 
-    That is its parameters (with `low_memory`; or else those of every component of the task), its inputs, outputs and
-    temporaries, what earlier programs gave, and the code of all.
+    They are the parameters of every component of the task (with `low_memory` only of the program's own), the program's
+    inputs, outputs and temporaries, the outputs of earlier programs, and the code of all programs.
     """
     code = sum(program.code for program in measured)
     result, held = [], 0
@@ -221,43 +182,44 @@ def peaks(measured: list[Memory], resident: dict[str, int], *, low_memory: bool)
     return result
 
 
-def table(measured: list[Memory], resident: dict[str, int]) -> list[dict]:
+def memory_rows(measured: list[ProgramMemory], resident: dict[str, int]) -> list[dict]:
     """One row for each program, in GiB, and a last one for the whole task."""
     whole, lean = (peaks(measured, resident, low_memory=low) for low in (False, True))
+    columns = ("inputs", "outputs", "temporaries", "code")
     rows = [
-        {
-            "program": program.name,
-            "parameters": sum(resident[name] for name in program.components) / GIB,
-            "inputs": program.inputs / GIB,
-            "outputs": program.outputs / GIB,
-            "temporaries": program.temporaries / GIB,
-            "code": program.code / GIB,
-            "peak": peak / GIB,
-            "peak_low_memory": lean_peak / GIB,
-        }
+        {"program": program.name, "parameters": sum(resident[name] for name in program.components) / GIB}
+        | {column: getattr(program, column) / GIB for column in columns}
+        | {"peak": peak / GIB, "peak_low_memory": lean_peak / GIB}
         for program, peak, lean_peak in zip(measured, whole, lean, strict=True)
     ]
     used = {name for program in measured for name in program.components}
-    total = {
-        "program": "whole task",
-        "parameters": sum(resident[name] for name in used) / GIB,
-        "inputs": max(row["inputs"] for row in rows),
-        "outputs": max(row["outputs"] for row in rows),
-        "temporaries": max(row["temporaries"] for row in rows),
-        "code": sum(row["code"] for row in rows),
-        "peak": max(whole) / GIB,
-        "peak_low_memory": max(lean) / GIB,
-    }
-    return [*rows, total]
+    total = {"program": "whole task", "parameters": sum(resident[name] for name in used) / GIB}
+    total |= {column: max(row[column] for row in rows) for column in rows[0] if column not in total}
+    return [*rows, total | {"code": sum(row["code"] for row in rows)}]
 
 
-def format_table(rows: list[dict]) -> str:
-    """Rows of one set of keys as aligned text; numbers with two decimals."""
-    cells = [[key.replace("_", " ") for key in rows[0]]]
-    cells += [[f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = []
-    for first, *others in cells:
-        numbers = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
-        lines.append("  ".join([first.ljust(widths[0]), *numbers]))
-    return "\n".join(lines)
+def plan_sampling(
+    task: str, topology_name: str, *, size: int, batch: int, quantize: str | None, low_memory: bool
+) -> dict:
+    """The memory of a task with the published model on one chip, as JSON: rows in GiB, and whether it fits.
+
+    Raises ValueError for a size, batch or topology that cannot be, DoesNotFit when one program alone finds no room.
+    """
+    check_sampling(published_config(), size, batch)
+    chips = hardware.chips_of(hardware.topology_name(topology_name))
+    if chips > 1:
+        raise ValueError(f"topology {topology_name} has {chips} chips, sampling runs on one: v5e:1x1")
+    device = topology.topology_devices(topology_name)[0]
+    usable = topology.usable_bytes(device)
+    programs, params = sampling_programs(task, device, size=size, batch=batch, quantize=quantize)
+    names = {name for program in programs for name in program.components}
+    resident = {name: resident_bytes(params[name]) for name in sorted(names)}
+    measured = []
+    for program in programs:
+        print(f"compiling: {program.name}", file=sys.stderr)
+        measured.append(measure(program))
+    rows = memory_rows(measured, resident)
+    peak = rows[-1]["peak_low_memory" if low_memory else "peak"]
+    figures = {"task": task, "topology": topology_name, "size": size, "batch": batch, "quantize": quantize}
+    figures |= {"low_memory": low_memory, "usable": usable and usable / GIB}
+    return figures | {"fits": usable is None or peak * GIB <= usable, "rows": rows}
