@@ -213,9 +213,9 @@ def sampling_that_may_fit(arguments) -> list[tuple[str, str]]:
 
 def plan_training(arguments, changes) -> dict:
     from unialign_jax.parallel import hardware
+    from unialign_jax.parallel.mesh import format_mesh
     from unialign_jax.planning import sampling_plan, search
     from unialign_jax.planning import step_plan as training
-    from unialign_jax.training import meshes
     from unialign_jax.training.config import active_streams, config_problems
     from unialign_jax.training.stages import read_config
 
@@ -265,7 +265,7 @@ def plan_training(arguments, changes) -> dict:
         f"{devices[0].device_kind}), batch {config.batch_size}, accumulation {config.accumulation}, "
         f"remat {config.model.remat}"
     )
-    for line in sorted({f"mesh {meshes.format_mesh(plan.mesh)}: {plan.mesh_reason}" for plan in plans}):
+    for line in sorted({f"mesh {format_mesh(plan.mesh)}: {plan.mesh_reason}" for plan in plans}):
         print(line)
     print()
     figures = training.report(config, plans)

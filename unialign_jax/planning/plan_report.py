@@ -9,10 +9,10 @@ from pathlib import Path
 
 from unialign_jax.files import check_regular, replacing_file
 from unialign_jax.parallel import hardware
+from unialign_jax.parallel.mesh import format_mesh
 from unialign_jax.planning.sampling_plan import GIB
 from unialign_jax.planning.step_plan import MATMUL_SHARE, StepPlan
 from unialign_jax.planning.sweep import STAGE, TOPOLOGIES, check_kinds, read_json, read_rows
-from unialign_jax.training.meshes import format_mesh
 
 BEGIN = "<!-- plans: written by python launch/plan.py --report, not by hand -->"
 END = "<!-- end of plans -->"

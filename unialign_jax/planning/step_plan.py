@@ -26,6 +26,7 @@ import numpy as np
 
 from unialign_jax.models import flops
 from unialign_jax.parallel import hardware, sharding
+from unialign_jax.parallel.mesh import make_mesh
 from unialign_jax.planning.collectives import KINDS, Collective, read_collectives
 from unialign_jax.planning.sampling_plan import GIB
 from unialign_jax.training.config import active_streams, build_configs, config_problems, listed
@@ -124,7 +125,7 @@ def plan_step(config, devices, name: str, *, usable=None, dump=None, chip=None) 
         raise ValueError(listed("the configuration cannot run", problems))
     networks = Networks.create(*build_configs(config, devices[0].platform))
     choice = mesh_for(config, devices, networks)
-    mesh = sharding.make_mesh(**choice.sizes, devices=devices)
+    mesh = make_mesh(**choice.sizes, devices=devices)
     networks = networks.on(mesh)
     tx, schedule = make_optimizer(**config.optimizer)
     state = abstract_state(networks, tx, config.ema_decay, mesh)
