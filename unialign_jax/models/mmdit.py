@@ -307,8 +307,7 @@ class MMDiT(nn.Module):
         self.text_embed = dense(self, "text_embed", c.width)
         if c.text_positions:
             # Zero at the start: a model that was converted without the table computes the same as before.
-            shape = c.text_positions, c.width
-            self.text_positions = self.param("text_positions", nn.initializers.zeros, shape)
+            self.text_positions = self.param("text_positions", nn.initializers.zeros, (c.text_positions, c.width))
         self.time_embed = TimeEmbedder(c.width)
         self.blocks = nn.scan(
             Layer,
@@ -322,24 +321,31 @@ class MMDiT(nn.Module):
         self.image_head = head(self, "image_head", patch_features, init=nn.initializers.zeros)
         self.text_head = head(self, "text_head", c.vocab_size, init=nn.initializers.normal(0.02))
 
-    def __call__(self, latents, text_embeddings, sigma, conditions=None, *, modulations=None, paired=False):
+    def __call__(
+        self,
+        latents: jax.Array,
+        text_embeddings: jax.Array,
+        sigma: jax.Array | None,
+        conditions: jax.Array | None = None,
+        *,
+        modulations: Modulations | None = None,
+        paired: bool = False,
+    ) -> MMDiTOutput:
         c = self.config
         check_inputs(c, latents, text_embeddings, sigma, conditions, modulations)
         image, text = self.embed(latents, conditions, text_embeddings)
         time_embedding = vectors = None
         if modulations is None:
             time_embedding = self.time_embed(sigma)
+            head_modulation = self.image_head_modulation(nn.silu(time_embedding))
         else:
             vectors = modulations.image[:, None], modulations.text[:, None]
+            head_modulation = modulations.head[None]
         image, text = keep_batch_sharded(image), keep_batch_sharded(text)
         target_tokens = latents.shape[1] * latents.shape[2] // c.patch_size**2
         carry = image, text, jnp.zeros_like(image[:, :target_tokens]), jnp.zeros_like(text)
         block, late = Layer(c, parent=None), c.remat != "offload"
         carry = self.scan_blocks(self.blocks, block, c.depth, carry, vectors, time_embedding, late=late)
-        if modulations is None:
-            head_modulation = self.image_head_modulation(nn.silu(time_embedding))
-        else:
-            head_modulation = modulations.head[None]
         return self.read_out(*carry, head_modulation, latents.shape[1:3], paired)
 
     def embed(self, latents, conditions, text_embeddings):
@@ -415,7 +421,7 @@ def without_modulations(params: dict) -> dict:
     return rest | {"blocks": {"joint": streams}}
 
 
-def check_inputs(config, latents, text_embeddings, sigma, conditions, modulations=None):
+def check_inputs(config: MMDiTConfig, latents, text_embeddings, sigma, conditions, modulations=None) -> None:
     """Raises ValueError, with the numbers, when the inputs of the MM-DiT do not fit it or each other."""
     c = config
     if not 1 <= c.tap_depth <= c.depth:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from unialign_jax.parallel.activations import BATCH_AXES, axes_that_divide
-from unialign_jax.parallel.sharding import partition_spec, table_spec
+from unialign_jax.parallel.sharding import partition_spec, path_string, table_spec
 
 TILE = 8 * 128  # numbers that a TPU keeps together
 
@@ -55,12 +55,17 @@ def scan_blocks(
     return scan_reducing_late(layer, params, carry, shared, blocks.name, axes_without_wraparound)
 
 
-def reduces_late(mesh, batch_size) -> bool:
+def reduces_late(mesh, batch_size: int) -> bool:
     """Whether `scan_reducing_late` applies: every device has whole weights, and a part of the state and the batch."""
-    used = [name for name in BATCH_AXES if mesh.shape.get(name, 1) > 1]
+    used, scattered = gradient_axes(mesh)
     whole = mesh.shape.get("fsdp", 1) == mesh.shape.get("tensor", 1) == 1
-    splits_state = any(name != "replica" for name in used)
-    return whole and splits_state and list(axes_that_divide(BATCH_AXES, mesh, batch_size)) == used
+    return whole and bool(scattered) and axes_that_divide(BATCH_AXES, mesh, batch_size) == used
+
+
+def gradient_axes(mesh) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The axes of a mesh that gradients are summed over, and those among them that split the sum too."""
+    used = tuple(name for name in BATCH_AXES if mesh.shape.get(name, 1) > 1)
+    return used, tuple(name for name in used if name != "replica")
 
 
 def scan_reducing_late(
@@ -77,11 +82,9 @@ def scan_reducing_late(
       path: of `params` in the sharding table, which gives the axis that the state of a leaf is split along.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    used = tuple(name for name in BATCH_AXES if mesh.shape.get(name, 1) > 1)
-    scattered = tuple(name for name in used if name != "replica")
+    used, scattered = gradient_axes(mesh)
     specs = jax.tree_util.tree_map_with_path(
-        lambda keys, leaf: partition_spec("/".join([path, *(key.key for key in keys)]), leaf.shape, mesh, state=True),
-        params,
+        lambda keys, leaf: partition_spec(f"{path}/{path_string(keys)}", leaf.shape, mesh, state=True), params
     )
     packing = Packing(params, specs, scattered, math.prod(mesh.shape[name] for name in scattered))
     rows, everywhere = jax.P(used), jax.P()
@@ -272,8 +275,7 @@ def split_dot_general(path: str) -> Callable:
             preferred_element_type=preferred_element_type,
         )
         mesh = jax.sharding.get_abstract_mesh()
-        used = [name for name in BATCH_AXES if mesh.shape.get(name, 1) > 1]
-        scattered = tuple(name for name in used if name != "replica")
+        used, scattered = gradient_axes(mesh)
         parts = math.prod(mesh.shape[name] for name in scattered)
         auto = axes_that_divide(BATCH_AXES, mesh, x.shape[0])
         if parts == 1 or len(auto) < len(used) or mesh.shape.get("tensor", 1) > 1 or weight.shape[axis] % parts:
@@ -299,7 +301,7 @@ def split_dot_general(path: str) -> Callable:
             _, pull = jax.vjp(lambda x: plain(x, weight), x)
             spec = [None] * weight.ndim
             spec[axis] = scattered
-            rows = jax.P(tuple(used))
+            rows = jax.P(used)
             gradient = jax.shard_map(
                 local_gradient,
                 in_specs=(rows, rows),

@@ -3,7 +3,6 @@
 import contextlib
 import faulthandler
 import importlib.util
-import inspect
 import os
 import re
 import socket
@@ -31,9 +30,8 @@ def start(
     num_processes: int | None = None,
     process_id: int | None = None,
     *,
-    heartbeat_timeout=60,
-    initialization_timeout=300,
-    shutdown_timeout=300,
+    heartbeat_timeout: int = 60,
+    initialization_timeout: int = 300,
 ) -> "ExitMessage | None":
     """Joins the other processes of the run, if there are any. Call it before JAX touches a device.
 
@@ -46,7 +44,6 @@ def start(
       coordinator: HOST:PORT of process 0; needs `num_processes` and `process_id` too.
       heartbeat_timeout: seconds of silence after which a process counts as lost, and the others end.
       initialization_timeout: seconds to wait for the others at the start.
-      shutdown_timeout: seconds that a finished process waits for the others.
 
     Raises ValueError for arguments that do not go together, OSError when the service cannot be started.
     """
@@ -71,18 +68,14 @@ def start(
     # JAX's preemption service would replace our handler of SIGTERM, and does not handle Ctrl-C.
     _set_if_known("jax_enable_preemption_service", False)
     _set_if_known("jax_cpu_collectives_implementation", "gloo")
-    timeouts = {
-        "heartbeat_timeout_seconds": heartbeat_timeout,
-        "initialization_timeout": initialization_timeout,
-        "shutdown_timeout_seconds": shutdown_timeout,
-    }
-    known = inspect.signature(jax.distributed.initialize).parameters
     message = ExitMessage(
         "error: this process ended before the run did: another was lost or could not be reached (the lines above say "
         f"more), or this one was killed. {AGAIN}"
     )
     try:
-        jax.distributed.initialize(**explicit, **{name: value for name, value in timeouts.items() if name in known})
+        jax.distributed.initialize(
+            **explicit, heartbeat_timeout_seconds=heartbeat_timeout, initialization_timeout=initialization_timeout
+        )
     except RuntimeError as error:
         message.take_back()
         line = (str(error).splitlines() or [""])[0]
