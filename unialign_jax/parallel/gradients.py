@@ -21,15 +21,7 @@ TILE = 8 * 128  # numbers that a TPU keeps together
 
 
 def scan_blocks(
-    blocks: nn.Module,
-    block: nn.Module,
-    depth: int,
-    carry,
-    inputs,
-    shared,
-    *,
-    late: bool = True,
-    axes_without_wraparound: tuple[str, ...] = (),
+    blocks: nn.Module, block: nn.Module, depth: int, carry, inputs, shared, *, late=True, axes_without_wraparound=()
 ):
     """Runs a network's blocks, carry, _ = block(carry, i, inputs[i], shared) for each i, and returns the last carry.
 
@@ -209,8 +201,7 @@ class Packing:
 
 
 def reduce_scatter(halves, axis_names, axes_without_wraparound=()):
-    """This device's part of the sum over the axes of up to two arrays [parts, ...], which circle a ring in opposite
-    directions."""
+    """This device's part of the sums over the axes of up to two arrays [parts, ...], one for each way round a ring."""
     for name in axis_names:
         if name in axes_without_wraparound:
             halves = [reduce_scatter_line(half, name) for half in halves]

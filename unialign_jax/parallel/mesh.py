@@ -29,15 +29,7 @@ AXES = ("replica", "data", "encoder", "fsdp", "tensor")
 CHIPS_PER_TEXT_ENCODER = 4
 
 
-def make_mesh(
-    devices: Sequence | None = None,
-    *,
-    replica: int = 1,
-    data: int = 1,
-    encoder: int = 1,
-    fsdp: int = -1,
-    tensor: int = 1,
-) -> Mesh:
+def make_mesh(devices: Sequence | None = None, *, replica=1, data=1, encoder=1, fsdp=-1, tensor=1) -> Mesh:
     """A mesh over the devices, by default all; one axis may be -1 and takes the remaining devices.
 
     With several TPU slices `replica` must be a multiple of their number: only that axis crosses the network between

@@ -23,7 +23,7 @@ from unialign_jax.training.state import Networks, init_frozen, init_params
 # and the block input; block: the block input; offload: none on the device (it goes to host memory).
 SAVED = {"none": 28, "dots": 10, "block": 1, "offload": 0}
 LOGITS = 3  # float32 copies of the text logits: values, softmax, gradient
-AUTOENCODER_MAPS = 6  # feature maps of the widest level that are alive at once
+AUTOENCODER_MAPS = 6  # feature maps at the resolution of the image that are alive at once
 
 
 @dataclasses.dataclass(frozen=True)
