@@ -22,6 +22,7 @@ from unialign_jax.models import presets
 from unialign_jax.models.mmdit import AlignmentHeadsConfig
 from unialign_jax.models.text_encoder import TextEncoder
 from unialign_jax.parallel import sharding
+from unialign_jax.parallel.mesh import make_mesh
 
 CONFIG = bundle.BundleConfig(
     transformer=dataclasses.replace(
@@ -92,7 +93,7 @@ def test_dtypes_may_differ_by_component(saved):
 
 
 def test_arrays_land_where_the_sharding_table_puts_them(saved, params):
-    mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
+    mesh = make_mesh(data=1, fsdp=4, tensor=2)
     _, loaded = bundle.load(saved, mesh=mesh)
     equal(loaded, params)
     expected = sharding.tree_shardings(loaded, mesh)
@@ -107,7 +108,7 @@ def test_an_array_larger_than_the_read_budget_is_still_read(saved, params, monke
 
 
 def test_restore_puts_a_part_onto_given_shardings(saved, params):
-    mesh = sharding.make_mesh(data=8, fsdp=1)
+    mesh = make_mesh(data=8, fsdp=1)
     abstract = bundle.abstract_params(CONFIG, ["heads"])
     abstract = sharding.with_shardings(abstract, sharding.tree_shardings(abstract, mesh))
     loaded = bundle.restore(saved, abstract)

@@ -44,6 +44,7 @@ from unialign_jax.models.autoencoder import make_autoencoder
 from unialign_jax.models.mmdit import AlignmentHeads, MMDiT
 from unialign_jax.models.text_encoder import TextEncoder
 from unialign_jax.parallel import sharding
+from unialign_jax.parallel.mesh import make_mesh
 
 # What others know by this module's name.
 __all__ = ["BundleConfig", "COMPONENTS", "SIZES", "is_bundle", "is_packaged", "locate", "sha256"]
@@ -166,7 +167,7 @@ def load(directory, *, components=None, mesh=None, dtype=None, verify=True) -> t
             abstract[name],
         )
     if mesh is None:
-        mesh = sharding.make_mesh(devices=jax.devices()[:1])
+        mesh = make_mesh(devices=jax.devices()[:1])
     abstract = sharding.with_shardings(abstract, sharding.tree_shardings(abstract, mesh))
     return config, restore(directory, abstract, verify=verify)
 

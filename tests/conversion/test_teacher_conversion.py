@@ -21,7 +21,7 @@ from unialign_jax.conversion import safetensors_file
 from unialign_jax.conversion.rules import export_tensors
 from unialign_jax.conversion.teacher import config_from_qwen, convert_teacher, load_teacher, qwen_table, tokenize
 from unialign_jax.models.teacher import TeacherConfig, encode_images, encode_texts
-from unialign_jax.parallel import sharding
+from unialign_jax.parallel.mesh import make_mesh
 
 WORDS = ("<|endoftext|>", "a", "red", "cat", "sits")
 VOCAB_SIZE, WIDTH = 50, 24
@@ -190,7 +190,7 @@ def test_the_folder_says_where_it_came_from_and_notices_changes(source, converte
 
 
 def test_loads_onto_a_mesh_in_the_wanted_dtype(converted):
-    mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
+    mesh = make_mesh(data=1, fsdp=4, tensor=2)
     found = load_teacher(converted, mesh=mesh, dtype=jnp.float32).params
     expected = load_teacher(converted).params
     assert leaves_equal(found, jax.tree.map(lambda x: x.astype(jnp.float32), expected))

@@ -19,6 +19,7 @@ from unialign_jax.models.mmdit import (
     unpatchify,
     without_modulations,
 )
+from unialign_jax.parallel.mesh import make_mesh
 
 SMALL = MMDiTConfig(
     depth=3,
@@ -166,6 +167,15 @@ def test_remat_changes_no_gradient(remat):
     plain, rematted = gradient(SMALL), gradient(dataclasses.replace(SMALL, remat=remat))
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(rematted), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.abs(a).max()))
+
+
+def test_the_gradient_of_every_weight_is_reduce_scattered():
+    """Those that the table splits: five in each stream of a block, the two embeddings and the two heads."""
+    params, args = random_params(SMALL), inputs(SMALL, batch=8)[:3]
+    loss = lambda p: sum(jnp.sum(x**2) for x in MMDiT(SMALL).apply({"params": p}, *args))  # noqa: E731
+    with jax.set_mesh(make_mesh(fsdp=8)):
+        text = jax.jit(jax.grad(loss)).lower(params).as_text()
+    assert text.count("stablehlo.reduce_scatter") == 2 * 5 + 4
 
 
 def test_bfloat16_stays_near_float32():

@@ -20,6 +20,7 @@ from unialign_jax.models.teacher import (
     resized_size,
 )
 from unialign_jax.parallel import sharding
+from unialign_jax.parallel.mesh import make_mesh
 
 TINY = TeacherConfig(
     depth=4,
@@ -245,7 +246,7 @@ def test_image_features_equal_torch_from_pixels_on(torch_tower, params):
 
 def test_features_are_the_same_on_a_mesh(params):
     """Eight devices, batch and parameters split, both kinds of attention inside one scan: the numbers stay."""
-    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
     images = np.stack(images_of([(84, 140)] * 4, seed=7))
     encode = functools.partial(encode_images, config=TINY)
     expected = np.asarray(jax.jit(encode)(params, images))

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unialign_jax.parallel import hardware, sharding
+from unialign_jax.parallel import hardware
 from unialign_jax.parallel.gradients import scan_reducing_late
+from unialign_jax.parallel.mesh import make_mesh
 from unialign_jax.planning import roofline
 from unialign_jax.planning.collectives import Collective, read_collectives
 from unialign_jax.planning.roofline import Roofline
@@ -97,7 +98,7 @@ def test_sums_of_gradients_are_known_by_their_names():
         return jnp.sum(scan_reducing_late(layer, params, x, x, "blocks"))
 
     params = {"image": {"mlp_in": {"kernel": jnp.ones((3, 8, 8))}}}
-    with jax.set_mesh(sharding.make_mesh(data=8, fsdp=1)):
+    with jax.set_mesh(make_mesh(data=8, fsdp=1)):
         text = jax.jit(jax.grad(loss)).lower(params, jnp.ones((8, 8))).compile().as_text()
     permutes = [found for found in read_collectives(text) if found.kind == "collective-permute"]
     inside = sum(found.times for found in permutes if roofline.IN_BLOCKS.search(found.name))

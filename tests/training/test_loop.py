@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from unialign_jax import bundle
-from unialign_jax.parallel import sharding
+from unialign_jax.parallel.mesh import make_mesh
 from unialign_jax.training.loop import Recorder, Trainer, train
 from unialign_jax.training.metrics import read_metrics
 
@@ -39,7 +39,7 @@ def finished(small_config, tmp_path_factory):
 
 
 def test_a_bar_is_not_drawn_into_a_pipe(small_config, capfd):
-    trainer = types.SimpleNamespace(config=small_config(), mesh=sharding.make_mesh(devices=jax.devices()[:1]))
+    trainer = types.SimpleNamespace(config=small_config(), mesh=make_mesh(devices=jax.devices()[:1]))
     Recorder(trainer, None, True, 0)._bar.update(3)
     assert capfd.readouterr().err == ""
 

@@ -18,6 +18,7 @@ from unialign_jax.diffusion.flow import sampling_sigmas
 from unialign_jax.models.attention import attention
 from unialign_jax.models.parameters import storage_dtype
 from unialign_jax.parallel import sharding
+from unialign_jax.parallel.mesh import make_mesh
 from unialign_jax.sampling import image as image_sampler
 from unialign_jax.sampling import programs
 from unialign_jax.sampling.solvers import solver_table
@@ -75,7 +76,7 @@ def made_small(stage):
 def on(mesh):
     """The mesh of these sizes over the virtual devices; of one of them for no sizes."""
     sizes = {"fsdp": 1} | mesh
-    return sharding.make_mesh(**sizes, devices=jax.devices()[: 8 if mesh else 1])
+    return make_mesh(**sizes, devices=jax.devices()[: 8 if mesh else 1])
 
 
 def lower(platform, function, mesh, *arguments, **static):

@@ -133,7 +133,7 @@ import os, sys, time
 from unialign_jax.parallel import processes
 
 assert processes.start(os.environ, sys.argv[1], 2, int(sys.argv[2]), heartbeat_timeout=5)
-vote = processes.Vote()
+vote = processes.DelayedMax()
 while True:
     vote(0)
     print("step", flush=True)

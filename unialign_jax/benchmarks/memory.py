@@ -94,7 +94,7 @@ def benchmark_memory(arguments) -> dict:
 
 def mesh_changes(text) -> list[str]:
     """ "fsdp=4,tensor=2" -> that mesh as changes to a configuration, axes that are not named being 1."""
-    from unialign_jax.parallel.sharding import AXES
+    from unialign_jax.parallel.mesh import AXES
 
     sizes = dict.fromkeys(AXES, "1")
     for part in text.split(","):

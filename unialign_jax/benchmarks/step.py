@@ -144,7 +144,7 @@ class Setup:
     """A configuration's training step on some devices: its program, and its arguments made out of nothing."""
 
     def __init__(self, config, stream, devices):
-        from unialign_jax.parallel import sharding
+        from unialign_jax.parallel.mesh import make_mesh
         from unialign_jax.training.config import active_streams, build_configs, config_problems
         from unialign_jax.training.meshes import mesh_for
         from unialign_jax.training.optimizer import make_optimizer
@@ -155,7 +155,7 @@ class Setup:
             raise ValueError("the configuration cannot run:\n  " + "\n  ".join(problems))
         self.config, self.stream = config, active_streams(config)[stream]
         self.networks = Networks.create(*build_configs(config, devices[0].platform))
-        self.mesh = sharding.make_mesh(**mesh_for(config, devices, self.networks).sizes, devices=devices)
+        self.mesh = make_mesh(**mesh_for(config, devices, self.networks).sizes, devices=devices)
         self.networks = self.networks.on(self.mesh)
         self.tx, self.schedule = make_optimizer(**config.optimizer)
         self.state = abstract_state(self.networks, self.tx, config.ema_decay, self.mesh)
@@ -242,7 +242,7 @@ def measure_step(setup, settings) -> dict:
     import jax
 
     from unialign_jax.models.flops import peak_flops
-    from unialign_jax.training.meshes import format_mesh
+    from unialign_jax.parallel.mesh import format_mesh
     from unialign_jax.training.metrics import memory_use, to_means
 
     began = time.perf_counter()

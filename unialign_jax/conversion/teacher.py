@@ -26,6 +26,7 @@ from unialign_jax.data.tokenizer import load_backend
 from unialign_jax.files import read_json
 from unialign_jax.models.teacher import PIXEL_MEAN, PIXEL_STD, ROTARY_BASE, TeacherConfig, init_teacher
 from unialign_jax.parallel import sharding
+from unialign_jax.parallel.mesh import make_mesh
 
 COMPONENT = "teacher"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -284,7 +285,7 @@ def load_teacher(directory, *, mesh=None, dtype=None, verify=True) -> Teacher:
     abstract = bundle.unflatten(
         {path: jax.ShapeDtypeStruct(leaf.shape, dtype or stored[path].dtype) for path, leaf in wanted.items()}
     )
-    mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
+    mesh = mesh or make_mesh(devices=jax.devices()[:1])
     with bundle.verifying(directory, COMPONENT, recorded):
         try:
             params = ocp.load(

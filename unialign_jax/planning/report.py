@@ -11,13 +11,13 @@ from pathlib import Path
 
 from unialign_jax.files import check_regular, replacing_file
 from unialign_jax.parallel import hardware
+from unialign_jax.parallel.mesh import format_mesh
 from unialign_jax.planning.roofline import MATMUL_SHARE
 from unialign_jax.planning.stage import StagePlan, stage_total
 from unialign_jax.planning.step import StepPlan
 from unialign_jax.planning.sweep import TOPOLOGIES, Plans, SlicePlan, Stage, read_plans
 from unialign_jax.planning.topology import GIB, split_name
 from unialign_jax.training.config import active_streams
-from unialign_jax.training.meshes import format_mesh
 
 BEGIN = "<!-- plans: written by python launch/plan.py --report, not by hand -->"
 END = "<!-- end of plans -->"

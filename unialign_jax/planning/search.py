@@ -80,7 +80,7 @@ def candidates(config: ConfigDict, devices: list, name: str) -> list[Candidate]:
         raise ValueError(listed("the configuration cannot run", problems))
     networks = Networks.create(*build_configs(config, devices[0].platform))
     stream = active_streams(config)[name]
-    needs = meshes.read_needs(config, networks)
+    needs = meshes.step_memory(config, networks)
     chip = hardware.find_chip(devices[0].device_kind)
     places = np.array([getattr(device, "coords", (0, 0, 0)) for device in devices])
     bandwidth = group_bandwidth(chip, places, places.max(axis=0) + 1)

@@ -12,6 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from unialign_jax.parallel import hardware, sharding
+from unialign_jax.parallel.mesh import make_mesh
 from unialign_jax.planning.collectives import read_collectives, received_bytes
 from unialign_jax.planning.roofline import Roofline, compute_seconds, hbm_bytes, held_bytes, ici_seconds, step_work
 from unialign_jax.planning.topology import compile_program
@@ -80,7 +81,7 @@ def plan_step(
         raise ValueError(listed("the configuration cannot run", problems))
     networks = Networks.create(*build_configs(config, devices[0].platform))
     choice = mesh_for(config, devices, networks)
-    mesh = sharding.make_mesh(**choice.sizes, devices=devices)
+    mesh = make_mesh(**choice.sizes, devices=devices)
     networks = networks.on(mesh)
     tx, schedule = make_optimizer(**config.optimizer)
     state = abstract_state(networks, tx, config.ema_decay, mesh)

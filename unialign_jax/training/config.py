@@ -17,7 +17,7 @@ from unialign_jax.models.autoencoder import AutoencoderConfig
 from unialign_jax.models.mmdit import REMAT_POLICIES, AlignmentHeadsConfig, MMDiTConfig
 from unialign_jax.models.sizes import ImageSizes
 from unialign_jax.models.text_encoder import TextEncoderConfig
-from unialign_jax.parallel.sharding import complete_mesh_shape, mesh_sizes
+from unialign_jax.parallel.mesh import complete_mesh_shape, mesh_sizes
 from unialign_jax.training.meshes import is_open
 
 
@@ -95,7 +95,7 @@ def paper_config(size="") -> ConfigDict:
             # Threads that read rows, batches made ahead at most, and GB (1e9 bytes) of each host's memory for batches.
             "data": {"num_threads": 16, "prefetch": 64, "prefetch_gb": 4.0, "max_bad_fraction": 0.01},
             # Machine
-            # How many devices along each axis (parallel/sharding.py says what each does). All 0: chosen for the
+            # How many devices along each axis (parallel/mesh.py says what each does). All 0: chosen for the
             # machine (training/meshes.py). As soon as one is given the zeros are ones; -1 is what the others leave.
             "mesh": {"replica": 0, "data": 0, "encoder": 0, "fsdp": 0, "tensor": 0},
             "compilation_cache": "",  # a folder that keeps compiled programs between starts

@@ -26,6 +26,7 @@ from unialign_jax.data.tokenizer import load_tokenizer
 from unialign_jax.files import first_line, read_json, replacing_file
 from unialign_jax.models import flops
 from unialign_jax.parallel import processes, sharding
+from unialign_jax.parallel.mesh import make_mesh
 from unialign_jax.training.checkpoints import Checkpoints, checkpoints_of, load_params
 from unialign_jax.training.config import active_streams, build_configs, config_problems, listed
 from unialign_jax.training.meshes import mesh_for
@@ -57,7 +58,7 @@ class Trainer:
         check_config(config, len(devices))
         self.networks = Networks.create(*build_configs(config, devices[0].platform))
         choice = mesh_for(config, devices, self.networks)
-        self.mesh = sharding.make_mesh(**choice.sizes, devices=devices)
+        self.mesh = make_mesh(**choice.sizes, devices=devices)
         self.networks = self.networks.on(self.mesh)
 
         self.tokenizer = load_tokenizer(config.tokenizer or None)
@@ -276,7 +277,7 @@ class StopRequest:
 
     def __init__(self):
         self.signal = None
-        self._vote = processes.Vote() if jax.process_count() > 1 else None
+        self._vote = processes.DelayedMax() if jax.process_count() > 1 else None
 
     def __enter__(self):
         self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}

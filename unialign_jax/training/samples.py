@@ -48,7 +48,7 @@ class Sampler:
         transformer, text_encoder, autoencoder = networks.transformer, networks.text_encoder, networks.autoencoder
 
         def compute(params):
-            return sharding.computing(params, lambda path: storage_dtype(path, transformer.config.dtype))
+            return sharding.params_for_compute(params, lambda path: storage_dtype(path, transformer.config.dtype))
 
         def encode_images(params, images):
             """uint8 [B, K, H, W, 3] -> latents [B, K, h, w, C]."""

@@ -1,5 +1,6 @@
 """What a run is made of: the networks, the frozen encoders' weights, and the state that a step turns into the next."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +10,8 @@ from unialign_jax.models.autoencoder import AutoencoderConfig, make_autoencoder
 from unialign_jax.models.mmdit import AlignmentHeads, AlignmentHeadsConfig, MMDiT, MMDiTConfig
 from unialign_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 from unialign_jax.parallel import sharding
+from unialign_jax.parallel.gradients import scan_blocks
+from unialign_jax.parallel.mesh import axes_without_wraparound
 
 # The frozen encoders of a run without converted weights are drawn from this seed, whatever the run's own: the stages of
 # one training must agree on them.
@@ -35,8 +38,9 @@ class Networks(NamedTuple):
         return cls(MMDiT(model), AlignmentHeads(heads), TextEncoder(text_encoder), make_autoencoder(autoencoder))
 
     def on(self, mesh) -> "Networks":
-        """The same networks, which know how a mesh lies in its torus: for a training step that is fast there."""
-        return self._replace(transformer=self.transformer.clone(lines=sharding.lines(mesh)))
+        """The same networks, whose blocks' gradients are reduced as fits the mesh's place in its torus."""
+        scan = functools.partial(scan_blocks, axes_without_wraparound=axes_without_wraparound(mesh))
+        return self._replace(transformer=self.transformer.clone(scan_blocks=scan))
 
 
 class TrainState(NamedTuple):

@@ -89,7 +89,7 @@ def compute_losses(
         the cross-modal loss is told even where its weight is 0.
     """
     transformer = networks.transformer
-    params = sharding.computing(params, lambda path: storage_dtype(path, transformer.config.dtype))
+    params = sharding.params_for_compute(params, lambda path: storage_dtype(path, transformer.config.dtype))
     batch_size = batch["image"].shape[0]
     latents, conditions = encode_images(networks, frozen, batch, named_key(key, "latents"))
 
