@@ -1,7 +1,6 @@
 """What a task needs on a chip that is not here: python launch/plan.py --help"""
 
 import argparse
-import json
 import math
 import os
 import shlex
@@ -123,8 +122,7 @@ def main(argv=None):
             files.check_json_output(arguments.output)
         figures = plan_training(arguments, changes) if arguments.config else plan(arguments)
         if arguments.output:
-            with files.replacing_file(arguments.output) as scratch:
-                scratch.write_text(json.dumps(figures, indent=2) + "\n")
+            files.write_json(arguments.output, figures)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     sys.exit(0 if figures["fits"] else 1)

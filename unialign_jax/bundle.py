@@ -22,6 +22,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
@@ -116,22 +117,6 @@ def _initializer(config, name):
     return module.init, jax.random.key(0), *inputs
 
 
-def flatten(tree) -> dict:
-    """A tree as {"blocks/joint/image/qkv/kernel": leaf, ...}."""
-    return {sharding.path_string(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def unflatten(leaves) -> dict:
-    tree = {}
-    for path, leaf in leaves.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
-
-
 # Reading
 
 
@@ -185,7 +170,7 @@ def restore(directory, abstract: dict, *, verify: bool = True) -> dict:
         log.warning("%s", NO_HASHES.format(directory))
     params = {}
     for name, tree in abstract.items():
-        wanted = flatten(tree)
+        wanted = flatten_dict(tree, sep="/")
         if not wanted:
             params[name] = {}
             continue
@@ -259,7 +244,7 @@ def component_metadata(directory, name) -> dict:
         if not path.is_dir():
             check_regular(path)  # a pipe would be waited for
     try:
-        return flatten(ocp.metadata(folder).metadata)
+        return flatten_dict(ocp.metadata(folder).metadata or {}, sep="/")
     except Exception as error:
         raise ValueError(f"{folder} is damaged: {first_line(error, 200)}") from error
 
@@ -294,7 +279,7 @@ def in_groups(load, metadata, paths):
         size += group[path].nbytes
         if size >= GROUP_BYTES or i == len(paths) - 1:
             with context:
-                loaded = flatten(load(unflatten(group)))
+                loaded = flatten_dict(load(unflatten_dict(group, sep="/")), sep="/")
             names = list(group)
             group, size = {}, 0
             for name in names:
@@ -333,7 +318,7 @@ def save(directory, config: BundleConfig, params: dict, *, tokenizer=None, overw
     """
     with Writer(directory, overwrite=overwrite) as writer:
         for name in config.components:
-            leaves = ((path, np.asarray(leaf)) for path, leaf in flatten(params[name]).items())
+            leaves = ((path, np.asarray(leaf)) for path, leaf in flatten_dict(params[name], sep="/").items())
             writer.add(name, getattr(config, name), leaves)
         if tokenizer is not None:
             writer.add_tokenizer(tokenizer)
@@ -377,7 +362,7 @@ class Writer:
 
         def flush():
             with context:
-                ocp.partial.save(folder, unflatten(group))
+                ocp.partial.save(folder, unflatten_dict(group, sep="/"))
             group.clear()
 
         for path, leaf in leaves:

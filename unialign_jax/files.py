@@ -137,6 +137,12 @@ def replacing_file(path: str | os.PathLike) -> Iterator[Path]:
             os.unlink(scratch)
 
 
+def write_json(path: str | os.PathLike, content, indent: int = 2) -> None:
+    """Writes `content` as a JSON file, by `replacing_file`."""
+    with replacing_file(path) as scratch:
+        scratch.write_text(json.dumps(content, indent=indent) + "\n")
+
+
 @contextlib.contextmanager
 def replacing_folder(
     directory: str | os.PathLike, *, overwrite: bool = False, foreign: Callable[[Path], list[str]] | None = None

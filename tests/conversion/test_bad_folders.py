@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
 from unialign_jax import bundle, bundle_config
@@ -422,7 +423,7 @@ def test_a_trainers_pth_gives_what_its_safetensors_gives(dual_file, tmp_path):
     convert_unialign(dual_file, tmp_path / "b", components=["transformer"])
     config, params = bundle.load(tmp_path / "a")
     _, expected = bundle.load(tmp_path / "b")
-    found, expected = bundle.flatten(params["transformer"]), bundle.flatten(expected["transformer"])
+    found, expected = flatten_dict(params["transformer"], sep="/"), flatten_dict(expected["transformer"], sep="/")
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_array_equal(found[name], value, name)

@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tokenizers
+from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
 from unialign_jax import bundle
@@ -138,7 +139,7 @@ def test_every_value_is_kept_in_the_stored_dtype(source, converted):
     assert {leaf.dtype for leaf in jax.tree.leaves(teacher.params)} == {jnp.dtype("bfloat16")}
     table = qwen_table(teacher.config, "transformers 4")
     exported = {}
-    for path, leaf in bundle.flatten(teacher.params).items():
+    for path, leaf in flatten_dict(teacher.params, sep="/").items():
         exported |= dict(export_tensors(table, path, np.asarray(leaf)))
     expected = {
         k: v for k, v in tensors_of(source).items() if k.startswith("visual.") or k == "model.embed_tokens.weight"

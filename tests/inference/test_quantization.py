@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import qwix
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from unialign_jax import bundle
 from unialign_jax.inference.quantization import (
@@ -104,7 +105,7 @@ def test_kernels_become_int8_by_layer_and_channel(component, params):
     leaves = jax.tree_util.tree_leaves_with_path(quantized, is_leaf=is_quantized)
     found = {path_string(path): leaf for path, leaf in leaves}
     assert {path for path, leaf in found.items() if is_quantized(leaf)} == set(QUANTIZED[component])
-    for path, original in bundle.flatten(params[component]).items():
+    for path, original in flatten_dict(params[component], sep="/").items():
         leaf = found[path]
         if path not in QUANTIZED[component]:
             np.testing.assert_array_equal(leaf, original, err_msg=path)
@@ -121,11 +122,11 @@ def test_kernels_become_int8_by_layer_and_channel(component, params):
 
 @pytest.mark.parametrize("component", MODULES)
 def test_int8_model_is_the_float_model_of_the_rounded_weights(component, params, inputs):
-    rounded = bundle.flatten(params[component])
+    rounded = flatten_dict(params[component], sep="/")
     for path, axes in QUANTIZED[component].items():
         layers = [np.multiply(*round_in_float64(kernel, axes)) for kernel in rounded[path]]
         rounded[path] = np.stack(layers).astype(np.float32)
-    expected = program(component)({"params": bundle.unflatten(rounded)}, *inputs[component])
+    expected = program(component)({"params": unflatten_dict(rounded, sep="/")}, *inputs[component])
     quantized = quantize_params(params[component], "int8")
     found = program(component, "int8")({"params": quantized}, *inputs[component])
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import PartitionSpec as P
 
-from unialign_jax import bundle
 from unialign_jax.models import presets
 from unialign_jax.models.mmdit import AlignmentHeads, MMDiT
 from unialign_jax.models.text_encoder import TextEncoder
@@ -96,12 +96,12 @@ def test_the_text_encoder_is_split_over_its_own_axis():
 def test_computing_weights_are_whole_and_gradients_split():
     mesh = sharding.make_mesh(data=4, fsdp=2)
     path, weights = "blocks/joint/image/mlp_in/kernel", jnp.ones((1, 16, 8))
-    tree = bundle.unflatten({path: weights})
+    tree = unflatten_dict({path: weights}, sep="/")
     place = sharding.tree_shardings(tree, mesh, state=True)
 
     def loss(tree, x):
         computing = sharding.computing(tree, lambda path: jnp.bfloat16)
-        kernel = bundle.flatten(computing)[path]
+        kernel = flatten_dict(computing, sep="/")[path]
         return jnp.sum(x @ kernel[0]), kernel
 
     x = jnp.arange(8 * 16.0).reshape(8, 16)

@@ -7,20 +7,20 @@ for the heads.
 """
 
 import errno
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 from tqdm import tqdm
 
 from unialign_jax import bundle
 from unialign_jax.conversion import autoencoder, rules, safetensors_file, text_encoder, transformer
 from unialign_jax.conversion.importing import DTYPES, check_fit, check_space, with_progress
 from unialign_jax.conversion.rules import Table
-from unialign_jax.files import check_inside, read_json, refuse_existing, replacing_folder
+from unialign_jax.files import check_inside, read_json, refuse_existing, replacing_folder, write_json
 from unialign_jax.models.mmdit import AlignmentHeadsConfig
 from unialign_jax.training.runs import StoredTree, describe, latest_step, open_run, read_run_tokenizer, read_settings
 
@@ -148,7 +148,7 @@ def bundle_from_run(
             if name not in trained:
                 pieces[name] = (tree.config, tree.leaves(list(tree.shapes)), None)
     for name, (config, params) in (frozen or {}).items():
-        leaves = ((path, np.asarray(leaf)) for path, leaf in bundle.flatten(params).items())
+        leaves = ((path, np.asarray(leaf)) for path, leaf in flatten_dict(params, sep="/").items())
         pieces.setdefault(name, (config, leaves, None))
     about = describe(run, settings)
     sizes = {key: about[key] for key in bundle.SIZES}
@@ -312,10 +312,6 @@ def write_folder(folder, format, pieces, tokenizer, bar):
         (folder / "scheduler").mkdir()
         write_json(folder / "scheduler/scheduler_config.json", SCHEDULER)
         write_json(folder / "model_index.json", model_index(folder, format))
-
-
-def write_json(path, content):
-    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def write_tokenizer(folder, source):

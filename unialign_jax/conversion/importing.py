@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
+from flax.traverse_util import flatten_dict
 from tqdm import tqdm
 
 from unialign_jax import bundle
@@ -244,7 +245,7 @@ def plan(parts, heads, tokenizer, dtype) -> list[Job]:
 
     jobs = []
     for name, tree in bundle.abstract_params(config).items():
-        shapes = {path: tuple(leaf.shape) for path, leaf in bundle.flatten(tree).items()}
+        shapes = {path: tuple(leaf.shape) for path, leaf in flatten_dict(tree, sep="/").items()}
         if pieces[name] is None:  # new heads are trained, so they are kept in full precision
             jobs.append(Job(name, configs[name], transformer.new_heads_table(shapes), None, shapes, dtype))
         else:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import tokenizers
+from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import v1 as ocp
 from tqdm import tqdm
 
@@ -234,7 +235,7 @@ def convert_teacher(source, output, *, tokenizer=None, dtype=None, overwrite=Fal
     check_tokenizer(tokenizer, tokenizer)
     load_backend(tokenizer / "tokenizer.json")  # what it may not be, it is not copied as
     part = open_qwen(source)
-    shapes = {path: leaf.shape for path, leaf in bundle.flatten(abstract_teacher(config)).items()}
+    shapes = {path: leaf.shape for path, leaf in flatten_dict(abstract_teacher(config), sep="/").items()}
     job = Job(COMPONENT, config, qwen_table(config, part.layout), part, shapes, DTYPES[dtype] if dtype else None)
     check_space(output, job.size)
 
@@ -275,14 +276,14 @@ def load_teacher(directory, *, mesh=None, dtype=None, verify=True) -> Teacher:
             f"{directory} is a bundle without a teacher: convert Qwen2.5-VL with launch/convert.py teacher"
         )
     config = parse_teacher(content, path)
-    wanted = bundle.flatten(abstract_teacher(config))
+    wanted = flatten_dict(abstract_teacher(config), sep="/")
     stored = bundle.component_metadata(directory, COMPONENT)
     if {path: leaf.shape for path, leaf in wanted.items()} != {
         path: tuple(leaf.shape) for path, leaf in stored.items()
     }:
         raise ValueError(f"{directory}/{COMPONENT} does not hold what its config.json describes: convert it again")
-    abstract = bundle.unflatten(
-        {path: jax.ShapeDtypeStruct(leaf.shape, dtype or stored[path].dtype) for path, leaf in wanted.items()}
+    abstract = unflatten_dict(
+        {path: jax.ShapeDtypeStruct(leaf.shape, dtype or stored[path].dtype) for path, leaf in wanted.items()}, sep="/"
     )
     mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
     with bundle.verifying(directory, COMPONENT, recorded):

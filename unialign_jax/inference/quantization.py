@@ -18,8 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import qwix
-
-from unialign_jax import bundle
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 MODES = ("int8", "w8a8")
 
@@ -160,10 +159,10 @@ def abstract_quantized(abstract_params, mode):
 
 
 def _map_leaves(function, params):
-    leaves = bundle.flatten(params)
+    leaves = flatten_dict(params, sep="/")
     if not any(input_axes(path) is not None for path in leaves):
         raise ValueError("nothing to quantise here: expected the parameters of an MMDiT or a TextEncoder")
-    return bundle.unflatten({path: function(path, leaf) for path, leaf in leaves.items()})
+    return unflatten_dict({path: function(path, leaf) for path, leaf in leaves.items()}, sep="/")
 
 
 def tree_bytes(params) -> int:

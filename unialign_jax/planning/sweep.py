@@ -10,7 +10,6 @@ import datetime
 import importlib.metadata
 import json
 import math
-import os
 import re
 import sys
 import typing
@@ -94,7 +93,7 @@ def sweep(config, reference: str, topologies, folder: Path, *, plan_row: Callabl
     }
     for row in read_rows(folder):
         check_program(folder, row, program)
-    write_json(folder / f"stage-{config.name}.json", stage)
+    files.write_json(folder / f"stage-{config.name}.json", stage, indent=1)
 
     errors = []
     for topology in topologies:
@@ -109,7 +108,7 @@ def sweep(config, reference: str, topologies, folder: Path, *, plan_row: Callabl
                 errors.append(f"{name} on {topology}: {' '.join(str(error).split())[:300]}")
                 print(f"error: {errors[-1]}", file=sys.stderr)
                 continue
-            write_json(path, row | {"shape": shape, "topology": topology, "program": program})
+            files.write_json(path, row | {"shape": shape, "topology": topology, "program": program}, indent=1)
             print(f"{path}: {describe(row)}", file=sys.stderr)
     return errors
 
@@ -160,12 +159,6 @@ def check_program(folder, row, program):
                 f"{folder} has plans of another configuration ({key} is {found!r} there, {expected!r} here): "
                 "name another folder"
             )
-
-
-def write_json(path: Path, content: dict):
-    scratch = path.with_suffix(f".{os.getpid()}")
-    scratch.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(scratch, path)
 
 
 def describe(row: dict) -> str:

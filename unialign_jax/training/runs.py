@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 from orbax.checkpoint import v1 as ocp
 
 from unialign_jax import bundle, bundle_config, files
@@ -118,7 +119,7 @@ def _metadata(folder):
         if not path.is_dir():
             files.check_regular(path)
     try:
-        return bundle.flatten(ocp.checkpointables_metadata(folder).metadata["state"])
+        return flatten_dict(ocp.checkpointables_metadata(folder).metadata["state"] or {}, sep="/")
     except Exception as error:
         raise ValueError(f"{folder} cannot be read: {files.first_line(error, 200)}") from error
 
@@ -255,7 +256,7 @@ def open_to_sample(run, weights: str | None = None, *, verify: bool = True) -> R
             return frozen_leaves(name)
         if not drawn:
             drawn.update(draw_frozen(settings))
-        return ((path, np.asarray(leaf)) for path, leaf in bundle.flatten(drawn[name][1]).items())
+        return ((path, np.asarray(leaf)) for path, leaf in flatten_dict(drawn[name][1], sep="/").items())
 
     def frozen_leaves(name):
         yield from bundle.read_leaves(source, name, verify=name in to_verify)
