@@ -91,9 +91,7 @@ def parse_arguments(argv):
             metavar="PATH",
             help="the learned embedding of masked text (mask_token_emb.00-of-01.pth)",
         )
-        sub.add_argument(
-            "--components", metavar="A,B", help="convert only these of transformer, text_encoder, autoencoder"
-        )
+        add_components(sub, "convert")
         sub.add_argument("--heads", action="store_true", help="draw new alignment heads when the source has none")
         add_dtype(sub, "how to store the weights (default: as the source does; eight-bit floats become bfloat16)")
 
@@ -111,7 +109,7 @@ def parse_arguments(argv):
     )
     sub.add_argument("--weights", choices=["raw", "ema"], default="raw", help="which of a run's weights (default raw)")
     sub.add_argument("--format", required=True, choices=["unialign", "diffusers", "stability", "bundle"])
-    sub.add_argument("--components", metavar="A,B", help="write only these of transformer, text_encoder, autoencoder")
+    add_components(sub, "write")
     add_dtype(sub, "how to write the weights (default: as they are stored)")
     sub.add_argument(
         "--drop-text-positions",
@@ -139,6 +137,15 @@ def add_output(parser, text):
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run wrote there")
 
 
+def add_components(parser, verb):
+    text = f"{verb} only these of transformer, text_encoder, autoencoder"
+    parser.add_argument("--components", metavar="A,B", type=names, help=text)
+
+
+def names(text):
+    return [name.strip() for name in text.split(",")] if text else None
+
+
 def add_dtype(parser, text):
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help=text)
 
@@ -152,97 +159,59 @@ def convert(arguments):
         arguments.output,
         text_encoder=arguments.text_encoder,
         vae=arguments.vae,
-        tokenizer=arguments.tokenizer,
         mask_embedding=arguments.mask_embedding,
-        components=split(arguments.components),
+        components=arguments.components,
         heads=arguments.heads,
-        dtype=arguments.dtype,
-        overwrite=arguments.overwrite,
-        progress=True,
+        tokenizer=arguments.tokenizer,
+        **common(arguments),
     )
     return f"{', '.join(config.components)} in {arguments.output}"
 
 
-def split(components):
-    return [name.strip() for name in components.split(",")] if components else None
+def common(arguments) -> dict:
+    """What every conversion takes."""
+    return {"dtype": arguments.dtype, "overwrite": arguments.overwrite, "progress": True}
 
 
 def teacher(arguments):
     from unialign_jax.conversion.teacher import convert_teacher
 
-    convert_teacher(
-        arguments.source,
-        arguments.output,
-        tokenizer=arguments.tokenizer,
-        dtype=arguments.dtype,
-        overwrite=arguments.overwrite,
-        progress=True,
-    )
+    convert_teacher(arguments.source, arguments.output, tokenizer=arguments.tokenizer, **common(arguments))
     return f"the teacher in {arguments.output}"
 
 
 def export(arguments):
-    from unialign_jax.conversion.exporting import export
+    from unialign_jax import bundle
+    from unialign_jax.conversion import exporting
 
+    source = arguments.bundle and bundle.locate(arguments.bundle)
+    options = {"weights": arguments.weights, "source": source, **common(arguments)}
     if arguments.format == "bundle":
-        return export_run(arguments)
-    lost = export(
+        exporting.bundle_from_run(arguments.output, arguments.run, **options)
+        return f"{arguments.output}, a bundle of the run"
+    lost = exporting.export(
         arguments.output,
         format=arguments.format,
-        source=arguments.bundle,
         run=arguments.run,
-        weights=arguments.weights,
-        components=split(arguments.components),
-        dtype=arguments.dtype,
-        overwrite=arguments.overwrite,
-        progress=True,
+        components=arguments.components,
         drop_text_positions=arguments.drop_text_positions,
+        **options,
     )
     for line in lost:
         print(f"left out, since {arguments.format} has no place for it: {line}")
     return f"{arguments.output} in the format {arguments.format}"
 
 
-def export_run(arguments):
-    """The run as a bundle, with the frozen encoders and the tokenizer that it was trained with."""
-    from unialign_jax import bundle
-    from unialign_jax.conversion.exporting import bundle_from_run
-    from unialign_jax.training import runs
-
-    if not runs.is_run(arguments.run):
-        raise FileNotFoundError(f"{arguments.run} is no run's folder: expected config.json and checkpoints/ inside")
-    settings = runs.read_settings(arguments.run)
-    source = arguments.bundle or settings.get("frozen_from") or None
-    source = source and bundle.locate(source)
-    bundle_from_run(
-        arguments.output,
-        arguments.run,
-        weights=arguments.weights,
-        source=source,
-        frozen=None if source else runs.draw_frozen(settings),
-        dtype=arguments.dtype,
-        overwrite=arguments.overwrite,
-        progress=True,
-    )
-    return f"{arguments.output}, a bundle of the run"
-
-
 def inspect(arguments):
     from unialign_jax import bundle
-    from unialign_jax.conversion.inspecting import inspect
+    from unialign_jax.conversion import inspecting
 
     path = bundle.locate(arguments.path)
-    for line in inspect(path, keys=arguments.keys):
+    for line in inspecting.inspect(path, keys=arguments.keys):
         print(line)
     if arguments.verify:
-        if not bundle.is_bundle(path):
-            raise ValueError(f"{arguments.path} is not a bundle, so that there are no recorded hashes to verify")
-        problems = bundle.verify(path)
-        if problems:
-            more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-            raise ValueError(f"{arguments.path} is not as it was written: {'; '.join(problems[:8])}{more}")
+        inspecting.check_hashes(path)
         print("every file is as it was written")
-    return None
 
 
 def quiet_about_closed_loops(unraisable):

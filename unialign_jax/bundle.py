@@ -16,11 +16,10 @@ import errno
 import importlib.metadata
 import logging
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
@@ -38,12 +37,10 @@ from unialign_jax.bundle_config import (
     read_content,
     write_content,
 )
-from unialign_jax.data.tokenizer import MAX_TOKENIZER_FILE, Tokenizer, load_tokenizer
+from unialign_jax.data.tokenizer import MAX_TOKENIZER_FILE, load_tokenizer
 from unialign_jax.files import check_inside, check_regular, first_line, refuse_existing, replacing_folder, sha256
 from unialign_jax.integrity import inventory
-from unialign_jax.models.autoencoder import make_autoencoder
-from unialign_jax.models.mmdit import AlignmentHeads, MMDiT
-from unialign_jax.models.text_encoder import TextEncoder
+from unialign_jax.models import parameters
 from unialign_jax.parallel import sharding
 
 # What others know by this module's name.
@@ -54,7 +51,7 @@ log = logging.getLogger(__name__)
 GROUP_BYTES = 256 * 2**20  # small arrays are written together up to this size
 CHUNK_BYTES = 64 * 2**20  # arrays are stored in pieces of this size, so that a device reads its part alone
 READ_BYTES = 2**30  # host memory that reading may use beside the arrays themselves, or the largest array's if more
-PARTS = (*COMPONENTS, "teacher", "tokenizer")  # the folders of a bundle
+PARTS = (*COMPONENTS, "tokenizer")  # the folders of a bundle
 TOKENIZER_FILES = (
     "tokenizer.json",
     "spiece.model",
@@ -79,14 +76,18 @@ def tokenizer_path(directory) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def read_tokenizer(directory, *, verify: bool = True) -> Tokenizer:
-    """The bundle's tokenizer. Raises ValueError when it has none, or (with `verify`) not the one that was written."""
+def read_tokenizer(directory, *, load: Callable = load_tokenizer, verify: bool = True):
+    """The bundle's tokenizer. Raises ValueError when it has none, or (with `verify`) not the one that was written.
+
+    Args:
+      load: what opens the tokenizer's folder: `load_tokenizer` for a `Tokenizer`, `load_backend` for a teacher's.
+    """
     directory = Path(directory)
     recorded = read_content(directory, verify)["files"] if verify else {}
     with inventory.checked(directory, recorded, "tokenizer") if recorded else contextlib.nullcontext():
         if tokenizer_path(directory) is None:
             raise ValueError(f"{directory} has no tokenizer: convert the model again with --tokenizer=FOLDER")
-        return load_tokenizer(tokenizer_path(directory))
+        return load(tokenizer_path(directory))
 
 
 def abstract_params(config: BundleConfig, components=None) -> dict:
@@ -96,25 +97,10 @@ def abstract_params(config: BundleConfig, components=None) -> dict:
 
 def _abstract_component(config, name):
     try:
-        return jax.eval_shape(*_initializer(config, name)).get("params", {})
+        width = config.transformer.width if name == "heads" else None
+        return jax.eval_shape(lambda: parameters.init(getattr(config, name), jax.random.key(0), tap_width=width))
     except Exception as error:  # numbers that contradict each other, in many ways
         raise ValueError(f"the configuration's {name} cannot be built: {first_line(error)}") from None
-
-
-def _initializer(config, name):
-    if name == "transformer":
-        c = config.transformer
-        latents = jnp.zeros((1, c.patch_size, c.patch_size, c.latent_channels))
-        module, inputs = MMDiT(c), (latents, jnp.zeros((1, 1, c.text_width)), jnp.zeros((1,)))
-    elif name == "heads":
-        tap = jnp.zeros((1, 1, config.transformer.width))
-        module, inputs = AlignmentHeads(config.heads), (tap, tap)
-    elif name == "text_encoder":
-        module, inputs = TextEncoder(config.text_encoder), (jnp.zeros((1, 1), jnp.int32),)
-    else:
-        side = config.autoencoder.downsample_factor
-        module, inputs = make_autoencoder(config.autoencoder), (jnp.zeros((1, side, side, 3)),)
-    return module.init, jax.random.key(0), *inputs
 
 
 # Reading

@@ -9,6 +9,7 @@ from unialign_jax.files import shown
 from unialign_jax.integrity import inventory
 from unialign_jax.models.autoencoder import AutoencoderConfig
 from unialign_jax.models.mmdit import REMAT_POLICIES, AlignmentHeadsConfig, MMDiTConfig
+from unialign_jax.models.teacher import TeacherConfig
 from unialign_jax.models.text_encoder import TextEncoderConfig
 from unialign_jax.sampling.text import DECODINGS
 
@@ -19,6 +20,7 @@ COMPONENTS = {
     "heads": AlignmentHeadsConfig,
     "text_encoder": TextEncoderConfig,
     "autoencoder": AutoencoderConfig,
+    "teacher": TeacherConfig,  # in a bundle of its own
 }
 SIZES = ("image_size", "text_length")
 TASKS = ("t2i", "edit", "perceive", "personalize", "caption", "vqa")
@@ -37,7 +39,7 @@ SAMPLING = {
 }
 # What differs where the transformer has text positions: it knows which word goes where, and needs no luck to place it.
 POSITIONED_SAMPLING = {"caption_decoding": "top_k", "caption_temperature": 0.0}
-_KEYS = {"format", "version", *COMPONENTS, "teacher", *SIZES, "tasks", "sampling", "dtypes", "provenance", "files"}
+_KEYS = {"format", "version", *COMPONENTS, *SIZES, "tasks", "sampling", "dtypes", "provenance", "files"}
 _CHOICES = {
     "attention": ("auto", "xla", "cudnn", "splash"),
     "remat": ("none", *REMAT_POLICIES),
@@ -45,9 +47,10 @@ _CHOICES = {
     "kind": ("kl", "space_to_depth"),
 }
 # Larger ones would build modules for ever; for all other whole numbers there is one limit.
-_MOST = {"depth": 1000, "blocks_per_level": 64, "num_buckets": 10_000}
+_MOST = {"depth": 1000, "blocks_per_level": 64, "num_buckets": 10_000, "min_pixels": 2**30, "max_pixels": 2**30}
 _MOST_OF_ALL = 2**24
-_NONE = ("text_positions", "blocks_per_level")  # which may be 0
+_NONE = ("text_positions", "blocks_per_level", "full_attention_layers")  # which may be 0, or hold it
+_LENGTHS = {"full_attention_layers": (0, 1000)}  # of a list; 1 to 16 elsewhere
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +68,7 @@ class BundleConfig:
     heads: AlignmentHeadsConfig | None = None
     text_encoder: TextEncoderConfig | None = None
     autoencoder: AutoencoderConfig | None = None
+    teacher: TeacherConfig | None = None
     image_size: int = 512
     text_length: int = 256
     tasks: tuple[str, ...] | None = None
@@ -178,25 +182,28 @@ def parse_component(kind, values, where: str):
         expected = _expected(name, value, fields[name])
         if expected:
             raise ValueError(f"{where}.{name} is {shown(value)}, expected {expected}")
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    try:
+        return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _expected(name, value, default) -> str | None:
     """What a field was expected to be, where the value is something else."""
-    most = _MOST.get(name, _MOST_OF_ALL)
+    least, most = 0 if name in _NONE else 1, _MOST.get(name, _MOST_OF_ALL)
     if name in _CHOICES:
         fits, expected = isinstance(value, str) and value in _CHOICES[name], f"one of {', '.join(_CHOICES[name])}"
     elif isinstance(default, bool):
         fits, expected = isinstance(value, bool), "true or false"
     elif isinstance(default, int):
-        least = 0 if name in _NONE else 1
         fits, expected = inventory.is_whole(value, least, most), f"a whole number from {least} to {most}"
     elif isinstance(default, float):
         fits, expected = is_number(value) and (name != "scale" or value > 0), "a number"
     else:
-        fits = isinstance(value, list | tuple) and 0 < len(value) <= 16
-        fits = fits and all(inventory.is_whole(number, 1, most) for number in value)
-        expected = f"1 to 16 whole numbers from 1 to {most}"
+        shortest, longest = _LENGTHS.get(name, (1, 16))
+        fits = isinstance(value, list | tuple) and shortest <= len(value) <= longest
+        fits = fits and all(inventory.is_whole(number, least, most) for number in value)
+        expected = f"{shortest} to {longest} whole numbers from {least} to {most}"
     return None if fits else expected
 
 

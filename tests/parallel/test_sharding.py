@@ -7,26 +7,14 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import PartitionSpec as P
 
+from unialign_jax import bundle
 from unialign_jax.models import presets
-from unialign_jax.models.mmdit import AlignmentHeads, MMDiT
-from unialign_jax.models.text_encoder import TextEncoder
 from unialign_jax.parallel import sharding
 
 
 def full_size_shapes():
-    transformer = MMDiT(presets.MMDIT["unialign_2b"])
-    text_encoder = TextEncoder(presets.TEXT_ENCODER["t5_xxl"])
-    heads = AlignmentHeads(presets.ALIGNMENT_HEADS["unialign_2b"])
-    latents, text = jnp.zeros((1, 2, 2, 16)), jnp.zeros((1, 1, 4096))
-
-    def init(key):
-        return {
-            "transformer": transformer.init(key, latents, text, jnp.zeros((1,)))["params"],
-            "heads": heads.init(key, jnp.zeros((1, 1, 1536)), jnp.zeros((1, 1, 1536)))["params"],
-            "text_encoder": text_encoder.init(key, jnp.zeros((1, 1), jnp.int32))["params"],
-        }
-
-    return jax.eval_shape(init, jax.random.key(0))
+    transformer, heads = presets.MMDIT["unialign_2b"], presets.ALIGNMENT_HEADS["unialign_2b"]
+    return bundle.abstract_params(bundle.BundleConfig(transformer, heads, presets.TEXT_ENCODER["t5_xxl"]))
 
 
 @pytest.mark.parametrize(

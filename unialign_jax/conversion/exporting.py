@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
-from flax.traverse_util import flatten_dict
 from tqdm import tqdm
 
 from unialign_jax import bundle
@@ -22,7 +22,8 @@ from unialign_jax.conversion.importing import DTYPES, check_fit, check_space, wi
 from unialign_jax.conversion.rules import Table
 from unialign_jax.files import check_inside, read_json, refuse_existing, replacing_folder, write_json
 from unialign_jax.models.mmdit import AlignmentHeadsConfig
-from unialign_jax.training.runs import StoredTree, describe, latest_step, open_run, read_run_tokenizer, read_settings
+from unialign_jax.training import runs
+from unialign_jax.training.runs import StoredTree
 
 FORMATS = ("unialign", "diffusers", "stability")
 CLASSES = {"unialign": "SD3JointModelFlexible", "diffusers": "SD3Transformer2DModel"}
@@ -90,11 +91,13 @@ def export(
         raise ValueError("give a bundle or a run to export")
     trees = open_bundle(source) if source is not None else {}
     if run is not None:
-        trees = {name: tree for name, tree in trees.items() if name != "heads"} | open_run(run, weights)
-    chosen = tuple(components or (name for name in trees if name != "heads"))
-    missing = [name for name in chosen if name not in trees]
-    if missing:
-        raise ValueError(f"{source or run} has no {', '.join(missing)}; it has {', '.join(trees)}")
+        trees = {name: tree for name, tree in trees.items() if name != "heads"} | runs.open_run(run, weights)
+    exportable = [name for name in trees if name in STABILITY_PREFIXES]
+    chosen = tuple(components or exportable)
+    missing = [name for name in chosen if name not in exportable]
+    if missing or not chosen:
+        lacking = ", ".join(missing or STABILITY_PREFIXES)
+        raise ValueError(f"{source or run} has no {lacking}; it has {', '.join(exportable or trees)}")
     if "transformer" in chosen and trees["transformer"].config.text_positions and not drop_text_positions:
         raise ValueError(
             f"the transformer of {run or source} has text positions, for which {format} has no place: "
@@ -121,58 +124,38 @@ def export(
     return left_out(trees, chosen, format)
 
 
-def bundle_from_run(
-    output, run, *, weights="raw", source=None, frozen=None, tokenizer=None, dtype=None, overwrite=False, progress=False
-):
-    """A training run's newest checkpoint as a bundle, ready to sample from.
+def bundle_from_run(output, run, *, weights="raw", source=None, dtype=None, overwrite=False, progress=False) -> None:
+    """A training run's newest checkpoint as a bundle, ready to sample from, with the run's tokenizer.
 
     Args:
       output: the bundle to write.
       run, weights: as in `export`.
-      source: the bundle that the text encoder and the autoencoder are taken from; or else
-      frozen: {"text_encoder": (config, params), "autoencoder": (config, params)}.
-      tokenizer: a `Tokenizer` in place of the run's own.
+      source: the bundle of the text encoder and the autoencoder; those that the run was trained with when None.
       dtype: "float32", "float16" or "bfloat16" to store transformer and heads; as in the checkpoint when None.
 
     Raises ValueError also when the parts do not fit each other.
     """
-    settings, step = read_settings(run), latest_step(run, verify=True)
-    trained = open_run(run, weights, step)
-    tokenizer = tokenizer or read_run_tokenizer(settings, run)
-    pieces = {
-        name: (tree.config, tree.leaves(list(tree.shapes)), DTYPES[dtype] if dtype else None)
-        for name, tree in trained.items()
-    }
-    if source is not None:
-        for name, tree in open_bundle(source).items():
-            if name not in trained:
-                pieces[name] = (tree.config, tree.leaves(list(tree.shapes)), None)
-    for name, (config, params) in (frozen or {}).items():
-        leaves = ((path, np.asarray(leaf)) for path, leaf in flatten_dict(params, sep="/").items())
-        pieces.setdefault(name, (config, leaves, None))
-    about = describe(run, settings)
-    sizes = {key: about[key] for key in bundle.SIZES}
-    check_fit(bundle.BundleConfig(**{name: config for name, (config, *_) in pieces.items()}, **sizes), tokenizer)
-    size = sum(int(np.prod(shape)) * 4 for tree in trained.values() for shape in tree.shapes.values())
-    check_space(output, size)
+    runs.latest_step(run)  # refuses a folder that is no run's
+    opened = runs.open_to_sample(run, weights, frozen_from=source)
+    config, trained = opened.config, ("transformer", "heads")
+    check_fit(config, opened.tokenizer)
+    check_space(output, 4 * sum(leaf.size for leaf in jax.tree.leaves(bundle.abstract_params(config, trained))))
     with (
         bundle.Writer(output, overwrite=overwrite) as writer,
         tqdm(unit="B", unit_scale=True, disable=None if progress else True) as bar,
     ):
-        for name, (config, leaves, wanted) in pieces.items():
+        for name in config.components:
             bar.set_description(name)
-            writer.add(name, config, with_progress(cast(leaves, wanted), bar))
-        writer.add_tokenizer(tokenizer)
-        writer.sizes = sizes
-        writer.tasks, writer.sampling = about["tasks"], about["sampling"]
-        writer.provenance = {"kind": "run", "run": Path(run).name, "step": step, "weights": weights}
-        if source is not None:
-            writer.provenance["frozen_from"] = Path(source).name
-
-
-def cast(leaves, dtype):
-    for path, leaf in leaves:
-        yield path, leaf if dtype is None else leaf.astype(dtype)
+            leaves = opened.leaves(name)
+            if dtype and name in trained:
+                leaves = ((path, leaf.astype(DTYPES[dtype])) for path, leaf in leaves)
+            writer.add(name, getattr(config, name), with_progress(leaves, bar))
+        writer.add_tokenizer(opened.tokenizer)
+        writer.sizes = {key: getattr(config, key) for key in bundle.SIZES}
+        writer.tasks, writer.sampling = config.tasks, config.sampling
+        writer.provenance = {"kind": "run", "run": Path(run).name, "step": opened.step, "weights": weights}
+        if opened.frozen_from:
+            writer.provenance["frozen_from"] = Path(opened.frozen_from).name
 
 
 def left_out(trees, chosen, format) -> list[str]:

@@ -3,7 +3,7 @@
 import errno
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -32,19 +32,6 @@ DTYPES = {
 MAX_PROBLEMS = 20  # named in one message
 MAX_MASK_FILE = 2**26  # bytes; the released one has 9,500
 FLAGS = {"text_encoder": "--text-encoder", "autoencoder": "--vae"}
-
-
-def convert_sd3(source, output, **options) -> bundle.BundleConfig:
-    """Stable Diffusion 3 medium -> a bundle with the same image velocity, and a text head that is yet to be trained.
-
-    Args: see `convert`. Raises ValueError also when the source is a UniAlignment transformer.
-    """
-    return convert("sd3", source, output, **options)
-
-
-def convert_unialign(source, output, **options) -> bundle.BundleConfig:
-    """The released UniAlignment (or DualDiffusion) model -> a bundle, alignment heads included where it has them."""
-    return convert("unialign", source, output, **options)
 
 
 def convert(
@@ -112,11 +99,45 @@ def convert(
             "no mask embedding is given: <extra_id_0>'s own embedding stands for masked text (the released one is "
             "mask_token_emb.00-of-01.pth, by --mask-embedding)"
         )
+    files = {file for part in parts.values() for file in part.files}
+    provenance = {"kind": kind, "dropped": given.dropped}
+    if mask:
+        files.add(Path(mask_embedding))
+        provenance["mask_embedding"] = {"file": Path(mask_embedding).name, "row": mask.row}
+    write(
+        output,
+        jobs,
+        files,
+        tokenizer,
+        tokenizer_source=tokenizer_source,
+        mask=mask,
+        provenance=provenance,
+        tasks=trained_tasks(kind, [job.name for job in jobs]),
+        sampling={key: value for key, (value, *_) in SAMPLING.items()},
+        overwrite=overwrite,
+        progress=progress,
+    )
+    return bundle.read_config(output)
+
+
+def write(
+    output,
+    jobs: "list[Job]",
+    files: Iterable[Path],
+    tokenizer: Path | None,
+    *,
+    tokenizer_source=None,
+    mask: "Mask | None" = None,
+    provenance: dict,
+    tasks=None,
+    sampling=None,
+    overwrite=False,
+    progress=False,
+) -> None:
+    """Writes the bundle of `jobs`, and hashes the source's `files` beside it."""
     size = sum(job.size for job in jobs)
     check_space(output, size)
-
     with ThreadPoolExecutor(1) as executor, bundle.Writer(output, overwrite=overwrite) as writer:
-        files = {file for part in parts.values() for file in part.files} | ({Path(mask_embedding)} if mask else set())
         hashes = {file: executor.submit(bundle.sha256, file) for file in sorted(files)}
         if tokenizer:
             writer.add_tokenizer(tokenizer, tokenizer_source)
@@ -124,17 +145,11 @@ def convert(
             for job in jobs:
                 bar.set_description(job.name)
                 writer.add(job.name, job.config, with_progress(job.leaves(mask), bar))
-        writer.tasks = trained_tasks(kind, [job.name for job in jobs])
-        writer.sampling = {key: value for key, (value, *_) in SAMPLING.items()}
-        writer.provenance = {
-            "kind": kind,
+        writer.tasks, writer.sampling = tasks, sampling or {}
+        writer.provenance = provenance | {
             "components": {job.name: job.provenance for job in jobs},
-            "dropped": given.dropped,
             "files": [{"name": f.name, "size": f.stat().st_size, "sha256": h.result()} for f, h in hashes.items()],
         }
-        if mask:
-            writer.provenance["mask_embedding"] = {"file": Path(mask_embedding).name, "row": mask.row}
-    return bundle.read_config(output)
 
 
 def trained_tasks(kind, components) -> tuple[str, ...] | None:
@@ -172,9 +187,13 @@ def check_kind(kind, part):
 
 
 class Job:
-    """One component to write: its architecture, its table, the shapes and dtypes of our arrays."""
+    """One component to write: its architecture, its table, the shapes and dtypes of our arrays.
 
-    def __init__(self, name, config, table: Table, part: Part | None, shapes, dtype):
+    `abstract` is its parameters as a tree of ShapeDtypeStructs; `part` is None for one that is drawn anew.
+    """
+
+    def __init__(self, name: str, config, table: Table, part: Part | None, abstract: dict, dtype: np.dtype | None):
+        shapes = {path: tuple(leaf.shape) for path, leaf in flatten_dict(abstract, sep="/").items()}
         self.name, self.config, self.table, self.part, self.shapes = name, config, table, part, shapes
         found = {} if part is None else part.shapes
         problems = rules.problems(table, found, shapes)
@@ -245,11 +264,8 @@ def plan(parts, heads, tokenizer, dtype) -> list[Job]:
 
     jobs = []
     for name, tree in bundle.abstract_params(config).items():
-        shapes = {path: tuple(leaf.shape) for path, leaf in flatten_dict(tree, sep="/").items()}
-        if pieces[name] is None:  # new heads are trained, so they are kept in full precision
-            jobs.append(Job(name, configs[name], transformer.new_heads_table(shapes), None, shapes, dtype))
-        else:
-            jobs.append(Job(name, configs[name], *pieces[name], shapes, dtype))
+        table, part = pieces[name] or (transformer.new_heads_table(tree), None)
+        jobs.append(Job(name, configs[name], table, part, tree, dtype))
     return jobs
 
 

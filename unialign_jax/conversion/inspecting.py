@@ -27,9 +27,19 @@ def inspect(path, *, keys=False) -> Iterator[str]:
         yield from inspect_source(path, keys)
 
 
+def check_hashes(path) -> None:
+    """Raises ValueError for a path that is no bundle, and for a bundle whose files are not as they were written."""
+    if not bundle.is_bundle(path):
+        raise ValueError(f"{path} is not a bundle, so that there are no recorded hashes to verify")
+    problems = bundle.verify(path)
+    if problems:
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError(f"{path} is not as it was written: {'; '.join(problems[:8])}{more}")
+
+
 def inspect_bundle(path, keys):
     config = bundle.read_config(path)
-    yield f"{path}: a bundle of {', '.join(config.components) or 'no component that a model has'}"
+    yield f"{path}: a bundle of {', '.join(config.components) or 'no component'}"
     for name, tree in exporting.open_bundle(path).items():
         yield from describe_tree(name, tree, keys)
     yield from describe_use(vars(config))

@@ -4,7 +4,7 @@
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -167,6 +167,18 @@ def open_part(folder) -> Part | None:
 
 def identify(tensors, settings, name) -> Part | None:
     """Which component and layout some tensors are; None when unknown."""
+    check_floats(tensors, name)
+    if layout := transformer.detect_layout(tensors):
+        return Part("transformer", layout, tensors, settings, name)
+    if text_encoder.is_t5(tensors):
+        return Part("text_encoder", "t5", tensors, settings, name)
+    if layout := autoencoder.detect_layout(tensors):
+        return Part("autoencoder", layout, tensors, settings, name)
+    return None
+
+
+def check_floats(tensors, name):
+    """Raises ValueError for tensors that are empty, no floats, or scaled eight-bit weights; `name` is for messages."""
     scaled = [key for key in tensors if SCALED.search(key)]
     if scaled:
         raise ValueError(
@@ -178,13 +190,6 @@ def identify(tensors, settings, name) -> Part | None:
             raise ValueError(f"{name} holds {key} of dtype {info.dtype}, expected floats of {', '.join(FLOATS)}")
         if info.size == 0:
             raise ValueError(f"{name} holds {key} of shape {list(info.shape)}, which is empty")
-    if layout := transformer.detect_layout(tensors):
-        return Part("transformer", layout, tensors, settings, name)
-    if text_encoder.is_t5(tensors):
-        return Part("text_encoder", "t5", tensors, settings, name)
-    if layout := autoencoder.detect_layout(tensors):
-        return Part("autoencoder", layout, tensors, settings, name)
-    return None
 
 
 def unknown(path, tensors):
@@ -195,8 +200,12 @@ def unknown(path, tensors):
     )
 
 
-def read_tensors(path) -> dict[str, TensorInfo]:
-    """The tensors of a file (safetensors or `.pth`), or of the one model, sharded or not, that a folder holds."""
+def read_tensors(path, wanted: Callable[[str], bool] | None = None) -> dict[str, TensorInfo]:
+    """The tensors of a file (safetensors or `.pth`), or of the one model, sharded or not, that a folder holds.
+
+    Args:
+      wanted: which keys are needed: shards that hold none of them, by their index, need not be there. All when None.
+    """
     path = Path(path)
     if path.is_file():
         match = SHARD.search(path.name)
@@ -212,13 +221,13 @@ def read_tensors(path) -> dict[str, TensorInfo]:
     whole = [file for file in files if not SHARD.search(file.name)]
     unmarked = [file for file in whole if file.name in ("diffusion_pytorch_model.safetensors", "model.safetensors")]
     if len(plain) == 1:
-        return _read_index(plain[0])
+        return _read_index(plain[0], wanted)
     if unmarked:
         return safetensors_file.read_header(unmarked[0])
     if len(whole) == 1:
         return safetensors_file.read_header(whole[0])
     if len(indices) == 1 and not whole:
-        return _read_index(indices[0])
+        return _read_index(indices[0], wanted)
     families = {SHARD.search(file.name)[1]: file for file in files if SHARD.search(file.name)}
     if len(families) == 1 and not whole:
         return _read_shards(path, *_shard_names(next(iter(families.values()))))
@@ -238,19 +247,15 @@ def _shard_names(path):
     return path.name, [f"{stem}-{i + 1:05d}-of-{count}.safetensors" for i in range(int(count))]
 
 
-def read_weight_map(index) -> dict[str, str]:
-    """{key: file} of an index of shards. Raises ValueError for one that names files elsewhere than beside it."""
+def _read_index(index, wanted) -> dict[str, TensorInfo]:
+    """The tensors of the shards that an index names. Raises ValueError when it names files elsewhere than beside it."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} is no index of shards: it has no weight_map")
     for key, name in weight_map.items():
         if not isinstance(name, str) or name in ("", "..") or Path(name).name != name or "\0" in name:
             raise ValueError(f"{index} says that {key[:80]!r} lies in {shown(name)}, expected a file beside the index")
-    return weight_map
-
-
-def _read_index(index) -> dict[str, TensorInfo]:
-    weight_map = read_weight_map(index)
+    weight_map = {key: name for key, name in weight_map.items() if wanted is None or wanted(key)}
     tensors = _read_shards(index.parent, index.name, sorted(set(weight_map.values())))
     absent = [key for key, name in weight_map.items() if key not in tensors or tensors[key].file.name != name]
     if absent:

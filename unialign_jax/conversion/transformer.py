@@ -10,6 +10,7 @@ import math
 import re
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from unialign_jax.conversion.rules import (
     DENSE,
@@ -251,10 +252,10 @@ def text_head() -> list[Fill]:
     ]
 
 
-def new_heads_table(shapes) -> Table:
+def new_heads_table(abstract: dict) -> Table:
     """Alignment heads drawn anew (Xavier, biases zero), for a source that has none."""
     fills = []
-    for i, path in enumerate(shapes):
+    for i, path in enumerate(flatten_dict(abstract, sep="/")):
 
         def make(_read, shape, i=i):
             if len(shape) == 1:

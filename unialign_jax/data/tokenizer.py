@@ -4,6 +4,7 @@ import importlib.resources
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from unialign_jax.files import check_regular, first_line
 
 NUM_SENTINELS = 100
 MAX_TOKENIZER_FILE = 2**26  # bytes; T5's tokenizer.json has 2.4 million, Qwen's 7 million
+TEACHER_PAD = "<|endoftext|>"  # Qwen's
 _SHAPES_FILE = "shapes/tokenizer.json"  # of this folder
 
 
@@ -107,15 +109,19 @@ def load_tokenizer(path: str | os.PathLike | None = None) -> Tokenizer:
         raise ValueError(f"{folder} is a file, expected the folder of tokenizer.json (or spiece.model)")
     file = folder / "tokenizer.json"
     if os.path.lexists(file):
-        return Tokenizer(load_backend(file), str(file))
+        return Tokenizer(load_backend(folder), str(file))
     file = folder / "spiece.model"
     if os.path.lexists(file):
         return Tokenizer(_load_sentencepiece(file), str(file))
     raise FileNotFoundError(f"{folder} holds no tokenizer: expected tokenizer.json (or spiece.model) of a T5 tokenizer")
 
 
-def load_backend(file: Path) -> tokenizers.Tokenizer:
-    """A `tokenizer.json`, its own truncation and padding switched off. Raises FileNotFoundError or ValueError."""
+def load_backend(folder: str | os.PathLike) -> tokenizers.Tokenizer:
+    """A folder's `tokenizer.json` of any model, such as the teacher's; its own truncation and padding are switched off.
+
+    Raises FileNotFoundError when there is none, ValueError when it cannot be read.
+    """
+    file = Path(folder) / "tokenizer.json"
     check_regular(file, MAX_TOKENIZER_FILE)
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
@@ -126,6 +132,23 @@ def load_backend(file: Path) -> tokenizers.Tokenizer:
     backend.no_truncation()
     backend.no_padding()
     return backend
+
+
+def tokenize(
+    backend: tokenizers.Tokenizer, texts: Iterable[str], length: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Texts as the teacher reads them: (ids int32 [B, L], is_token bool [B, L]), padded at the end, no special tokens.
+
+    Args:
+      length: L, to which longer texts are cut; that of the longest text when None.
+    """
+    pad = backend.token_to_id(TEACHER_PAD) or 0
+    encoded = [encoding.ids[:length] for encoding in backend.encode_batch(list(texts))]
+    longest = max(map(len, encoded), default=0) if length is None else length
+    ids = np.full((len(encoded), longest), pad, np.int32)
+    is_token = np.arange(longest) < np.array([len(each) for each in encoded])[:, None]
+    ids[is_token] = [token for each in encoded for token in each]
+    return ids, is_token
 
 
 def _load_sentencepiece(file: Path) -> tokenizers.Tokenizer:

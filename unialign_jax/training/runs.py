@@ -217,6 +217,7 @@ class Run(NamedTuple):
       leaves: component -> its (path, array) pairs on the host.
       weights, step: which of its weights these are.
       digest: of all that tells them from others.
+      frozen_from: the bundle of the encoders; None where they are drawn.
     """
 
     name: str
@@ -226,13 +227,15 @@ class Run(NamedTuple):
     weights: str
     step: int
     digest: str
+    frozen_from: Path | None
 
 
-def open_to_sample(run, weights: str | None = None, *, verify: bool = True) -> Run:
+def open_to_sample(run, weights: str | None = None, *, frozen_from=None, verify: bool = True) -> Run:
     """A run's newest whole checkpoint, with the frozen parts that it was trained with.
 
     Args:
       weights: "raw" or "ema"; when None the average where the run keeps one, as its own samples.
+      frozen_from: the bundle of the text encoder and the autoencoder, in place of the run's own.
       verify: whether the checkpoint and the bundle of the frozen parts are checked against their checksums.
     Raises FileNotFoundError or ValueError, in one line, for a run that cannot be read.
     """
@@ -243,7 +246,7 @@ def open_to_sample(run, weights: str | None = None, *, verify: bool = True) -> R
     weights = weights or ("ema" if has_average(run, step) else "raw")
     trees = open_run(run, weights, step)
     configs = component_configs(run, settings)
-    source, drawn = settings.get("frozen_from"), {}
+    source, drawn = frozen_from or settings.get("frozen_from"), {}
     if source:
         source = bundle.locate(source)
         frozen = bundle.read_config(source, verify=verify)
@@ -266,4 +269,4 @@ def open_to_sample(run, weights: str | None = None, *, verify: bool = True) -> R
     described = [Path(folder) / "config.json" for folder in (run, source) if folder]
     told = b"".join(path.read_bytes() for path in described) + f" {step} {weights}".encode()
     digest = hashlib.sha256(told).hexdigest()
-    return Run(str(run), config, read_run_tokenizer(settings, run), leaves, weights, step, digest)
+    return Run(str(run), config, read_run_tokenizer(settings, run), leaves, weights, step, digest, source or None)
