@@ -75,9 +75,9 @@ def parse_json(text: str | bytes, name: str, expected: type | None = dict):
     return value
 
 
-def read_json(path: str | os.PathLike, expected: type | None = dict, most: int = MAX_JSON):
+def read_json(path: str | os.PathLike, expected: type | None = dict):
     """The value that a JSON file holds; errors as `check_regular` and `parse_json`."""
-    check_regular(path, most)
+    check_regular(path, MAX_JSON)
     return parse_json(Path(path).read_bytes(), str(path), expected)
 
 

@@ -24,7 +24,7 @@ class Tokenizer:
     Texts are padded with EOS, and `<extra_id_0>` is the mask token of the text diffusion process.
 
     Attributes:
-      eos_id, pad_id, unk_id, mask_id: special ids.
+      eos_id, pad_id, mask_id: special ids.
       vocab_size: number of ids, all of them predictable (32100 for T5; the embedding table may have more rows).
     """
 
@@ -38,7 +38,7 @@ class Tokenizer:
         missing = [token for token, token_id in special.items() if token_id is None]
         if missing:
             raise ValueError(f"{name} has no {', '.join(missing)}: expected a T5 tokenizer")
-        self.eos_id, self.pad_id, self.unk_id, self.mask_id = special.values()
+        self.eos_id, self.pad_id, _, self.mask_id = special.values()
         if self.mask_id != self.vocab_size - 1:
             raise ValueError(
                 f"{name} has <extra_id_0> at id {self.mask_id} of {self.vocab_size}: "
@@ -51,11 +51,11 @@ class Tokenizer:
         """The ids of `text` alone: no EOS, no padding, any length."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
-    def encode(self, text: str, length: int, add_eos: bool = True) -> np.ndarray:
-        """`text` as int32 [length]: cut to `length` (with `add_eos` to length - 1, then EOS), padded with EOS."""
+    def encode(self, text: str, length: int) -> np.ndarray:
+        """`text` as int32 [length]: cut to length - 1, then padded with EOS."""
         if length < 1:
             raise ValueError(f"length is {length}: expected at least 1")
-        ids = self.token_ids(text)[: length - 1 if add_eos else length]
+        ids = self.token_ids(text)[: length - 1]
         padded = np.full(length, self.eos_id, dtype=np.int32)
         padded[: len(ids)] = ids
         return padded

@@ -125,18 +125,3 @@ class TextEncoder(nn.Module):
         )
         x, _ = layers(c, name="layers")(x, bias)
         return keep_batch_sharded(rms_norm(c, "final_norm")(x), BATCH_AXES)
-
-
-def with_mask_embedding(params, mask_embedding, mask_id):
-    """The encoder's parameters with the learned mask embedding [D] as the embedding of token `mask_id`.
-
-    Masked diffusion runs T5 on masked text, and the mask token is one of T5's sentinels, whose own embedding
-    means something else. Raises ValueError when the width or the id does not fit the table.
-    """
-    table = params["token_embedding"]
-    rows = table.shape[0]
-    if mask_embedding.shape != table.shape[1:]:
-        raise ValueError(f"the mask embedding has shape {mask_embedding.shape}, expected {table.shape[1:]}")
-    if not 0 <= mask_id < rows:
-        raise ValueError(f"mask_id is {mask_id}, expected 0 to {rows - 1}, a row of the token embedding")
-    return {**params, "token_embedding": table.at[mask_id].set(jnp.asarray(mask_embedding, table.dtype))}

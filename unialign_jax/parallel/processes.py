@@ -33,7 +33,6 @@ def start(
     *,
     heartbeat_timeout=60,
     initialization_timeout=300,
-    shutdown_timeout=300,
 ) -> "LastWords | None":
     """Joins the other processes of the run, if there are any; to be called before JAX touches a device.
 
@@ -44,7 +43,6 @@ def start(
       coordinator: HOST:PORT where process 0 is reached; with it go `num_processes` and `process_id`.
       heartbeat_timeout: seconds of silence after which a process counts as lost, and the others end.
       initialization_timeout: seconds to wait for the others at the start.
-      shutdown_timeout: seconds that a process which is done waits for the others.
 
     Returns None where there is one process; else the last words of this one, to be taken back at a good end: JAX's
     runtime ends it from within when another is lost or cannot be reached. Raises ValueError for arguments that do not
@@ -74,7 +72,7 @@ def start(
     timeouts = {
         "heartbeat_timeout_seconds": heartbeat_timeout,
         "initialization_timeout": initialization_timeout,
-        "shutdown_timeout_seconds": shutdown_timeout,
+        "shutdown_timeout_seconds": 300,  # that a process which is done waits for the others
     }
     known = inspect.signature(jax.distributed.initialize).parameters
     last_words = LastWords(
