@@ -381,7 +381,7 @@ class Writer:
         self._configs[name], self._dtypes[name] = config, sorted(dtypes)
 
     def add_tokenizer(self, tokenizer: Tokenizer | str | os.PathLike, source: str | os.PathLike | None = None) -> None:
-        """Writes a `Tokenizer`, or copies a tokenizer's folder. Links may not lead out of `source`, or of the folder."""
+        """Writes a `Tokenizer`, or copies a tokenizer's folder. Links may not leave `source`, or the folder."""
         target = self.scratch / "tokenizer"
         if hasattr(tokenizer, "save"):
             tokenizer.save(target)

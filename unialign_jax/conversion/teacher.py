@@ -1,9 +1,10 @@
-"""Qwen2.5-VL's checkpoints to the teacher's folder, and that folder to the teacher.
+"""From a Qwen2.5-VL checkpoint to the bundle of the teacher.
 
-Of a checkpoint only the vision tower and the table of input embeddings are read: with a sharded one, only the shards
-that hold them have to be there. The folder is written as bundles are, with one component `teacher`.
+Only the vision tower and the table of input embeddings are read. Of a sharded checkpoint, only the shards with these
+need to be there.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 
 from unialign_jax import bundle
@@ -18,7 +19,7 @@ from unialign_jax.models.teacher import PIXEL_MEAN, PIXEL_STD, ROTARY_BASE, Teac
 
 COMPONENT = "teacher"
 
-# (prefix of the tower, key of the table), by what wrote the file.
+# {the writer of the file: (prefix of the tower, key of the table)}
 LAYOUTS = {
     "transformers 4": ("visual.", "model.embed_tokens.weight"),
     "transformers 5": ("model.visual.", "model.language_model.embed_tokens.weight"),
@@ -41,13 +42,10 @@ FIELDS = {
 }
 
 
-# Reading Qwen2.5-VL
+def config_from_qwen(content: dict, preprocessor: dict, name: str | Path) -> TeacherConfig:
+    """The architecture, from the contents of config.json and of preprocessor_config.json (or {}).
 
-
-def config_from_qwen(content, preprocessor, name) -> TeacherConfig:
-    """The architecture, from the contents of config.json and of preprocessor_config.json (or {}), of any size.
-
-    What is absent has Qwen's published value; `name` is for messages. Raises ValueError for another model, and for
+    Absent settings have Qwen's published values; `name` is for messages. Raises ValueError for another model, and for
     settings that this port does not have.
     """
     if content.get("model_type") != "qwen2_5_vl" or content.get("vision_config") is None:
@@ -97,8 +95,8 @@ def config_from_qwen(content, preprocessor, name) -> TeacherConfig:
     return config
 
 
-def patch_conv(config) -> Transform:
-    """A convolution over frames and pixels [D, 3, t, p, p] as a dense layer over patches flattened in this order."""
+def patch_conv(config: TeacherConfig) -> Transform:
+    """A convolution over frames and pixels [D, 3, t, p, p] as a dense layer over patches flattened as (3, t, p, p)."""
     kernel = (3, config.temporal_patch_size, config.patch_size, config.patch_size)
     return Transform(
         "3-D patch conv to dense",
@@ -130,8 +128,8 @@ def qwen_table(config: TeacherConfig, layout: str) -> Table:
     )
 
 
-def find_layout(keys, name) -> str:
-    """Which of LAYOUTS has these keys. Raises ValueError when none has."""
+def find_layout(keys: Collection[str], name: str | Path) -> str:
+    """The one of LAYOUTS that has these keys. Raises ValueError when none has."""
     for layout, (tower, embedding) in LAYOUTS.items():
         if f"{tower}patch_embed.proj.weight" in keys and embedding in keys:
             return layout
@@ -143,7 +141,7 @@ def find_layout(keys, name) -> str:
 
 
 def is_needed(key: str) -> bool:
-    """Whether a tensor of a Qwen2.5-VL checkpoint is of the vision tower or the table of input embeddings."""
+    """Whether a key of a Qwen2.5-VL checkpoint belongs to the vision tower or the table of input embeddings."""
     return any(key.startswith(tower) or key == embedding for tower, embedding in LAYOUTS.values())
 
 
@@ -157,7 +155,7 @@ def open_qwen(source: Path) -> Part:
 
 
 def preprocessor_settings(source: Path) -> dict:
-    """The image processor's settings from the file of transformers 4 or of 5; {} without either."""
+    """The image processor's settings, from the file of transformers 4 or 5; {} when there is neither."""
     if (source / "preprocessor_config.json").is_file():
         return read_json(source / "preprocessor_config.json")
     if (source / "processor_config.json").is_file():
@@ -166,23 +164,29 @@ def preprocessor_settings(source: Path) -> dict:
     return {}
 
 
-# Writing
+def convert_teacher(
+    source: str | Path,
+    output: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> TeacherConfig:
+    """Converts a Qwen2.5-VL folder (3B, 7B, 32B or 72B) to a bundle, and returns the teacher's architecture.
 
-
-def convert_teacher(source, output, *, tokenizer=None, dtype=None, overwrite=False, progress=False) -> TeacherConfig:
-    """Writes the teacher's folder from a Qwen2.5-VL folder (3B, 7B, 32B or 72B) and returns its architecture.
+    One array is in memory at a time. The largest, the table of embeddings (1.1 GB for 7B), is there twice: as read and
+    as written.
 
     Args:
       source: the downloaded folder: config.json, safetensors (one file, or an index with shards), tokenizer.json.
-      output: the folder to write; it appears when it is whole.
+      output: the bundle to write.
       tokenizer: the folder of tokenizer.json, when `source` has none.
       dtype: "float32", "float16" or "bfloat16" to store; the source's own (bfloat16) when None.
-      overwrite: whether an older folder at `output` is replaced.
       progress: whether to draw a progress bar.
 
-    One array is in memory at a time; the largest is the table of embeddings (1.1 GB for 7B, read and written: twice).
-    Raises ValueError, FileNotFoundError, FileExistsError or OSError with what is wrong and what to do; the output is
-    then not there.
+    Raises ValueError, FileNotFoundError, FileExistsError or OSError when the conversion is impossible or fails; nothing
+    is then left at `output`.
     """
     source, tokenizer = Path(source), Path(tokenizer or source)
     if not source.is_dir():
@@ -193,10 +197,10 @@ def convert_teacher(source, output, *, tokenizer=None, dtype=None, overwrite=Fal
     if not (tokenizer / "tokenizer.json").is_file():
         raise FileNotFoundError(f"{tokenizer} holds no tokenizer.json; download it, or give its folder by --tokenizer")
     check_tokenizer(tokenizer, tokenizer)
-    load_backend(tokenizer)  # refuses what would be copied as a tokenizer and is none
+    load_backend(tokenizer)  # raises when it is no tokenizer, before it is copied
     part = open_qwen(source)
     abstract = bundle.abstract_params(bundle.BundleConfig(teacher=config))[COMPONENT]
     job = Job(COMPONENT, config, qwen_table(config, part.layout), part, abstract, DTYPES[dtype] if dtype else None)
     files = [source / "config.json", *part.files]
-    write(output, [job], files, tokenizer, provenance={"kind": COMPONENT}, overwrite=overwrite, progress=progress)
+    write(output, [job], files, {"kind": COMPONENT}, tokenizer=tokenizer, overwrite=overwrite, progress=progress)
     return config
