@@ -12,8 +12,8 @@ from unialign_jax.environment import explain_missing_packages
 explain_missing_packages()
 
 DESCRIPTION = """\
-Turns downloaded PyTorch weights into a bundle (the folder that training and sampling start from) and back.
-Reading needs no PyTorch, no accelerator and little memory: tensors go through one at a time.
+Converts downloaded PyTorch weights to a bundle (the folder that training and sampling start from) and back.
+It needs no PyTorch, no accelerator and little memory: one tensor is in memory at a time.
 """
 
 EXAMPLES = """\
@@ -27,12 +27,12 @@ examples
   python launch/convert.py export --run=runs/stage3 --weights=ema --format=unialign --output=exported
   python launch/convert.py inspect bundles/sd3 --verify
 
-`python launch/convert.py COMMAND --help` says more of each. docs/weights.md says which files to download.
+`python launch/convert.py COMMAND --help` lists the options of each. docs/weights.md lists the files to download.
 """
 
 SD3 = """\
-Stable Diffusion 3 medium -> a bundle whose image velocity is SD3's own (T5 text, no CLIP). What SD3 lacks is made: the
-text head is drawn from a fixed seed, the last block's text half is silent, the pooled vector counts as absent.
+Stable Diffusion 3 medium -> a bundle whose image velocity is SD3's own (T5 text, no CLIP). What SD3 lacks is
+added: the text head is drawn from a fixed seed, the last block's text half is silent, the pooled vector is zero.
 
 --source is one of
   a folder of diffusers: transformer/ vae/ text_encoder_3/ tokenizer_3/ (one safetensors file each, or shards)
@@ -44,7 +44,7 @@ The released UniAlignment model, or DualDiffusion's -> a bundle, with the alignm
 
 --source is the released folder (transformer/ vae/ text_encoder/ tokenizer/), or the transformer's folder or file alone
 (safetensors, or a trainer's consolidated .pth), with the other parts by their own options. The learned mask embedding
-is found in the folder, or given.
+is found in the folder, or given by --mask-embedding.
 """
 TEACHER = """\
 Qwen2.5-VL (any size) -> the frozen teacher of the intrinsic-modal loss: its vision tower and its input embeddings.
@@ -62,7 +62,7 @@ formats
               the run was trained with, or --bundle's.
 """
 INSPECT = """\
-Says what a safetensors file, a model's folder, a bundle or a run holds: components, layout, dtypes, parameters.
+Describes a safetensors file, a model's folder, a bundle or a run: components, layout, dtypes, parameters.
 """
 
 
@@ -169,7 +169,7 @@ def convert(arguments):
 
 
 def common(arguments) -> dict:
-    """What every conversion takes."""
+    """The options of every conversion."""
     return {"dtype": arguments.dtype, "overwrite": arguments.overwrite, "progress": True}
 
 
@@ -215,7 +215,7 @@ def inspect(arguments):
 
 
 def quiet_about_closed_loops(unraisable):
-    """After a failed write the storage library's threads still report to an event loop that is gone."""
+    """Hides what the storage library's threads report to a closed event loop after a failed write."""
     if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
 
@@ -233,7 +233,7 @@ COMMANDS = {"sd3": convert, "unialign": convert, "teacher": teacher, "export": e
 def main(argv=None) -> int:
     arguments = parse_arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    for name in ("absl", "asyncio"):  # the storage library logs its own tracebacks; the error raised says it all
+    for name in ("absl", "asyncio"):  # the storage library logs tracebacks of errors that it raises anyway
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
     import jax
