@@ -1,10 +1,10 @@
-"""Text to token ids and back, T5 style; the `shapes` tokenizer and any T5 tokenizer folder through one class."""
+"""Text to token ids and back: one class for the `shapes` tokenizer and T5's; and the teacher's tokenizer."""
 
 import importlib.resources
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,7 @@ class Tokenizer:
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, name: str = "tokenizer"):
-        """Args: `backend`, whose own truncation and padding are switched off; `name` for messages."""
+        """`name` is for messages. The backend's own truncation and padding are switched off."""
         self._backend = backend
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -48,7 +48,7 @@ class Tokenizer:
         self._hidden_ids = sentinels | {self.pad_id, self.eos_id}
 
     def token_ids(self, text: str) -> list[int]:
-        """The ids of `text` alone: no EOS, no padding, any length."""
+        """The ids of `text`, without EOS and padding, of any length."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode(self, text: str, length: int) -> np.ndarray:
@@ -60,11 +60,8 @@ class Tokenizer:
         padded[: len(ids)] = ids
         return padded
 
-    def decode(self, ids) -> str:
-        """The text up to the first EOS, without pads and sentinels, spaces as `clean_up` leaves them.
-
-        `ids`: any integer sequence or [L] array.
-        """
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text up to the first EOS, without pads and sentinels, its spaces changed by `clean_up`."""
         kept = []
         for token_id in np.asarray(ids).tolist():
             if token_id == self.eos_id:
@@ -81,10 +78,10 @@ class Tokenizer:
 
 
 def clean_up(text: str) -> str:
-    """ "It is n't , he 's" -> "It isn't, he's": what T5's tokenizer does to a decoded text in the released code.
+    """ "It is n't , he 's" -> "It isn't, he's", as T5's tokenizer cleans up a decoded text in the released code.
 
-    (transformers' `clean_up_tokenization_spaces`, then on by default.) Corpora of captions write words so, and a model
-    trained on them answers so; its training texts stay as they are.
+    (It is transformers' `clean_up_tokenization_spaces`, which was on by default.) Corpora of captions separate words in
+    this way, and so does a model trained on them. Training texts are not changed.
     """
     for spaced in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
         text = text.replace(spaced, spaced.strip())
@@ -94,12 +91,9 @@ def clean_up(text: str) -> str:
 def load_tokenizer(path: str | os.PathLike | None = None) -> Tokenizer:
     """The packaged `shapes` tokenizer (None), or the one in a T5 tokenizer folder.
 
-    Of a folder one file is read: `tokenizer.json` by `tokenizers`, or else `spiece.model` as T5's by transformers. Code
-    or names of classes that lie beside them are never used, and nothing is downloaded or asked.
-
-    Raises:
-      FileNotFoundError: the folder is missing or holds neither file.
-      ValueError: a file cannot be read, or it is not a T5 tokenizer.
+    One file of a folder is read: `tokenizer.json` by `tokenizers`, or else `spiece.model` by transformers' T5. Code and
+    names of classes beside it are never used, and nothing is downloaded. Raises FileNotFoundError when the folder
+    has neither file, and ValueError when the file cannot be read or is not a T5 tokenizer.
     """
     if path is None:
         packaged = importlib.resources.files("unialign_jax.data").joinpath(_SHAPES_FILE)
