@@ -204,6 +204,11 @@ def test_loads_onto_a_mesh_in_the_wanted_dtype(converted):
     assert leaves_equal(found, jax.tree.map(lambda x: x.astype(jnp.float32), expected))
     assert len(found["token_embedding"].addressable_shards) == 8
     assert found["token_embedding"].addressable_shards[0].data.shape == (VOCAB_SIZE // 2, WIDTH // 4)
+    abstract = bundle.abstract_params(bundle.read_config(converted))
+    abstract = sharding.with_shardings(abstract, sharding.tree_shardings(abstract, mesh))
+    assert leaves_equal(bundle.restore(converted, abstract)["teacher"], found)
+    on_host = dict(bundle.read_leaves(converted, "teacher"))
+    np.testing.assert_array_equal(on_host["token_embedding"], expected["token_embedding"])
 
 
 def test_converts_to_another_dtype_without_torch(source, converted, tmp_path):
