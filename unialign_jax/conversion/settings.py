@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from unialign_jax.files import read_json
+from unialign_jax.files import read_json, shown
 
 
 def read_settings(folder: str | Path) -> dict:
@@ -41,8 +41,3 @@ def section(settings: dict, key: str, name: str | Path) -> dict:
     if value is not None and not isinstance(value, dict):
         raise ValueError(f"{name}: {key} is {shown(value)}, expected an object")
     return value or {}
-
-
-def shown(value) -> str:
-    """A JSON value for a message."""
-    return f"a JSON {type(value).__name__}" if isinstance(value, dict | list) else repr(value)[:40]

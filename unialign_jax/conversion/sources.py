@@ -13,8 +13,8 @@ import numpy as np
 from unialign_jax import bundle
 from unialign_jax.conversion import autoencoder, safetensors_file, text_encoder, torch_pickle, transformer
 from unialign_jax.conversion.safetensors_file import DTYPES, FLOATS, TensorInfo
-from unialign_jax.conversion.settings import read_settings, shown
-from unialign_jax.files import check_inside, check_regular, read_json
+from unialign_jax.conversion.settings import read_settings
+from unialign_jax.files import check_inside, check_regular, read_json, shown
 
 # The prefix of each component's keys in Stability's single files. CLIP is not used.
 PREFIXES = {

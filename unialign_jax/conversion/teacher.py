@@ -11,10 +11,10 @@ from unialign_jax import bundle
 from unialign_jax.conversion import sources
 from unialign_jax.conversion.importing import DTYPES, Job, write
 from unialign_jax.conversion.rules import DENSE_FROM_HEADS, SAME, Rule, Table, Transform, affine
-from unialign_jax.conversion.settings import number, section, shown, whole_number
+from unialign_jax.conversion.settings import number, section, whole_number
 from unialign_jax.conversion.sources import Part, check_tokenizer
 from unialign_jax.data.tokenizer import load_backend
-from unialign_jax.files import read_json
+from unialign_jax.files import read_json, shown
 from unialign_jax.models.teacher import PIXEL_MEAN, PIXEL_STD, ROTARY_BASE, TeacherConfig
 
 COMPONENT = "teacher"

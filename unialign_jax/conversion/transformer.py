@@ -30,7 +30,8 @@ from unialign_jax.conversion.rules import (
     patch_conv,
     shape_of,
 )
-from unialign_jax.conversion.settings import section, shown, whole_number
+from unialign_jax.conversion.settings import section, whole_number
+from unialign_jax.files import shown
 from unialign_jax.models.mmdit import AlignmentHeadsConfig, MMDiTConfig, position_table
 
 SEED = 20250928  # of the text head, and of new alignment heads

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 import qwix
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from unialign_jax.files import first_line
+
 MODES = ("int8", "w8a8")
 
 # Paths of the kernels that become int8, each [layers, inputs, outputs], and how many axes the inputs are.
@@ -129,7 +131,7 @@ def host_device():
     except RuntimeError as error:
         raise ValueError(
             f"quantisation needs JAX's CPU device beside {jax.default_backend()}: add cpu to JAX_PLATFORMS, "
-            f"such as JAX_PLATFORMS={jax.default_backend()},cpu ({str(error).splitlines()[0]})"
+            f"such as JAX_PLATFORMS={jax.default_backend()},cpu ({first_line(error)})"
         ) from None
 
 
