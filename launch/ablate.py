@@ -269,8 +269,7 @@ def ablate(arguments) -> None:
         began = time.monotonic()
         train(arguments, variant, seed, stage)
         content["runs"][key] = evaluate(arguments, run_folder(arguments, variant, seed, stage), stage)
-        with files.replacing_file(path) as scratch:
-            scratch.write_text(json.dumps(content, indent=1) + "\n")
+        files.write_json(path, content, indent=1)
         print(f"{number + 1} of {len(cells)}: {key}, {time.monotonic() - began:.0f} s", flush=True)
     table = tabulate(content["runs"], arguments.variants)
     told = (

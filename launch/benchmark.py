@@ -19,7 +19,6 @@ device, and the training loop with data, metrics and progress. Their ratio is wh
 """
 
 import argparse
-import json
 import os
 import platform
 import sys
@@ -65,8 +64,7 @@ def main(argv=None):
         figures = machine() | figures  # afterwards: it takes the device, which `sample` leaves to other processes
         show(figures)
         if arguments.output:
-            with files.replacing_file(arguments.output) as scratch:
-                scratch.write_text(json.dumps(figures, indent=2) + "\n")
+            files.write_json(arguments.output, figures)
         if figures.get("flat") == "no":
             sys.exit("error: memory, descriptors or threads grew; the table says how")
     except (ValueError, OSError) as error:

@@ -1,7 +1,6 @@
 """Plans sampling or training for TPU chips that are not here: python launch/plan.py --help"""
 
 import argparse
-import json
 import os
 import shlex
 import sys
@@ -122,8 +121,7 @@ def main(argv=None):
             sys.exit(1 if sweep.sweep(config, arguments.config, names, arguments.output) else 0)
         figures = plan_training(arguments, changes) if arguments.config else plan_sampling(arguments)
         if arguments.output:
-            with files.replacing_file(arguments.output) as scratch:
-                scratch.write_text(json.dumps(figures, indent=2) + "\n")
+            files.write_json(arguments.output, figures)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     sys.exit(0 if figures["fits"] else 1)

@@ -1,4 +1,4 @@
-"""What to say where a package is missing: the commands run with the standard library alone until they import this."""
+"""The error message for a missing package. Commands import this before anything but the standard library."""
 
 import os
 import shlex
@@ -9,16 +9,16 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def explain_missing_packages() -> None:
-    """From here on a package that cannot be imported ends the process in one line that says what to do."""
+    """From now on a missing package ends the process with one line that says what to install."""
     sys.excepthook = _report
 
 
 def missing_package(error: BaseException, root: Path = ROOT, prefix: str = sys.prefix) -> str | None:
-    """The line to say of an error that ends a command; None for one that is not of a missing package.
+    """The message for an error that ended a command, or None when the error is not a missing package.
 
     Args:
-      root: the folder of the code, where the launch scripts make .venv.
-      prefix: of the environment that runs.
+      root: the folder of the code, where the launch scripts create .venv.
+      prefix: the running environment's `sys.prefix`.
     """
     name = (getattr(error, "name", None) or "").partition(".")[0]
     if not isinstance(error, ModuleNotFoundError) or name in ("", "unialign_jax"):
@@ -34,7 +34,7 @@ def missing_package(error: BaseException, root: Path = ROOT, prefix: str = sys.p
     return f"error: {sys.executable} has no package {name}; {do}"
 
 
-def _report(kind, error, trace) -> None:
+def _report(kind: type[BaseException], error: BaseException, trace) -> None:
     line = missing_package(error)
     if line is None:
         sys.__excepthook__(kind, error, trace)

@@ -2,30 +2,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import PartitionSpec as P
 
 from unialign_jax import bundle
 from unialign_jax.models import presets
-from unialign_jax.models.mmdit import AlignmentHeads, MMDiT
-from unialign_jax.models.text_encoder import TextEncoder
 from unialign_jax.parallel import sharding
 from unialign_jax.parallel.mesh import make_mesh
 
 
 def full_size_shapes():
-    transformer = MMDiT(presets.MMDIT["unialign_2b"])
-    text_encoder = TextEncoder(presets.TEXT_ENCODER["t5_xxl"])
-    heads = AlignmentHeads(presets.ALIGNMENT_HEADS["unialign_2b"])
-    latents, text = jnp.zeros((1, 2, 2, 16)), jnp.zeros((1, 1, 4096))
-
-    def init(key):
-        return {
-            "transformer": transformer.init(key, latents, text, jnp.zeros((1,)))["params"],
-            "heads": heads.init(key, jnp.zeros((1, 1, 1536)), jnp.zeros((1, 1, 1536)))["params"],
-            "text_encoder": text_encoder.init(key, jnp.zeros((1, 1), jnp.int32))["params"],
-        }
-
-    return jax.eval_shape(init, jax.random.key(0))
+    transformer, heads = presets.MMDIT["unialign_2b"], presets.ALIGNMENT_HEADS["unialign_2b"]
+    return bundle.abstract_params(bundle.BundleConfig(transformer, heads, presets.TEXT_ENCODER["t5_xxl"]))
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2), (1, 2, 4)])
@@ -75,11 +63,12 @@ def test_the_text_encoder_is_split_over_its_own_axis():
 def test_compute_weights_are_whole_and_gradients_split():
     mesh = make_mesh(data=4, fsdp=2)
     path, weights = "blocks/joint/image/mlp_in/kernel", jnp.ones((1, 16, 8))
-    tree = bundle.unflatten({path: weights})
+    tree = unflatten_dict({path: weights}, sep="/")
     place = sharding.tree_shardings(tree, mesh, state=True)
 
     def loss(tree, x):
-        kernel = bundle.flatten(sharding.params_for_compute(tree, lambda path: jnp.bfloat16))[path]
+        computing = sharding.params_for_compute(tree, lambda path: jnp.bfloat16)
+        kernel = flatten_dict(computing, sep="/")[path]
         return jnp.sum(x @ kernel[0]), kernel
 
     x = jnp.arange(8 * 16.0).reshape(8, 16)

@@ -49,8 +49,7 @@ def change(folder, **changes):
 
 
 def test_a_run_is_sampled_as_its_bundle_is(run, tmp_path):
-    frozen = runs.draw_frozen(runs.read_settings(run.folder))
-    bundle_from_run(tmp_path / "bundle", run.folder, weights="ema", frozen=frozen)
+    bundle_from_run(tmp_path / "bundle", run.folder, weights="ema")
     made = Pipeline.from_bundle(run.folder)
     (image,), (expected,) = (
         pipeline.generate("a red circle", seeds=3) for pipeline in (made, Pipeline.from_bundle(tmp_path / "bundle"))

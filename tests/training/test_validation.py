@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
-from unialign_jax import Pipeline, bundle
+from unialign_jax import Pipeline
 from unialign_jax.data.records import RecordError
 from unialign_jax.data.shapes.tasks import write_shapes
 from unialign_jax.evaluation import shapes_run
@@ -320,7 +321,7 @@ def test_scenes_are_those_of_the_saved_run(validated):
     config, workdir, (early, _, late, captions) = validated
     run, frozen = runs.open_to_sample(workdir), on_one_device(config).init_frozen()
     # Its own frozen encoders: drawn again outside of jit they differ in the last bit, and a tie may be decided anew.
-    leaves = lambda name: bundle.flatten(frozen[name]).items() if name in frozen else run.leaves(name)  # noqa: E731
+    leaves = lambda name: flatten_dict(frozen[name], sep="/").items() if name in frozen else run.leaves(name)  # noqa: E731
     pipeline = Pipeline.from_run(run._replace(leaves=leaves))
     again = shapes_run.run_task(pipeline, "text_to_image", 2)
     for found, expected, before in zip(late, again, early, strict=True):

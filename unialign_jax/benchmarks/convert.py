@@ -117,10 +117,14 @@ def make_t5(scratch):
 
 
 def shapes_of(config):
+    from flax.traverse_util import flatten_dict
+
     from unialign_jax import bundle
 
     trees = bundle.abstract_params(config)
-    return {name: {path: leaf.shape for path, leaf in bundle.flatten(tree).items()} for name, tree in trees.items()}
+    return {
+        name: {path: leaf.shape for path, leaf in flatten_dict(tree, sep="/").items()} for name, tree in trees.items()
+    }
 
 
 def write_random(path, shapes, known):

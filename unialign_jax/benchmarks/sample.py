@@ -203,8 +203,8 @@ def model_config(settings):
 def parameter_loader(settings, config, dtype):
     """A function, name of a component -> its parameters on the device, read from the bundle or random."""
     import jax
+    from flax.traverse_util import flatten_dict, unflatten_dict
 
-    from unialign_jax import bundle
     from unialign_jax.inference import weights
     from unialign_jax.inference.quantization import quantize_leaf
 
@@ -220,8 +220,8 @@ def parameter_loader(settings, config, dtype):
                 return quantize_leaf(path, leaf, device=device)
             return jax.device_put(leaf, device)
 
-        leaves = bundle.flatten(weights.abstract_component(config, name, dtype)).items()
-        return bundle.unflatten({path: put(path, random_array(leaf.shape, leaf.dtype)) for path, leaf in leaves})
+        leaves = flatten_dict(weights.abstract_component(config, name, dtype), sep="/").items()
+        return unflatten_dict({path: put(path, random_array(leaf.shape, leaf.dtype)) for path, leaf in leaves}, sep="/")
 
     return load
 

@@ -14,8 +14,7 @@ from unialign_jax.data.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
 
-# How many neighbours in a row may fail before the data set itself is taken to be broken.
-MAX_NEIGHBOURS = 256
+MAX_NEIGHBOURS = 256  # if as many records in a row cannot be decoded, the data set is broken
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class StreamConfig:
       num_conditions: K, condition images per example: 0 for a kind without any, else at least 1.
       image_size: height and width of all images, in pixels.
       text_length: L, tokens per text.
-      use_teacher: hand out the records' teacher features where they have them.
+      use_teacher: whether examples have the records' teacher features, if there are any.
     """
 
     name: str
@@ -68,23 +67,21 @@ class Stream:
 
         image           uint8   [H, W, 3]     the target image
         conditions      uint8   [K, H, W, 3]  absent when K is 0
-        prompt_ids      int32   [L]           what the image pass reads: caption or instruction; all EOS of a question
-        text_ids        int32   [L]           what the text pass denoises: the target's caption, or "Q: ... A: ..."
-        text_is_target  bool    [L]           where the text pass may mask: everywhere, or an answer and its padding
+        prompt_ids      int32   [L]           input of the image pass: caption or instruction; all EOS for a question
+        text_ids        int32   [L]           text that the text pass denoises: the caption, or "Q: ... A: ..."
+        text_is_target  bool    [L]           where the text pass may mask: everywhere, or the answer and its padding
         teacher_image   float16 [T]           absent without teacher features
         teacher_text    float16 [T]
-        replaced        bool    []            a neighbour stands in for a record that cannot be decoded
+        replaced        bool    []            whether another record replaces one that cannot be decoded
 
-    `stream[index]` is a pure function of the index and safe in threads. A damaged record is replaced by the next
-    sound one (cyclically) and logged once, by key.
+    `stream[index]` is a pure function of the index, and safe in threads. A damaged record is replaced by the next sound
+    one (cyclically), and logged once, by key.
     """
 
     def __init__(self, config: StreamConfig, tokenizer: Tokenizer):
         """Opens the folder.
 
-        Raises:
-          FileNotFoundError, ValueError: the folder's state (see `records.read_metadata`), or it holds another kind.
-            The message names the stream.
+        Raises as `records.read_metadata` does, and ValueError for records of another kind; messages name the stream.
         """
         self.config = config
         self.tokenizer = tokenizer
@@ -102,9 +99,9 @@ class Stream:
         self._logged: set[int] = set()
 
     def part(self, start: int, stop: int) -> "Stream":
-        """Examples `start` to `stop` (exclusive) alone: no stand-in for a damaged record comes from the others.
+        """The stream of examples `start` to `stop` (exclusive). Replacements of damaged records come from inside it.
 
-        Raises ValueError for a part that is empty or not inside.
+        Raises ValueError for an empty part, and for one outside of the stream.
         """
         if not 0 <= start < stop <= len(self):
             raise ValueError(f"stream {self.config.name}: part {start} to {stop}, expected some of 0 to {len(self)}")
@@ -123,9 +120,8 @@ class Stream:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """The example at `index`.
 
-        Raises:
-          IndexError: outside of [0, len).
-          ValueError: the record and its next MAX_NEIGHBOURS neighbours cannot be decoded.
+        Raises IndexError outside of [0, len), and ValueError when neither the record nor the next MAX_NEIGHBOURS can be
+        decoded.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of stream {self.config.name}: expected 0 to {len(self) - 1}")
@@ -155,7 +151,7 @@ class Stream:
                 ]
                 if not references:
                     raise RecordError("it has no condition image")
-                # Fewer references than K: its own, repeated in turn.
+                # Fewer references than K are repeated in turn.
                 example["conditions"] = np.stack(
                     [references[i % len(references)] for i in range(config.num_conditions)]
                 )
@@ -184,11 +180,9 @@ class Stream:
 def decode_image(data: bytes, image_size: int) -> np.ndarray:
     """PNG or JPEG bytes as uint8 [image_size, image_size, 3]: RGB, shorter side resized (bicubic), centre crop.
 
-    As the reference's training transform (Resize, CenterCrop), except that the camera's rotation tag is obeyed,
-    transparent pixels show white and grey of 16 bits keeps its greys (see `images.to_rgb`).
-
-    Raises:
-      RecordError: the bytes are not a whole image.
+    The reference's training transform (Resize, CenterCrop), except that the camera's rotation tag is applied,
+    transparent pixels become white, and grey of 16 bits is scaled (see `images.to_rgb`). Raises RecordError when the
+    bytes are not a whole image.
     """
     try:
         image = fill_size(decode_rgb(data, f"image of {len(data)} bytes"), image_size, image_size)
@@ -211,10 +205,10 @@ def encode_texts(record: Record, kind: str, tokenizer: Tokenizer, length: int) -
 
 
 def encode_question(question: str, answer: str, tokenizer: Tokenizer, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """ "Q: {question} A: " and the answer as ids int32 [L], and where the answer and the padding are, bool [L].
+    """ "Q: {question} A: {answer}" as ids int32 [L], and a mask bool [L] that is true in the answer and the padding.
 
-    Source: the reference's VQA training format; its prefix carries no EOS, the answer does. What does not fit is cut
-    as `fit_question` says. An empty answer leaves open positions after the prefix: the form for asking.
+    Source: the reference's VQA training format, with an EOS after the answer and none after the prefix. Long texts are
+    cut by `fit_question`. With an empty answer the result is the prompt for asking the question.
     """
     prefix = tokenizer.token_ids(f"Q: {question} A: ")
     answer_ids = tokenizer.token_ids(answer) if answer else []
@@ -228,8 +222,8 @@ def encode_question(question: str, answer: str, tokenizer: Tokenizer, length: in
 def fit_question(prefix: list, answer: list, ending: list, length: int) -> tuple[list, list]:
     """The ids of a question, which end in `ending` ("A: "), and of its answer, cut to fit into `length` with one EOS.
 
-    Where they do not fit, the longer one is cut, and neither below half of the room while the other one takes more.
-    Of a question the middle goes, so that its beginning, its end and `ending` stay; of an answer the end goes.
+    If they do not fit, a text that is longer than half of the room is cut, down to half if necessary. A question loses
+    its middle, so that its beginning, its end and `ending` stay. An answer loses its end.
     """
     room = length - 1
     kept = min(len(prefix), max(room - len(answer), room // 2))

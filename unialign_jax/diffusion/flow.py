@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-TRAINING_LEVELS = 1000  # grid of the reference's scheduler; it also fixes the "diffusers" sampling schedule
+TRAINING_LEVELS = 1000  # grid of the reference's scheduler; it also fixes the sampling schedule
 
 
 def shift_sigma(sigma, shift):
@@ -62,35 +62,25 @@ def predict_clean(noisy, velocity, sigma):
     return noisy - _like(sigma, noisy) * velocity
 
 
-def euler_step(noisy, velocity, sigma, next_sigma):
-    """One Euler step from sigma to next_sigma (the smaller one when denoising); each [B] or a scalar."""
-    return noisy + _like(next_sigma - sigma, noisy) * velocity
-
-
-def sampling_sigmas(num_steps, *, shift=3.0, schedule="diffusers"):
+def sampling_sigmas(num_steps, *, shift=3.0):
     """The noise levels that a sampler of num_steps visits, from 1 down to exactly 0.
 
-    "diffusers" reproduces FlowMatchEulerDiscreteScheduler, whose shift acts twice on the small end: the
+    They are those of diffusers' FlowMatchEulerDiscreteScheduler, whose shift acts twice on the small end: the
     smallest training sigma is shifted when the scheduler is built, and the line from 1 down to it is shifted
     again. The last level before 0 is 0.0089286 for shift 3, whatever num_steps (huggingface/diffusers#13243).
-    The released checkpoints are sampled so. "shifted_linear" is the line from 1 to 0 shifted once.
+    The released checkpoints are sampled so.
 
     Returns:
       np.float32 [num_steps + 1], strictly decreasing. Computed in float64 on the host.
     Raises:
-      ValueError: num_steps below 1, shift not positive, or an unknown schedule.
+      ValueError: num_steps below 1, or shift not positive.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}; a sampler needs at least 1 step")
     if shift <= 0:
         raise ValueError(f"shift is {shift}; it must be positive (1 shifts nothing, SD3 uses 3)")
-    if schedule == "diffusers":
-        smallest = shift_sigma(1 / TRAINING_LEVELS, shift)
-        sigmas = np.append(shift_sigma(np.linspace(1.0, smallest, num_steps), shift), 0.0)
-    elif schedule == "shifted_linear":
-        sigmas = shift_sigma(np.linspace(1.0, 0.0, num_steps + 1), shift)
-    else:
-        raise ValueError(f"schedule is {schedule!r}; expected 'diffusers' or 'shifted_linear'")
+    smallest = shift_sigma(1 / TRAINING_LEVELS, shift)
+    sigmas = np.append(shift_sigma(np.linspace(1.0, smallest, num_steps), shift), 0.0)
     return sigmas.astype(np.float32)
 
 

@@ -46,11 +46,6 @@ def mask_tokens(key, ids, fractions, maskable, mask_id):
     return jnp.where(is_masked, jnp.asarray(mask_id, ids.dtype), ids), is_masked
 
 
-def loss_weight(fractions):
-    """1/t, the ELBO's weight of a sample with mask fraction t under the log-linear schedule."""
-    return 1.0 / fractions
-
-
 def unmask_times(key, shape):
     """The times at which masked tokens are revealed while t runs from 1 to 0: independent, uniform in (0, 1].
 

@@ -18,8 +18,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import qwix
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from unialign_jax import bundle
+from unialign_jax.files import first_line
 
 MODES = ("int8", "w8a8")
 
@@ -60,7 +61,7 @@ class QuantizedModule:
 
 
 def quantize_module(module, mode) -> QuantizedModule:
-    """`module` (an MMDiT or a TextEncoder) for parameters of `quantize_params`; ValueError for an unknown mode."""
+    """`module` (an MMDiT or a TextEncoder) for parameters made by `quantize_leaf`; ValueError for an unknown mode."""
     check_mode(mode)
     return QuantizedModule(module, mode)
 
@@ -130,40 +131,25 @@ def host_device():
     except RuntimeError as error:
         raise ValueError(
             f"quantisation needs JAX's CPU device beside {jax.default_backend()}: add cpu to JAX_PLATFORMS, "
-            f"such as JAX_PLATFORMS={jax.default_backend()},cpu ({str(error).splitlines()[0]})"
+            f"such as JAX_PLATFORMS={jax.default_backend()},cpu ({first_line(error)})"
         ) from None
 
 
-def quantize_params(params, mode, *, device=None):
-    """The parameters of an MMDiT or a TextEncoder, with a `qwix.QArray` for every kernel that becomes int8.
-
-    Args:
-      params: the tree; arrays of NumPy or on any device. Taken one by one: `device` never holds a kernel unquantised.
-      mode: one of `MODES`; both store the same.
-      device: where the result goes; the default device when None.
+def abstract_quantized(abstract_params, mode):
+    """A tree of ShapeDtypeStructs with those of a `qwix.QArray` for every kernel that becomes int8: to compile with.
 
     Raises ValueError for an unknown mode and for a tree without such kernels.
     """
     check_mode(mode)
-    return _map_leaves(functools.partial(quantize_leaf, device=device), params)
-
-
-def abstract_quantized(abstract_params, mode):
-    """What `quantize_params` gives, as ShapeDtypeStructs, for a tree of ShapeDtypeStructs: to compile ahead of time."""
-    check_mode(mode)
+    leaves = flatten_dict(abstract_params, sep="/")
+    if not any(input_axes(path) is not None for path in leaves):
+        raise ValueError("nothing to quantise here: expected the parameters of an MMDiT or a TextEncoder")
 
     def abstract(path, leaf):
         axes = input_axes(path)
         return leaf if axes is None else jax.eval_shape(functools.partial(quantize_kernel, axes=axes), leaf)
 
-    return _map_leaves(abstract, abstract_params)
-
-
-def _map_leaves(function, params):
-    leaves = bundle.flatten(params)
-    if not any(input_axes(path) is not None for path in leaves):
-        raise ValueError("nothing to quantise here: expected the parameters of an MMDiT or a TextEncoder")
-    return bundle.unflatten({path: function(path, leaf) for path, leaf in leaves.items()})
+    return unflatten_dict({path: abstract(path, leaf) for path, leaf in leaves.items()}, sep="/")
 
 
 def tree_bytes(params) -> int:

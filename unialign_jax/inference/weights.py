@@ -4,6 +4,7 @@ import contextlib
 import logging
 
 import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from unialign_jax import bundle
 from unialign_jax.inference.quantization import quantize_leaf
@@ -16,12 +17,13 @@ QUANTIZED = ("transformer", "text_encoder")
 
 def abstract_component(config: bundle.BundleConfig, name: str, dtype, sharding=None):
     """A component's parameters as ShapeDtypeStructs, in the dtypes that inference keeps them in."""
-    leaves = bundle.flatten(bundle.abstract_params(config, [name])[name])
-    return bundle.unflatten(
+    leaves = flatten_dict(bundle.abstract_params(config, [name])[name], sep="/")
+    return unflatten_dict(
         {
             path: jax.ShapeDtypeStruct(leaf.shape, storage_dtype(path, dtype), sharding=sharding)
             for path, leaf in leaves.items()
-        }
+        },
+        sep="/",
     )
 
 
@@ -46,11 +48,12 @@ class Loader:
         if name in self._on_host:
             return jax.device_put(self._on_host[name], self._device)
         host = jax.local_devices(backend="cpu")[0] if self._keep_on_host else self._device
-        params = bundle.unflatten(
+        params = unflatten_dict(
             {
                 path: quantize_leaf(path, leaf, dtype=storage_dtype(path, self._dtype), device=host)
                 for path, leaf in self._leaves(name)
-            }
+            },
+            sep="/",
         )
         if self._keep_on_host:
             self._on_host[name] = params
@@ -59,11 +62,12 @@ class Loader:
     def _as_stored(self, name):
         if self._restore:
             return self._restore(name)
-        return bundle.unflatten(
+        return unflatten_dict(
             {
                 path: jax.device_put(leaf.astype(storage_dtype(path, self._dtype)), self._device)
                 for path, leaf in self._leaves(name)
-            }
+            },
+            sep="/",
         )
 
 

@@ -7,7 +7,6 @@ which would slow down a restore noticeably.
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from unialign_jax.files import first_line, read_json, replacing_file
+from unialign_jax.files import first_line, read_json, write_json
 
 RECORD = "checksums.json"  # in the folder: {"files": {relative path: [bytes, digest]}}
 _SIDE = 512  # words of a square's row and column
@@ -25,8 +24,7 @@ _SIDE = 512  # words of a square's row and column
 def record(folder: str | os.PathLike) -> None:
     """Writes the checksums of all files below `folder` into it. Raises OSError."""
     files = {name: [size, found] for name, (size, found) in _each(digest, sorted(_listing(Path(folder)).items()))}
-    with replacing_file(Path(folder) / RECORD) as path:
-        path.write_text(json.dumps({"files": files}, indent=1) + "\n")
+    write_json(Path(folder) / RECORD, {"files": files}, indent=1)
 
 
 def is_recorded(folder: str | os.PathLike) -> bool:

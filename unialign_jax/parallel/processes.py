@@ -19,6 +19,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
+from unialign_jax.files import first_line
+
 METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
 LOST = os.EX_TEMPFAIL  # 75: the exit status of a process that ends because another was lost; start it again
 AGAIN = "The same command goes on from the last checkpoint, on this or another number of processes"
@@ -78,10 +80,9 @@ def start(
         )
     except RuntimeError as error:
         message.take_back()
-        line = (str(error).splitlines() or [""])[0]
         raise OSError(
-            f"the processes of the run cannot find one another ({line}): start train.py on all of them, with the same "
-            "--coordinator if it is given, and look at ports, firewalls and proxies"
+            f"the processes of the run cannot find one another ({first_line(error)}): start train.py on all of them, "
+            "with the same --coordinator if it is given, and look at ports, firewalls and proxies"
         ) from error
     return message
 
@@ -236,7 +237,7 @@ def out_of_memory(error: BaseException) -> str | None:
     for link in _chain(error):
         # A full disk is RESOURCE_EXHAUSTED too, but not an error of the runtime.
         if isinstance(link, jax.errors.JaxRuntimeError) and pattern.search(str(link)):
-            return str(link).strip().splitlines()[0][:300]
+            return first_line(link)
     return None
 
 

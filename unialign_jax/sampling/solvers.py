@@ -45,8 +45,8 @@ def solver_table(name, sigmas) -> SolverTable:
       predictor of the first step and of that to sigma 0 is of order 1.
 
     The last two agree with diffusers' DPMSolverMultistepScheduler and UniPCMultistepScheduler under
-    `use_flow_sigmas` over the same noise levels. (Those that diffusers would choose for them are, nearly, the
-    schedule "shifted_linear".) At sigma 1 DPM-Solver++ takes the limit of its formula, UniPC starts at 1 - 1e-6.
+    `use_flow_sigmas` over the same noise levels. (Those that diffusers would choose for them are, nearly, a
+    line from 1 to 0, shifted once.) At sigma 1 DPM-Solver++ takes the limit of its formula, UniPC starts at 1 - 1e-6.
 
     Args:
       name: one of SOLVERS.

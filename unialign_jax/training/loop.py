@@ -23,7 +23,7 @@ from unialign_jax.data.mixture import IN_USE, Mixture, batches_ahead
 from unialign_jax.data.streams import Stream, StreamConfig
 from unialign_jax.data.text_lengths import cuts_of
 from unialign_jax.data.tokenizer import load_tokenizer
-from unialign_jax.files import first_line, read_json, replacing_file
+from unialign_jax.files import first_line, read_json, write_json
 from unialign_jax.models import flops
 from unialign_jax.parallel import processes, sharding
 from unialign_jax.parallel.mesh import make_mesh
@@ -306,8 +306,7 @@ def write_config(config: ConfigDict, workdir: Path):
     for line in _changes(read_run_config(workdir) or current, current):
         log.warning("configuration changed since the run began: %s", line)
     if jax.process_index() == 0:
-        with replacing_file(workdir / "config.json") as path:
-            path.write_text(json.dumps(current, indent=2) + "\n")
+        write_json(workdir / "config.json", current)
 
 
 def read_run_config(run: Path) -> dict | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 from orbax.checkpoint import v1 as ocp
 
 from unialign_jax import bundle, bundle_config, files
@@ -118,7 +119,7 @@ def _metadata(folder):
         if not path.is_dir():
             files.check_regular(path)
     try:
-        return bundle.flatten(ocp.checkpointables_metadata(folder).metadata["state"])
+        return flatten_dict(ocp.checkpointables_metadata(folder).metadata["state"] or {}, sep="/")
     except Exception as error:
         raise ValueError(f"{folder} cannot be read: {files.first_line(error, 200)}") from error
 
@@ -216,6 +217,7 @@ class Run(NamedTuple):
       leaves: component -> its (path, array) pairs on the host.
       weights, step: which of its weights these are.
       digest: of all that tells them from others.
+      frozen_from: the bundle of the encoders; None where they are drawn.
     """
 
     name: str
@@ -225,13 +227,15 @@ class Run(NamedTuple):
     weights: str
     step: int
     digest: str
+    frozen_from: Path | None
 
 
-def open_to_sample(run, weights: str | None = None, *, verify: bool = True) -> Run:
+def open_to_sample(run, weights: str | None = None, *, frozen_from=None, verify: bool = True) -> Run:
     """A run's newest whole checkpoint, with the frozen parts that it was trained with.
 
     Args:
       weights: "raw" or "ema"; when None the average where the run keeps one, as its own samples.
+      frozen_from: the bundle of the text encoder and the autoencoder, in place of the run's own.
       verify: whether the checkpoint and the bundle of the frozen parts are checked against their checksums.
     Raises FileNotFoundError or ValueError, in one line, for a run that cannot be read.
     """
@@ -242,7 +246,7 @@ def open_to_sample(run, weights: str | None = None, *, verify: bool = True) -> R
     weights = weights or ("ema" if has_average(run, step) else "raw")
     trees = open_run(run, weights, step)
     configs = component_configs(run, settings)
-    source, drawn = settings.get("frozen_from"), {}
+    source, drawn = frozen_from or settings.get("frozen_from"), {}
     if source:
         source = bundle.locate(source)
         frozen = bundle.read_config(source, verify=verify)
@@ -255,7 +259,7 @@ def open_to_sample(run, weights: str | None = None, *, verify: bool = True) -> R
             return frozen_leaves(name)
         if not drawn:
             drawn.update(draw_frozen(settings))
-        return ((path, np.asarray(leaf)) for path, leaf in bundle.flatten(drawn[name][1]).items())
+        return ((path, np.asarray(leaf)) for path, leaf in flatten_dict(drawn[name][1], sep="/").items())
 
     def frozen_leaves(name):
         yield from bundle.read_leaves(source, name, verify=name in to_verify)
@@ -265,4 +269,4 @@ def open_to_sample(run, weights: str | None = None, *, verify: bool = True) -> R
     described = [Path(folder) / "config.json" for folder in (run, source) if folder]
     told = b"".join(path.read_bytes() for path in described) + f" {step} {weights}".encode()
     digest = hashlib.sha256(told).hexdigest()
-    return Run(str(run), config, read_run_tokenizer(settings, run), leaves, weights, step, digest)
+    return Run(str(run), config, read_run_tokenizer(settings, run), leaves, weights, step, digest, source or None)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from unialign_jax.models import parameters
 from unialign_jax.models.autoencoder import AutoencoderConfig, make_autoencoder
 from unialign_jax.models.mmdit import AlignmentHeads, AlignmentHeadsConfig, MMDiT, MMDiTConfig
 from unialign_jax.models.text_encoder import TextEncoder, TextEncoderConfig
@@ -58,29 +59,25 @@ class TrainState(NamedTuple):
 
 def init_params(networks: Networks, key) -> dict:
     """Random trained parameters: {"transformer": ..., "heads": ...}, float32."""
-    c = networks.transformer.config
-    latents = jnp.zeros((1, c.patch_size, c.patch_size, c.latent_channels))
-    text = jnp.zeros((1, 1, c.text_width))
-    tap = jnp.zeros((1, 1, c.width))
+    config = networks.transformer.config
     transformer_key, heads_key = jax.random.split(key)
     return {
-        "transformer": networks.transformer.init(transformer_key, latents, text, jnp.zeros((1,)))["params"],
-        "heads": networks.heads.init(heads_key, tap, tap)["params"],
+        "transformer": parameters.init(config, transformer_key),
+        "heads": parameters.init(networks.heads.config, heads_key, tap_width=config.width),
     }
 
 
 def init_frozen(networks: Networks) -> dict:
     """Random frozen encoders: {"text_encoder": ..., "autoencoder": ...}, each in its compute dtype."""
     text_key, image_key = jax.random.split(jax.random.key(FROZEN_SEED))
-    text = dict(networks.text_encoder.init(text_key, jnp.zeros((1, 1), jnp.int32))["params"])
+    text = parameters.init(networks.text_encoder.config, text_key)
     # Nothing but this bias tells a token of the text stream where it is, and T5's own start leaves it near zero, which
     # would make a random encoder a bag of words. Spread out, each head looks at distances of its own.
     text["relative_bias"] *= RELATIVE_BIAS_SPREAD * networks.text_encoder.config.width**0.5
-    side = networks.autoencoder.config.downsample_factor
-    image = networks.autoencoder.init(image_key, jnp.zeros((1, side, side, 3)))
+    image = parameters.init(networks.autoencoder.config, image_key)
     return {
         "text_encoder": _cast(text, networks.text_encoder.config.dtype),
-        "autoencoder": _cast(image.get("params", {}), networks.autoencoder.config.dtype),
+        "autoencoder": _cast(image, networks.autoencoder.config.dtype),
     }
 
 

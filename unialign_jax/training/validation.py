@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.scipy.special import ndtri
 
 from unialign_jax import bundle
@@ -226,7 +227,7 @@ class Scenes:
             autoencoder=networks.autoencoder.config,
             **runs.describe("this run", settings | {"init_from": ""}),
         )
-        leaves = lambda name: bundle.flatten(self._params[name]).items()  # noqa: E731
+        leaves = lambda name: flatten_dict(self._params[name], sep="/").items()  # noqa: E731
         run = runs.Run("this run", model, trainer.tokenizer, leaves, "", 0, "")
         self._pipeline = Pipeline.from_run(run, max_batch=SCENES_AT_ONCE, device=trainer.mesh.devices.flat[0])
 
