@@ -23,6 +23,7 @@ from unialign_jax.conversion.rules import export_tensors
 from unialign_jax.conversion.teacher import config_from_qwen, convert_teacher, qwen_table
 from unialign_jax.data.tokenizer import load_backend, tokenize
 from unialign_jax.models.teacher import TeacherConfig, encode_images, encode_texts
+from unialign_jax.parallel import sharding
 from unialign_jax.parallel.mesh import make_mesh
 
 WORDS = ("<|endoftext|>", "a", "red", "cat", "sits")
