@@ -18,7 +18,7 @@ class Mixture:
     The weights and n alone decide which stream gives batch n; the seed, the stream's name and n decide which of its
     records. There is no other state: the position in the data is the step number. Each stream is shuffled anew every
     epoch, an epoch holds every record once, and a batch may run over its end (so a data set may be smaller than a
-    batch). A host reads those rows of a global batch that its devices hold; the batch is the same on any number of hosts.
+    batch). A host reads those rows of a global batch that its devices hold; they are the same on any number of hosts.
 
     For grain it is one dataset, of this host's examples in the order in which they are trained on.
     """
@@ -60,9 +60,7 @@ class Mixture:
             grain.MapDataset.source(stream).seed(_stream_seed(seed, name)).shuffle().repeat()
             for name, stream in self.streams.items()
         ]
-        self._examples = grain.MapDataset.select_from_datasets(
-            shuffled, _Order(self._shares, global_batch, self._rows)
-        )
+        self._examples = grain.MapDataset.select_from_datasets(shuffled, _Order(self._shares, global_batch, self._rows))
 
     def schedule(self, n: int) -> tuple[str, int]:
         """(stream's name, k): batch n is the k-th batch of that stream. A few integer operations at any n."""

@@ -14,8 +14,8 @@ from unialign_jax.parallel import hardware
 from unialign_jax.planning.sampling_plan import GIB
 from unialign_jax.planning.step_plan import DoesNotFit, StepPlan, compute_seconds, group_bandwidth, step_work
 from unialign_jax.training import meshes
-from unialign_jax.training.config import active_streams, batch_shards, build_configs, config_problems, listed
-from unialign_jax.training.state import Networks
+from unialign_jax.training.config import active_streams, batch_shards
+from unialign_jax.training.program import make_networks
 from unialign_jax.training.step import has_image_pass
 
 POLICIES = ("none", "dots", "block")
@@ -67,9 +67,7 @@ def candidates(config, devices, name: str) -> list[Candidate]:
     """
     whole = config.copy_and_resolve_references()
     whole.accumulation = 1
-    if problems := config_problems(whole, len(devices)):
-        raise ValueError(listed("the configuration cannot run", problems))
-    networks = Networks.create(*build_configs(config, devices[0].platform))
+    networks = make_networks(whole, devices)
     stream = active_streams(config)[name]
     needs = meshes.read_needs(config, networks)
     chip = hardware.find_chip(devices[0].device_kind)

@@ -28,11 +28,9 @@ from unialign_jax.models import flops
 from unialign_jax.parallel import hardware, sharding
 from unialign_jax.planning.collectives import KINDS, Collective, read_collectives
 from unialign_jax.planning.sampling_plan import GIB
-from unialign_jax.training.config import active_streams, build_configs, config_problems, listed
-from unialign_jax.training.meshes import mesh_for
-from unialign_jax.training.optimizer import make_optimizer
-from unialign_jax.training.state import Networks, abstract_frozen, abstract_state
-from unialign_jax.training.step import batch_shapes, has_image_pass, lower_train_step, make_train_step
+from unialign_jax.training.config import active_streams
+from unialign_jax.training.program import StepProgram
+from unialign_jax.training.step import has_image_pass
 
 MATMUL_SHARE = 0.85  # of peak that large matmuls reach, an assumption
 # Matmuls of the backward kernel in units of the two of the forward: the scores again, and four gradients.
@@ -119,20 +117,10 @@ def plan_step(config, devices, name: str, *, usable=None, dump=None, chip=None) 
 
     Raises ValueError for a configuration that cannot run there, DoesNotFit when the compiler finds no room.
     """
-    problems = config_problems(config, len(devices))
-    if problems:
-        raise ValueError(listed("the configuration cannot run", problems))
-    networks = Networks.create(*build_configs(config, devices[0].platform))
-    choice = mesh_for(config, devices, networks)
-    mesh = sharding.make_mesh(**choice.sizes, devices=devices)
-    networks = networks.on(mesh)
-    tx, schedule = make_optimizer(**config.optimizer)
-    state = abstract_state(networks, tx, config.ema_decay, mesh)
-    frozen = abstract_frozen(networks, mesh)
-    stream = active_streams(config)[name]
-    # Any ids serve: they change no shape.
-    step = make_train_step(config, networks, tx, schedule, stream.kind, config.model.vocab_size - 1, 1)
-    lowered = lower_train_step(step, mesh, state, frozen, batch_shapes(config, stream))
+    program = StepProgram(config, devices)
+    networks, mesh, stream = program.networks, program.mesh, program.settings[name]
+    state, frozen = program.abstract_state, program.abstract_frozen
+    lowered = program.lower_step(name)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -145,7 +133,7 @@ def plan_step(config, devices, name: str, *, usable=None, dump=None, chip=None) 
     memory = compiled.memory_analysis()
     parameters, optimizer, frozen_bytes = (held_bytes(tree) for tree in (state.params, state[2:], frozen))
     # What the compiler's layouts pad is the state's, of which it is the largest part.
-    batch = sum(math.prod(x.shape) * x.dtype.itemsize for x in batch_shapes(config, stream).values()) // math.prod(
+    batch = sum(math.prod(x.shape) * x.dtype.itemsize for x in program.batch_shapes(name).values()) // math.prod(
         mesh.shape[axis] for axis in sharding.BATCH[0]
     )
     padding = memory.argument_size_in_bytes - parameters - optimizer - frozen_bytes - batch
@@ -175,8 +163,8 @@ def plan_step(config, devices, name: str, *, usable=None, dump=None, chip=None) 
     return StepPlan(
         stream=name,
         chips=len(devices),
-        mesh=choice.sizes,
-        mesh_reason=choice.reason,
+        mesh=program.mesh_choice.sizes,
+        mesh_reason=program.mesh_choice.reason,
         batch_size=config.batch_size,
         accumulation=config.accumulation,
         remat=config.model.remat,
