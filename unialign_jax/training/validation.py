@@ -160,7 +160,7 @@ class Validator:
         trainer, place = self._trainer, sharding.batch_sharding(self._trainer.mesh)
         kind = trainer.settings[name].kind
         step = make_validation_step(trainer.config, trainer.networks, kind, *trainer.token_ids)
-        params = {name: trainer.abstract_state.params[name] for name in ("transformer", "heads")}
+        params = {part: trainer.abstract_state.params[part] for part in ("transformer", "heads")}
         level = jax.ShapeDtypeStruct((trainer.config.batch_size,), jnp.float32)
         shapes = trainer.batch_shapes(name) | dict.fromkeys(Levels._fields, level)
         batch = {key: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for key, x in shapes.items()}
