@@ -105,9 +105,10 @@ def main(arguments):
         if last_words:
             train_together(config, options, last_words)
             return
+        from unialign_jax.evaluation.run_scenes import RunScenes
         from unialign_jax.training.loop import train
 
-        train(config, options.workdir, progress=not options.noprogress)
+        train(config, options.workdir, progress=not options.noprogress, make_scorer=RunScenes.of)
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         line = expected(error, options.config)
         if options.traceback or not line:
@@ -132,12 +133,13 @@ def expected(error, config) -> str | None:
 
 def train_together(config, options, last_words):
     """Trains as one of several processes, and ends this one when it cannot go on, so that the others end too."""
+    from unialign_jax.evaluation.run_scenes import RunScenes
     from unialign_jax.parallel.processes import AGAIN, LOST, lost_another
     from unialign_jax.training.loop import train
 
-    progress, status = not options.noprogress, 1
+    progress, stuck, status = not options.noprogress, options.stuck_timeout, 1
     try:
-        train(config, options.workdir, progress=progress, stuck_timeout=options.stuck_timeout)
+        train(config, options.workdir, progress=progress, stuck_timeout=stuck, make_scorer=RunScenes.of)
     except Exception as error:
         line, lost = expected(error, options.config), lost_another(error)
         if options.traceback or not (lost or line):

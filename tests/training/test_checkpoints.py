@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from unialign_jax.integrity import checksums
-from unialign_jax.training.checkpoints import Checkpoints, damage, load_params
-from unialign_jax.training.runs import latest_step
+from unialign_jax.training.checkpoints import Checkpoints, damage
+from unialign_jax.training.runs import latest_step, load_params
 from unialign_jax.training.state import TrainState
 
 

@@ -13,8 +13,8 @@ import pytest
 
 from unialign_jax import bundle
 from unialign_jax.parallel.mesh import make_mesh
-from unialign_jax.training.loop import Recorder, Trainer, train
-from unialign_jax.training.metrics import read_metrics
+from unialign_jax.training.loop import Trainer, train
+from unialign_jax.training.metrics import Recorder, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,9 +38,9 @@ def finished(small_config, tmp_path_factory):
     return workdir
 
 
-def test_a_bar_is_not_drawn_into_a_pipe(small_config, capfd):
+def test_a_bar_is_not_drawn_into_a_pipe(small_config, tmp_path, capfd):
     trainer = types.SimpleNamespace(config=small_config(), mesh=make_mesh(devices=jax.devices()[:1]))
-    Recorder(trainer, None, True, 0)._bar.update(3)
+    Recorder(trainer, tmp_path, 0, progress=True)._bar.update(3)
     assert capfd.readouterr().err == ""
 
 

@@ -495,7 +495,7 @@ def test_every_stage_has_the_whole_time_before_a_run_counts_as_stuck(config, tmp
     changes = {"num_steps": 2, "checkpoint__every": 1, "samples__every": 1, "samples__count": 1}
     train(config(**changes), tmp_path, progress=False, devices=jax.devices()[:1], stuck_timeout=7)
     prepared = ["__init__", alive, "restore_latest", alive, "init_state", alive, "init_frozen", alive, "compile_step"]
-    steps = [alive, "put_batch", alive, "save", alive, "write", alive, "put_batch", alive, "save"]
+    steps = [alive, "put_batch", alive, "save", alive, "write", alive, "put_batch", alive, "save", alive]
     ended = [alive, "save", alive, "is_written", "write", alive, "close", "end"]
     assert told == ["begin 7", alive, *prepared, *steps, *ended]
 

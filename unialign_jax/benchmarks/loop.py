@@ -2,10 +2,11 @@
 
     python launch/benchmark.py train --config=configs/stage1.py:tiny
 
-Runs the same number of optimizer steps twice, in turn: the bare compiled step on one batch that is already on the
-device, and the training loop with data, metrics and progress. Their ratio is what the loop costs.
+Alternates between two ways to run the same number of optimizer steps: the bare compiled step on a batch that is already
+on the device, and the training loop with data, metrics and progress bar. Their ratio is the overhead of the loop.
 """
 
+import collections
 import contextlib
 import logging
 import os
@@ -24,13 +25,14 @@ def add_arguments(parser):
 
 
 def benchmark_train(arguments) -> dict:
+    """{figure: value}. Raises ValueError for bad options."""
     import jax
 
     from unialign_jax.inference.inputs import check_whole
     from unialign_jax.models import flops
     from unialign_jax.parallel import processes
     from unialign_jax.training.loop import StopRequest, Trainer, run_steps
-    from unialign_jax.training.metrics import memory_use
+    from unialign_jax.training.metrics import Recorder, memory_use
     from unialign_jax.training.stages import read_config
 
     for name in ("steps", "rounds"):
@@ -48,7 +50,7 @@ def benchmark_train(arguments) -> dict:
     state, frozen = trainer.init_state(), trainer.init_frozen()
 
     def bare(state, start):
-        """The steps that the schedule names, each stream on a batch of its own that stays on the device."""
+        """The steps of the schedule, each stream on one batch that stays on the device."""
         for step in range(start, start + arguments.steps):
             name, _ = trainer.mixture.schedule(step)
             state, metrics = programs[name](state, frozen, resident[name])
@@ -58,7 +60,9 @@ def benchmark_train(arguments) -> dict:
     def loop(state, start):
         config.num_steps = start + arguments.steps
         with tempfile.TemporaryDirectory() as workdir, StopRequest() as stop:
-            return run_steps(trainer, programs, state, frozen, None, None, workdir, stop, progress=True)
+            recorder = Recorder(trainer, workdir, start, progress=True)
+            (state,) = collections.deque(run_steps(trainer, programs, state, frozen, recorder, stop), maxlen=1)
+        return state
 
     resident, step = {}, 0
     while len(resident) < len(trainer.streams):

@@ -1,14 +1,14 @@
-"""The `memory` part of launch/benchmark.py: what the plan says of a training step's memory, beside a real run.
+"""The `memory` part of launch/benchmark.py: the planned memory of a training step beside that of a real run.
 
     python launch/benchmark.py memory
     python launch/benchmark.py memory --mesh=fsdp=4,tensor=2 --remat=dots --set=model.depth=4
     python launch/benchmark.py memory --platform=gpu --set=batch_size=4 --set=image_size=512
 
-On CPUs the run has --devices virtual ones, and what is real is the growth of the process's resident memory, from before
-the first array is made to the highest during two steps. On an accelerator it is the peak that the devices tell, which
-they count from the start of the process: "real is of" says whether the steps took it, or the making of the weights
-before them, beside which the plan says nothing. The plan is `planning.step.plan_step`'s peak of one device times
-their number. Each case runs in a process of its own.
+On CPUs the run has --devices virtual ones, and "real" is the growth of the process's resident memory, from before the
+first array is made to the peak during two steps. On an accelerator it is the peak that the devices report since the
+start of the process: "real is of" says whether the steps had that peak, or the initialisation before them, which the
+plan leaves out. The plan is the peak of one device by `planning.step.plan_step`, times their number. Each case
+runs in a process of its own.
 """
 
 import ctypes
@@ -22,8 +22,8 @@ from unialign_jax.benchmarks.sample import answer, call_alone
 
 STEPS = 2
 PATIENCE = 300  # seconds
-# Stage 1 made so small that a few GB hold it and so large that the runtime's own memory does not count: 47 M trained
-# parameters, with T5, VAE and average, and of their state about as much as of activations.
+# Stage 1, small enough for a few GB and large enough that the runtime's own memory is negligible: 47 M trained
+# parameters, with T5, VAE and average; their state is about as large as the activations.
 MEDIUM = (
     "image_size=256",
     "text_length=64",
@@ -92,8 +92,8 @@ def benchmark_memory(arguments) -> dict:
     return {"memory, GB over all devices": rows}
 
 
-def mesh_changes(text) -> list[str]:
-    """ "fsdp=4,tensor=2" -> that mesh as changes to a configuration, axes that are not named being 1."""
+def mesh_changes(text: str) -> list[str]:
+    """ "fsdp=4,tensor=2" -> that mesh as changes to a configuration; the other axes are 1."""
     from unialign_jax.parallel.mesh import AXES
 
     sizes = dict.fromkeys(AXES, "1")
@@ -105,11 +105,11 @@ def mesh_changes(text) -> list[str]:
     return [f"mesh.{axis}={size}" for axis, size in sizes.items()]
 
 
-# What runs in a process of its own
+# In a process of its own
 
 
-def plan_and_run(settings) -> dict:
-    """The plan's parts, its sum and what a run took, in GB over all devices."""
+def plan_and_run(settings: dict) -> dict:
+    """The plan's parts, its sum and the memory of a run, in GB over all devices."""
     import jax
 
     from unialign_jax.benchmarks.step import Setup, peak_of
@@ -152,14 +152,14 @@ def plan_and_run(settings) -> dict:
 
 
 def peak_bytes() -> int:
-    """The most bytes that this process's devices have held together since it began, each at its own time."""
+    """The sum of the devices' own peaks in bytes since the process began."""
     import jax
 
     return sum(device.memory_stats()["peak_bytes_in_use"] for device in jax.local_devices())
 
 
-def prepare_cpu(devices):
-    """Sets this process up, before JAX has looked for devices, so that its memory is that of the arrays."""
+def prepare_cpu(devices: int) -> None:
+    """Sets up this process, before JAX looks for devices, so that its memory is that of the arrays."""
     import jax
 
     jax.config.update("jax_num_cpu_devices", devices)
@@ -167,20 +167,20 @@ def prepare_cpu(devices):
     # collectives of one step, each of which holds a thread of XLA's pool on every device: 8 a device were too few.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     os.environ["NPROC"] = str(64 * devices)
-    # Devices that share few cores may wait long for one another: XLA ends a process after 40 s of it.
+    # Devices that share few cores may wait long for one another: XLA ends a process that waits for 40 s.
     patience = f"--xla_cpu_collective_call_terminate_timeout_seconds={PATIENCE}"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {patience}"
-    # What is freed shall leave the process, and not wait in the allocator (M_MMAP_THRESHOLD of glibc's malloc.h).
+    # Freed memory must go back to the system, not stay in the allocator (M_MMAP_THRESHOLD of glibc's malloc.h).
     ctypes.CDLL(None).mallopt(-3, 2**20)
 
 
 def resident() -> int:
-    """The bytes of this process in memory now, from where the kernel's count of their peak starts anew."""
+    """The resident bytes of this process now; the kernel's count of their peak starts anew."""
     Path("/proc/self/clear_refs").write_text("5")
     return status("VmRSS")
 
 
-def status(name) -> int:
+def status(name: str) -> int:
     """A size in bytes from /proc/self/status."""
     return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 

@@ -2,10 +2,10 @@
 
     python launch/benchmark.py soak --config=configs/stage1.py:tiny --steps=2000 --saves=200
 
-Trains in a folder of its own with many saves, and looks at the process's memory, file descriptors and threads several
-times a second. What a step or a save left behind would show in a long run only. Flat means that between the third
-tenth of the run and the last the median memory grew by less than 2%, and the most descriptors and threads by less than
-4; where it is not, the exit status is 1. Linux only.
+Trains in a folder of its own with many saves, and samples the process's memory, file descriptors and threads several
+times a second: a leak of a step or a save shows only in a long run. The run is flat when from its third tenth to its
+last the median memory grew by less than 2%, and the largest counts of descriptors and of threads by less than 4 each.
+The exit status is 1 when it is not. Linux only.
 """
 
 import statistics
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
@@ -42,7 +43,7 @@ def benchmark_soak(arguments) -> dict:
         "samples.count=0",
         "validation.every=0",
     ]
-    read_config(arguments.config, changes)  # what is wrong with it is said here
+    read_config(arguments.config, changes)  # raises here for a bad configuration
     if arguments.scratch:
         arguments.scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="soak-", dir=arguments.scratch) as scratch:
@@ -66,7 +67,7 @@ def benchmark_soak(arguments) -> dict:
     } | summary(looks, arguments.steps)
 
 
-def watch(process, workdir, interval=0.2):
+def watch(process: subprocess.Popen, workdir: Path, interval: float = 0.2) -> Iterator[tuple]:
     """(step of the newest checkpoint, memory in MB, descriptors, threads) of a process, until it ends."""
     step = 0
     while process.poll() is None:
@@ -77,13 +78,13 @@ def watch(process, workdir, interval=0.2):
             status = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
             descriptors = len(list((folder / "fd").iterdir()))
             yield step, int(status["VmRSS"].split()[0]) * 1024 / 1e6, descriptors, int(status["Threads"])
-        except (OSError, KeyError):  # it ended while we looked
+        except (OSError, KeyError):  # it ended meanwhile
             break
         time.sleep(interval)
 
 
-def summary(looks, steps: int, tenths=10) -> dict:
-    """The table of a run's tenths, and whether it is flat. Raises ValueError when one was not looked at."""
+def summary(looks: list[tuple], steps: int, tenths: int = 10) -> dict:
+    """The table of a run's tenths, and whether it is flat. Raises ValueError for a tenth without a sample."""
     rows = []
     for number in range(tenths):
         low, high = steps * number // tenths, steps * (number + 1) // tenths

@@ -18,8 +18,8 @@ from unialign_jax.planning.roofline import compute_seconds, group_bandwidth, ste
 from unialign_jax.planning.step import StepPlan
 from unialign_jax.planning.topology import GIB, DoesNotFit
 from unialign_jax.training import meshes
-from unialign_jax.training.config import active_streams, batch_shards, build_configs, config_problems, listed
-from unialign_jax.training.state import Networks
+from unialign_jax.training.config import active_streams, batch_shards
+from unialign_jax.training.program import make_networks
 
 POLICIES = ("none", "dots", "block")
 FALLBACK_POLICIES = ("offload",)  # tried when none of those fits: the cost of transfers to the host is not known
@@ -76,9 +76,7 @@ def candidates(config: ConfigDict, devices: list, name: str) -> list[Candidate]:
     """
     whole = config.copy_and_resolve_references()
     whole.accumulation = 1
-    if problems := config_problems(whole, len(devices)):
-        raise ValueError(listed("the configuration cannot run", problems))
-    networks = Networks.create(*build_configs(config, devices[0].platform))
+    networks = make_networks(whole, devices)
     stream = active_streams(config)[name]
     needs = meshes.step_memory(config, networks)
     chip = hardware.find_chip(devices[0].device_kind)

@@ -12,15 +12,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from unialign_jax.parallel import hardware, sharding
-from unialign_jax.parallel.mesh import make_mesh
 from unialign_jax.planning.collectives import read_collectives, received_bytes
 from unialign_jax.planning.roofline import Roofline, compute_seconds, hbm_bytes, held_bytes, ici_seconds, step_work
 from unialign_jax.planning.topology import compile_program
-from unialign_jax.training.config import active_streams, build_configs, config_problems, listed
-from unialign_jax.training.meshes import mesh_for
-from unialign_jax.training.optimizer import make_optimizer
-from unialign_jax.training.state import Networks, abstract_frozen, abstract_state
-from unialign_jax.training.step import batch_shapes, lower_train_step, make_train_step
+from unialign_jax.training.program import StepProgram
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,27 +71,17 @@ def plan_step(
 
     Raises ValueError for a configuration that cannot run there, DoesNotFit when the compiler runs out of memory.
     """
-    problems = config_problems(config, len(devices))
-    if problems:
-        raise ValueError(listed("the configuration cannot run", problems))
-    networks = Networks.create(*build_configs(config, devices[0].platform))
-    choice = mesh_for(config, devices, networks)
-    mesh = make_mesh(**choice.sizes, devices=devices)
-    networks = networks.on(mesh)
-    tx, schedule = make_optimizer(**config.optimizer)
-    state = abstract_state(networks, tx, config.ema_decay, mesh)
-    frozen = abstract_frozen(networks, mesh)
-    stream = active_streams(config)[name]
-    # Any ids serve: they change no shape.
-    step = make_train_step(config, networks, tx, schedule, stream.kind, config.model.vocab_size - 1, 1)
-    lowered = lower_train_step(step, mesh, state, frozen, batch_shapes(config, stream))
+    program = StepProgram(config, devices)
+    networks, mesh, stream = program.networks, program.mesh, program.settings[name]
+    state, frozen = program.abstract_state, program.abstract_frozen
+    lowered = program.lower_step(name)
     compiled = compile_program(lowered, f"the step of {name}")
     text = compiled.as_text()
     if dump:
         dump.write_text(text)
     memory = compiled.memory_analysis()
     parameters, optimizer, frozen_bytes = (held_bytes(tree) for tree in (state.params, state[2:], frozen))
-    batch = sum(math.prod(x.shape) * x.dtype.itemsize for x in batch_shapes(config, stream).values()) // math.prod(
+    batch = sum(math.prod(x.shape) * x.dtype.itemsize for x in program.batch_shapes(name).values()) // math.prod(
         mesh.shape[axis] for axis in sharding.BATCH[0]
     )
     # Layout padding is not reported per argument; charge it to the optimizer state, the largest of them.
@@ -122,8 +107,8 @@ def plan_step(
     return StepPlan(
         stream=name,
         chips=len(devices),
-        mesh=choice.sizes,
-        mesh_reason=choice.reason,
+        mesh=program.mesh_choice.sizes,
+        mesh_reason=program.mesh_choice.reason,
         batch_size=config.batch_size,
         accumulation=config.accumulation,
         remat=config.model.remat,

@@ -1,15 +1,18 @@
 """One optimizer step of one stream: encode, two passes of the one network, four losses, one update.
 
-The step is a pure function (state, frozen, batch) -> (state, metrics). Its randomness is a function of the seed, the
-step number, the micro-batch and a name, so that it is the same on any number of devices and hosts.
+The step is a pure function (state, frozen, batch) -> (state, metrics). Its random numbers are a function of the seed,
+the step number, the micro-batch and a name, so they are the same on any number of devices and hosts.
 """
 
 import zlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from unialign_jax.data.kinds import has_image_pass
 from unialign_jax.diffusion import flow, masking
@@ -22,25 +25,25 @@ from unialign_jax.models.mmdit import in_pairs
 from unialign_jax.models.parameters import storage_dtype
 from unialign_jax.parallel import sharding
 from unialign_jax.training.optimizer import ema_update
-from unialign_jax.training.state import Networks, TrainState
+from unialign_jax.training.state import Networks, Optimizer, TrainState
 
 BUCKETS = 4  # the flow loss is reported by quarter of sigma, the text loss by quarter of the mask fraction
 
 
 class Levels(NamedTuple):
-    """How much is hidden from the network, sample by sample."""
+    """The noise and the masking of each sample."""
 
     sigma: jax.Array  # [B] float32, noise of the image pass
     mask_fraction: jax.Array  # [B] float32, of the text pass
 
 
-def named_key(key, name: str):
-    """A key of its own for every use in a step: adding a use changes no other use's numbers."""
+def named_key(key: jax.Array, name: str) -> jax.Array:
+    """A key for each use in a step. A new use leaves the random numbers of the others as they were."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
-def encode_images(networks: Networks, frozen, batch, key):
-    """uint8 images and conditions -> normalised latents [B, h, w, C] and [B, K, h, w, C] or None; one draw each."""
+def encode_images(networks: Networks, frozen: dict, batch: dict, key: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """uint8 images and conditions -> sampled, normalised latents [B, h, w, C] and [B, K, h, w, C] or None."""
     images = batch["image"][:, None]
     if "conditions" in batch:
         images = jnp.concatenate([images, batch["conditions"]], axis=1)
@@ -52,8 +55,8 @@ def encode_images(networks: Networks, frozen, batch, key):
     return latents[:, 0], latents[:, 1:] if count > 1 else None
 
 
-def encode_texts(networks: Networks, frozen, *ids):
-    """T5 over several [B, L] id arrays in one call; the rows are interleaved so that a split batch stays split."""
+def encode_texts(networks: Networks, frozen: dict, *ids: jax.Array) -> tuple[jax.Array, ...]:
+    """T5 over several [B, L] id arrays in one call. Their rows are interleaved, so that a split batch stays split."""
     stacked = jnp.stack(ids, axis=1)
     batch_size, count, length = stacked.shape
     embeddings = networks.text_encoder.apply(
@@ -63,13 +66,13 @@ def encode_texts(networks: Networks, frozen, *ids):
     return tuple(embeddings[:, i] for i in range(count))
 
 
-def sum_and_count(values, where=None):
-    """[2] float32: what a mean needs, in a form that adds up over micro-batches."""
+def sum_and_count(values: jax.Array, where: jax.Array | None = None) -> jax.Array:
+    """[sum, count] float32 of the values: these add up over micro-batches, as means do not."""
     where = jnp.ones(values.shape, bool) if where is None else where
     return jnp.stack([jnp.sum(jnp.where(where, values, 0.0)), jnp.sum(where)]).astype(jnp.float32)
 
 
-def bucketed(name, values, positions):
+def bucketed(name: str, values: jax.Array, positions: jax.Array) -> dict[str, jax.Array]:
     """The metrics of `values` [B] in each quarter of `positions` [B] in [0, 1]."""
     bucket = jnp.clip((positions * BUCKETS).astype(jnp.int32), 0, BUCKETS - 1)
     edges = [f"{i / BUCKETS:.2f}-{(i + 1) / BUCKETS:.2f}" for i in range(BUCKETS)]
@@ -84,9 +87,8 @@ def compute_losses(
     Image pass: noisy target and clean conditions, clean prompt, sigma. Text pass: clean target, masked text, sigma 0.
 
     Args:
-      key: of all that is drawn.
-      levels: for validation, sigma and mask fractions (`Levels`) instead of drawn ones. No prompt is dropped then, and
-        the cross-modal loss is told even where its weight is 0.
+      levels: for validation, sigma and mask fractions instead of drawn ones. No prompt is dropped then, and the
+        cross-modal loss is reported even where its weight is 0.
     """
     transformer = networks.transformer
     params = sharding.params_for_compute(params, lambda path: storage_dtype(path, transformer.config.dtype))
@@ -167,23 +169,24 @@ def compute_losses(
     return total, metrics
 
 
-def sigma_settings(config) -> dict:
+def sigma_settings(config: ConfigDict) -> dict:
     """The distribution of the noise levels, as arguments of `flow.sample_sigma`."""
     c = config.sigma
     return {"mean": c.mean, "std": c.std, "shift": c.shift, "levels": c.levels or None}
 
 
-def micro_batches(batch, count: int):
+def micro_batches(batch: dict[str, jax.Array], count: int) -> dict[str, jax.Array]:
     """Arrays [B, ...] -> [count, B / count, ...]: each has every count-th row, so that no row changes device."""
     return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1), batch)
 
 
-def make_train_step(config, networks: Networks, tx, schedule, kind: str, mask_id: int, eos_id: int):
+def make_train_step(
+    config, networks: Networks, tx: Optimizer, schedule: optax.Schedule, kind: str, mask_id: int, eos_id: int
+) -> Callable:
     """The step of one stream: (TrainState, frozen, batch) -> (TrainState, metrics).
 
-    Metrics are arrays [2] of sum and count (the mean is their quotient). Gradients are averaged over
-    `config.accumulation` micro-batches (`micro_batches`).
-    "replaced_records" counts the batch's stand-ins for undecodable records, over all hosts.
+    Gradients are averaged over `config.accumulation` micro-batches. Metrics are arrays [2]: mean = sum / count.
+    "replaced_records" counts the records of the batch that could not be decoded, over all hosts.
     """
 
     def loss_and_gradients(params, frozen, batch, key):
@@ -222,12 +225,12 @@ def make_train_step(config, networks: Networks, tx, schedule, kind: str, mask_id
     return train_step
 
 
-def update_state(config, tx, state: TrainState, gradients):
-    """The end of a step: the state after it, and the norms of gradients, updates and new parameters by name."""
+def update_state(config: ConfigDict, tx: Optimizer, state: TrainState, gradients: dict) -> tuple[TrainState, dict]:
+    """Optimizer and average: the new state, and the norms of gradients, updates and new parameters by name."""
     updates, opt_state = tx.update(gradients, state.opt_state, state.params)
     params, ema = optax.apply_updates(state.params, updates), state.ema
     if config.ema_decay:
-        # A shorter memory at first: the average of a short run must not be full of its random start.
+        # A shorter memory at first: in a short run the random start would dominate the average.
         ramp = (1 + state.step) / (10 + state.step)
         ema = ema_update(ema, params["transformer"], jnp.minimum(config.ema_decay, ramp), state.step)
     trees = {"gradient_norm": gradients, "update_norm": updates, "parameter_norm": params}
@@ -235,8 +238,8 @@ def update_state(config, tx, state: TrainState, gradients):
     return TrainState(state.step + 1, params, ema, opt_state), norms
 
 
-def batch_shapes(config, stream) -> dict[str, jax.ShapeDtypeStruct]:
-    """The global batch of a stream as `data.streams.Stream` describes it, from the configuration alone."""
+def batch_shapes(config: ConfigDict, stream: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
+    """The global batch of a stream (see `data.streams.Stream`), from the configurations of the run and the stream."""
     side, length, width = config.image_size, config.text_length, config.heads.teacher_width
     example = {
         "image": ((side, side, 3), jnp.uint8),
@@ -252,11 +255,15 @@ def batch_shapes(config, stream) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct((config.batch_size, *shape), kind) for name, (shape, kind) in example.items()}
 
 
-def lower_train_step(step, mesh, state, frozen, batch, platforms=None):
-    """A train step for the shapes and shardings of its arguments, ready to compile; the state is donated.
+def lower_train_step(
+    step: Callable, mesh: Mesh, state: TrainState, frozen: dict, batch: dict, platforms: tuple[str, ...] | None = None
+) -> jax.stages.Lowered:
+    """A train step, ready to compile; the state is donated.
 
-    Args: `state` and `frozen` are abstract and carry their shardings, `batch` is shapes, split here. `platforms`, such
-      as ("tpu",), are those to lower for instead of the one of the mesh's devices.
+    Args:
+      state, frozen: shapes, dtypes and shardings.
+      batch: shapes and dtypes; it is split over the mesh's batch axes.
+      platforms: to lower for, such as ("tpu",); that of the mesh's devices when None.
     """
     place = sharding.batch_sharding(mesh)
     batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for name, x in batch.items()}
