@@ -139,7 +139,7 @@ def write_report(arguments):
 
 def plan_all(arguments, changes) -> list[str]:
     from unialign_jax.planning import sampling_plan, sweep
-    from unialign_jax.training.stages import read_config
+    from unialign_jax.training.config import read_config
 
     config = read_config(arguments.config, changes)
     names = arguments.topologies.split(",") if arguments.topologies else sweep.TOPOLOGIES
@@ -216,8 +216,7 @@ def plan_training(arguments, changes) -> dict:
     from unialign_jax.planning import sampling_plan, search
     from unialign_jax.planning import step_plan as training
     from unialign_jax.training import meshes
-    from unialign_jax.training.config import active_streams, config_problems
-    from unialign_jax.training.stages import read_config
+    from unialign_jax.training.config import active_streams, config_problems, read_config
 
     config = read_config(arguments.config, changes)
     hardware.topology_name(arguments.topology)

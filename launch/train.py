@@ -88,7 +88,7 @@ def main(arguments):
         for name in ("absl", "asyncio"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        from unialign_jax.training.stages import read_config
+        from unialign_jax.training.config import read_config
 
         config = read_config(options.config, changes)
         from unialign_jax.parallel import processes

@@ -10,7 +10,7 @@ import pytest
 
 from unialign_jax.benchmarks import sample
 from unialign_jax.benchmarks import step as module
-from unialign_jax.training.stages import read_config
+from unialign_jax.training.config import read_config
 
 ROOT = Path(__file__).resolve().parents[2]
 TERA = 1e12

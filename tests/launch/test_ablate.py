@@ -54,7 +54,7 @@ def test_it_goes_on_where_it_stopped_and_writes_table_and_picture(ablate, monkey
 
 def test_what_a_run_is_trained_with(ablate, tmp_path):
     """Every change is one that the stages know, and the variants differ in their terms alone."""
-    from unialign_jax.training.stages import read_config
+    from unialign_jax.training.config import read_config
 
     arguments = ablate.parse_arguments([f"--output={tmp_path}", "--variants=both,neither"])
     configs = {

@@ -8,7 +8,7 @@ import pytest
 from unialign_jax.planning import search, step_plan
 from unialign_jax.planning.sampling_plan import GIB
 from unialign_jax.planning.search import Candidate
-from unialign_jax.training.stages import read_config
+from unialign_jax.training.config import read_config
 
 STEP = step_plan.StepPlan(
     stream="text_to_image",

@@ -13,7 +13,7 @@ from unialign_jax.parallel.gradients import scan_reducing_late
 from unialign_jax.planning import sampling_plan, step_plan
 from unialign_jax.planning.collectives import Collective, read_collectives
 from unialign_jax.planning.sampling_plan import GIB
-from unialign_jax.training.stages import read_config
+from unialign_jax.training.config import read_config
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 needs_libtpu = pytest.mark.skipif(not HAS_LIBTPU, reason="needs the TPU compiler: pip install 'libtpu==0.0.42.*'")

@@ -12,7 +12,7 @@ from PIL import Image
 from unialign_jax.parallel import hardware
 from unialign_jax.planning import plan_report, step_plan, sweep
 from unialign_jax.planning.sampling_plan import GIB
-from unialign_jax.training.stages import read_config
+from unialign_jax.training.config import read_config
 
 ROOT = Path(__file__).resolve().parents[2]
 STEP = step_plan.StepPlan(

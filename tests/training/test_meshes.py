@@ -10,8 +10,7 @@ import pytest
 from unialign_jax.parallel import hardware, sharding
 from unialign_jax.planning import sampling_plan
 from unialign_jax.training import meshes
-from unialign_jax.training.config import build_configs
-from unialign_jax.training.stages import read_config
+from unialign_jax.training.config import build_configs, read_config
 from unialign_jax.training.state import Networks
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None

@@ -29,9 +29,9 @@ def benchmark_train(arguments) -> dict:
     from unialign_jax.inference.inputs import check_whole
     from unialign_jax.models import flops
     from unialign_jax.parallel import processes
+    from unialign_jax.training.config import read_config
     from unialign_jax.training.loop import StopRequest, Trainer, run_steps
     from unialign_jax.training.metrics import memory_use
-    from unialign_jax.training.stages import read_config
 
     for name in ("steps", "rounds"):
         check_whole(f"--{name}", getattr(arguments, name), 1, MOST_ROUNDS)

@@ -70,8 +70,7 @@ def add_arguments(parser):
 def benchmark_memory(arguments) -> dict:
     """A table with a row for each mesh and policy. Raises ValueError for a case that cannot run."""
     from unialign_jax.inference.inputs import check_whole
-    from unialign_jax.training.config import config_problems
-    from unialign_jax.training.stages import read_config
+    from unialign_jax.training.config import config_problems, read_config
 
     cpu = arguments.platform == "cpu"
     check_whole("--devices", arguments.devices, 1, 1024)
@@ -115,8 +114,7 @@ def plan_and_run(settings) -> dict:
     from unialign_jax.benchmarks.step import Setup, peak_of
     from unialign_jax.parallel import processes
     from unialign_jax.planning.step_plan import plan_step
-    from unialign_jax.training.config import active_streams
-    from unialign_jax.training.stages import read_config
+    from unialign_jax.training.config import active_streams, read_config
 
     processes.take_gpu_memory(os.environ)  # as in training
     on_cpu = settings["platform"] == "cpu"

@@ -28,7 +28,7 @@ def add_arguments(parser):
 
 def benchmark_soak(arguments) -> dict:
     """{figure: value}, of which `by tenth of the run` is a table. Raises ValueError, OSError when the run fails."""
-    from unialign_jax.training.stages import read_config
+    from unialign_jax.training.config import read_config
 
     if not 10 <= arguments.saves <= arguments.steps:
         raise ValueError(f"--saves is {arguments.saves}, expected 10 to --steps, {arguments.steps}")

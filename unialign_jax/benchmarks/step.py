@@ -46,8 +46,7 @@ def add_arguments(parser):
 def benchmark_step(arguments) -> dict:
     """{figure: value}, of which some are tables. Raises ValueError for bad options, and when nothing was measured."""
     from unialign_jax.inference.inputs import check_whole
-    from unialign_jax.training.config import active_streams, config_problems
-    from unialign_jax.training.stages import read_config
+    from unialign_jax.training.config import active_streams, config_problems, read_config
 
     config = read_config(arguments.config, arguments.set)
     streams = list(active_streams(config))
@@ -157,7 +156,7 @@ class Setup:
         self.networks = Networks.create(*build_configs(config, devices[0].platform))
         self.mesh = sharding.make_mesh(**mesh_for(config, devices, self.networks).sizes, devices=devices)
         self.networks = self.networks.on(self.mesh)
-        self.tx, self.schedule = make_optimizer(**config.optimizer)
+        self.tx, self.schedule = make_optimizer(**config.optimizer, decay_1d=config.parity.decay_1d)
         self.state = abstract_state(self.networks, self.tx, config.ema_decay, self.mesh)
         self.frozen = abstract_frozen(self.networks, self.mesh)
         self.batch = batch_shapes(config, self.stream)
@@ -215,8 +214,7 @@ def open_setup(settings) -> Setup:
     import jax
 
     from unialign_jax.parallel import processes
-    from unialign_jax.training.config import batch_shards
-    from unialign_jax.training.stages import read_config
+    from unialign_jax.training.config import batch_shards, read_config
 
     processes.take_gpu_memory(os.environ)  # as in training
     config = read_config(settings["config"], settings["changes"])
@@ -486,7 +484,7 @@ def attention_calls(setup) -> dict:
     model = setup.networks.transformer.config
     rows = setup.config.batch_size // setup.config.accumulation
     shapes = [(rows, tokens, model.num_heads, model.head_width) for _, tokens, _ in pass_tokens(setup)]
-    if len(set(shapes)) == 1 and setup.config.one_forward:
+    if len(set(shapes)) == 1:
         shapes = [(rows * len(shapes), *shapes[0][1:])]
     place = NamedSharding(setup.mesh, jax.P(BATCH_AXES, None, HEAD_AXES))
 

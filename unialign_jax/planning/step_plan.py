@@ -126,7 +126,7 @@ def plan_step(config, devices, name: str, *, usable=None, dump=None, chip=None) 
     choice = mesh_for(config, devices, networks)
     mesh = sharding.make_mesh(**choice.sizes, devices=devices)
     networks = networks.on(mesh)
-    tx, schedule = make_optimizer(**config.optimizer)
+    tx, schedule = make_optimizer(**config.optimizer, decay_1d=config.parity.decay_1d)
     state = abstract_state(networks, tx, config.ema_decay, mesh)
     frozen = abstract_frozen(networks, mesh)
     stream = active_streams(config)[name]

@@ -34,7 +34,7 @@ TOPOLOGIES = (
 )
 # What of a configuration changes what is compiled; accumulation and remat are the plan's to choose.
 SECTIONS = ("model", "heads", "text_encoder", "autoencoder", "mesh")
-KEYS = ("batch_size", "image_size", "text_length", "one_forward")
+KEYS = ("batch_size", "image_size", "text_length")
 
 
 def split_name(topology: str) -> tuple[int, str]:
@@ -64,7 +64,7 @@ def shape_of(config, stream) -> str:
 def program_of(config) -> dict:
     """What two sweeps must have in common to share a folder."""
     found = {f"{section}.{key}": value for section in SECTIONS for key, value in flat_items(config[section])}
-    found |= {key: config[key] for key in KEYS}
+    found |= {key: config[key] for key in KEYS} | {"one_forward": True}  # a key once, in the plans of then
     found |= {"average": config.ema_decay > 0, "optimizer.freeze": config.optimizer.freeze}
     del found["model.remat"]
     return json.loads(json.dumps(found))  # as it comes back from a file

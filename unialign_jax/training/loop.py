@@ -27,7 +27,7 @@ from unialign_jax.files import first_line, read_json, replacing_file
 from unialign_jax.models import flops
 from unialign_jax.parallel import processes, sharding
 from unialign_jax.training.checkpoints import Checkpoints, checkpoints_of, load_params
-from unialign_jax.training.config import active_streams, build_configs, config_problems, listed
+from unialign_jax.training.config import active_streams, build_configs, config_problems, listed, with_new_names
 from unialign_jax.training.meshes import mesh_for
 from unialign_jax.training.metrics import MetricsWriter, Throughput, to_means
 from unialign_jax.training.optimizer import make_optimizer
@@ -71,7 +71,7 @@ class Trainer:
         self.mixture = Mixture(
             list(self.streams.values()), seed=config.seed, global_batch=config.batch_size, rows=self.rows
         )
-        self.tx, self.schedule = make_optimizer(**config.optimizer)
+        self.tx, self.schedule = make_optimizer(**config.optimizer, decay_1d=config.parity.decay_1d)
         self.abstract_state = abstract_state(self.networks, self.tx, config.ema_decay, self.mesh)
         self.abstract_frozen = abstract_frozen(self.networks, self.mesh)
         self.sample_flops = {name: self._sample_flops(stream) for name, stream in self.streams.items()}
@@ -315,7 +315,7 @@ def read_run_config(run: Path) -> dict | None:
     if not os.path.lexists(path):
         return None
     try:
-        config = read_json(path)
+        config = with_new_names(read_json(path))
         for key in ("frozen_from", "tokenizer"):
             if not isinstance(config.get(key, ""), str):
                 raise ValueError(f"its {key} is a {type(config[key]).__name__}, expected a string")
