@@ -85,7 +85,10 @@ def test_one_forward_of_pairs_is_two_forwards():
         return apply(params, in_pairs(noisy, clean), in_pairs(text, other), in_pairs(sigma, zeros), paired=True)
 
     def with_gradient(passes):
-        total = lambda p: (sum(jnp.sum(jnp.sin(x)) for x in (outputs := passes(p))), outputs)  # noqa: E731
+        def total(params):
+            outputs = passes(params)
+            return sum(jnp.sum(jnp.sin(x)) for x in outputs), outputs
+
         return jax.jit(jax.grad(total, has_aux=True))(random_params(SMALL))
 
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * max(1, np.abs(a).max()))  # noqa: E731

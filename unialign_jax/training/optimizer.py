@@ -1,4 +1,4 @@
-"""How parameters move: AdamW with a schedule and clipping, parameters that are frozen, and the average of the weights."""
+"""How parameters move: AdamW with a schedule and clipping, frozen parameters, and the average of the weights."""
 
 import re
 from collections.abc import Sequence
