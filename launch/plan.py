@@ -14,6 +14,8 @@ from unialign_jax.environment import explain_missing_packages
 
 explain_missing_packages()
 
+from unialign_jax.command_line import Parser, split_changes
+
 DESCRIPTION = """\
 Compiles the programs of a sampling task for a TPU chip, or the training steps of a configuration for a TPU slice,
 without the chips and without weights or data, and says what they need there. Needs the TPU compiler beside jax:
@@ -49,15 +51,9 @@ TAKES = {
 }
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"error: {message}; --help explains\n")
-
-
 def parse_arguments(argv):
     """The command line -> its options, and the --config.KEY=VALUE changes as "KEY=VALUE"."""
-    argv = sys.argv[1:] if argv is None else [str(argument) for argument in argv]
-    changes = [argument.removeprefix("--config.") for argument in argv if argument.startswith("--config.")]
+    argv, changes = split_changes(sys.argv[1:] if argv is None else argv)
     parser = Parser(
         description=DESCRIPTION,
         epilog=EXAMPLES,
@@ -89,7 +85,7 @@ def parse_arguments(argv):
     parser.add_argument(
         "--output", type=Path, metavar="JSON", help="also write the figures to this file; with --all: the plans' folder"
     )
-    arguments = parser.parse_args([argument for argument in argv if not argument.startswith("--config.")])
+    arguments = parser.parse_args(argv)
     if arguments.config == "":
         parser.error("--config is empty, expected a stage file such as configs/stage1.py")
     if arguments.all and not (arguments.config and arguments.output):

@@ -1,8 +1,8 @@
 """The `memory` part of launch/benchmark.py: what the plan says of a training step's memory, beside a real run.
 
     python launch/benchmark.py memory
-    python launch/benchmark.py memory --mesh=fsdp=4,tensor=2 --remat=dots --set=model.depth=4
-    python launch/benchmark.py memory --platform=gpu --set=batch_size=4 --set=image_size=512
+    python launch/benchmark.py memory --mesh=fsdp=4,tensor=2 --remat=dots --config.model.depth=4
+    python launch/benchmark.py memory --platform=gpu --config.batch_size=4 --config.image_size=512
 
 On CPUs the run has --devices virtual ones, and what is real is the growth of the process's resident memory, from before
 the first array is made to the highest during two steps. On an accelerator it is the peak that the devices tell, which
@@ -48,13 +48,8 @@ MEDIUM = (
 
 
 def add_arguments(parser):
-    parser.add_argument("--config", default="configs/stage1.py", help="stage file, default %(default)s")
     parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a configuration key (on CPUs the sizes are small)",
+        "--config", default="configs/stage1.py", help="stage file, default %(default)s, on CPUs made small"
     )
     parser.add_argument("--platform", choices=("cpu", "gpu", "tpu"), default="cpu", help="default %(default)s")
     parser.add_argument("--devices", type=int, default=8, help="virtual CPU devices, default %(default)s")
@@ -78,7 +73,7 @@ def benchmark_memory(arguments) -> dict:
     cases = []
     for mesh in meshes:
         for remat in arguments.remat.split(","):
-            changes = [*(MEDIUM if cpu else ()), *arguments.set, *mesh_changes(mesh), f"model.remat={remat}"]
+            changes = [*(MEDIUM if cpu else ()), *arguments.changes, *mesh_changes(mesh), f"model.remat={remat}"]
             config = read_config(arguments.config, changes)
             if problems := config_problems(config, arguments.devices if cpu else None):
                 raise ValueError("the configuration cannot run: " + "; ".join(problems))

@@ -29,7 +29,6 @@ FAILED = "failed"  # how the outcome of a setting begins that broke for another 
 
 def add_arguments(parser):
     parser.add_argument("--config", default="configs/stage1.py", help="stage file, default %(default)s")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a configuration key")
     parser.add_argument("--devices", type=int, help="how many of those here to use, default all")
     parser.add_argument("--stream", help="whose step, default the first of the configuration")
     parser.add_argument("--micro-batches", default="1,2,4,8", help="samples of one device to try, default %(default)s")
@@ -48,7 +47,7 @@ def benchmark_step(arguments) -> dict:
     from unialign_jax.inference.inputs import check_whole
     from unialign_jax.training.config import active_streams, config_problems, read_config
 
-    config = read_config(arguments.config, arguments.set)
+    config = read_config(arguments.config, arguments.changes)
     streams = list(active_streams(config))
     stream = arguments.stream or streams[0]
     if stream not in streams:
@@ -76,7 +75,7 @@ def benchmark_step(arguments) -> dict:
             trace = arguments.profile and str(arguments.profile / f"micro-batch-{size}-remat-{remat}")
             settings = {
                 "config": arguments.config,
-                "changes": [*arguments.set, f"model.remat={remat}", f"model.attention={attention}"],
+                "changes": [*arguments.changes, f"model.remat={remat}", f"model.attention={attention}"],
                 "stream": stream,
                 "devices": arguments.devices,
                 "micro_batch": size,
@@ -99,7 +98,7 @@ def benchmark_step(arguments) -> dict:
     best = max(measured, key=lambda i: rows[i]["images/s"])
     devices = [row.pop("devices") for row in rows][best]
     figures = {
-        "config": " ".join([arguments.config, *arguments.set]),
+        "config": " ".join([arguments.config, *arguments.changes]),
         "step": f"of {stream}, {config.image_size} px, {config.text_length} tokens, attention {attention}, "
         f"accumulation {arguments.accumulation}",
         "devices": devices,
