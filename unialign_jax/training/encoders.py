@@ -339,13 +339,7 @@ class Reader(nn.Module):
 
 
 def reading_loss(
-    module: nn.Module,
-    params: dict,
-    ids: jax.Array,
-    wanted: jax.Array,
-    key: jax.Array,
-    mask_id: int,
-    num_words: int,
+    module: nn.Module, params: dict, ids: jax.Array, wanted: jax.Array, key: jax.Array, mask_id: int, num_words: int
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """(loss, its parts: hidden words, visible words, answers) of a T5 encoder.
 
