@@ -16,6 +16,7 @@ device, and the training loop with data, metrics and progress. Their ratio is wh
 `step` measures the training step alone: time, MFU and memory at several settings, and the share of each part.
 `memory` puts the plan's memory of a training step beside that of a run.
 `soak` watches the memory, descriptors and threads of a long run with many saves.
+`train`, `step`, `memory` and `soak` read a stage, and take --config.KEY=VALUE for its keys as launch/train.py does.
 """
 
 import argparse
@@ -31,11 +32,7 @@ from unialign_jax.environment import explain_missing_packages
 explain_missing_packages()
 
 from unialign_jax.benchmarks import convert, loop, memory, options, sample, soak, step
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"error: {message}; --help explains\n")
+from unialign_jax.command_line import Parser, split_changes
 
 
 def main(argv=None):
@@ -54,7 +51,11 @@ def main(argv=None):
         part.add_arguments(command)
         command.add_argument("--output", type=Path, help="also write the figures to this JSON file")
         command.set_defaults(measure=measure)
+    argv, changes = split_changes(sys.argv[1:] if argv is None else argv)
     arguments = parser.parse_args(argv)
+    if changes and not hasattr(arguments, "config"):
+        parser.error(f"{arguments.command} reads no stage and takes no --config.KEY=VALUE")
+    arguments.changes = changes
     from unialign_jax import files
 
     try:

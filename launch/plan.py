@@ -12,6 +12,8 @@ from unialign_jax.environment import explain_missing_packages
 
 explain_missing_packages()
 
+from unialign_jax.command_line import Parser, split_changes
+
 DESCRIPTION = """\
 Compiles the programs of a sampling task for a TPU chip, or the training steps of a configuration for a TPU slice,
 and prints the memory and time that they need there. It reads neither weights nor data and uses no chips. It needs the
@@ -47,15 +49,9 @@ TAKES = {
 }
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"error: {message}; --help explains\n")
-
-
 def parse_arguments(argv):
     """The command line -> its options, and the --config.KEY=VALUE changes as "KEY=VALUE"."""
-    argv = sys.argv[1:] if argv is None else [str(argument) for argument in argv]
-    changes = [argument.removeprefix("--config.") for argument in argv if argument.startswith("--config.")]
+    argv, changes = split_changes(sys.argv[1:] if argv is None else argv)
     parser = Parser(
         description=DESCRIPTION,
         epilog=EXAMPLES,
@@ -81,7 +77,7 @@ def parse_arguments(argv):
     parser.add_argument("--quantize", choices=("int8", "w8a8"), help="sampling: as in Pipeline.from_bundle")
     parser.add_argument("--low-memory", action="store_true", help="sampling: ask whether it fits with low_memory")
     parser.add_argument("--output", type=Path, metavar="JSON", help="a file for the figures; --all: for the plans")
-    arguments = parser.parse_args([argument for argument in argv if not argument.startswith("--config.")])
+    arguments = parser.parse_args(argv)
     if arguments.config == "":
         parser.error("--config is empty, expected a stage file such as configs/stage1.py")
     if arguments.all and not (arguments.config and arguments.output):
@@ -106,7 +102,7 @@ def main(argv=None):
     jax.config.update("jax_platforms", "cpu")
     from unialign_jax import files
     from unialign_jax.planning import report, sweep
-    from unialign_jax.training.stages import read_config
+    from unialign_jax.training.config import read_config
 
     try:
         if arguments.output:
@@ -129,7 +125,7 @@ def main(argv=None):
 
 def plan_training(arguments, changes) -> dict:
     from unialign_jax.planning import report, stage
-    from unialign_jax.training.stages import read_config
+    from unialign_jax.training.config import read_config
 
     config = read_config(arguments.config, changes)
     if not 1 <= arguments.num_slices <= MOST_SLICES:

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from unialign_jax.models import presets
-from unialign_jax.training.config import flat_items
+from unialign_jax.training.config import flat_items, load_stage
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", "cpu")
@@ -52,7 +52,7 @@ def small_config(shapes_dir):
     """A function (stage, key__subkey=value ...) -> the stage's configuration, small enough to compile in seconds."""
 
     def make(stage="stage1", **overrides):
-        config = load_stage(stage)
+        config = load_stage(f"{stage}:tiny")
         config.update(
             {
                 "num_steps": 6,
@@ -112,7 +112,7 @@ def changes_of():
     """A function (configuration) -> the "key=value" changes that make it of its tiny stage, streams aside."""
 
     def make(config):
-        stage = dict(flat_items(load_stage(config.name)))
+        stage = dict(flat_items(load_stage(f"{config.name}:tiny")))
         changed = ((key, value) for key, value in flat_items(config) if stage.get(key) != value)
         return [f"{key}={value}" for key, value in changed if not key.startswith("streams.")]
 
@@ -181,14 +181,6 @@ def command_refuses(launch_command, capsys):
         return errors[0]
 
     return check
-
-
-def load_stage(stage, size="tiny"):
-    """The configuration of `configs/<stage>.py`."""
-    spec = importlib.util.spec_from_file_location(stage, ROOT / "configs" / f"{stage}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(size)
 
 
 @pytest.fixture(scope="session")

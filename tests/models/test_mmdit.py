@@ -14,6 +14,7 @@ from unialign_jax.models.mmdit import (
     MMDiT,
     MMDiTConfig,
     block_modulations,
+    in_pairs,
     patchify,
     position_table,
     unpatchify,
@@ -68,6 +69,31 @@ def test_full_size_has_the_reference_parameter_counts():
     assert count(MMDiT(presets.MMDIT["unialign_2b"]), latents, text, sigma) == 2_102_856_100 - 8 * 1536
     taps = jnp.zeros((1, 4, 1536)), jnp.zeros((1, 3, 1536))
     assert count(AlignmentHeads(presets.ALIGNMENT_HEADS["unialign_2b"]), *taps) == 20_982_784
+
+
+def test_one_forward_of_pairs_is_two_forwards():
+    """Outputs, and the gradient of a function of them all."""
+    noisy, text, sigma, _ = inputs(SMALL)
+    clean, other, zeros = noisy[::-1], text[::-1], 0 * sigma
+    apply = lambda params, *args, **options: MMDiT(SMALL).apply({"params": params}, *args, **options)  # noqa: E731
+
+    def apart(params):
+        text_pass = apply(params, clean, other, zeros)
+        ours = {name: getattr(text_pass, name) for name in ("text_logits", "text_features", "text_tap")}
+        return apply(params, noisy, text, sigma)._replace(**ours)
+
+    def paired(params):
+        return apply(params, in_pairs(noisy, clean), in_pairs(text, other), in_pairs(sigma, zeros), paired=True)
+
+    def with_gradient(passes):
+        def total(params):
+            outputs = passes(params)
+            return sum(jnp.sum(jnp.sin(x)) for x in outputs), outputs
+
+        return jax.jit(jax.grad(total, has_aux=True))(random_params(SMALL))
+
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * max(1, np.abs(a).max()))  # noqa: E731
+    jax.tree.map(close, with_gradient(apart), with_gradient(paired))
 
 
 def test_full_size_output_shapes():

@@ -13,8 +13,7 @@ from unialign_jax.parallel.mesh import make_mesh
 from unialign_jax.planning import roofline
 from unialign_jax.planning.collectives import Collective, read_collectives
 from unialign_jax.planning.roofline import Roofline
-from unialign_jax.training.config import build_configs
-from unialign_jax.training.stages import read_config
+from unialign_jax.training.config import build_configs, read_config
 from unialign_jax.training.state import Networks
 
 V4, V5E = (next(chip for chip in hardware.CHIPS if chip.name == name) for name in ("v4", "v5e"))

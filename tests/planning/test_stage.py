@@ -9,7 +9,7 @@ from unialign_jax.planning.roofline import Roofline
 from unialign_jax.planning.stage import StagePlan
 from unialign_jax.planning.step import CompiledMemory, StepPlan
 from unialign_jax.planning.topology import GIB
-from unialign_jax.training.stages import read_config
+from unialign_jax.training.config import read_config
 
 STEP = StepPlan(
     stream="text_to_image",

@@ -7,7 +7,7 @@ import pytest
 from unialign_jax.parallel import hardware
 from unialign_jax.planning.step import plan_step
 from unialign_jax.planning.topology import DoesNotFit, topology_devices, usable_bytes
-from unialign_jax.training.stages import read_config
+from unialign_jax.training.config import read_config
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 needs_libtpu = pytest.mark.skipif(not HAS_LIBTPU, reason="needs the TPU compiler: pip install 'libtpu==0.0.42.*'")

@@ -15,8 +15,7 @@ from unialign_jax.planning.roofline import Roofline
 from unialign_jax.planning.search import Trial
 from unialign_jax.planning.step import CompiledMemory, StepPlan
 from unialign_jax.planning.topology import GIB
-from unialign_jax.training.config import active_streams
-from unialign_jax.training.stages import read_config
+from unialign_jax.training.config import active_streams, read_config
 
 ROOT = Path(__file__).resolve().parents[2]
 STEP = StepPlan(

@@ -158,17 +158,6 @@ def test_every_mesh_gives_the_losses_of_one_device(mesh, on_one_device, tmp_path
             np.testing.assert_allclose(many[name], one[name], rtol=1e-5, atol=1e-5, err_msg=message)
 
 
-def test_one_forward_for_both_passes_changes_nothing(on_one_device, tmp_path):
-    config, expected = on_one_device
-    assert config.one_forward
-    config = config.copy_and_resolve_references()
-    config.one_forward = False
-    run(config, tmp_path)
-    for merged, apart in zip(expected, read_metrics(tmp_path), strict=True):
-        for name in ("loss", "flow_matching", "masked_text", "cross_modal", "intrinsic_modal", "gradient_norm"):
-            np.testing.assert_allclose(merged[name], apart[name], rtol=1e-5, atol=1e-5, err_msg=name)
-
-
 def test_one_compilation_per_stream_and_none_after(small_config, tmp_path, monkeypatch):
     chex.clear_trace_counter()
     step_function = Trainer.step_function

@@ -24,10 +24,9 @@ from unialign_jax.sampling import programs
 from unialign_jax.sampling.solvers import solver_table
 from unialign_jax.sampling.text import DECODINGS
 from unialign_jax.training import samples
-from unialign_jax.training.config import build_configs
+from unialign_jax.training.config import build_configs, read_config
 from unialign_jax.training.optimizer import make_optimizer
 from unialign_jax.training.samples import Sampler
-from unialign_jax.training.stages import read_config
 from unialign_jax.training.state import Networks, abstract_frozen, abstract_state
 from unialign_jax.training.step import batch_shapes, lower_train_step, make_train_step
 
@@ -112,7 +111,7 @@ def lower_step(stage, name, sizes, platform):
     config, mesh = made_small(stage), on(sizes)
     networks = Networks.create(*build_configs(config, platform)).on(mesh)
     assert networks.transformer.config.attention == {"tpu": "splash", "cuda": "cudnn"}[platform]
-    tx, schedule = make_optimizer(**config.optimizer)
+    tx, schedule = make_optimizer(**config.optimizer, decay_1d=True)
     step = make_train_step(config, networks, tx, schedule, config.streams[name].kind, mask_id=511, eos_id=1)
     state = abstract_state(networks, tx, config.ema_decay, mesh)
     batch = batch_shapes(config, config.streams[name])
@@ -126,7 +125,8 @@ def test_every_sampling_program(mesh, batch, platform):
     networks = Networks.create(*build_configs(config, platform))
     transformer, text_encoder, autoencoder = networks.transformer, networks.text_encoder, networks.autoencoder
     frozen = abstract_frozen(networks, mesh)
-    params = abstract_state(networks, make_optimizer(**config.optimizer)[0], 0, mesh).params["transformer"]
+    tx, _ = make_optimizer(**config.optimizer, decay_1d=True)
+    params = abstract_state(networks, tx, 0, mesh).params["transformer"]
     params = jax.tree_util.tree_map_with_path(
         lambda path, leaf: jax.ShapeDtypeStruct(
             leaf.shape, storage_dtype(sharding.path_string(path), "bfloat16"), sharding=leaf.sharding
@@ -214,7 +214,8 @@ def test_the_samples_of_every_stream(mesh, platform, monkeypatch, tmp_path):
     streams = {name: Blank(settings) for name, settings in config.streams.items() if name not in SAME}
     tokenizer = types.SimpleNamespace(eos_id=1, mask_id=511, decode=str)
     sampler = Sampler(config, networks, mesh, streams, tokenizer, tmp_path)
-    params = abstract_state(networks, make_optimizer(**config.optimizer)[0], 0, mesh).params["transformer"]
+    tx, _ = make_optimizer(**config.optimizer, decay_1d=True)
+    params = abstract_state(networks, tx, 0, mesh).params["transformer"]
     written = sampler.write(1, params, abstract_frozen(networks, mesh))
     assert len(written) == 7 and all(path.is_file() for path in written)
     # The weights, T5, the images with 0, 1 and 3 conditions sampled, 1 and 3 of them encoded, decoding, the text.

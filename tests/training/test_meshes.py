@@ -9,8 +9,7 @@ import pytest
 from unialign_jax.parallel import hardware
 from unialign_jax.parallel.mesh import AXES, Topology, choose_mesh, format_mesh
 from unialign_jax.training import meshes
-from unialign_jax.training.config import build_configs
-from unialign_jax.training.stages import read_config
+from unialign_jax.training.config import build_configs, read_config
 from unialign_jax.training.state import Networks
 
 # Bytes of the full model: 2.1e9 trained parameters in bf16, and 16 bytes each of state (float32 masters, two moments,

@@ -18,11 +18,11 @@ import pytest
 from unialign_jax.data.records import METADATA_FILE, open_records, write_records
 from unialign_jax.parallel import processes
 from unialign_jax.training.checkpoints import Checkpoints
+from unialign_jax.training.config import read_config
 from unialign_jax.training.loop import Trainer, train
 from unialign_jax.training.metrics import read_metrics
 from unialign_jax.training.run_lock import only_run_in
 from unialign_jax.training.samples import Sampler
-from unialign_jax.training.stages import read_config
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGE = f"{ROOT}/configs/stage1.py:tiny"

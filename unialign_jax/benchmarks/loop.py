@@ -19,7 +19,6 @@ from unialign_jax.benchmarks.sample import MOST_ROUNDS
 
 def add_arguments(parser):
     parser.add_argument("--config", default="configs/stage1.py:tiny", help="stage file, default %(default)s")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a configuration key")
     parser.add_argument("--steps", type=int, default=30, help="steps of one measurement, default %(default)s")
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each kind, taken in turn; medians count")
 
@@ -31,15 +30,15 @@ def benchmark_train(arguments) -> dict:
     from unialign_jax.inference.inputs import check_whole
     from unialign_jax.models import flops
     from unialign_jax.parallel import processes
+    from unialign_jax.training.config import read_config
     from unialign_jax.training.loop import StopRequest, Trainer, run_steps
     from unialign_jax.training.metrics import Recorder, memory_use
-    from unialign_jax.training.stages import read_config
 
     for name in ("steps", "rounds"):
         check_whole(f"--{name}", getattr(arguments, name), 1, MOST_ROUNDS)
     logging.getLogger().setLevel(logging.ERROR)
     processes.take_gpu_memory(os.environ)  # as in training
-    config = read_config(arguments.config, arguments.set)
+    config = read_config(arguments.config, arguments.changes)
     config.num_steps = 1 << 30  # each measurement sets its own end
     config.checkpoint.every = 1 << 30
     config.samples.every = config.validation.every = 0
@@ -85,7 +84,7 @@ def benchmark_train(arguments) -> dict:
     per_device = mean_flops * config.batch_size / loop_step / jax.device_count()
     peak = flops.peak_flops(jax.devices()[0].device_kind)
     return {
-        "config": " ".join([arguments.config, *arguments.set]),
+        "config": " ".join([arguments.config, *arguments.changes]),
         "streams": ", ".join(trainer.streams),
         "compile seconds, all streams": compile_seconds,
         "bare step, s": bare_step,

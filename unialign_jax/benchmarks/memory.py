@@ -1,8 +1,8 @@
 """The `memory` part of launch/benchmark.py: the planned memory of a training step beside that of a real run.
 
     python launch/benchmark.py memory
-    python launch/benchmark.py memory --mesh=fsdp=4,tensor=2 --remat=dots --set=model.depth=4
-    python launch/benchmark.py memory --platform=gpu --set=batch_size=4 --set=image_size=512
+    python launch/benchmark.py memory --mesh=fsdp=4,tensor=2 --remat=dots --config.model.depth=4
+    python launch/benchmark.py memory --platform=gpu --config.batch_size=4 --config.image_size=512
 
 On CPUs the run has --devices virtual ones, and "real" is the growth of the process's resident memory, from before the
 first array is made to the peak during two steps. On an accelerator it is the peak that the devices report since the
@@ -48,13 +48,8 @@ MEDIUM = (
 
 
 def add_arguments(parser):
-    parser.add_argument("--config", default="configs/stage1.py", help="stage file, default %(default)s")
     parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a configuration key (on CPUs the sizes are small)",
+        "--config", default="configs/stage1.py", help="stage file, default %(default)s, on CPUs made small"
     )
     parser.add_argument("--platform", choices=("cpu", "gpu", "tpu"), default="cpu", help="default %(default)s")
     parser.add_argument("--devices", type=int, default=8, help="virtual CPU devices, default %(default)s")
@@ -70,8 +65,7 @@ def add_arguments(parser):
 def benchmark_memory(arguments) -> dict:
     """A table with a row for each mesh and policy. Raises ValueError for a case that cannot run."""
     from unialign_jax.inference.inputs import check_whole
-    from unialign_jax.training.config import config_problems
-    from unialign_jax.training.stages import read_config
+    from unialign_jax.training.config import config_problems, read_config
 
     cpu = arguments.platform == "cpu"
     check_whole("--devices", arguments.devices, 1, 1024)
@@ -79,7 +73,7 @@ def benchmark_memory(arguments) -> dict:
     cases = []
     for mesh in meshes:
         for remat in arguments.remat.split(","):
-            changes = [*(MEDIUM if cpu else ()), *arguments.set, *mesh_changes(mesh), f"model.remat={remat}"]
+            changes = [*(MEDIUM if cpu else ()), *arguments.changes, *mesh_changes(mesh), f"model.remat={remat}"]
             config = read_config(arguments.config, changes)
             if problems := config_problems(config, arguments.devices if cpu else None):
                 raise ValueError("the configuration cannot run: " + "; ".join(problems))
@@ -115,8 +109,7 @@ def plan_and_run(settings: dict) -> dict:
     from unialign_jax.benchmarks.step import Setup, peak_of
     from unialign_jax.parallel import processes
     from unialign_jax.planning.step import plan_step
-    from unialign_jax.training.config import active_streams
-    from unialign_jax.training.stages import read_config
+    from unialign_jax.training.config import active_streams, read_config
 
     processes.take_gpu_memory(os.environ)  # as in training
     on_cpu = settings["platform"] == "cpu"

@@ -21,7 +21,6 @@ LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 
 def add_arguments(parser):
     parser.add_argument("--config", default="configs/stage1.py:tiny", help="stage file, default %(default)s")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a configuration key")
     parser.add_argument("--steps", type=int, default=2000, help="steps of the run, default %(default)s")
     parser.add_argument("--saves", type=int, default=200, help="saves of the run, default %(default)s")
     parser.add_argument("--scratch", type=Path, help="where the run's folder is made, default the system's")
@@ -29,14 +28,14 @@ def add_arguments(parser):
 
 def benchmark_soak(arguments) -> dict:
     """{figure: value}, of which `by tenth of the run` is a table. Raises ValueError, OSError when the run fails."""
-    from unialign_jax.training.stages import read_config
+    from unialign_jax.training.config import read_config
 
     if not 10 <= arguments.saves <= arguments.steps:
         raise ValueError(f"--saves is {arguments.saves}, expected 10 to --steps, {arguments.steps}")
     if not Path("/proc/self/fd").is_dir():
         raise OSError("the soak reads /proc, which only Linux has")
     changes = [
-        *arguments.set,
+        *arguments.changes,
         f"num_steps={arguments.steps}",
         f"checkpoint.every={arguments.steps // arguments.saves}",
         "samples.every=0",
@@ -61,7 +60,7 @@ def benchmark_soak(arguments) -> dict:
             raise ValueError(f"train.py ended with status {process.returncode} after step {step}: {last}")
         seconds = time.perf_counter() - began
     return {
-        "config": " ".join([arguments.config, *arguments.set]),
+        "config": " ".join([arguments.config, *arguments.changes]),
         "steps, saves": f"{arguments.steps}, {arguments.steps // (arguments.steps // arguments.saves)}",
         "seconds, start and compiling included": seconds,
     } | summary(looks, arguments.steps)

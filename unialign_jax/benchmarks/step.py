@@ -30,7 +30,6 @@ FAILED = "failed"  # how the outcome of a setting begins that broke for another 
 
 def add_arguments(parser):
     parser.add_argument("--config", default="configs/stage1.py", help="stage file, default %(default)s")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a configuration key")
     parser.add_argument("--devices", type=int, help="how many of those here to use, default all")
     parser.add_argument("--stream", help="whose step, default the first of the configuration")
     parser.add_argument("--micro-batches", default="1,2,4,8", help="samples of one device to try, default %(default)s")
@@ -47,10 +46,9 @@ def add_arguments(parser):
 def benchmark_step(arguments) -> dict:
     """{figure: value}, of which some are tables. Raises ValueError for bad options, and when nothing was measured."""
     from unialign_jax.inference.inputs import check_whole
-    from unialign_jax.training.config import active_streams, config_problems
-    from unialign_jax.training.stages import read_config
+    from unialign_jax.training.config import active_streams, config_problems, read_config
 
-    config = read_config(arguments.config, arguments.set)
+    config = read_config(arguments.config, arguments.changes)
     streams = list(active_streams(config))
     stream = arguments.stream or streams[0]
     if stream not in streams:
@@ -78,7 +76,7 @@ def benchmark_step(arguments) -> dict:
             trace = arguments.profile and str(arguments.profile / f"micro-batch-{size}-remat-{remat}")
             settings = {
                 "config": arguments.config,
-                "changes": [*arguments.set, f"model.remat={remat}", f"model.attention={attention}"],
+                "changes": [*arguments.changes, f"model.remat={remat}", f"model.attention={attention}"],
                 "stream": stream,
                 "devices": arguments.devices,
                 "micro_batch": size,
@@ -101,7 +99,7 @@ def benchmark_step(arguments) -> dict:
     best = max(measured, key=lambda i: rows[i]["images/s"])
     devices = [row.pop("devices") for row in rows][best]
     figures = {
-        "config": " ".join([arguments.config, *arguments.set]),
+        "config": " ".join([arguments.config, *arguments.changes]),
         "step": f"of {stream}, {config.image_size} px, {config.text_length} tokens, attention {attention}, "
         f"accumulation {arguments.accumulation}",
         "devices": devices,
@@ -203,8 +201,7 @@ def open_setup(settings: dict) -> Setup:
     import jax
 
     from unialign_jax.parallel import processes
-    from unialign_jax.training.config import batch_shards
-    from unialign_jax.training.stages import read_config
+    from unialign_jax.training.config import batch_shards, read_config
 
     processes.take_gpu_memory(os.environ)  # as in training
     config = read_config(settings["config"], settings["changes"])
@@ -477,7 +474,7 @@ def attention_calls(setup: Setup) -> dict[str, Callable]:
     model = setup.networks.transformer.config
     rows = setup.config.batch_size // setup.config.accumulation
     shapes = [(rows, tokens, model.num_heads, model.head_width) for _, tokens, _ in pass_tokens(setup)]
-    if len(set(shapes)) == 1 and setup.config.one_forward:
+    if len(set(shapes)) == 1:
         shapes = [(rows * len(shapes), *shapes[0][1:])]
     place = NamedSharding(setup.mesh, jax.P(BATCH_AXES, None, HEAD_AXES))
 

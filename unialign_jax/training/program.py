@@ -43,7 +43,7 @@ class StepProgram:
         self.mesh_choice = mesh_for(config, devices, networks)
         self.mesh = make_mesh(**self.mesh_choice.sizes, devices=devices)
         self.networks = networks.on(self.mesh)
-        self.tx, self.schedule = make_optimizer(**config.optimizer)
+        self.tx, self.schedule = make_optimizer(**config.optimizer, decay_1d=config.parity.decay_1d)
         self.abstract_state = abstract_state(self.networks, self.tx, config.ema_decay, self.mesh)
         self.abstract_frozen = abstract_frozen(self.networks, self.mesh)
         self.token_ids = (config.model.vocab_size - 1, 1)

@@ -24,7 +24,7 @@ from unialign_jax import bundle, bundle_config, files
 from unialign_jax.data.kinds import KINDS
 from unialign_jax.data.tokenizer import Tokenizer, load_tokenizer
 from unialign_jax.training.checkpoints import agreed, damage, differences, leaf_shapes, stored_shapes
-from unialign_jax.training.config import build_configs
+from unialign_jax.training.config import build_configs, with_new_names
 from unialign_jax.training.state import Networks, init_frozen
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def settings_before(run: str | Path) -> dict | None:
 
 def _read_settings(run, kinds: dict[str, type], needed: tuple[str, ...] = ()) -> dict:
     path = Path(run) / "config.json"
-    settings = files.read_json(path)
+    settings = with_new_names(files.read_json(path))
     for key, kind in kinds.items():
         if key in needed and key not in settings:
             raise ValueError(f"{path} lacks {key}: expected the configuration of a training run")

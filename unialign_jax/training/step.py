@@ -124,7 +124,7 @@ def compute_losses(
         (masked_text,) = encode_texts(networks, frozen, masked_ids)
 
     weights, text_sigma = {"params": params["transformer"]}, jnp.zeros((batch_size,))
-    if has_image_pass(kind) and conditions is None and config.one_forward:
+    if has_image_pass(kind) and conditions is None:
         # Both passes have the same shapes: as one forward, each weight is read (and under FSDP gathered) once.
         pairs = (in_pairs(noisy, latents), in_pairs(prompt, masked_text), in_pairs(sigma, text_sigma))
         image_pass = text_pass = transformer.apply(weights, *pairs, paired=True)
@@ -135,7 +135,7 @@ def compute_losses(
 
     if has_image_pass(kind):
         losses["flow_matching"] = flow_matching_loss(
-            image_pass.velocity, flow.velocity(latents, noise), sigma, form=config.flow_matching_form
+            image_pass.velocity, flow.velocity(latents, noise), sigma, form=config.parity.flow_matching_form
         )
         metrics |= bucketed("flow_matching_by_sigma", losses["flow_matching"], sigma)
     losses["masked_text"] = masked_text_loss(
@@ -145,7 +145,7 @@ def compute_losses(
         maskable,
         mask_fraction,
         mask_id=mask_id,
-        normalization=config.masked_text_normalization,
+        normalization=config.parity.masked_text_normalization,
     )
     metrics |= bucketed("masked_text_by_mask_fraction", losses["masked_text"], mask_fraction)
 
@@ -154,7 +154,7 @@ def compute_losses(
             image_pass.image_features,
             text_pass.text_features,
             temperature=config.cross_modal.temperature,
-            direction=config.cross_modal.direction,
+            direction=config.parity.cross_modal_direction,
         )
     if config.loss_weights.intrinsic_modal:
         image_tap = image_pass.image_tap if has_image_pass(kind) else text_pass.image_tap
@@ -172,7 +172,7 @@ def compute_losses(
 def sigma_settings(config: ConfigDict) -> dict:
     """The distribution of the noise levels, as arguments of `flow.sample_sigma`."""
     c = config.sigma
-    return {"mean": c.mean, "std": c.std, "shift": c.shift, "levels": c.levels or None}
+    return {"mean": c.mean, "std": c.std, "shift": c.shift, "levels": config.parity.sigma_levels or None}
 
 
 def micro_batches(batch: dict[str, jax.Array], count: int) -> dict[str, jax.Array]:
@@ -232,7 +232,7 @@ def update_state(config: ConfigDict, tx: Optimizer, state: TrainState, gradients
     if config.ema_decay:
         # A shorter memory at first: in a short run the random start would dominate the average.
         ramp = (1 + state.step) / (10 + state.step)
-        ema = ema_update(ema, params["transformer"], jnp.minimum(config.ema_decay, ramp), state.step)
+        ema = ema_update(ema, params["transformer"], jnp.minimum(config.ema_decay, ramp))
     trees = {"gradient_norm": gradients, "update_norm": updates, "parameter_norm": params}
     norms = {name: optax.global_norm(tree) for name, tree in trees.items()}
     return TrainState(state.step + 1, params, ema, opt_state), norms
