@@ -14,6 +14,8 @@ from unialign_jax.environment import explain_missing_packages
 
 explain_missing_packages()
 
+from unialign_jax.data.kinds import task_name
+
 DESCRIPTION = """\
 Compiles the programs of a sampling task for a TPU chip, or the training steps of a configuration for a TPU slice,
 without the chips and without weights or data, and says what they need there. Needs the TPU compiler beside jax:
@@ -22,7 +24,7 @@ on two CPU cores.
 """
 EXAMPLES = """\
 examples
-  python launch/plan.py --task=t2i --topology=v5e:1x1
+  python launch/plan.py --task=text_to_image --topology=v5e:1x1
   python launch/plan.py --task=caption --topology=v5e:1x1 --batch=8 --quantize=int8 --output=caption.json
   python launch/plan.py --config=configs/stage1.py --topology=v4:4x4x4
   python launch/plan.py --config=configs/stage1.py --topology=v5e-256 --config.mesh.fsdp=-1
@@ -65,7 +67,7 @@ def parse_arguments(argv):
         allow_abbrev=False,
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--task", choices=("t2i", "edit", "caption"), help="sampling: what to do")
+    what.add_argument("--task", choices=("text_to_image", "edit", "caption"), type=task_name, help="sampling: the task")
     what.add_argument("--config", metavar="FILE", help="training: a stage file, and --config.KEY=VALUE for its keys")
     what.add_argument("--report", type=Path, metavar="DIR", help="docs/tpu.md and its plot from the plans of --all")
     parser.add_argument("--topology", default="v5e:1x1", help="the chips, default %(default)s; sampling uses one")

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from unialign_jax import files
+from unialign_jax.data.kinds import TASKS, task_name
 from unialign_jax.files import shown
 from unialign_jax.integrity import inventory
 from unialign_jax.models.autoencoder import AutoencoderConfig
@@ -21,7 +22,6 @@ COMPONENTS = {
     "autoencoder": AutoencoderConfig,
 }
 SIZES = ("image_size", "text_length")
-TASKS = ("t2i", "edit", "perceive", "personalize", "caption", "vqa")
 # How the released model is sampled, and so every bundle that says nothing else; with the range or the choices of each
 # value. Its captions are drawn as the reference draws them. An answer is a question of right or wrong, not of variety.
 SAMPLING = {
@@ -160,9 +160,9 @@ def parse_config(directory, content: dict) -> BundleConfig:
     _check_sampling(found.get("sampling", {}), where)
     tasks = content.get("tasks")
     if tasks is not None:
-        if not isinstance(tasks, list) or not all(isinstance(task, str) and task in TASKS for task in tasks):
+        if not isinstance(tasks, list) or not all(task_name(task) in TASKS for task in tasks):
             raise ValueError(f"{where}: tasks is {shown(tasks)}, expected a list of {', '.join(TASKS)}")
-        tasks = tuple(tasks)
+        tasks = tuple(map(task_name, tasks))
     return BundleConfig(**components, **found, tasks=tasks)
 
 

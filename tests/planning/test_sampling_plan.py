@@ -91,7 +91,7 @@ def test_measuring_on_this_machine(tiny_bundle):
 def test_bad_arguments_are_said_in_a_line():
     with pytest.raises(ValueError, match=r"^topology is 'v5e', expected such as v4:4x4x4 or v4-128, v5e-256"):
         sampling_plan.topology_devices("v5e")
-    with pytest.raises(ValueError, match=r"^unknown task 'paint', expected one of t2i, edit, caption$"):
+    with pytest.raises(ValueError, match=r"^unknown task 'paint', expected one of text_to_image, edit, caption$"):
         sampling_plan.sampling_programs("paint", jax.devices()[0])
     with pytest.raises(ValueError, match=r"^size is 500, expected a multiple of 16 up to 3072, such as 496"):
         sampling_plan.sampling_programs("t2i", jax.devices()[0], size=500)

@@ -26,7 +26,7 @@ def add_arguments(parser):
 def benchmark_train(arguments) -> dict:
     import jax
 
-    from unialign_jax.inference.inputs import check_whole
+    from unialign_jax.inference.options import check_whole
     from unialign_jax.models import flops
     from unialign_jax.parallel import processes
     from unialign_jax.training.loop import StopRequest, Trainer, run_steps

@@ -63,7 +63,7 @@ def add_arguments(parser):
 
 def benchmark_sample(arguments) -> dict:
     """{figure: value}; what could not be measured says so. Raises ValueError for options that do not fit."""
-    from unialign_jax.inference.inputs import MAX_STEPS, MAX_TOKENS, check_range, check_whole
+    from unialign_jax.inference.options import MAX_STEPS, MAX_TOKENS, check_range, check_whole
     from unialign_jax.planning.sampling_plan import check_sampling
 
     settings = {k: v for k, v in vars(arguments).items() if k not in ("measure", "output", "command")}
@@ -237,20 +237,20 @@ def random_pool(dtype):
 
 
 class Stopwatch:
-    """Stands before the compiled programs of a pipeline: waits for each one's result and adds up its seconds."""
+    """Times the programs of a pipeline: waits for the result of each and adds up the seconds by part."""
 
-    PROGRAMS = {
-        "_encode_prompts": "T5",
-        "_sample": "loop",
-        "_decode_images": "VAE decode",
-        "_encode_images": "VAE encode",
-        "_describe": "loop",
+    PARTS = {
+        "encode_prompts": "T5",
+        "sample_images": "loop",
+        "decode_images": "VAE decode",
+        "encode_images": "VAE encode",
+        "describe": "loop",
     }
 
     def __init__(self, pipeline):
         self.seconds, self.results = {}, {}
-        for attribute, part in self.PROGRAMS.items():
-            setattr(pipeline, attribute, self._timed(getattr(pipeline, attribute), part))
+        timed = {name: self._timed(getattr(pipeline.programs, name), part) for name, part in self.PARTS.items()}
+        pipeline.programs = dataclasses.replace(pipeline.programs, **timed)
 
     def _timed(self, program, part):
         import jax

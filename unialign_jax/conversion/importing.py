@@ -141,7 +141,7 @@ def trained_tasks(kind, components) -> tuple[str, ...] | None:
     for fewer tasks than UniAlignment's: then it is not known.
     """
     if kind == "sd3":
-        return ("t2i",)
+        return ("text_to_image",)
     return TASKS if "heads" in components else None
 
 

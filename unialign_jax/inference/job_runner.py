@@ -21,7 +21,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from unialign_jax.data import images as image_files
 from unialign_jax.files import check_regular, first_line, replacing_file
-from unialign_jax.inference.jobs import RESULTS, TEXT_TASKS, BadJob, Job, check_size
+from unialign_jax.inference import inputs
+from unialign_jax.inference.jobs import RESULTS, BadJob, Job
+from unialign_jax.inference.options import OPTIONS, TEXT_TASKS
 
 log = logging.getLogger(__name__)
 
@@ -42,43 +44,41 @@ class Sample(NamedTuple):
 
 def batches(jobs: Sequence[Job], batch: int, pipeline) -> list[list[Sample]]:
     """All samples of the jobs, those of one shape together, in batches of at most `batch`, in order of appearance."""
-    groups = {}
-    for job in jobs:
-        group = groups.setdefault(shape_of(job, pipeline), [])
-        group.extend(Sample(job, index) for index in range(job.count))
-    return [group[i : i + batch] for group in groups.values() for i in range(0, len(group), batch)]
+    samples = [Sample(job, index) for job in jobs for index in range(job.images_per_prompt)]
+    keys = [shape_of(sample.job, pipeline) for sample in samples]
+    return [[samples[i] for i in members] for members in inputs.batches(keys, batch)]
 
 
-def shape_of(job: Job, pipeline):
+def shape_of(job: Job, pipeline) -> tuple:
     """What jobs must share to be done in one call of the pipeline, and in one forward."""
     shape = [job.task, json.dumps(job.options, sort_keys=True)]
-    if job.task == "perceive":
+    if job.task == "perception":
         shape.append(job.text)  # one call has one instruction
-    if job.task == "personalize":
-        shape.append(max(len(job.images), job.options.get("slots", 3)))
-    if job.task in ("edit", "perceive") and not ("height" in job.options or "width" in job.options):
-        # An edit has its image's size, at the nearest multiples.
-        shrink = min(1, pipeline.edit_limit / max(job.sizes[0]))
-        shape.append(tuple(round(side * shrink / pipeline.sizes.multiple) for side in job.sizes[0]))
+    if job.task == "personalization":
+        shape.append(max(len(job.images), job.options.get("slots", OPTIONS["slots"].default)))
+    if job.task in ("edit", "perception") and not ("height" in job.options or "width" in job.options):
+        width, height = job.sizes[0]
+        shape.append(pipeline.sizes.of_edit(height, width, pipeline.edit_limit)[0])
     return tuple(shape)
 
 
 def call(pipeline, samples: Sequence[Sample], images) -> list:
     """The samples, which share a shape, as one call of the pipeline -> their images or texts.
 
-    Args: `images` has a list of PIL images for each sample.
+    Args:
+      images: a list of PIL images for each sample.
     """
     first = samples[0].job
-    options = dict(first.options, seeds=[sample.seed for sample in samples])
+    options = dict(first.options, seed=[sample.seed for sample in samples])
     texts = [sample.job.text for sample in samples]
     if first.task == "caption":
         return pipeline.caption([image for (image,) in images], **options)
     if first.task == "vqa":
         return pipeline.answer([image for (image,) in images], texts, **options)
-    options["negative_prompts"] = [sample.job.negative_prompt for sample in samples]
-    if first.task == "t2i":
+    options["negative_prompt"] = [sample.job.negative_prompt for sample in samples]
+    if first.task == "text_to_image":
         return pipeline.generate(texts, **options)
-    if first.task == "personalize":
+    if first.task == "personalization":
         return pipeline.personalize(texts, images, **options)
     if first.task == "edit":
         return pipeline.edit(texts, [image for (image,) in images], **options)
@@ -90,9 +90,9 @@ def load_images(samples: Sequence[Sample]) -> list:
 
     def load(path):
         try:
-            return image_files.load_rgb(path)
-        except (OSError, ValueError) as error:
-            return ValueError(f"image {error}")
+            return inputs.open_image(path, "image")
+        except ValueError as error:
+            return error
 
     opened = {path: load(path) for path in dict.fromkeys(path for sample in samples for path in sample.job.images)}
     lists = [[opened[path] for path in sample.job.images] for sample in samples]
@@ -117,7 +117,6 @@ def attempt(pipeline, samples: Sequence[Sample], images) -> list:
 
 def make(job: Job, pipeline, batch: int) -> list:
     """The images or the text of a single job. Raises what the pipeline raises, and ValueError for unreadable images."""
-    check_size(job, pipeline)
     made = []
     for samples in batches([job], batch, pipeline):
         images = load_images(samples)
@@ -144,14 +143,8 @@ def run(jobs: Sequence[Job], pipeline, results: "Results", batch: int, done: Cal
         results.record(*finished)
         done()
 
-    outcomes, seconds, able = collections.defaultdict(list), collections.Counter(), []
-    for job in jobs:
-        try:
-            check_size(job, pipeline)
-            able.append(job)
-        except ValueError as error:
-            record(job, [error], 0.0)
-    todo = batches(able, batch, pipeline)
+    outcomes, seconds = collections.defaultdict(list), collections.Counter()
+    todo = batches(jobs, batch, pipeline)
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
         loading = reader.submit(load_images, todo[0]) if todo else None
         writing = []
@@ -169,7 +162,7 @@ def run(jobs: Sequence[Job], pipeline, results: "Results", batch: int, done: Cal
                 job = sample.job
                 outcomes[job.id].append(outcome)
                 seconds[job.id] += share
-                if len(outcomes[job.id]) == job.count:
+                if len(outcomes[job.id]) == job.images_per_prompt:
                     writing.append(writer.submit(record, job, outcomes.pop(job.id), seconds.pop(job.id)))
         for future in writing:
             future.result()
@@ -342,11 +335,9 @@ def check_writable(folder: Path) -> None:
 
 
 def describe(image: Image.Image, sample: Sample, stamp: dict) -> dict:
-    """What made an image: the pipeline's own account of it, the job's task and id, and the stamp."""
-    job = sample.job
+    """The parameters that made an image: those that the pipeline gives, the job's id if it has one, and the stamp."""
     made = json.loads(image.info.get("parameters", "{}"))
-    about = {"task": job.task, "id": job.id or None, "kind": job.options.get("kind")}
-    return made | {key: value for key, value in about.items() if value is not None} | stamp
+    return made | ({"id": sample.job.id} if sample.job.id else {}) | stamp
 
 
 def save_png(image: Image.Image, path: Path, parameters: dict) -> None:

@@ -1,7 +1,7 @@
 """A model's parameters on their way to the device: which are there, and in which dtype."""
 
-import contextlib
 import logging
+from collections.abc import Callable
 
 import jax
 
@@ -89,15 +89,17 @@ def bundle_loader(directory, config, *, dtype, device, verify=True, **options) -
 
 
 class Weights:
-    """The components that are on the device: all that were ever used, or with `low_memory` those in use alone."""
+    """The components on the device: all that were ever used, or with `low_memory` only those of the last `get`."""
 
-    def __init__(self, load, low_memory=False):
+    def __init__(self, load: Callable[[str], dict], low_memory: bool = False):
         self._load, self._low_memory = load, low_memory
         self._resident = {}
 
-    @contextlib.contextmanager
-    def use(self, *names):
-        """{name: parameters} of the named components; in low-memory mode the others leave the device first."""
+    def get(self, *names: str) -> dict:
+        """{name: parameters} of the named components, loaded where they are not there yet.
+
+        In low-memory mode the others leave the device first, as soon as nobody else holds what this returned before.
+        """
         if self._low_memory:
             for name in [name for name in self._resident if name not in names]:
                 del self._resident[name]
@@ -105,13 +107,13 @@ class Weights:
             if name not in self._resident:
                 log.info("reading the %s", name.replace("_", " "))
                 self._resident[name] = self._load(name)
-        yield {name: self._resident[name] for name in names}
+        return {name: self._resident[name] for name in names}
 
-    def drop(self, name: str):
-        """Forgets a component: it is loaded anew when it is next used."""
+    def drop(self, name: str) -> None:
+        """Forgets a component; `get` loads it anew."""
         self._resident.pop(name, None)
 
-    def settle(self, outputs):
-        """In low-memory mode waits for what was computed: only then is the memory of its weights free."""
+    def settle(self, outputs) -> None:
+        """In low-memory mode waits for `outputs`: the memory of the weights that compute them is free only then."""
         if self._low_memory:
             jax.block_until_ready(outputs)

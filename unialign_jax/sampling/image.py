@@ -59,16 +59,6 @@ def advance(velocity_fn, state, rows) -> SamplerState:
     return state
 
 
-def latents(state):
-    """Where the next evaluation happens, [B, H, W, C]; after the last row, the sample."""
-    return state.latents
-
-
-def clean(state):
-    """The clean latents that the last evaluation predicts, [B, H, W, C]: a preview of the sample."""
-    return state.clean
-
-
 def sample_image_latents(velocity_fn, noise, table, inputs=None):
     """Latents float32 [B, H, W, C] integrated from noise (sigma 1) to clean (sigma 0).
 
@@ -78,7 +68,7 @@ def sample_image_latents(velocity_fn, noise, table, inputs=None):
       table: `solvers.solver_table` over `diffusion.flow.sampling_sigmas`.
       inputs: a pytree with a leading axis of evaluations, given to velocity_fn row by row.
     """
-    return latents(advance(velocity_fn, start(noise), (table, inputs)))
+    return advance(velocity_fn, start(noise), (table, inputs)).latents
 
 
 def text_guidance(unconditional, conditional, scale, rescale=0.0):

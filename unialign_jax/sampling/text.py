@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from unialign_jax.diffusion import masking
+from unialign_jax.sampling import DECODINGS
 
-DECODINGS = ("ancestral", "confidence", "entropy", "top_k")
 SINGLE_STEPS = 4  # of "top_k" for a model without text positions
 
 
