@@ -151,20 +151,20 @@ class Model:
     """The model of a command line: checked at once, opened when it is needed."""
 
     def __init__(self, options):
-        from unialign_jax.inference import opening
+        from unialign_jax.inference.opening import ModelSource
 
         self._options = options
-        self._model = opening.Model(options.bundle, weights=options.weights, verify=options.verify)
-        self._model.check_complete()
-        self.stamp = self._model.stamp(options.dtype, options.quantize)
-        self.identity = f"{self._model.digest} {options.dtype} {options.quantize}"  # all of it that changes results
+        self._source = ModelSource(options.bundle, weights=options.weights, verify=options.verify)
+        self._source.check_complete()
+        self.stamp = self._source.stamp(options.dtype, options.quantize)
+        self.identity = f"{self._source.digest} {options.dtype} {options.quantize}"  # all of it that changes results
 
     def open(self):
         options = self._options
         keep_compiled(options.compilation_cache)
         log.info("opening %s", options.bundle)
         how = {name: getattr(options, name) for name in ("dtype", "quantize", "low_memory", "attention")}
-        return self._model.open(max_batch=options.batch, **how)
+        return self._source.open(max_batch=options.batch, **how)
 
 
 def keep_compiled(directory: str) -> None:

@@ -162,7 +162,10 @@ T2I = {"task": "text_to_image", "prompt": "a"}
         (T2I | {"task": ["text_to_image"]}, 'task is ["text_to_image"], expected one of'),
         (T2I | {"x" * 10_000: 1}, "text_to_image takes no xxx"),
         ('{"task": "text_to_image", "prompt": "a", "steps": 1e999}', "steps is Infinity, expected a whole number"),
-        ('{"task": "text_to_image", "prompt": "a", "options": ' + "[" * 50_000 + "]" * 50_000 + "}", "is nested too deeply"),
+        (
+            '{"task": "text_to_image", "prompt": "a", "options": ' + "[" * 50_000 + "]" * 50_000 + "}",
+            "is nested too deeply",
+        ),
         ("null", "expected a JSON object"),
         ({"task": "caption", "image": "."}, "is a folder, expected a file"),
         ({"task": "caption", "image": "a\0b.png"}, "cannot be opened"),
@@ -182,7 +185,10 @@ T2I = {"task": "text_to_image", "prompt": "a"}
         ({"task": "text_to_image", "prompt": 3}, "prompt is 3, expected a text"),
         ({"task": "text_to_image", "prompt": "a", "promt": 1}, "text_to_image takes no promt; it takes prompt, seed"),
         ({"task": "text_to_image", "prompt": "a", "image": "red.png"}, "text_to_image takes no image"),
-        ({"task": "caption", "image": "red.png", "count": 2}, "caption takes no images_per_prompt; it takes image, images, seed"),
+        (
+            {"task": "caption", "image": "red.png", "count": 2},
+            "caption takes no images_per_prompt; it takes image, images, seed",
+        ),
         ({"task": "edit", "prompt": "a", "instruction": "b", "image": "red.png"}, "instruction and prompt are both"),
         ({"task": "edit", "prompt": "a"}, "edit needs 1 image (image), 0 given"),
         ({"task": "edit", "prompt": "a", "image": "gone.png"}, "gone.png: there is no such file"),
@@ -193,10 +199,19 @@ T2I = {"task": "text_to_image", "prompt": "a"}
         ({"task": "text_to_image", "prompt": "a", "steps": 0}, "steps is 0, expected a whole number from 1 to 1000"),
         ({"task": "text_to_image", "prompt": "a", "steps": 2.5}, "steps is 2.5, expected a whole number"),
         ({"task": "text_to_image", "prompt": "a", "steps": True}, "steps is true, expected a whole number"),
-        ({"task": "text_to_image", "prompt": "a", "guidance_scale": -1}, "guidance_scale is -1, expected a number from 0 to 100"),
-        ({"task": "text_to_image", "prompt": "a", "guidance_interval": [0.9, 0.1]}, "expected two numbers, 0 <= low <= high"),
+        (
+            {"task": "text_to_image", "prompt": "a", "guidance_scale": -1},
+            "guidance_scale is -1, expected a number from 0 to 100",
+        ),
+        (
+            {"task": "text_to_image", "prompt": "a", "guidance_interval": [0.9, 0.1]},
+            "expected two numbers, 0 <= low <= high",
+        ),
         ({"task": "text_to_image", "prompt": "a", "solver": "rk4"}, 'solver is "rk4", expected one of euler, heun'),
-        ({"task": "text_to_image", "prompt": "a", "seed": 2**32 - 1, "count": 2}, "seed is 4294967295, too large for 2 images"),
+        (
+            {"task": "text_to_image", "prompt": "a", "seed": 2**32 - 1, "count": 2},
+            "seed is 4294967295, too large for 2 images",
+        ),
         ({"id": "../a", "task": "text_to_image", "prompt": "a"}, 'id is "../a", expected a file name'),
         ({"id": ".a", "task": "text_to_image", "prompt": "a"}, 'id is ".a", expected a file name'),
         (T2I | {"id": "/etc/a"}, 'id is "/etc/a", expected a file name'),
@@ -225,7 +240,8 @@ def test_what_is_no_job_is_said_in_one_line(folder, row, message):
 
 def test_bytes_that_are_no_text_spoil_their_line_alone(folder):
     path = folder / "jobs.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"task": "text_to_image", "prompt": "a"}\r\n{"task": "\xff"}\n{"task": "text_to_image", "prompt": "b"}')
+    rows = [b'{"task": "text_to_image", "prompt": "a"}\r', b'{"task": "\xff"}', b'{"task": "t2i", "prompt": "b"}']
+    path.write_bytes(b"\xef\xbb\xbf" + b"\n".join(rows))
     first, second, third = read_jobs(path)
     assert (first.text, second.error, third.text) == ("a", "is not UTF-8", "b")
 

@@ -350,7 +350,10 @@ def test_long_questions_are_cut_with_a_warning(pipeline, caplog):
         (lambda p: p.generate("a", images_per_prompt=10**9), "images_per_prompt is 1000000000, expected"),
         (lambda p: p.generate("a", guidance_scale="7"), "guidance_scale is '7', expected a number from 0 to 100"),
         (lambda p: p.generate("a", guidance_scale=True), "guidance_scale is True, expected a number from 0 to 100"),
-        (lambda p: p.generate("a", guidance_scale=float("inf")), "guidance_scale is inf, expected a number from 0 to 100"),
+        (
+            lambda p: p.generate("a", guidance_scale=float("inf")),
+            "guidance_scale is inf, expected a number from 0 to 100",
+        ),
         (lambda p: p.generate("a", guidance_scale=[7]), r"guidance_scale is \[7\], expected a number from 0 to 100"),
         (lambda p: p.generate("a", guidance_interval={0, 1}), "guidance_interval is {0, 1}, expected two"),
         (lambda p: p.generate("a", guidance_interval=(0, float("nan"))), "0 <= low <= high <= 1"),
@@ -367,7 +370,10 @@ def test_long_questions_are_cut_with_a_warning(pipeline, caplog):
         (lambda p: p.perceive(["depth"], picture()), r"kind is \['depth'\], expected one of canny"),
         (lambda p: p.perceive("depth", picture(), instruction=""), "instruction 0 is empty"),
         (lambda p: p.personalize("a", []), "expected 1 to 4"),
-        (lambda p: p.caption(picture(), temperature=float("nan")), "temperature is nan, expected a number from 0 to 100"),
+        (
+            lambda p: p.caption(picture(), temperature=float("nan")),
+            "temperature is nan, expected a number from 0 to 100",
+        ),
         (lambda p: p.caption(picture(), entropy_bound=-1), "entropy_bound is -1, expected a number of at least 0"),
         (lambda p: p.caption(picture(), text_length=10**9), "text_length is 1000000000, expected a whole number"),
         (lambda p: p.caption(picture(), max_tokens=True), "max_tokens is True, expected a whole number"),
@@ -473,7 +479,12 @@ def test_a_bundle_is_sampled_as_it_says_and_as_one_asks(tiny_bundle, tmp_path):
         return tuple(parameters[key] for key in ("task", "steps", "guidance_scale", "shift"))
 
     assert made(pipeline.generate("a red circle")) == ("text_to_image", 2, 3.5, 2.0)
-    assert made(pipeline.generate("a red circle", steps=1, guidance_scale=5.0, shift=1.0)) == ("text_to_image", 1, 5.0, 1.0)
+    assert made(pipeline.generate("a red circle", steps=1, guidance_scale=5.0, shift=1.0)) == (
+        "text_to_image",
+        1,
+        5.0,
+        1.0,
+    )
     assert made(pipeline.edit("make it green", picture())) == ("edit", 1, 3.5, 2.0)
     assert made(pipeline.perceive("depth", picture())) == ("perception", 1, 3.5, 2.0)
     assert pipeline.caption(picture()) == pipeline.caption(picture(), steps=3)

@@ -101,7 +101,15 @@ def test_jobs_of_every_task(command, opened, tiny_bundle, photo, tmp_path, capsy
 
     with Image.open(tmp_path / "out/p.png") as image:
         parameters = json.loads(image.text["parameters"])
-    expected = {"task": "perception", "kind": "depth", "id": "p", "seed": 0, "steps": 2, "solver": "euler", "height": 32}
+    expected = {
+        "task": "perception",
+        "kind": "depth",
+        "id": "p",
+        "seed": 0,
+        "steps": 2,
+        "solver": "euler",
+        "height": 32,
+    }
     expected |= {"guidance_scale": 7.0, "bundle": tiny_bundle.name, "quantize": None, "unialign_jax": "0.1.0"}
     assert expected.items() <= parameters.items()
     assert parameters["prompt"].startswith("Provide a detailed depth map")
@@ -162,7 +170,10 @@ def test_how_the_bundle_is_opened(command, tiny_bundle):
         (["--task=t2i", "--prompt=a", "--output=OUT/a.jpg"], "text_to_image needs --output, a name that ends in .png"),
         (["--task=t2i", "--output=OUT/a.png"], "--prompt is not given; text_to_image needs one"),
         (["--task=t2i", "--prompt=", "--output=OUT/a.png"], '--prompt is "", expected a text that is not empty'),
-        (["--task=t2i", "--prompt=a", "--max-tokens=3", "--output=OUT/a.png"], "text_to_image takes no --max-tokens; it takes"),
+        (
+            ["--task=t2i", "--prompt=a", "--max-tokens=3", "--output=OUT/a.png"],
+            "text_to_image takes no --max-tokens; it takes",
+        ),
         (["--task=t2i", "--prompt=a", "--kind=pose", "--output=OUT/a.png"], "text_to_image takes no --kind"),
         (["--task=t2i", "--prompt=a", "--steps=many", "--output=OUT/a.png"], '--steps is "many", expected a whole'),
         (["--task=t2i", "--prompt=a", "--guidance-interval=1", "--output=OUT/a.png"], "expected two numbers, 0 <= low"),
@@ -206,7 +217,10 @@ def test_how_the_bundle_is_opened(command, tiny_bundle):
             ["--task=t2i", "--prompt=a", "--width=0", "--output=OUT/a.png"],
             "--width is 0, expected a whole number of at",
         ),
-        (["--task=t2i", "--prompt=a", "--count=1000000", "--output=OUT/a.png"], "--images-per-prompt is 1000000, expected"),
+        (
+            ["--task=t2i", "--prompt=a", "--count=1000000", "--output=OUT/a.png"],
+            "--images-per-prompt is 1000000, expected",
+        ),
         (["--task=t2i", "--prompt=\udcff", "--output=OUT/a.png"], "expected a text that is not empty"),
         (["--task=t2i", "--prompt=a", "--weights=ema", "--output=OUT/a.png"], "--weights goes with a run's folder"),
         (["--task=t2i", "--prompt=a", "--weights=best", "--output=OUT/a.png"], "invalid choice: 'best'"),
@@ -277,9 +291,7 @@ def test_signals_keep_what_is_done(command, tiny_bundle, tmp_path, capsys, monke
     (tmp_path / "jobs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     arguments = [f"--bundle={tiny_bundle}", f"--jobs={tmp_path}/jobs.jsonl", f"--output={tmp_path}/out", "--batch=1"]
     assert run(command, *arguments) == status
-    assert capsys.readouterr().err == (
-        "interrupted: 2 of 4 jobs are done and kept; the same command resumes there\n"
-    )
+    assert capsys.readouterr().err == ("interrupted: 2 of 4 jobs are done and kept; the same command resumes there\n")
     assert [json.loads(line)["id"] for line in open(tmp_path / "out/results.jsonl")] == ["000001", "000002"]
     arguments = [f"--bundle={tiny_bundle}", "--task=t2i", "--prompt=stop", f"--output={tmp_path}/a.png"]
     assert run(command, *arguments) == status
@@ -293,7 +305,9 @@ def test_damaged_weights_are_one_error(command, tiny_bundle, tmp_path, capsys):
     for path in (damaged / "transformer").rglob("*"):
         if path.is_file() and path.stat().st_size > 10_000:
             path.write_bytes(b"")
-    (tmp_path / "jobs.jsonl").write_text('{"task": "text_to_image", "prompt": "a"}\n{"task": "text_to_image", "prompt": "b"}\n')
+    (tmp_path / "jobs.jsonl").write_text(
+        '{"task": "text_to_image", "prompt": "a"}\n{"task": "text_to_image", "prompt": "b"}\n'
+    )
     assert run(command, f"--bundle={damaged}", f"--jobs={tmp_path}/jobs.jsonl", f"--output={tmp_path}/out") == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith(f"error: {damaged} is not as it was written: transformer/")

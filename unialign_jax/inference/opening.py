@@ -8,8 +8,8 @@ from unialign_jax.inference.pipeline import Pipeline
 from unialign_jax.training import runs
 
 
-class Model:
-    """A bundle, or the newest checkpoint of a training run.
+class ModelSource:
+    """A bundle, or the newest checkpoint of a training run, by name.
 
     Attributes:
       folder, config: of the bundle or the run.

@@ -66,7 +66,7 @@ class Option:
             "number": f"a number {bounded}",
             "interval": "two numbers, 0 <= low <= high <= 1",
             "choice": f"one of {', '.join(self.choices)}",
-            "text": f"a text of at most {MAX_CHARACTERS} characters",
+            "text": f"a text of at most {MAX_CHARACTERS:,} characters",
         }[self.kind]
 
     @property
@@ -74,7 +74,7 @@ class Option:
         """The default in words."""
         if self.kind == "interval":
             return "{:g},{:g}".format(*self.default)
-        return self.usual or str(self.default)
+        return self.usual or (f"{self.default:g}" if self.kind in ("whole", "number") else self.default)
 
     def check(self, name: str, value, show: Callable[[object], str] = shown):
         """The value, as a plain number where it is one. Raises ValueError that says what `name` was expected to be."""
@@ -110,7 +110,7 @@ OPTIONS = {
     "images_per_prompt": Option("whole", IMAGE_TASKS, "images of each prompt", 1, low=1, high=2**16),
     "negative_prompt": Option("text", IMAGE_TASKS, "what guidance leads away from", "", "nothing"),
     "height": Option(
-        "whole", IMAGE_TASKS, "pixels, a multiple of 16", usual="the model's; of an edit, its image's", low=1
+        "whole", IMAGE_TASKS, "pixels, in multiples of 16", usual="the model's; of an edit, its image's", low=1
     ),
     "width": Option("whole", IMAGE_TASKS, "likewise", usual="the model's; of an edit, its image's", low=1),
     "steps": Option(
@@ -144,7 +144,7 @@ OPTIONS = {
         usual="the bundle's, or captions ancestral, answers top_k", choices=DECODINGS,
     ),
     "temperature": Option(
-        "number", TEXT_TASKS, "of the token distributions; 0 takes the likeliest",
+        "number", TEXT_TASKS, "divides the logits before a token is drawn; 0 takes the likeliest",
         usual="the bundle's, or captions 1, answers 0", low=0, high=100,
     ),
     "threshold": Option("number", TEXT_TASKS, "probability that decoding=confidence asks for", 0.9, low=0, high=1),
