@@ -22,7 +22,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from unialign_jax import files
 from unialign_jax.data.kinds import TASKS, task_name
 from unialign_jax.inference import job_runner, jobs
-from unialign_jax.inference.options import ALIASES, IMAGE_TASKS, OPTIONS, TEXT_TASKS
+from unialign_jax.inference.options import IMAGE_TASKS, OPTIONS, TEXT_TASKS, add_arguments, flag
 
 log = logging.getLogger("generate")
 
@@ -73,11 +73,6 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM: handled like Ctrl-C, with another exit status."""
 
 
-def flag(key):
-    """How an option is called on the command line: negative_prompt -> --negative-prompt."""
-    return "--" + {"images": "image"}.get(key, key).replace("_", "-")
-
-
 def parse_arguments(argv):
     parser = Parser(
         description=DESCRIPTION,
@@ -89,7 +84,6 @@ def parse_arguments(argv):
     parser.add_argument("--bundle", required=True, metavar="DIR", help="the model: a bundle, or a run's folder")
     parser.add_argument("--jobs", metavar="FILE", help="a file of jobs, instead of --task and its options")
     parser.add_argument("--output", metavar="PATH", help="PNG file; text file (printed in any case); folder of --jobs")
-
     parser.add_argument("--overwrite", action="store_true", help="replace what is there, or what other jobs made")
 
     task = parser.add_argument_group("the task")
@@ -98,16 +92,7 @@ def parse_arguments(argv):
     task.add_argument("--instruction", metavar="TEXT", help="of edit; of perception, instead of the kind's own")
     task.add_argument("--question", metavar="TEXT", help="of vqa")
     task.add_argument("--image", metavar="FILE", action="append", help="once for each image")
-    groups = {}
-    for key, option in OPTIONS.items():
-        if option.tasks not in groups:
-            whose = "every task" if option.tasks == TASKS else ", ".join(option.tasks)
-            groups[option.tasks] = parser.add_argument_group(f"options of {whose} (defaults in brackets)")
-        metavar = "|".join(option.choices) or {"text": "TEXT", "interval": "LOW,HIGH"}.get(option.kind, "N")
-        text = f"{option.help} ({option.default_text})"
-        groups[option.tasks].add_argument(flag(key), metavar=metavar, type=option.parse, help=text)
-    for alias, key in ALIASES.items():
-        parser.add_argument(flag(alias), dest=key, type=OPTIONS[key].parse, help=argparse.SUPPRESS)
+    add_arguments(parser)
 
     model = parser.add_argument_group("the machine")
     model.add_argument("--batch", type=int, default=8, metavar="N", help="most samples at a time (default %(default)s)")
@@ -160,27 +145,13 @@ class Model:
         self.identity = f"{self._source.digest} {options.dtype} {options.quantize}"  # all of it that changes results
 
     def open(self):
+        from unialign_jax.inference.opening import keep_compiled
+
         options = self._options
         keep_compiled(options.compilation_cache)
         log.info("opening %s", options.bundle)
         how = {name: getattr(options, name) for name in ("dtype", "quantize", "low_memory", "attention")}
         return self._source.open(max_batch=options.batch, **how)
-
-
-def keep_compiled(directory: str) -> None:
-    """Keeps compiled programs between calls, in a folder that is made; where it cannot be, says so and goes on."""
-    import jax
-
-    if directory == "none":
-        return
-    folder = Path(directory).expanduser()
-    try:
-        job_runner.check_writable(folder)
-    except OSError as error:
-        log.warning("compiled programs are not kept: %s", error)
-        return
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def generate(options) -> int:
@@ -199,7 +170,7 @@ def generate(options) -> int:
     if job.task in TEXT_TASKS:
         print(made[0])
         for path in paths:
-            write_text(path, made[0] + "\n")
+            job_runner.save_text(made[0] + "\n", path)
         return 0
     for number, (path, image) in enumerate(zip(paths, made, strict=True)):
         job_runner.save_png(image, path, job_runner.describe(image, job_runner.Sample(job, number), model.stamp))
@@ -214,14 +185,6 @@ def output_paths(options, job) -> list[Path]:
         return []
     output, count = Path(options.output), job.images_per_prompt
     return [output] if count == 1 else [output.with_stem(f"{output.stem}_{i}") for i in range(count)]
-
-
-def write_text(path: Path, text: str) -> None:
-    try:
-        with files.replacing_file(path) as partial:
-            partial.write_text(text)
-    except OSError as error:
-        raise job_runner.cannot_write(path, error) from None
 
 
 def run_jobs(options) -> int:

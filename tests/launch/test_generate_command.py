@@ -15,6 +15,7 @@ from PIL import Image
 
 from unialign_jax import Pipeline
 from unialign_jax.bundle_config import write_content
+from unialign_jax.inference import opening
 from unialign_jax.models.sizes import ImageSizes
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launch/generate.py"
@@ -29,9 +30,9 @@ def command():
 
 
 @pytest.fixture(autouse=True)
-def no_cache_at_home(command, monkeypatch):
+def no_cache_at_home(monkeypatch):
     """The tests' own compilation cache stays."""
-    monkeypatch.setattr(command, "keep_compiled", lambda directory: None)
+    monkeypatch.setattr(opening, "keep_compiled", lambda directory: None)
 
 
 @pytest.fixture(scope="module")

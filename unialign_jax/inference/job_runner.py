@@ -355,6 +355,15 @@ def save_png(image: Image.Image, path: Path, parameters: dict) -> None:
         raise cannot_write(path, error) from None
 
 
+def save_text(text: str, path: Path) -> None:
+    """Writes a text file, which appears when it is whole. Raises OSError in one line."""
+    try:
+        with replacing_file(path) as partial:
+            partial.write_text(text)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+
+
 def cannot_write(path: Path, error: OSError) -> OSError:
     """The error in one line that names the path as it was given, not a scratch file beside it."""
     reason = error.strerror or first_line(error).removeprefix(f"cannot write {path.absolute()}: ")

@@ -1,11 +1,17 @@
 """A model by the name that a command line gives it: checked at once, opened as a `Pipeline` when it is needed."""
 
 import hashlib
+import logging
 from pathlib import Path
 
+import jax
+
 from unialign_jax import __version__, bundle
+from unialign_jax.inference.job_runner import check_writable
 from unialign_jax.inference.pipeline import Pipeline
 from unialign_jax.training import runs
+
+log = logging.getLogger(__name__)
 
 
 class ModelSource:
@@ -57,3 +63,20 @@ class ModelSource:
         if self.run:
             return Pipeline.from_run(self.run, **options)
         return Pipeline.from_bundle(self.folder, verify=self._verify, **options)
+
+
+def keep_compiled(directory: str) -> None:
+    """Keeps compiled programs between processes in a folder, which is made; "none" keeps nothing.
+
+    Logs a warning, and keeps nothing, where the folder cannot be written.
+    """
+    if directory == "none":
+        return
+    folder = Path(directory).expanduser()
+    try:
+        check_writable(folder)
+    except OSError as error:
+        log.warning("compiled programs are not kept: %s", error)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

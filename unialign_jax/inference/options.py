@@ -3,6 +3,7 @@
 `Pipeline`, launch/generate.py, jobs files and docs/inference.md take names, ranges, defaults and help from OPTIONS.
 """
 
+import argparse
 import dataclasses
 import difflib
 import inspect
@@ -218,6 +219,25 @@ def takes_options(task: str) -> Callable:
         return method
 
     return document
+
+
+def flag(name: str) -> str:
+    """An option, or another key of a job, on the command line: negative_prompt -> --negative-prompt."""
+    return "--" + {"images": "image"}.get(name, name).replace("_", "-")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds a flag for every option, in a group for each set of tasks, and hidden ones for the aliases."""
+    groups = {}
+    for name, option in OPTIONS.items():
+        if option.tasks not in groups:
+            whose = "every task" if option.tasks == TASKS else ", ".join(option.tasks)
+            groups[option.tasks] = parser.add_argument_group(f"options of {whose} (defaults in brackets)")
+        metavar = "|".join(option.choices) or {"text": "TEXT", "interval": "LOW,HIGH"}.get(option.kind, "N")
+        text = f"{option.help} ({option.default_text})"
+        groups[option.tasks].add_argument(flag(name), metavar=metavar, type=option.parse, help=text)
+    for alias, name in ALIASES.items():
+        parser.add_argument(flag(alias), dest=name, type=OPTIONS[name].parse, help=argparse.SUPPRESS)
 
 
 def markdown_table(tasks: tuple[str, ...]) -> str:
