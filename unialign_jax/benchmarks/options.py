@@ -1,14 +1,14 @@
-"""The `options` part of launch/benchmark.py: what the options of sampling cost and give.
+"""The `options` part of launch/benchmark.py: the cost and the effect of the options of sampling.
 
     python launch/benchmark.py options --bundle=bundles/tiny
 
-Makes the same images (prompts and seeds) with the plain sampler, Euler at 28 steps, and with one option changed at a
-time, and captions pictures in every decoding. Differences are root mean squares over all pixels, in 255ths: from the
-plain sampler's images, and from the solution of the flow (Euler at --solution-steps). Of captions it says how often the
-network ran.
+It makes the same images (prompts and seeds) with the plain sampler, Euler at 28 steps, and with one option changed at a
+time. Differences are root mean squares over all pixels, in 255ths: from the plain sampler's images, and from the
+solution of the flow (Euler at --solution-steps). It also captions images in every decoding, and counts the evaluations
+of the network.
 
-Prompts and pictures are those of the shapes world (a seed that training does not use), for a bundle of
-configs/stage1.py:tiny, or the lines of --prompts; then the pictures to caption are the ones made.
+Prompts and images are those of the shapes world (a seed that training does not use), which suit a bundle of
+configs/stage1.py:tiny. With --prompts the prompts are its lines, and the images to caption are the ones made.
 """
 
 import time
@@ -46,7 +46,7 @@ def add_arguments(parser):
 
 
 def benchmark_options(arguments) -> dict[str, str]:
-    """{option: what it costs and gives}. Raises ValueError or OSError for arguments that do not fit."""
+    """{option: its cost and effect}. Raises ValueError or OSError for arguments that do not fit."""
     from unialign_jax import Pipeline, bundle
     from unialign_jax.benchmarks.sample import Stopwatch
     from unialign_jax.inference.options import MAX_STEPS, check_range, check_whole

@@ -1,8 +1,8 @@
 """Jobs through a pipeline, in full batches, into a folder.
 
-The folder gets ID.png (ID_0.png, ID_1.png, ... for a count; an id may name folders) and results.jsonl: a line for each
-job, written as soon as the job is done. A job whose line is there with the same hash is not done again; what other jobs
-left is not replaced unless that is asked for.
+The folder gets ID.png (ID_0.png, ID_1.png, ... for several images; an id may name folders) and results.jsonl: a line
+for each job, written as soon as the job is done. A job whose line is there with the same hash is not done again.
+Results of other jobs are not replaced unless that is asked for.
 """
 
 import collections
@@ -27,18 +27,18 @@ from unialign_jax.inference.options import OPTIONS, TEXT_TASKS
 
 log = logging.getLogger(__name__)
 
-# What the pipeline raises for a sample it cannot make: bad input, and JAX for want of memory.
+# Errors of a sample that cannot be made: bad input, or not enough memory (a RuntimeError of JAX).
 FAILURES = (ValueError, OSError, RuntimeError, MemoryError)
 
 
 class Sample(NamedTuple):
-    """One image or text of a job: number `index` of its count."""
+    """Image or text number `index` of a job."""
 
     job: Job
     index: int
 
     @property
-    def seed(self):
+    def seed(self) -> int:
         return self.job.seed + self.index
 
 
@@ -116,7 +116,7 @@ def attempt(pipeline, samples: Sequence[Sample], images) -> list:
 
 
 def make(job: Job, pipeline, batch: int) -> list:
-    """The images or the text of a single job. Raises what the pipeline raises, and ValueError for unreadable images."""
+    """The images or the text of a single job. Raises the pipeline's errors, and ValueError for unreadable images."""
     made = []
     for samples in batches([job], batch, pipeline):
         images = load_images(samples)
@@ -136,7 +136,8 @@ def run(jobs: Sequence[Job], pipeline, results: "Results", batch: int, done: Cal
       pipeline: a `Pipeline`.
       batch: samples in one call.
       done: called after each job.
-    Raises OSError when a result cannot be written. Whatever stops it, what was done by then is recorded.
+
+    Raises OSError when a result cannot be written. Whatever stops it, the jobs done by then are recorded.
     """
 
     def record(*finished):
@@ -168,7 +169,7 @@ def run(jobs: Sequence[Job], pipeline, results: "Results", batch: int, done: Cal
             future.result()
 
 
-# Keeping
+# Results on disk
 
 
 class Results:
@@ -178,11 +179,15 @@ class Results:
     batches' time), line (of the jobs file) and hash.
 
     Attributes:
-      done, failed: jobs of this run; earlier: jobs that were done before it.
+      done, failed: numbers of jobs of this run.
+      earlier: number of jobs that were done before it.
     """
 
-    def __init__(self, directory, stamp: dict | None = None):
-        """Makes the folder. Args: `stamp` goes into every image's parameters, such as the model's name.
+    def __init__(self, directory: str | Path, stamp: dict | None = None):
+        """Makes the folder.
+
+        Args:
+          stamp: goes into every image's parameters, such as the model's name.
 
         Raises OSError when it cannot be written, ValueError when its results.jsonl is something else.
         """
@@ -215,12 +220,14 @@ class Results:
             yield number, line, number == len(lines)
 
     def begin(self, jobs: Sequence[Job | BadJob], *, overwrite: bool = False) -> list[Job]:
-        """Opens results.jsonl for this run: keeps the lines of what is done, records the bad jobs, returns the others.
+        """Opens results.jsonl for this run: keeps lines of jobs that are done, records bad jobs, returns the rest.
 
-        Lines of ids that `jobs` does not have are kept.
+        Lines of ids that are not among `jobs` stay.
 
-        Args: `overwrite` says whether results of other jobs, or of these before they were changed, may be replaced.
-        Raises FileExistsError when there are any and they may not; nothing has then been changed.
+        Args:
+          overwrite: whether results of other jobs, or of these before they were changed, may be replaced.
+
+        Raises FileExistsError when there are such results and they may not be replaced; nothing is changed then.
         """
         jobs = [self._placed(job) for job in jobs]
         todo = [job for job in jobs if isinstance(job, BadJob) or not self._is_done(job)]
@@ -232,7 +239,7 @@ class Results:
                 f"were changed, the first {lost[0]}; choose another --output, or replace them by --overwrite"
             )
         self.earlier = len(jobs) - len(todo)
-        # A line that has become bad does not take the place of what its id made before.
+        # A line that has become bad does not replace the results that its id has.
         bad = [
             dataclasses.replace(job, id=f"line {job.line}") if self._was_done(job) else job
             for job in todo
@@ -250,7 +257,7 @@ class Results:
         return able
 
     def _placed(self, job):
-        """The job, or why its folder cannot be inside of the results'."""
+        """The job, or a `BadJob` when its folder would lie outside the folder of results."""
         folder = (self.directory / job.id).parent if isinstance(job, Job) else self.directory
         if not folder.resolve().is_relative_to(self.directory.resolve()):
             return BadJob(job.id, job.line, f"id is {job.id!r}, but {folder} is a link that leads out of the output")
@@ -267,7 +274,7 @@ class Results:
         return is_same and all((self.directory / name).is_file() for name in job.files)
 
     def _would_replace(self, job) -> list[str]:
-        """What is there under this job's names and is no result of it."""
+        """Existing files of this job's names, or its text, that are no results of it."""
         entry = self._lines.get(job.id, {})
         is_same = entry.get("hash") == job.hash
         if job.task in TEXT_TASKS:
@@ -279,7 +286,7 @@ class Results:
         return [name for name, path in paths.items() if path.exists() and made_by(path) != job.hash]
 
     def record(self, job: Job, outcomes: Sequence, seconds: float) -> None:
-        """Writes what became of a job: an image, a text or an error for each of its samples."""
+        """Writes the outcome of a job: an image, a text or an error for each of its samples."""
         entry = {"id": job.id, "task": job.task, "seed": job.seed, "seconds": round(seconds, 3), "hash": job.hash}
         error = next((outcome for outcome in outcomes if isinstance(outcome, Exception)), None)
         if error is not None:

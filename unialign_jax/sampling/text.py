@@ -40,8 +40,8 @@ def sample_text(
     - "ancestral", the reference's process (MDLM) over t = 1, 1 - 1/N, ..., 0: a masked token is revealed between t and
       s with probability (t - s) / t. Here each token's time is drawn up front, uniform and independent, which is the
       same distribution. So steps that reveal nothing in the whole batch cost no forward pass: at most min(num_steps,
-      targets in the batch) are run. (The reference ends at t = 1e-5 and takes the likeliest token for the one in 1e5 left;
-      ours ends at 0.)
+      targets in the batch) are run. (The reference ends at t = 1e-5 and takes the likeliest token for the one in 1e5
+      left; ours ends at 0.)
     - "top_k" (LLaDA's low-confidence remasking, arXiv 2502.09992): the ceil(masked / steps left) surest positions of a
       sample, so that num_steps steps are enough.
     - "confidence": every position whose likeliest token has probability `threshold` or more, and at least the surest.

@@ -1,4 +1,4 @@
-"""Pictures and captions of a run under way: real beside generated, real beside predicted."""
+"""Images and captions that a run samples while it trains: real beside generated, real beside predicted."""
 
 import hashlib
 import math
@@ -24,7 +24,7 @@ EXAMPLE_KEYS = ("image", "conditions", "prompt_ids", "text_ids", "text_is_target
 
 
 def sample_seeds(seed: int, step: int, count: int) -> np.ndarray:
-    """The seeds uint32 [count] of a run's samples at a step: as `Pipeline` takes them, a new one for each."""
+    """The seeds of a run's samples at a step, uint32 [count], each a new one; `Pipeline` takes them too."""
     digests = (hashlib.sha256(f"{seed}/{step}/{number}".encode()).digest() for number in range(count))
     return np.array([int.from_bytes(digest[:4], "little") for digest in digests], np.uint32)
 
@@ -32,9 +32,9 @@ def sample_seeds(seed: int, step: int, count: int) -> np.ndarray:
 class Sampler:
     """Writes `samples/<stream>_<step>.png` and `.md` for the first records of every stream.
 
-    The programs are those of inference (`sampling.programs`), compiled at the first use, and run on the run's mesh:
-    weights lie as in the train step, and the samples are split over all axes that split a batch. All hosts take part;
-    the first one writes.
+    The programs are those of inference (`sampling.programs.Programs`), compiled at the first use, on the run's mesh:
+    weights lie as in the train step, and samples are split over all axes that split a batch. All hosts take part; the
+    first one writes.
     """
 
     def __init__(self, config, networks: Networks, mesh, streams, tokenizer, workdir):
@@ -78,13 +78,14 @@ class Sampler:
         return paths
 
     def sample(self, stream, step: int, params, frozen):
-        """The stream's first examples, the images made of their prompts and the texts read off their images.
+        """(examples, images, ids): the stream's first examples, images from their prompts and texts from their images.
+
+        The examples are one batch; images are uint8 [count, H, W, 3], None for a kind without image pass; ids are int32
+        [count, L].
 
         Args:
           step: gives the samples their seeds, together with the run's (`sample_seeds`).
           params: the transformer's, as the state holds them.
-        Returns:
-          The examples as one batch, uint8 [count, H, W, 3] (None for a kind without image pass), int32 [count, L].
         """
         with jax.set_mesh(self._mesh):
             return self._sample(stream, step, self._compute(params), frozen)
@@ -157,17 +158,18 @@ class Sampler:
         return [sheet, captions]
 
 
-def cell(text):
+def cell(text: str) -> str:
+    """A text that fits a cell of a Markdown table."""
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def draw_sheet(cards, columns=2, smallest=96) -> Image.Image:
-    """A sheet of cards, each a prompt above its labelled pictures.
+def draw_sheet(cards: list[tuple], columns: int = 2, smallest: int = 96) -> Image.Image:
+    """A sheet of cards, each a prompt above its labelled images.
 
     Args:
       cards: pairs of prompt and [(label, uint8 [H, W, 3])].
       columns: cards side by side.
-      smallest: pictures narrower than this are enlarged by whole pixels.
+      smallest: images narrower than this are enlarged by a whole factor.
     """
     font = ImageFont.load_default(TEXT_SIZE)
     height, width = cards[0][1][0][1].shape[:2]
