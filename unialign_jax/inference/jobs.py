@@ -28,7 +28,7 @@ TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class TaskInputs:
     """The inputs of a task: the keys that its text may have, the proper one first, and its least and most images."""
 
     texts: tuple[str, ...]
@@ -37,12 +37,12 @@ class Task:
 
 
 INPUTS = {
-    "text_to_image": Task(("prompt",), (0, 0)),
-    "edit": Task(("instruction", "prompt"), (1, 1)),
-    "perception": Task(("instruction", "prompt"), (1, 1), needs_text=False),
-    "personalization": Task(("prompt", "instruction"), (1, MAX_REFERENCES)),
-    "caption": Task((), (1, 1)),
-    "vqa": Task(("question", "prompt"), (1, 1)),
+    "text_to_image": TaskInputs(("prompt",), (0, 0)),
+    "edit": TaskInputs(("instruction", "prompt"), (1, 1)),
+    "perception": TaskInputs(("instruction", "prompt"), (1, 1), needs_text=False),
+    "personalization": TaskInputs(("prompt", "instruction"), (1, MAX_REFERENCES)),
+    "caption": TaskInputs((), (1, 1)),
+    "vqa": TaskInputs(("question", "prompt"), (1, 1)),
 }
 BY_SAMPLE = ("seed", "images_per_prompt", "negative_prompt")  # may differ within a batch; the others are the batch's
 # Hashes were made of these names first. They stay, so that results of earlier versions count as done.
