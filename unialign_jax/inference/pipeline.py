@@ -116,19 +116,7 @@ class Pipeline(Model):
         return cls._with_loader(functools.partial(Loader, run.leaves), run.config, run.tokenizer, run.name, **options)
 
     @classmethod
-    def _with_loader(
-        cls,
-        make_loader,
-        config,
-        tokenizer,
-        name,
-        *,
-        dtype=None,
-        quantize=None,
-        low_memory=False,
-        device=None,
-        **options,
-    ):
+    def _with_loader(cls, make_loader, config, tokenizer, name, **options):
         if problems := fit_problems(config, tokenizer):
             raise ValueError(f"{name}: {problems[0]}: convert the model again with the parts it was trained with")
         device = options.get("device") or jax.devices()[0]
