@@ -13,6 +13,7 @@ from unialign_jax.environment import explain_missing_packages
 explain_missing_packages()
 
 from unialign_jax.command_line import Parser, split_changes
+from unialign_jax.data.kinds import task_name
 
 DESCRIPTION = """\
 Compiles the programs of a sampling task for a TPU chip, or the training steps of a configuration for a TPU slice,
@@ -22,7 +23,7 @@ a few minutes on two CPU cores.
 """
 EXAMPLES = """\
 examples
-  python launch/plan.py --task=t2i --topology=v5e:1x1
+  python launch/plan.py --task=text_to_image --topology=v5e:1x1
   python launch/plan.py --task=caption --topology=v5e:1x1 --batch=8 --quantize=int8 --output=caption.json
   python launch/plan.py --config=configs/stage1.py --topology=v4:4x4x4
   python launch/plan.py --config=configs/stage1.py --topology=v5e-256 --config.mesh.fsdp=-1
@@ -59,7 +60,7 @@ def parse_arguments(argv):
         allow_abbrev=False,
     )
     modes = parser.add_mutually_exclusive_group(required=True)
-    modes.add_argument("--task", choices=("t2i", "edit", "caption"), help="sampling: the task")
+    modes.add_argument("--task", type=task_name, choices=("text_to_image", "edit", "caption"), help="to sample")
     modes.add_argument("--config", metavar="FILE", help="training: a stage file, and --config.KEY=VALUE for its keys")
     modes.add_argument("--report", type=Path, metavar="JSON", help="docs/tpu.md and its plot from the plans of --all")
     parser.add_argument("--topology", default="v5e:1x1", help="the chips, default %(default)s; sampling uses one")

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from unialign_jax import files
+from unialign_jax.data.kinds import TASKS, task_name
 from unialign_jax.data.tokenizer import Tokenizer
 from unialign_jax.files import shown
 from unialign_jax.integrity import inventory
@@ -24,7 +25,6 @@ COMPONENTS = {
     "teacher": TeacherConfig,  # in a bundle of its own
 }
 SIZES = ("image_size", "text_length")
-TASKS = ("t2i", "edit", "perceive", "personalize", "caption", "vqa")
 # How the released model is sampled, with the range or the choices of each value. These are the defaults of all bundles.
 # Captions are sampled as the reference does. Answers are decoded without randomness: they are right or wrong.
 SAMPLING = {
@@ -167,9 +167,9 @@ def parse_config(directory: str | os.PathLike, content: dict) -> BundleConfig:
     _check_sampling(found.get("sampling", {}), where)
     tasks = content.get("tasks")
     if tasks is not None:
-        if not isinstance(tasks, list) or not all(isinstance(task, str) and task in TASKS for task in tasks):
+        if not isinstance(tasks, list) or not all(task_name(task) in TASKS for task in tasks):
             raise ValueError(f"{where}: tasks is {shown(tasks)}, expected a list of {', '.join(TASKS)}")
-        tasks = tuple(tasks)
+        tasks = tuple(map(task_name, tasks))
     return BundleConfig(**components, **found, tasks=tasks)
 
 

@@ -109,15 +109,14 @@ def test_28_guided_steps_equal_diffusers_loop(torch_models, loaded):
 
     found = jax.jit(
         functools.partial(programs.sample_images, MMDiT(in_float32(config.transformer))),
-        static_argnames=("mode", "latent_shape"),
+        static_argnames="latent_shape",
     )(
         params["transformer"],
         seeds,
         solver_table("euler", sampling_sigmas(28)),
         texts[1],
         texts[0],
-        programs.Guidance(np.full(2, 7.0), np.zeros(2), np.zeros(2), np.ones(28, bool)),
-        mode="text",
+        programs.Guidance(np.full(2, 7.0), np.zeros(2)),
         latent_shape=(12, 8, CHANNELS),
     )
     assert np.abs(found - expected).max() < 1e-3 * np.abs(expected).max()

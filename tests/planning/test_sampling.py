@@ -89,7 +89,7 @@ def test_measuring_on_this_machine(tiny_bundle):
 
 
 def test_an_unknown_task_is_refused():
-    with pytest.raises(ValueError, match=r"^unknown task 'paint', expected one of t2i, edit, caption$"):
+    with pytest.raises(ValueError, match=r"^unknown task 'paint', expected one of text_to_image, edit, caption$"):
         sampling.sampling_programs("paint", jax.devices()[0])
 
 

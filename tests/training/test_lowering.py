@@ -141,7 +141,8 @@ def test_every_sampling_program(mesh, batch, platform):
     latents, seeds = array(8, 8, 16), array(dtype=jnp.uint32)
     text = array(24, 128, dtype=jnp.bfloat16)
     table = solver_table("euler", sampling_sigmas(2))
-    guidance = programs.Guidance(array(), array(), array(), np.ones(2, bool))
+    text_only = programs.Guidance(array(), array())
+    interval, two_scales = text_only._replace(active=np.ones(2, bool)), text_only._replace(image_scale=array())
     state = image_sampler.SamplerState(latents, latents, latents)
 
     lowered = functools.partial(lower, platform)
@@ -150,12 +151,12 @@ def test_every_sampling_program(mesh, batch, platform):
     images = array(64, 64, 3, dtype=jnp.uint8)
     lowered(functools.partial(programs.encode_images, autoencoder), mesh, frozen["autoencoder"], images)
     lowered(functools.partial(programs.decode_images, autoencoder), mesh, frozen["autoencoder"], latents)
-    rest = (table, text, text, guidance)
-    lowered(functools.partial(programs.advance_images, transformer), mesh, params, state, *rest, mode="text")
+    rest = (table, text, text)
+    lowered(functools.partial(programs.advance_images, transformer), mesh, params, state, *rest, text_only)
     sample = functools.partial(programs.sample_images, transformer, latent_shape=(8, 8, 16))
-    for mode in programs.GUIDANCE_MODES:  # by the same function, `advance_images`
-        conditions = array(1, 8, 8, 16) if mode == "text_and_image" else None
-        lowered(sample, mesh, params, seeds, *rest, conditions, mode=mode)
+    for guidance in (None, text_only, interval, two_scales):  # by the same function, `advance_images`
+        conditions = array(1, 8, 8, 16) if guidance is two_scales else None
+        lowered(sample, mesh, params, seeds, *rest, guidance, conditions)
     both = {"transformer": params, "text_encoder": frozen["text_encoder"]}
     describe = functools.partial(programs.describe, transformer, text_encoder, mask_id=511, eos_id=1)
     for decoding in DECODINGS:
@@ -209,8 +210,9 @@ def test_the_samples_of_every_stream(mesh, platform, monkeypatch, tmp_path):
 
         return call
 
-    # Of what the sampler's own file sees of JAX, and of nothing else.
-    monkeypatch.setattr(samples, "jax", types.SimpleNamespace(**vars(jax) | {"jit": lowering_jit}))
+    # For the files of the sampler and of its programs, and for nothing else.
+    for module in (samples, programs):
+        monkeypatch.setattr(module, "jax", types.SimpleNamespace(**vars(jax) | {"jit": lowering_jit}))
     streams = {name: Blank(settings) for name, settings in config.streams.items() if name not in SAME}
     tokenizer = types.SimpleNamespace(eos_id=1, mask_id=511, decode=str)
     sampler = Sampler(config, networks, mesh, streams, tokenizer, tmp_path)
@@ -218,8 +220,9 @@ def test_the_samples_of_every_stream(mesh, platform, monkeypatch, tmp_path):
     params = abstract_state(networks, tx, 0, mesh).params["transformer"]
     written = sampler.write(1, params, abstract_frozen(networks, mesh))
     assert len(written) == 7 and all(path.is_file() for path in written)
-    # The weights, T5, the images with 0, 1 and 3 conditions sampled, 1 and 3 of them encoded, decoding, the text.
-    assert len(lowered) == 1 + 1 + 3 + 2 + 1 + 1
+    # The weights, T5, images with 0, 1 and 3 conditions sampled, the targets and 1 and 3 conditions encoded, decoding,
+    # the text, and images and texts on their way to the hosts.
+    assert len(lowered) == 1 + 1 + 3 + 3 + 1 + 1 + 2
 
 
 @EVERY_PLATFORM

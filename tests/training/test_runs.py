@@ -58,7 +58,7 @@ def test_a_run_is_sampled_as_its_bundle_is(run, tmp_path):
     parameters = json.loads(image.info["parameters"])
     assert (parameters["steps"], parameters["guidance_scale"], parameters["shift"]) == (2, 3.0, 3.0)
     config = bundle.read_config(tmp_path / "bundle")
-    assert config.tasks == ("t2i", "caption") == made.config.tasks
+    assert config.tasks == ("text_to_image", "caption") == made.config.tasks
     assert config.sampling == made.config.sampling
     assert config.sampling["caption_steps"] == 2
 
@@ -116,17 +116,17 @@ def test_what_a_run_was_trained_for_goes_back_to_its_first_stage(run, copy, tiny
         return runs.trained_tasks(runs.read_settings(run.folder) | changes)
 
     edits = {"edit": {"kind": "edit", "weight": 1.0}, "vqa": {"kind": "vqa", "weight": 0.0}}
-    assert trained() == ["t2i", "caption"]
+    assert trained() == ["text_to_image", "caption"]
     assert trained(streams=edits) == ["edit", "caption"]
-    assert trained(streams=edits, init_from=str(copy)) == ["t2i", "edit", "caption"]
+    assert trained(streams=edits, init_from=str(copy)) == ["text_to_image", "edit", "caption"]
     assert trained(streams=edits, loss_weights={"masked_text": 0.0}) == ["edit"]
     start = tmp_path / "start"
     start.mkdir()
     write_content(start, {"tasks": ["vqa"]})
     assert trained(streams=edits, init_from=str(start)) == ["edit", "caption", "vqa"]
     change(copy, init_from=str(copy))  # a circle ends
-    assert trained(init_from=str(copy)) == ["t2i", "caption"]
-    assert trained(init_from=str(tmp_path / "gone")) == ["t2i", "caption"]
+    assert trained(init_from=str(copy)) == ["text_to_image", "caption"]
+    assert trained(init_from=str(tmp_path / "gone")) == ["text_to_image", "caption"]
 
 
 @pytest.mark.bad_input

@@ -27,7 +27,7 @@ def benchmark_train(arguments) -> dict:
     """{figure: value}. Raises ValueError for bad options."""
     import jax
 
-    from unialign_jax.inference.inputs import check_whole
+    from unialign_jax.inference.options import check_whole
     from unialign_jax.models import flops
     from unialign_jax.parallel import processes
     from unialign_jax.training.config import read_config

@@ -64,7 +64,7 @@ def add_arguments(parser):
 
 def benchmark_memory(arguments) -> dict:
     """A table with a row for each mesh and policy. Raises ValueError for a case that cannot run."""
-    from unialign_jax.inference.inputs import check_whole
+    from unialign_jax.inference.options import check_whole
     from unialign_jax.training.config import config_problems, read_config
 
     cpu = arguments.platform == "cpu"

@@ -45,7 +45,7 @@ def add_arguments(parser):
 
 def benchmark_step(arguments) -> dict:
     """{figure: value}, of which some are tables. Raises ValueError for bad options, and when nothing was measured."""
-    from unialign_jax.inference.inputs import check_whole
+    from unialign_jax.inference.options import check_whole
     from unialign_jax.training.config import active_streams, config_problems, read_config
 
     config = read_config(arguments.config, arguments.changes)
@@ -451,10 +451,12 @@ def encoder_outputs(networks, frozen: dict, batch: dict, ids: list) -> dict:
     """The outputs of the frozen networks in a step, in its order: moments of all images, embeddings of all texts."""
     import jax.numpy as jnp
 
+    from unialign_jax.models.autoencoder import from_pixels
+
     images = batch["image"][:, None]
     if "conditions" in batch:
         images = jnp.concatenate([images, batch["conditions"]], axis=1)
-    pixels = images.reshape(-1, *images.shape[2:]).astype(jnp.float32) / 127.5 - 1
+    pixels = from_pixels(images.reshape(-1, *images.shape[2:]))
     texts = jnp.stack(ids, axis=1).reshape(-1, ids[0].shape[1])
     return {
         "autoencoder": networks.autoencoder.apply({"params": frozen["autoencoder"]}, pixels, method="encode"),

@@ -156,7 +156,7 @@ def trained_tasks(kind: str, components: Iterable[str]) -> tuple[str, ...] | Non
     None, for unknown, without alignment heads: it may be DualDiffusion, which was trained for fewer than UniAlignment.
     """
     if kind == "sd3":
-        return ("t2i",)
+        return ("text_to_image",)
     return TASKS if "heads" in components else None
 
 

@@ -18,7 +18,7 @@ class Kind:
         the caption. "question": the text pass reads it and learns the answer.
       image_pass: whether the image pass is trained.
       num_conditions: condition images of an example, by default; 0 for none.
-      tasks: the inference tasks (keys of `jobs.TASKS`) that it trains.
+      tasks: the inference tasks (of TASKS) that it trains.
     """
 
     summary: str
@@ -29,18 +29,36 @@ class Kind:
     tasks: tuple[str, ...]
 
 
+# The tasks of inference. Those of images have the names of the kinds that train them.
+TASKS = ("text_to_image", "edit", "perception", "personalization", "caption", "vqa")
+# Other names of tasks: of older bundles, job files and command lines, and the methods of `Pipeline`.
+TASK_ALIASES = {
+    "t2i": "text_to_image",
+    "generate": "text_to_image",
+    "perceive": "perception",
+    "personalize": "personalization",
+    "answer": "vqa",
+}
+
 _CHANGED = ("image", "conditions", "instruction", "caption")
 
 KINDS = {
-    "text_to_image": Kind("an image and its caption", ("image", "caption"), "caption", True, 0, ("t2i", "caption")),
+    "text_to_image": Kind(
+        "an image and its caption", ("image", "caption"), "caption", True, 0, ("text_to_image", "caption")
+    ),
     "edit": Kind("an image changed as an instruction says", _CHANGED, "instruction", True, 1, ("edit", "caption")),
-    "perception": Kind("edges, depth or pose of an image", _CHANGED, "instruction", True, 1, ("perceive", "caption")),
+    "perception": Kind("edges, depth or pose of an image", _CHANGED, "instruction", True, 1, ("perception", "caption")),
     "personalization": Kind(
-        "references placed in a new image", _CHANGED, "instruction", True, 3, ("personalize", "caption")
+        "references placed in a new image", _CHANGED, "instruction", True, 3, ("personalization", "caption")
     ),
     # Trains the text pass alone, as in DualDiffusion, since its records have no prompt for an image.
     "vqa": Kind("a question about an image", ("image", "question", "answer"), "question", False, 0, ("vqa",)),
 }
+
+
+def task_name(name):
+    """The name in TASKS of a task; what is no name of one is returned as it is."""
+    return TASK_ALIASES.get(name, name) if isinstance(name, str) else name
 
 
 def find_kind(name: str) -> Kind:

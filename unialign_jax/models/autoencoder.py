@@ -82,6 +82,16 @@ def denormalize(latents: jax.Array, config: AutoencoderConfig) -> jax.Array:
     return latents.astype(jnp.float32) / config.scale + config.shift
 
 
+def from_pixels(images) -> jax.Array:
+    """Pixels 0 to 255 of any shape and type -> float32 in [-1, 1], which `encode` takes."""
+    return jnp.float32(images) / 127.5 - 1
+
+
+def to_pixels(images) -> jax.Array:
+    """Floats near [-1, 1], which `decode` gives -> uint8, clipped and rounded to the nearest."""
+    return jnp.clip((images + 1) * 127.5 + 0.5, 0, 255).astype(jnp.uint8)
+
+
 def sample_latents(moments: Moments, key: jax.Array | None, config: AutoencoderConfig) -> jax.Array:
     """Normalised latents float32 [B, h, w, C]: a draw from the posterior, or its mean when `key` is None."""
     latents = moments.mean

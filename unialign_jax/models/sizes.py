@@ -33,3 +33,12 @@ class ImageSizes(NamedTuple):
         """Raises ValueError when `value` is not a valid side of an image."""
         if problem := self.problem(name, value):
             raise ValueError(problem)
+
+    def of_edit(self, height: int, width: int, most: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(height, width) at which the network edits an image of that size, and at which the edit is returned.
+
+        The first are the nearest multiples. No side is longer than `most`: a larger image is shrunk first.
+        """
+        shrink = min(1.0, most / max(height, width))
+        working = tuple(max(self.multiple, round(s * shrink / self.multiple) * self.multiple) for s in (height, width))
+        return working, tuple(max(1, round(side * shrink)) for side in (height, width))

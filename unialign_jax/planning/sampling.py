@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from unialign_jax.bundle import BundleConfig
+from unialign_jax.data.kinds import task_name
+from unialign_jax.diffusion.flow import sampling_sigmas
 from unialign_jax.inference import weights
-from unialign_jax.inference.inputs import ImageSettings, check_whole
+from unialign_jax.inference.options import check_whole
 from unialign_jax.inference.pipeline import Pipeline
 from unialign_jax.inference.quantization import abstract_quantized, tree_bytes
 from unialign_jax.models import presets
@@ -22,8 +24,10 @@ from unialign_jax.models.sizes import ImageSizes
 from unialign_jax.parallel import hardware
 from unialign_jax.planning import topology
 from unialign_jax.planning.topology import GIB
+from unialign_jax.sampling.programs import make_guidance
+from unialign_jax.sampling.solvers import solver_table
 
-TASKS = ("t2i", "edit", "caption")
+TASKS = ("text_to_image", "edit", "caption")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +83,7 @@ def sampling_programs(
     """The programs of a task in the order in which `Pipeline` runs them, and {component: abstract parameters}.
 
     Args:
-      task: "t2i" (guided), "edit" (guided, one condition image) or "caption" (of `config.text_length` tokens).
+      task: "text_to_image" or "edit" (guided; one condition image), or "caption" (of `config.text_length` tokens).
       device: holds the arguments; one of `topology_devices`, or a real one.
       config: the published sizes when None.
       size: height and width of the images in pixels.
@@ -89,6 +93,7 @@ def sampling_programs(
 
     Raises ValueError for an unknown task, and for a size or batch that the pipeline refuses.
     """
+    task = task_name(task)
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}, expected one of {', '.join(TASKS)}")
     config = config or published_config()
@@ -109,39 +114,32 @@ def sampling_programs(
     tokenizer = types.SimpleNamespace(mask_id=config.transformer.vocab_size - 1, eos_id=1)  # any ids: of no size
     pipeline = Pipeline(config, params.__getitem__, tokenizer, dtype=dtype, quantize=quantize, device=device)
 
+    compiled = pipeline.programs
     factor, channels = config.autoencoder.downsample_factor, config.autoencoder.latent_channels
     latent_shape = (size // factor, size // factor, channels)
     images, latents = array((batch, size, size, 3), np.uint8), array((batch, *latent_shape), np.float32)
     seeds = array((batch,), np.uint32)
-    encode = Program("encode images", ("autoencoder",), pipeline._encode_images, params["autoencoder"], (images,))
+    encode = Program("encode images", ("autoencoder",), compiled.encode_images, params["autoencoder"], (images,))
     if task == "caption":
         both = {name: params[name] for name in ("transformer", "text_encoder")}
         ids, targets = (array((batch, config.text_length), kind) for kind in (np.int32, np.bool_))
         numbers = [array((), np.float32)] * 3  # temperature, threshold, entropy bound
         inputs = (latents, ids, targets, seeds, array((), np.int32), *numbers)
-        describe = Program("write text", tuple(both), pipeline._describe, both, inputs, {"decoding": "ancestral"})
+        describe = Program("write text", tuple(both), compiled.describe, both, inputs, {"decoding": "ancestral"})
         return [encode, describe], params
 
-    settings = ImageSettings(
-        steps=steps or {"t2i": 28, "edit": 50}[task],
-        guidance_scale=7.0,
-        guidance_interval=(0.0, 1.0),
-        guidance_rescale=0.0,
-        image_guidance_scale=None,
-        solver="euler",
-        shift=3.0,
-    )
-    table = settings.table()
+    table = solver_table("euler", sampling_sigmas(steps or {"text_to_image": 28, "edit": 50}[task], shift=3.0))
+    guidance = make_guidance(batch, table, scale=7.0)
     text = array((batch, config.text_length, config.text_encoder.width), jnp.dtype(dtype))
     conditions = array((batch, 1, *latent_shape), np.float32) if task == "edit" else None
-    inputs = (seeds, on_device(table), text, text, on_device(settings.guidance(batch, table)), conditions)
+    inputs = (seeds, on_device(table), text, text, on_device(guidance), conditions)
     # The prompts of the batch and the negative one, filled up to a power of two.
     prompts = array((min(pipeline.max_batch, 1 << batch.bit_length()), config.text_length), np.int32)
-    static = {"mode": settings.mode(task == "edit"), "latent_shape": latent_shape}
+    static = {"latent_shape": latent_shape}
     programs = [
-        Program("encode prompts", ("text_encoder",), pipeline._encode_prompts, params["text_encoder"], (prompts,)),
-        Program("sample", ("transformer",), pipeline._sample, params["transformer"], inputs, static),
-        Program("decode images", ("autoencoder",), pipeline._decode_images, params["autoencoder"], (latents,)),
+        Program("encode prompts", ("text_encoder",), compiled.encode_prompts, params["text_encoder"], (prompts,)),
+        Program("sample", ("transformer",), compiled.sample_images, params["transformer"], inputs, static),
+        Program("decode images", ("autoencoder",), compiled.decode_images, params["autoencoder"], (latents,)),
     ]
     return ([programs[0], encode, *programs[1:]] if task == "edit" else programs), params
 

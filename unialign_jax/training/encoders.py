@@ -19,7 +19,7 @@ from unialign_jax.data.shapes.scene import BACKGROUNDS, COLORS, POSITIONS, SHAPE
 from unialign_jax.data.shapes.tasks import shapes_example
 from unialign_jax.data.shapes.words import parse_caption
 from unialign_jax.data.tokenizer import NUM_SENTINELS, Tokenizer
-from unialign_jax.models.autoencoder import AutoencoderConfig, Moments, make_autoencoder
+from unialign_jax.models.autoencoder import AutoencoderConfig, Moments, from_pixels, make_autoencoder
 from unialign_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 
 AUTOENCODER_SEED, TEXT_ENCODER_SEED = 20261124, 20261125  # no data set of a run uses these
@@ -216,7 +216,7 @@ def optimize_autoencoder(
     @functools.partial(jax.jit, donate_argnums=0)
     def update(state, images, things, key):
         params, average, opt_state = state
-        pixels = images.astype(jnp.float32) / 127.5 - 1
+        pixels = from_pixels(images)
         loss = functools.partial(autoencoder_loss, module, phase=phase)
         (_, parts), gradients = jax.value_and_grad(loss, has_aux=True)(params, pixels, things, key)
         updates, opt_state = tx.update(gradients, opt_state, params)
@@ -241,7 +241,7 @@ def whitened(config: AutoencoderConfig, params: dict, images: np.ndarray) -> dic
     """
     encode = jax.jit(make_autoencoder(config).apply, static_argnames="method")
     moments = [
-        Moments(*encode({"params": params}, jnp.float32(images[i : i + 32]) / 127.5 - 1, method="encode"))
+        Moments(*encode({"params": params}, from_pixels(images[i : i + 32]), method="encode"))
         for i in range(0, len(images), 32)
     ]
     channels = config.latent_channels
@@ -272,8 +272,8 @@ def with_statistics(config: AutoencoderConfig, params: dict, images: np.ndarray)
     The scale is rounded to four digits, the shift to four decimal places.
     """
     module = make_autoencoder(config)
-    encode = jax.jit(lambda x: Moments(*module.apply({"params": params}, x / 127.5 - 1, method="encode")).mean)
-    latents = np.concatenate([encode(jnp.float32(images[i : i + 32])) for i in range(0, len(images), 32)])
+    encode = jax.jit(lambda x: Moments(*module.apply({"params": params}, from_pixels(x), method="encode")).mean)
+    latents = np.concatenate([encode(images[i : i + 32]) for i in range(0, len(images), 32)])
     return dataclasses.replace(config, scale=float(f"{1 / latents.std():.4g}"), shift=round(float(latents.mean()), 4))
 
 

@@ -20,7 +20,7 @@ from unialign_jax.losses.cross_modal import cross_modal_loss
 from unialign_jax.losses.flow_matching import flow_matching_loss
 from unialign_jax.losses.intrinsic_modal import intrinsic_modal_loss
 from unialign_jax.losses.masked_text import masked_text_loss
-from unialign_jax.models.autoencoder import Moments, sample_latents
+from unialign_jax.models.autoencoder import Moments, from_pixels, sample_latents
 from unialign_jax.models.mmdit import in_pairs
 from unialign_jax.models.parameters import storage_dtype
 from unialign_jax.parallel import sharding
@@ -48,7 +48,7 @@ def encode_images(networks: Networks, frozen: dict, batch: dict, key: jax.Array)
     if "conditions" in batch:
         images = jnp.concatenate([images, batch["conditions"]], axis=1)
     batch_size, count = images.shape[:2]
-    pixels = images.reshape(batch_size * count, *images.shape[2:]).astype(jnp.float32) / 127.5 - 1
+    pixels = from_pixels(images.reshape(batch_size * count, *images.shape[2:]))
     moments = networks.autoencoder.apply({"params": frozen["autoencoder"]}, pixels, method="encode")
     latents = sample_latents(Moments(*moments), key, networks.autoencoder.config)
     latents = latents.reshape(batch_size, count, *latents.shape[1:])
