@@ -188,7 +188,8 @@ def parse_component(kind: type, values, where: str):
     try:
         return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+        reason = str(error).removeprefix("teacher: ")  # `where` ends with it
+        raise ValueError(f"{where}: {reason}") from None
 
 
 def _expected(name: str, value, default) -> str | None:
