@@ -215,7 +215,8 @@ def installed(site, tmp_path, *arguments):
     return subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
 
 
-def test_an_installation_without_the_packages_of_training_makes_an_image(site, tmp_path):
+@pytest.mark.slow
+def test_an_installation_without_the_packages_of_training_makes_an_image(site, tmp_path, compilation_cache):
     (metadata,) = (importlib.metadata.Distribution.at(folder) for folder in site.glob("*.dist-info"))
     base = [line for line in map(Requirement, metadata.requires) if not line.marker]
     assert needed(line.name for line in base).isdisjoint(canonicalize_name(name) for name in TRAINING)
@@ -223,11 +224,13 @@ def test_an_installation_without_the_packages_of_training_makes_an_image(site, t
         requirements("requirements.txt")
     )
     options = ["--bundle=demo", "--task=t2i", "--prompt=a red circle", "--steps=2", "--output=circle.png"]
+    options.append(f"--compilation-cache={compilation_cache}")
     done = installed(site, tmp_path, "generate", *options)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "circle.png").is_file()
 
 
+@pytest.mark.slow
 def test_the_installed_command_finds_commands_and_stages(site, tmp_path):
     said = installed(site, tmp_path, "--help").stdout
     for path in (ROOT / "launch").glob("*.py"):

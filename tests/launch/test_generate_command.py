@@ -69,6 +69,7 @@ def run(command, *arguments):
         return stopped.code
 
 
+@pytest.mark.slow
 def test_jobs_of_every_task(command, opened, tiny_bundle, photo, tmp_path, capsys):
     rows = [
         {"id": "a", "task": "t2i", "prompt": "a red circle", "seed": 5, "steps": 2},

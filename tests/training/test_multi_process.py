@@ -25,6 +25,7 @@ from unialign_jax.training.metrics import read_metrics
 from unialign_jax.training.run_lock import only_run_in
 from unialign_jax.training.state import TrainState
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 AGAIN = "The same command goes on from the last checkpoint, on this or another number of processes"
 PATIENCE = 300  # seconds that a machine busy with other things may take
