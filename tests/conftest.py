@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import logging
 import re
+import sys
 from pathlib import Path
 
 import jax
@@ -18,7 +19,24 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 ROOT = Path(__file__).resolve().parent.parent
+WITHOUT = ("torch", "diffusers")  # what --fast does not import
 STREAMS = ("text_to_image", "edit", "perception", "personalization", "vqa")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fast", action="store_true", help="no PyTorch, and no test that is marked slow")
+
+
+def pytest_configure(config):
+    if config.getoption("--fast"):
+        sys.modules.update(dict.fromkeys(WITHOUT))  # to import one raises ModuleNotFoundError
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--fast"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
 
 
 @pytest.fixture(autouse=True)
@@ -29,12 +47,14 @@ def levels_of_logs():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """What one test compiled, the others (and the workers beside this one) load."""
-    directory = tmp_path_factory.getbasetemp().parent / "compiled"
-    jax.config.update("jax_compilation_cache_dir", str(directory))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    return directory
+def compilation_cache(pytestconfig):
+    """A program that a test compiled is loaded by others, by the commands that they start and by later sessions."""
+    directory = str(pytestconfig.cache.mkdir("compiled"))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"compilation_cache_dir": directory, "persistent_cache_min_compile_time_secs": 0.1}.items():
+            jax.config.update(f"jax_{name}", value)
+            patch.setenv(f"JAX_{name.upper()}", str(value))
+        yield directory
 
 
 @pytest.fixture(scope="session")

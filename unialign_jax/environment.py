@@ -25,7 +25,9 @@ def missing_package(error: BaseException, root: Path = ROOT, prefix: str = sys.p
         return None
     made = root / ".venv"
     activate = shlex.quote(os.path.relpath(made / "bin" / "activate"))
-    if not (made / "bin" / "python").exists():
+    if (root / "unialign_jax_commands").is_dir():  # installed, and `root` is site-packages
+        do = "`pip install '.[train]'` in the folder of the code installs all that commands need"
+    elif not (made / "bin" / "python").exists():
         do = "`bash launch/quickstart.sh` makes an environment, `pip install -r requirements.txt` fills this one"
     elif made.resolve() != Path(prefix).resolve():
         do = f"the environment that has it is not active: source {activate}"

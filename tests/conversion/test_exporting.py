@@ -54,6 +54,7 @@ def differing(before, after):
     }
 
 
+@pytest.mark.slow
 def test_the_release_comes_back_bit_for_bit(released_folder, released_bundle, tmp_path):
     config, _ = bundle.load(released_bundle)
     assert (config.heads.hidden_width, config.heads.teacher_width, config.heads.final_silu) == (20, 12, True)
@@ -118,6 +119,7 @@ def test_a_file_without_adapters_has_no_heads(dual_file, tmp_path):
     assert not config.heads.final_silu
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["diffusers", "stability"])
 def test_sd3_comes_back_but_for_the_pooled_embedding(format, sd3_folder, sd3_file, sd3_bundle, tmp_path):
     output = tmp_path / ("out" if format == "diffusers" else "out.safetensors")
@@ -139,6 +141,7 @@ def test_sd3_comes_back_but_for_the_pooled_embedding(format, sd3_folder, sd3_fil
     assert not any(np.any(value) for key, value in after.items() if key.startswith(pooled))
 
 
+@pytest.mark.slow
 def test_a_trained_models_images_are_those_of_its_diffusers_export(sd3_bundle, tmp_path):
     """Every parameter moved, the last text half's too, which the SD3 layout leaves out."""
     import diffusers
@@ -267,6 +270,7 @@ def test_an_export_that_fails_leaves_what_was_there(format, name, export_again, 
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, f"{name}.partial", f"{name}.old"])
 
 
+@pytest.mark.slow
 def test_diffusers_own_pipeline_opens_the_export_and_makes_our_latents(sd3_bundle, tmp_path):
     import diffusers
     import torch
@@ -309,6 +313,7 @@ def test_diffusers_own_pipeline_opens_the_export_and_makes_our_latents(sd3_bundl
     np.testing.assert_allclose(latents, expected.transpose(0, 2, 3, 1), atol=1e-4 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_the_released_pipeline_opens_the_export(released_bundle, released_class, tmp_path, monkeypatch):
     """With stand-ins for its two classes, which diffusers finds by the names in model_index.json."""
     import diffusers
@@ -403,6 +408,7 @@ def test_text_positions_are_dropped_when_asked_and_the_rest_is_as_without(positi
     assert export(tmp_path / "t5", format="unialign", source=positioned_bundle, components=["text_encoder"]) == []
 
 
+@pytest.mark.slow
 def test_a_runs_bundle_keeps_its_text_positions(run, tmp_path):
     """Raw and averaged; its captions are then the likeliest, unless it says otherwise."""
     workdir, state = run
@@ -447,6 +453,7 @@ def test_a_runs_newest_checkpoint_is_exported(weights, run, tmp_path):
         export(tmp_path / "other", format="unialign", run=tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_becomes_a_bundle_with_given_encoders(run, tiny_bundle, tmp_path):
     workdir, state = run
     bundle_from_run(tmp_path / "out", workdir, weights="ema", source=tiny_bundle, dtype="bfloat16")

@@ -90,6 +90,7 @@ def test_generate_equals_a_plain_loop(pipeline, tiny_bundle):
     assert parameters["prompt"] == "a red circle" and parameters["seed"] == 5 and parameters["steps"] == 4
 
 
+@pytest.mark.slow
 def test_numbers_of_numpy_are_numbers(pipeline, tmp_path):
     options = {"steps": np.int64(1), "guidance_scale": np.float32(3)}
     (image,) = pipeline.personalize("a hat", picture(), **options)  # a single reference needs no list
@@ -100,6 +101,7 @@ def test_numbers_of_numpy_are_numbers(pipeline, tmp_path):
     assert json.loads((tmp_path / "talk/conversation.json").read_text())["edits"][0]["steps"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 3])
 def test_conditions_equal_a_plain_loop(count, pipeline, tiny_bundle):
     references = [picture(i) for i in range(count)]
@@ -113,6 +115,7 @@ def test_conditions_equal_a_plain_loop(count, pipeline, tiny_bundle):
     assert difference(image, other) > 20  # the conditions matter
 
 
+@pytest.mark.slow
 def test_an_image_does_not_depend_on_its_batch(pipeline):
     prompts, seeds = ["a red circle", "a blue square", "two green stars"], [3, 1, 4]
     together = pipeline.generate(prompts, steps=3, seeds=seeds)
@@ -127,6 +130,7 @@ def test_an_image_does_not_depend_on_its_batch(pipeline):
     assert difference(together[0], pipeline.generate(prompts[0], steps=3, seeds=4)[0]) > 20
 
 
+@pytest.mark.slow
 def test_a_caption_does_not_depend_on_its_batch(pipeline):
     images, seeds = [picture(i) for i in range(3)], [3, 1, 4]
     together = pipeline.caption(images, steps=4, seeds=seeds)
@@ -160,6 +164,7 @@ def test_captions_are_read_off_the_image_by_the_text_pass(cap, pipeline, tiny_bu
     assert pipeline.caption(picture(1), steps=1, temperature=0, max_tokens=cap) == [expected]
 
 
+@pytest.mark.slow
 def test_answers_are_read_off_the_image_and_the_question(pipeline, tiny_bundle):
     tokenizer, images = pipeline.tokenizer, [picture(0), picture(1)]
     questions = ["is the circle red ?", "where is the star ?"]
@@ -173,6 +178,7 @@ def test_answers_are_read_off_the_image_and_the_question(pipeline, tiny_bundle):
     assert pipeline.answer(images, questions, steps=1, temperature=0, max_tokens=4) == expected
 
 
+@pytest.mark.slow
 def test_a_caption_goes_on_from_its_prefix(pipeline, tiny_bundle):
     tokenizer = pipeline.tokenizer
     given = tokenizer.token_ids("a red star")
@@ -187,6 +193,7 @@ def test_a_caption_goes_on_from_its_prefix(pipeline, tiny_bundle):
     assert pipeline.caption(picture(1), prefix="a red star", seeds=1) != pipeline.caption(picture(1), seeds=1)
 
 
+@pytest.mark.slow
 def test_edits_keep_the_images_size(pipeline, caplog):
     images = [picture(0, (50, 37)), picture(1, (32, 64)), picture(2, (600, 300))]
     with caplog.at_level(logging.WARNING):
@@ -197,6 +204,7 @@ def test_edits_keep_the_images_size(pipeline, caplog):
     assert told.size == (32, 32)
 
 
+@pytest.mark.slow
 def test_values_compile_nothing(pipeline):
     compiled, image = [], picture()
 
@@ -216,6 +224,7 @@ def test_values_compile_nothing(pipeline):
     assert compiled  # the listener works
 
 
+@pytest.mark.slow
 def test_each_program_is_traced_once(positioned_bundle, monkeypatch):
     """Whatever the seeds, guidance, schedule, texts and images; each decoding is a program, here that of both tasks."""
     chex.clear_trace_counter()
@@ -230,6 +239,7 @@ def test_each_program_is_traced_once(positioned_bundle, monkeypatch):
         once.answer(image, "is it red ?", steps=3, max_tokens=4)
 
 
+@pytest.mark.slow
 def test_guidance_modes(pipeline):
     make = lambda **options: pipeline.generate("a red circle", steps=3, **options)[0]  # noqa: E731
     plain = make(guidance_scale=1.0)
@@ -244,6 +254,7 @@ def test_guidance_modes(pipeline):
     assert difference(edit(image_guidance_scale=3.0), edit()) > 3
 
 
+@pytest.mark.slow
 def test_a_callback_sees_every_step_and_changes_nothing(pipeline):
     steps = []
     (image,) = pipeline.generate("a red circle", steps=3, seeds=1, callback=steps.append)
@@ -272,6 +283,7 @@ def test_low_memory_frees_a_component_before_the_next_is_read_and_changes_nothin
     assert held == [("transformer", []), ("text_encoder", ["transformer"])]
 
 
+@pytest.mark.slow
 def test_a_conversation_is_kept_undone_and_replayed(pipeline, tmp_path):
     talk = pipeline.conversation(picture(), steps=2)
     first = talk.edit("make it green")
@@ -307,6 +319,7 @@ def test_long_prompts_are_cut_with_a_warning(pipeline, caplog):
     assert "cut off" in caplog.text and "a blue square" in caplog.text
 
 
+@pytest.mark.slow
 def test_long_questions_are_cut_with_a_warning(pipeline, caplog):
     image = Image.new("RGB", (32, 32))
     with caplog.at_level(logging.WARNING):
@@ -466,6 +479,7 @@ def rewritten(source, target, **changes):
     return target
 
 
+@pytest.mark.slow
 def test_a_bundle_is_sampled_as_it_says_and_as_one_asks(tiny_bundle, tmp_path):
     sampling = {"steps": 2, "edit_steps": 1, "caption_steps": 3, "guidance_scale": 3.5, "shift": 2.0}
     pipeline = Pipeline.from_bundle(rewritten(tiny_bundle, tmp_path / "own", sampling=sampling))
@@ -486,6 +500,7 @@ def test_a_bundle_is_sampled_as_it_says_and_as_one_asks(tiny_bundle, tmp_path):
     assert pipeline.caption(picture()) == pipeline.caption(picture(), steps=3)
 
 
+@pytest.mark.slow
 def test_texts_are_decoded_as_the_bundle_says_and_as_one_asks(pipeline, tiny_bundle, positioned_bundle, tmp_path):
     question, surest = "is it red ?", {"decoding": "top_k", "temperature": 0}
     by_chance = {"decoding": "ancestral", "temperature": 1}
@@ -504,6 +519,7 @@ def test_texts_are_decoded_as_the_bundle_says_and_as_one_asks(pipeline, tiny_bun
     assert said.caption(picture(), seeds=4) != positioned.caption(picture(), seeds=4)
 
 
+@pytest.mark.slow
 def test_a_table_of_zeros_changes_nothing_and_another_does(pipeline, positioned_bundle, tmp_path):
     config, params = bundle.load(positioned_bundle)
     zeros = params["transformer"] | {"text_positions": np.zeros_like(params["transformer"]["text_positions"])}
@@ -531,6 +547,7 @@ def test_texts_longer_than_the_table_of_positions(positioned_bundle, tmp_path, r
     refuses(lambda: Pipeline.from_bundle(longer), "texts have 25 tokens, the transformer has positions for 24")
 
 
+@pytest.mark.slow
 def test_a_task_or_a_size_beyond_training_is_warned_of_once(tiny_bundle, tmp_path, caplog):
     pipeline = Pipeline.from_bundle(rewritten(tiny_bundle, tmp_path / "t2i", tasks=["t2i"]))
     with caplog.at_level(logging.WARNING):
@@ -564,6 +581,7 @@ def shrunk(config, **changes):
     )
 
 
+@pytest.mark.slow
 def test_a_vocabulary_larger_than_the_tokenizer_says_nothing_that_is_none(pipeline, tiny_bundle, tmp_path):
     """Logits beyond the tokenizer's ids are never drawn, however large: as if the model had only the others."""
     config, params = bundle.load(tiny_bundle)

@@ -70,6 +70,7 @@ def run(command, *arguments):
         return stopped.code
 
 
+@pytest.mark.slow
 def test_jobs_of_every_task(command, opened, tiny_bundle, photo, tmp_path, capsys):
     rows = [
         {"id": "a", "task": "text_to_image", "prompt": "a red circle", "seed": 5, "steps": 2},

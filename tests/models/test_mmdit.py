@@ -139,6 +139,7 @@ def test_taps_are_what_leaves_block_tap_depth():
     assert whole.image_tap.shape == (2, 12, 32)
 
 
+@pytest.mark.slow
 def test_conditions_matter_and_their_order_does_not():
     # The reference gives every condition the same positions and no index: a set, not a list.
     params, (latents, text, sigma, conditions) = random_params(SMALL), inputs(SMALL)
@@ -149,6 +150,7 @@ def test_conditions_matter_and_their_order_does_not():
     assert jnp.max(jnp.abs(out.velocity - without.velocity)) > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.0)])
 def test_modulations_made_ahead_change_nothing(dtype, tolerance):
     config = dataclasses.replace(SMALL, dtype=dtype)
@@ -173,6 +175,7 @@ def test_modulations_made_ahead_change_nothing(dtype, tolerance):
         at(table)
 
 
+@pytest.mark.slow
 def test_untrained_network_predicts_zero_velocity_and_passes_its_input_through():
     latents, text, sigma, _ = inputs(SMALL)
     params = jax.jit(MMDiT(SMALL).init)(jax.random.key(0), latents, text, sigma)["params"]
@@ -182,6 +185,7 @@ def test_untrained_network_predicts_zero_velocity_and_passes_its_input_through()
     np.testing.assert_allclose(out.text_tap, embedded, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["block", "dots", "offload"])
 def test_remat_changes_no_gradient(remat):
     params, args = random_params(SMALL), inputs(SMALL)
@@ -239,12 +243,14 @@ PLAIN = dataclasses.replace(SMALL, depth=1, tap_depth=1)
 POSITIONED = dataclasses.replace(PLAIN, text_positions=5)
 
 
+@pytest.mark.slow
 def test_a_table_of_zeros_is_bit_for_bit_no_table():
     plain = run(PLAIN, random_params(PLAIN), *inputs(PLAIN))
     zeros = run(POSITIONED, random_params(PLAIN) | {"text_positions": jnp.zeros((5, PLAIN.width))}, *inputs(PLAIN))
     jax.tree.map(np.testing.assert_array_equal, zeros, plain)
 
 
+@pytest.mark.slow
 def test_every_token_gets_the_row_of_its_place():
     """Beside a table: its first row in the bias of `text_embed`, for one token; and tokens that change places."""
     rows = np.random.default_rng(2).normal(size=(5, PLAIN.width)).astype(np.float32)

@@ -300,6 +300,7 @@ def test_the_assumptions_are_those_that_planning_reads(folder):
     assert hardware.SOURCES in " ".join(sources.split()) and "H100" not in part
 
 
+@pytest.mark.slow
 def test_the_page_is_written_between_its_marks_and_the_same_again(folder):
     pytest.importorskip("matplotlib")
     docs = folder / "docs"

@@ -94,6 +94,7 @@ def test_the_steps_below_are_all_there_are():
                 assert batch_shapes(config, config.streams[name]) == batch_shapes(config, config.streams[other])
 
 
+@pytest.mark.slow
 @EVERY_PLATFORM
 @pytest.mark.parametrize("mesh", [ONE, FSDP], ids=["one", "fsdp"])
 @pytest.mark.parametrize(("stage", "name"), STEPS.values())
@@ -101,6 +102,7 @@ def test_the_train_step_of_every_stream(stage, name, mesh, platform):
     lower_step(stage, name, mesh, platform)
 
 
+@pytest.mark.slow
 @EVERY_PLATFORM
 @pytest.mark.parametrize("mesh", [MIXED, POD], ids=["mixed", "pod"])
 def test_the_train_step_on_other_meshes(mesh, platform):
@@ -118,6 +120,7 @@ def lower_step(stage, name, sizes, platform):
     lower_train_step(step, mesh, state, abstract_frozen(networks, mesh), batch, platforms=(platform,))
 
 
+@pytest.mark.slow
 @EVERY_PLATFORM
 @pytest.mark.parametrize(("mesh", "batch"), [(ONE, 5), (FSDP, 8), (FSDP, 5)], ids=str)
 def test_every_sampling_program(mesh, batch, platform):
@@ -185,6 +188,7 @@ class Blank:
         return example
 
 
+@pytest.mark.slow
 @EVERY_PLATFORM
 @pytest.mark.parametrize("mesh", [ONE, FSDP, POD], ids=["one", "fsdp", "pod"])
 def test_the_samples_of_every_stream(mesh, platform, monkeypatch, tmp_path):

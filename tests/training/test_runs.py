@@ -48,6 +48,7 @@ def change(folder, **changes):
     (folder / "config.json").write_text(json.dumps(content | changes))
 
 
+@pytest.mark.slow
 def test_a_run_is_sampled_as_its_bundle_is(run, tmp_path):
     bundle_from_run(tmp_path / "bundle", run.folder, weights="ema")
     made = Pipeline.from_bundle(run.folder)
@@ -63,6 +64,7 @@ def test_a_run_is_sampled_as_its_bundle_is(run, tmp_path):
     assert config.sampling["caption_steps"] == 2
 
 
+@pytest.mark.slow
 def test_the_average_is_the_default(run):
     opened = {weights: runs.open_to_sample(run.folder, weights) for weights in (None, "raw", "ema")}
     assert [(it.weights, it.step) for it in opened.values()] == [("ema", 12), ("raw", 12), ("ema", 12)]

@@ -77,6 +77,7 @@ def edits(small_config):
     return trainer, batch | fixed_levels(config, 8)._asdict()
 
 
+@pytest.mark.slow
 def test_the_losses_are_those_of_the_given_levels(edits):
     """Of a network that predicts nothing: |noise - clean|^2, and log 511 a masked token over its mask fraction.
 
