@@ -1,7 +1,4 @@
-"""Of the package: the parts of requirements.txt, and launch/ and configs/, which it carries beside itself.
-
-They lie in site-packages/unialign_jax_commands as here: launch/ reads configs/ and imports `unialign_jax`.
-"""
+"""The package's dependencies, from requirements.txt, and its packages: `unialign_jax`, and launch/ beside it."""
 
 from pathlib import Path
 
@@ -15,11 +12,7 @@ def lines(text: str) -> list[str]:
 heading = "# Training and its data, besides (`pip install '.[train]'`).\n"
 inference, training = Path("requirements.txt").read_text().split(heading)
 setup(
-    packages=[
-        *find_packages(include=["unialign_jax*"]),
-        "unialign_jax_commands.launch",
-        "unialign_jax_commands.configs",
-    ],
+    packages=[*find_packages(include=["unialign_jax*"]), "unialign_jax_commands.launch"],
     package_dir={"unialign_jax_commands": "."},
     install_requires=lines(inference),
     extras_require={

@@ -8,11 +8,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from unialign_jax.environment import explain_missing_packages
+from unialign_jax.command_line import explain_missing_packages, split_changes
 
 explain_missing_packages()
 
-from unialign_jax.command_line import split_changes
 
 DESCRIPTION = """\
 Trains the tiny stages with and without the cross-modal and the intrinsic-modal term, each variant from several seeds,
@@ -99,7 +98,7 @@ def train(arguments: argparse.Namespace, variant: str, seed: int, stage: str) ->
     """Trains or resumes one run; its log is STAGE.log beside its folder. Raises ValueError when it fails."""
     folder = run_folder(arguments, variant, seed, stage)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, ROOT / "launch" / "train.py", "--noprogress", f"--config={ROOT}/configs/{stage}.py:tiny"]
+    command = [sys.executable, ROOT / "launch" / "train.py", "--noprogress", f"--config={stage}:tiny"]
     command += [f"--workdir={folder}"]
     command += [f"--config.{change}" for change in run_changes(arguments, variant, seed, stage)]
     path = folder.with_suffix(".log")

@@ -27,12 +27,11 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from unialign_jax.environment import explain_missing_packages
+from unialign_jax.command_line import Parser, explain_missing_packages, split_changes
 
 explain_missing_packages()
 
 from unialign_jax.benchmarks import convert, loop, memory, options, sample, soak, step
-from unialign_jax.command_line import Parser, split_changes
 
 
 def main(argv=None):

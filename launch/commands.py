@@ -12,8 +12,7 @@ usage: unialign-jax COMMAND ...
 {commands}
 
 `unialign-jax COMMAND --help` says more of each; where it says `python launch/NAME.py`, write `unialign-jax NAME`.
-Without a folder configs/ here, --config=configs/... means the files of
-{configs}
+A stage that comes with the package has a short name: --config=stage1, or --config=stage1:tiny.
 """
 
 
@@ -28,22 +27,14 @@ def summary(path: Path) -> str:
     return ast.get_docstring(ast.parse(path.read_text())).splitlines()[0].partition(": python ")[0]
 
 
-def shipped(argument: str) -> str:
-    """An argument, with configs/ replaced by the installed folder where there is none in the current one."""
-    option, equals, value = argument.rpartition("=")
-    if option not in ("", "--config") or not value.startswith("configs/") or Path("configs").exists():
-        return argument
-    return f"{option}{equals}{LAUNCH.parent / value}"
-
-
 def main() -> None:
     name, *arguments = sys.argv[1:] or ["--help"]
     found = commands()
     if name in ("--help", "-h"):
         listed = "\n".join(f"  {name:18} {summary(path)}" for name, path in found.items())
-        print(HELP.format(commands=listed, configs=LAUNCH.parent / "configs"), end="")
+        print(HELP.format(commands=listed), end="")
     elif name in found:
-        sys.argv = [f"unialign-jax {name}", *map(shipped, arguments)]
+        sys.argv = [f"unialign-jax {name}", *arguments]
         runpy.run_path(str(found[name]), run_name="__main__")
     else:
         sys.exit(f"error: no command {name}; there are {', '.join(found)}")

@@ -8,11 +8,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from unialign_jax.environment import explain_missing_packages
+from unialign_jax.command_line import Parser, explain_missing_packages, split_changes
 
 explain_missing_packages()
 
-from unialign_jax.command_line import Parser, split_changes
 from unialign_jax.data.kinds import task_name
 
 DESCRIPTION = """\

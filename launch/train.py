@@ -24,11 +24,9 @@ import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from unialign_jax.environment import explain_missing_packages
+from unialign_jax.command_line import Parser, explain_missing_packages, split_changes
 
 explain_missing_packages()
-
-from unialign_jax.command_line import Parser, split_changes
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from unialign_jax.environment import missing_package
+from unialign_jax.command_line import missing_package
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ("train", "generate", "convert", "prepare_data", "plan", "benchmark", "evaluate")
