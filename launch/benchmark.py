@@ -16,10 +16,10 @@ device, and the training loop with data, metrics and progress. Their ratio is wh
 `step` measures the training step alone: time, MFU and memory at several settings, and the share of each part.
 `memory` puts the plan's memory of a training step beside that of a run.
 `soak` watches the memory, descriptors and threads of a long run with many saves.
+`train`, `step`, `memory` and `soak` read a stage, and take --config.KEY=VALUE for its keys as launch/train.py does.
 """
 
 import argparse
-import json
 import os
 import platform
 import sys
@@ -27,16 +27,11 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from unialign_jax.environment import explain_missing_packages
+from unialign_jax.command_line import Parser, explain_missing_packages, split_changes
 
 explain_missing_packages()
 
 from unialign_jax.benchmarks import convert, loop, memory, options, sample, soak, step
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"error: {message}; --help explains\n")
 
 
 def main(argv=None):
@@ -55,7 +50,11 @@ def main(argv=None):
         part.add_arguments(command)
         command.add_argument("--output", type=Path, help="also write the figures to this JSON file")
         command.set_defaults(measure=measure)
+    argv, changes = split_changes(sys.argv[1:] if argv is None else argv)
     arguments = parser.parse_args(argv)
+    if changes and not hasattr(arguments, "config"):
+        parser.error(f"{arguments.command} reads no stage and takes no --config.KEY=VALUE")
+    arguments.changes = changes
     from unialign_jax import files
 
     try:
@@ -65,8 +64,7 @@ def main(argv=None):
         figures = machine() | figures  # afterwards: it takes the device, which `sample` leaves to other processes
         show(figures)
         if arguments.output:
-            with files.replacing_file(arguments.output) as scratch:
-                scratch.write_text(json.dumps(figures, indent=2) + "\n")
+            files.write_json(arguments.output, figures)
         if figures.get("flat") == "no":
             sys.exit("error: memory, descriptors or threads grew; the table says how")
     except (ValueError, OSError) as error:
@@ -75,7 +73,7 @@ def main(argv=None):
 
 def show(figures):
     """Prints figures one a line, tables (lists of rows) with their names above them."""
-    from unialign_jax.planning.sampling_plan import format_table
+    from unialign_jax.planning.report import format_table
 
     width = max(map(len, figures)) + 2
     for name, value in figures.items():

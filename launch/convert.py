@@ -7,13 +7,13 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from unialign_jax.environment import explain_missing_packages
+from unialign_jax.command_line import explain_missing_packages
 
 explain_missing_packages()
 
 DESCRIPTION = """\
-Turns downloaded PyTorch weights into a bundle (the folder that training and sampling start from) and back.
-Reading needs no PyTorch, no accelerator and little memory: tensors go through one at a time.
+Converts downloaded PyTorch weights to a bundle (the folder that training and sampling start from) and back.
+It needs no PyTorch, no accelerator and little memory: one tensor is in memory at a time.
 """
 
 EXAMPLES = """\
@@ -27,12 +27,12 @@ examples
   python launch/convert.py export --run=runs/stage3 --weights=ema --format=unialign --output=exported
   python launch/convert.py inspect bundles/sd3 --verify
 
-`python launch/convert.py COMMAND --help` says more of each. docs/weights.md says which files to download.
+`python launch/convert.py COMMAND --help` lists the options of each. docs/weights.md lists the files to download.
 """
 
 SD3 = """\
-Stable Diffusion 3 medium -> a bundle whose image velocity is SD3's own (T5 text, no CLIP). What SD3 lacks is made: the
-text head is drawn from a fixed seed, the last block's text half is silent, the pooled vector counts as absent.
+Stable Diffusion 3 medium -> a bundle whose image velocity is SD3's own (T5 text, no CLIP). What SD3 lacks is
+added: the text head is drawn from a fixed seed, the last block's text half is silent, the pooled vector is zero.
 
 --source is one of
   a folder of diffusers: transformer/ vae/ text_encoder_3/ tokenizer_3/ (one safetensors file each, or shards)
@@ -44,7 +44,7 @@ The released UniAlignment model, or DualDiffusion's -> a bundle, with the alignm
 
 --source is the released folder (transformer/ vae/ text_encoder/ tokenizer/), or the transformer's folder or file alone
 (safetensors, or a trainer's consolidated .pth), with the other parts by their own options. The learned mask embedding
-is found in the folder, or given.
+is found in the folder, or given by --mask-embedding.
 """
 TEACHER = """\
 Qwen2.5-VL (any size) -> the frozen teacher of the intrinsic-modal loss: its vision tower and its input embeddings.
@@ -62,7 +62,7 @@ formats
               the run was trained with, or --bundle's.
 """
 INSPECT = """\
-Says what a safetensors file, a model's folder, a bundle or a run holds: components, layout, dtypes, parameters.
+Describes a safetensors file, a model's folder, a bundle or a run: components, layout, dtypes, parameters.
 """
 
 
@@ -91,9 +91,7 @@ def parse_arguments(argv):
             metavar="PATH",
             help="the learned embedding of masked text (mask_token_emb.00-of-01.pth)",
         )
-        sub.add_argument(
-            "--components", metavar="A,B", help="convert only these of transformer, text_encoder, autoencoder"
-        )
+        add_components(sub, "convert")
         sub.add_argument("--heads", action="store_true", help="draw new alignment heads when the source has none")
         add_dtype(sub, "how to store the weights (default: as the source does; eight-bit floats become bfloat16)")
 
@@ -111,7 +109,7 @@ def parse_arguments(argv):
     )
     sub.add_argument("--weights", choices=["raw", "ema"], default="raw", help="which of a run's weights (default raw)")
     sub.add_argument("--format", required=True, choices=["unialign", "diffusers", "stability", "bundle"])
-    sub.add_argument("--components", metavar="A,B", help="write only these of transformer, text_encoder, autoencoder")
+    add_components(sub, "write")
     add_dtype(sub, "how to write the weights (default: as they are stored)")
     sub.add_argument(
         "--drop-text-positions",
@@ -139,6 +137,15 @@ def add_output(parser, text):
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run wrote there")
 
 
+def add_components(parser, verb):
+    text = f"{verb} only these of transformer, text_encoder, autoencoder"
+    parser.add_argument("--components", metavar="A,B", type=names, help=text)
+
+
+def names(text):
+    return [name.strip() for name in text.split(",")] if text else None
+
+
 def add_dtype(parser, text):
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help=text)
 
@@ -152,101 +159,63 @@ def convert(arguments):
         arguments.output,
         text_encoder=arguments.text_encoder,
         vae=arguments.vae,
-        tokenizer=arguments.tokenizer,
         mask_embedding=arguments.mask_embedding,
-        components=split(arguments.components),
+        components=arguments.components,
         heads=arguments.heads,
-        dtype=arguments.dtype,
-        overwrite=arguments.overwrite,
-        progress=True,
+        tokenizer=arguments.tokenizer,
+        **common(arguments),
     )
     return f"{', '.join(config.components)} in {arguments.output}"
 
 
-def split(components):
-    return [name.strip() for name in components.split(",")] if components else None
+def common(arguments) -> dict:
+    """The options of every conversion."""
+    return {"dtype": arguments.dtype, "overwrite": arguments.overwrite, "progress": True}
 
 
 def teacher(arguments):
     from unialign_jax.conversion.teacher import convert_teacher
 
-    convert_teacher(
-        arguments.source,
-        arguments.output,
-        tokenizer=arguments.tokenizer,
-        dtype=arguments.dtype,
-        overwrite=arguments.overwrite,
-        progress=True,
-    )
+    convert_teacher(arguments.source, arguments.output, tokenizer=arguments.tokenizer, **common(arguments))
     return f"the teacher in {arguments.output}"
 
 
 def export(arguments):
-    from unialign_jax.conversion.exporting import export
+    from unialign_jax import bundle
+    from unialign_jax.conversion import exporting
 
+    source = arguments.bundle and bundle.locate(arguments.bundle)
+    options = {"weights": arguments.weights, "source": source, **common(arguments)}
     if arguments.format == "bundle":
-        return export_run(arguments)
-    lost = export(
+        exporting.bundle_from_run(arguments.output, arguments.run, **options)
+        return f"{arguments.output}, a bundle of the run"
+    lost = exporting.export(
         arguments.output,
         format=arguments.format,
-        source=arguments.bundle,
         run=arguments.run,
-        weights=arguments.weights,
-        components=split(arguments.components),
-        dtype=arguments.dtype,
-        overwrite=arguments.overwrite,
-        progress=True,
+        components=arguments.components,
         drop_text_positions=arguments.drop_text_positions,
+        **options,
     )
     for line in lost:
         print(f"left out, since {arguments.format} has no place for it: {line}")
     return f"{arguments.output} in the format {arguments.format}"
 
 
-def export_run(arguments):
-    """The run as a bundle, with the frozen encoders and the tokenizer that it was trained with."""
-    from unialign_jax import bundle
-    from unialign_jax.conversion.exporting import bundle_from_run
-    from unialign_jax.training import runs
-
-    if not runs.is_run(arguments.run):
-        raise FileNotFoundError(f"{arguments.run} is no run's folder: expected config.json and checkpoints/ inside")
-    settings = runs.read_settings(arguments.run)
-    source = arguments.bundle or settings.get("frozen_from") or None
-    source = source and bundle.locate(source)
-    bundle_from_run(
-        arguments.output,
-        arguments.run,
-        weights=arguments.weights,
-        source=source,
-        frozen=None if source else runs.draw_frozen(settings),
-        dtype=arguments.dtype,
-        overwrite=arguments.overwrite,
-        progress=True,
-    )
-    return f"{arguments.output}, a bundle of the run"
-
-
 def inspect(arguments):
     from unialign_jax import bundle
-    from unialign_jax.conversion.inspecting import inspect
+    from unialign_jax.conversion import inspecting
 
     path = bundle.locate(arguments.path)
-    for line in inspect(path, keys=arguments.keys):
+    for line in inspecting.inspect(path, keys=arguments.keys):
         print(line)
     if arguments.verify:
-        if not bundle.is_bundle(path):
-            raise ValueError(f"{arguments.path} is not a bundle, so that there are no recorded hashes to verify")
-        problems = bundle.verify(path)
-        if problems:
-            more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-            raise ValueError(f"{arguments.path} is not as it was written: {'; '.join(problems[:8])}{more}")
+        inspecting.check_hashes(path)
         print("every file is as it was written")
-    return None
 
 
 def quiet_about_closed_loops(unraisable):
-    """After a failed write the storage library's threads still report to an event loop that is gone."""
+    """Hides what the storage library's threads report to a closed event loop after a failed write."""
     if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
 
@@ -264,7 +233,7 @@ COMMANDS = {"sd3": convert, "unialign": convert, "teacher": teacher, "export": e
 def main(argv=None) -> int:
     arguments = parse_arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    for name in ("absl", "asyncio"):  # the storage library logs its own tracebacks; the error raised says it all
+    for name in ("absl", "asyncio"):  # the storage library logs tracebacks of errors that it raises anyway
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
     import jax

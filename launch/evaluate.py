@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from unialign_jax.environment import explain_missing_packages
+from unialign_jax.command_line import explain_missing_packages
 
 explain_missing_packages()
 
@@ -28,8 +28,14 @@ with the records of the lowest score. What each figure means: docs/evaluation.md
 """
 
 
+# The options that it offers, of those of the pipeline.
+IMAGE_OPTIONS, TEXT_OPTIONS = ("steps", "guidance_scale"), ("decoding", "temperature")
+
+
 def parse_arguments(argv):
+    from unialign_jax.data.kinds import task_name
     from unialign_jax.evaluation.shapes_run import HELD_OUT_SEED, TASKS
+    from unialign_jax.inference.options import OPTIONS
 
     parser = argparse.ArgumentParser(
         description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -46,36 +52,22 @@ def parse_arguments(argv):
     shapes.add_argument("--seed", type=int, default=HELD_OUT_SEED, help="of the held-out world (%(default)s)")
     shapes.add_argument("--weights", choices=["raw", "ema"], help="of a run: default its average, if it keeps one")
     shapes.add_argument("--batch", type=int, default=32, metavar="N", help="most samples at a time (%(default)s)")
-    shapes.add_argument("--steps", type=int, metavar="N", help="of the image sampler; default the model's")
-    shapes.add_argument("--guidance-scale", type=float, metavar="X", help="default the model's")
-    decodings = "ancestral, confidence, entropy, top_k"
-    shapes.add_argument("--decoding", help=f"of texts: {decodings}; default the model's")
-    shapes.add_argument("--temperature", type=float, metavar="X", help="of texts; default the model's")
+    for name in (*IMAGE_OPTIONS, *TEXT_OPTIONS):
+        option, whose = OPTIONS[name], "images" if name in IMAGE_OPTIONS else "texts"
+        metavar = "|".join(option.choices) or "X"
+        text = f"of {whose}: {option.help}; default the model's"
+        shapes.add_argument(f"--{name.replace('_', '-')}", type=option.parse, metavar=metavar, help=text)
     shapes.add_argument("--traceback", action="store_true", help="show where an error came from")
     arguments = parser.parse_args(argv)
     for name, least in (("scenes", 1), ("seed", 0), ("batch", 1)):
         if getattr(arguments, name) < least:
             parser.error(f"--{name} is {getattr(arguments, name)}, expected at least {least}")
     if arguments.tasks is not None:
-        arguments.tasks = [name.strip() for name in arguments.tasks.split(",")]
+        arguments.tasks = [task_name(name.strip()) for name in arguments.tasks.split(",")]
         unknown = [name for name in arguments.tasks if name not in TASKS]
         if unknown:
             parser.error(f"--tasks names {unknown[0]!r}, expected some of {', '.join(TASKS)}")
     return arguments
-
-
-def open_model(folder: Path, weights: str | None, batch: int):
-    """The pipeline of a bundle or a run's folder, and what tells this model from others."""
-    from unialign_jax import Pipeline, bundle
-    from unialign_jax.training import runs
-
-    folder = bundle.locate(folder)
-    if bundle.is_bundle(folder) or not runs.is_run(folder):
-        if weights:
-            raise ValueError(f"--weights goes with a run's folder, and {folder} is none")
-        return Pipeline.from_bundle(folder, max_batch=batch), {"bundle": str(folder)}
-    run = runs.open_to_sample(folder, weights)
-    return Pipeline.from_run(run, max_batch=batch), {"run": str(folder), "step": run.step, "weights": run.weights}
 
 
 def evaluate_shapes(arguments) -> dict:
@@ -84,12 +76,15 @@ def evaluate_shapes(arguments) -> dict:
 
     from unialign_jax import files
     from unialign_jax.evaluation import shapes, shapes_run
+    from unialign_jax.inference.opening import ModelSource
 
     files.refuse_existing(arguments.output, overwrite=arguments.overwrite, foreign=foreign_names)
-    pipeline, model = open_model(Path(arguments.bundle), arguments.weights, arguments.batch)
+    source = ModelSource(arguments.bundle, weights=arguments.weights)
+    pipeline, run, model = source.open(max_batch=arguments.batch), source.run, {"bundle": str(source.folder)}
+    if run:
+        model = {"run": str(source.folder), "step": run.step, "weights": run.weights}
     tasks = arguments.tasks or shapes_run.tasks_of(pipeline.config)
-    image_options = given(steps=arguments.steps, guidance_scale=arguments.guidance_scale)
-    text_options = given(decoding=arguments.decoding, temperature=arguments.temperature)
+    image_options, text_options = given(arguments, IMAGE_OPTIONS), given(arguments, TEXT_OPTIONS)
     content = {
         "suite": "shapes",
         "model": model,
@@ -122,9 +117,9 @@ def evaluate_shapes(arguments) -> dict:
     return content
 
 
-def given(**options) -> dict:
-    """The options that are; the pipeline knows the model's own for the others."""
-    return {key: value for key, value in options.items() if value is not None}
+def given(arguments, names: tuple[str, ...]) -> dict:
+    """The options that are given; the pipeline knows the model's own values for the others."""
+    return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
 
 
 def foreign_names(folder: Path) -> list[str]:

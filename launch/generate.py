@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import functools
-import hashlib
 import logging
 import os
 import signal
@@ -13,15 +12,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from unialign_jax.environment import explain_missing_packages
+from unialign_jax.command_line import explain_missing_packages
 
 explain_missing_packages()
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from unialign_jax import __version__, files
+from unialign_jax import files
+from unialign_jax.data.kinds import TASKS, task_name
 from unialign_jax.inference import job_runner, jobs
+from unialign_jax.inference.options import IMAGE_TASKS, OPTIONS, TEXT_TASKS, add_arguments, flag
 
 log = logging.getLogger("generate")
 
@@ -32,36 +33,34 @@ checkpoint: one call of one task, or a file of many jobs of any tasks, in full b
 
 EXAMPLES = """\
 tasks
-  t2i          an image from --prompt
-  edit         --image changed as --instruction says; it keeps its size and aspect unless told otherwise
-  perceive     a map of what --image shows: --kind=canny, depth or pose
-  personalize  a new image, from --prompt, of the subjects in one to four --image
-  caption      what --image shows, in words
-  vqa          the answer to --question about --image
+  text_to_image    an image from --prompt
+  edit             --image changed as --instruction says; it keeps its size and aspect unless told otherwise
+  perception       a map of --image: --kind=canny, depth or pose
+  personalization  a new image, from --prompt, of the subjects in one to four --image
+  caption          --image described in words
+  vqa              the answer to --question about --image
 
 examples
-  python launch/generate.py --bundle=bundles/unialign --task=t2i --prompt="a red fox in the snow" --output=fox.png
-  python launch/generate.py --bundle=bundles/unialign --task=t2i --prompt="a red fox in the snow" --count=4 \\
+  python launch/generate.py --bundle=DIR --task=text_to_image --prompt="a red fox in the snow" --output=fox.png
+  python launch/generate.py --bundle=DIR --task=text_to_image --prompt="a red fox in the snow" --images-per-prompt=4 \\
       --negative-prompt="blurry" --height=768 --width=1024 --steps=20 --solver=unipc --output=foxes.png
-  python launch/generate.py --bundle=bundles/unialign --task=edit --image=fox.png --instruction="make it summer" \\
+  python launch/generate.py --bundle=DIR --task=edit --image=fox.png --instruction="make it summer" \\
       --guidance-scale=9 --output=summer.png
-  python launch/generate.py --bundle=bundles/unialign --task=perceive --kind=depth --image=fox.png --output=depth.png
-  python launch/generate.py --bundle=bundles/unialign --task=personalize --image=dog.png --image=hat.png \\
+  python launch/generate.py --bundle=DIR --task=perception --kind=depth --image=fox.png --output=depth.png
+  python launch/generate.py --bundle=DIR --task=personalization --image=dog.png --image=hat.png \\
       --prompt="the dog wears the hat" --output=dog_in_hat.png
-  python launch/generate.py --bundle=bundles/unialign --task=caption --image=fox.png --max-tokens=64
-  python launch/generate.py --bundle=bundles/unialign --task=vqa --image=fox.png --question="What animal is this?"
-  python launch/generate.py --bundle=bundles/unialign --jobs=jobs.jsonl --output=results --batch=16
-  python launch/generate.py --bundle=runs/quickstart --task=t2i --prompt="a red circle" --output=circle.png
+  python launch/generate.py --bundle=DIR --task=caption --image=fox.png --max-tokens=64
+  python launch/generate.py --bundle=DIR --task=vqa --image=fox.png --question="What animal is this?"
+  python launch/generate.py --bundle=DIR --jobs=jobs.jsonl --output=results --batch=16
 
 jobs
   A jobs file has one JSON object a line: "task", its "prompt", "instruction" or "question", its "image" or "images"
   (paths relative to the file), an "id" if you like, and any option of the task above, with _ for -:
-    {"id": "fox", "task": "t2i", "prompt": "a red fox in the snow", "seed": 3, "guidance_interval": [0.2, 0.9]}
+    {"id": "fox", "task": "text_to_image", "prompt": "a red fox", "seed": 3, "guidance_interval": [0.2, 0.9]}
     {"task": "caption", "image": "photos/1.jpg"}
   The output folder gets ID.png for every image (an id such as animals/fox makes folders) and a line in results.jsonl
   for every job. A bad job is reported and passed over (the exit status is then 1). After an interruption the same
-  command goes on, and tries failed jobs again; with --overwrite it does anew what has changed. docs/inference.md says
-  more.
+  command resumes, and tries failed jobs again; with --overwrite it redoes changed jobs. More: docs/inference.md.
 """
 
 
@@ -71,12 +70,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, to be handled like Ctrl-C but for the exit status."""
-
-
-def flag(key):
-    """How an option is called on the command line: negative_prompt -> --negative-prompt."""
-    return "--" + {"images": "image"}.get(key, key).replace("_", "-")
+    """SIGTERM: handled like Ctrl-C, with another exit status."""
 
 
 def parse_arguments(argv):
@@ -90,22 +84,15 @@ def parse_arguments(argv):
     parser.add_argument("--bundle", required=True, metavar="DIR", help="the model: a bundle, or a run's folder")
     parser.add_argument("--jobs", metavar="FILE", help="a file of jobs, instead of --task and its options")
     parser.add_argument("--output", metavar="PATH", help="PNG file; text file (printed in any case); folder of --jobs")
-
     parser.add_argument("--overwrite", action="store_true", help="replace what is there, or what other jobs made")
 
     task = parser.add_argument_group("the task")
-    task.add_argument("--task", choices=jobs.TASKS, help="see below")
-    task.add_argument("--prompt", metavar="TEXT", help="of t2i and personalize")
-    task.add_argument("--instruction", metavar="TEXT", help="of edit; of perceive, instead of the kind's own")
+    task.add_argument("--task", choices=TASKS, type=task_name, metavar="TASK", help="see below")
+    task.add_argument("--prompt", metavar="TEXT", help="of text_to_image and personalization")
+    task.add_argument("--instruction", metavar="TEXT", help="of edit; of perception, instead of the kind's own")
     task.add_argument("--question", metavar="TEXT", help="of vqa")
     task.add_argument("--image", metavar="FILE", action="append", help="once for each image")
-    groups = {}
-    for key, option in jobs.OPTIONS.items():
-        if option.tasks not in groups:
-            whose = "every task" if len(option.tasks) == len(jobs.TASKS) else ", ".join(option.tasks)
-            groups[option.tasks] = parser.add_argument_group(f"options of {whose} (defaults in brackets)")
-        metavar = "|".join(option.choices) or {"text": "TEXT", "interval": "LOW,HIGH"}.get(option.kind, "N")
-        groups[option.tasks].add_argument(flag(key), metavar=metavar, type=option.parse, help=option.help)
+    add_arguments(parser)
 
     model = parser.add_argument_group("the machine")
     model.add_argument("--batch", type=int, default=8, metavar="N", help="most samples at a time (default %(default)s)")
@@ -126,7 +113,7 @@ def parse_arguments(argv):
     model.add_argument("--traceback", action="store_true", help="show where an error came from")
 
     options = parser.parse_args(argv)
-    keys = ("prompt", "instruction", "question", "image", *jobs.OPTIONS)
+    keys = ("prompt", "instruction", "question", "image", *OPTIONS)
     given = [key for key in keys if getattr(options, key) is not None]
     if not 1 <= options.batch <= 2**16:
         parser.error(f"--batch is {options.batch}, expected 1 to {2**16}")
@@ -137,7 +124,7 @@ def parse_arguments(argv):
             parser.error("--jobs needs --output, a folder")
     elif not options.task:
         parser.error("give --task, or --jobs for many")
-    elif options.task in jobs.IMAGE_TASKS and Path(options.output or "").suffix.lower() != ".png":
+    elif options.task in IMAGE_TASKS and Path(options.output or "").suffix.lower() != ".png":
         parser.error(f"{options.task} needs --output, a name that ends in .png")
     options.fields = {"task": options.task} | {key: getattr(options, key) for key in given}
     if "image" in options.fields:
@@ -146,67 +133,25 @@ def parse_arguments(argv):
 
 
 class Model:
-    """The bundle, or the run, as the command line names it: checked at once, opened when it is needed."""
+    """The model of a command line: checked at once, opened when it is needed."""
 
     def __init__(self, options):
-        from unialign_jax import bundle
-        from unialign_jax.training import runs
+        from unialign_jax.inference.opening import ModelSource
 
-        self._options, self._run = options, None
-        folder = self._folder = bundle.locate(options.bundle)
-        self.stamp = {"bundle": folder.resolve().name}
-        if not bundle.is_bundle(folder) and runs.is_run(folder):
-            self._run = run = runs.open_to_sample(folder, options.weights, verify=options.verify)
-            config, digest = run.config, run.digest
-            self.stamp |= {"step": run.step, "weights": run.weights}
-        else:
-            if options.weights:
-                raise ValueError(f"--weights goes with a run's folder, and {folder} is none")
-            config = bundle.read_config(folder, verify=options.verify)
-            # config.json has the hashes of all other files.
-            digest = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
-        missing = {"transformer", "text_encoder", "autoencoder"}.difference(config.components)
-        if missing:
-            raise ValueError(
-                f"{options.bundle} lacks {', '.join(sorted(missing))}, it has {', '.join(config.components)}: convert "
-                "the model again with all parts (python launch/convert.py --help)"
-            )
-        digest = digest[:16]
-        self.stamp |= {
-            "bundle_hash": digest,
-            "dtype": options.dtype or "default",
-            "quantize": options.quantize,
-            "unialign_jax": __version__,
-        }
-        self.identity = f"{digest} {options.dtype} {options.quantize}"  # all of it that changes results
+        self._options = options
+        self._source = ModelSource(options.bundle, weights=options.weights, verify=options.verify)
+        self._source.check_complete()
+        self.stamp = self._source.stamp(options.dtype, options.quantize)
+        self.identity = f"{self._source.digest} {options.dtype} {options.quantize}"  # all of it that changes results
 
     def open(self):
-        from unialign_jax import Pipeline
+        from unialign_jax.inference.opening import keep_compiled
 
         options = self._options
         keep_compiled(options.compilation_cache)
         log.info("opening %s", options.bundle)
         how = {name: getattr(options, name) for name in ("dtype", "quantize", "low_memory", "attention")}
-        how["max_batch"] = options.batch
-        if self._run:
-            return Pipeline.from_run(self._run, **how)
-        return Pipeline.from_bundle(self._folder, verify=options.verify, **how)
-
-
-def keep_compiled(directory: str) -> None:
-    """Keeps compiled programs between calls, in a folder that is made; where it cannot be, says so and goes on."""
-    import jax
-
-    if directory == "none":
-        return
-    folder = Path(directory).expanduser()
-    try:
-        job_runner.check_writable(folder)
-    except OSError as error:
-        log.warning("compiled programs are not kept: %s", error)
-        return
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        return self._source.open(max_batch=options.batch, **how)
 
 
 def generate(options) -> int:
@@ -222,10 +167,10 @@ def generate(options) -> int:
             raise FileExistsError(f"{path} is there already; choose another --output, or give --overwrite")
         job_runner.check_writable(path.parent)
     made = job_runner.make(job, model.open(), options.batch)
-    if job.task in jobs.TEXT_TASKS:
+    if job.task in TEXT_TASKS:
         print(made[0])
         for path in paths:
-            write_text(path, made[0] + "\n")
+            job_runner.save_text(made[0] + "\n", path)
         return 0
     for number, (path, image) in enumerate(zip(paths, made, strict=True)):
         job_runner.save_png(image, path, job_runner.describe(image, job_runner.Sample(job, number), model.stamp))
@@ -235,19 +180,11 @@ def generate(options) -> int:
 
 
 def output_paths(options, job) -> list[Path]:
-    """The files that a call writes: one, or NAME_0.png, NAME_1.png, ... for a count; none for a text without one."""
+    """The files that a call writes: --output, or NAME_0.png, NAME_1.png, ... for several images."""
     if not options.output:
         return []
-    output = Path(options.output)
-    return [output] if job.count == 1 else [output.with_stem(f"{output.stem}_{i}") for i in range(job.count)]
-
-
-def write_text(path: Path, text: str) -> None:
-    try:
-        with files.replacing_file(path) as partial:
-            partial.write_text(text)
-    except OSError as error:
-        raise job_runner.cannot_write(path, error) from None
+    output, count = Path(options.output), job.images_per_prompt
+    return [output] if count == 1 else [output.with_stem(f"{output.stem}_{i}") for i in range(count)]
 
 
 def run_jobs(options) -> int:
@@ -267,7 +204,7 @@ def run_jobs(options) -> int:
                 job_runner.run(todo, pipeline, results, options.batch, bar.update)
     except KeyboardInterrupt as stop:
         done = results.earlier + results.done
-        raise type(stop)(f"{done} of {len(read)} jobs are done and kept; the same command goes on from there") from None
+        raise type(stop)(f"{done} of {len(read)} jobs are done and kept; the same command resumes there") from None
     print(f"{results.earlier + results.done} of {len(read)} jobs are done, {results.failed} failed: {results.path}")
     return 1 if results.failed else 0
 

@@ -6,14 +6,14 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from unialign_jax.environment import explain_missing_packages
+from unialign_jax.command_line import explain_missing_packages
 
 explain_missing_packages()
 
 DESCRIPTION = """\
-Reads what a run wrote about its validations (--config.validation.every, --config.validation.scenes) and prints a table
-of accuracies by samples seen and seconds of training; --output draws them too. Stages that follow one another are one
-curve: name their folders in order.
+Reads the validations of a run (--config.validation.every, --config.validation.scenes) and prints a table of accuracies
+by samples seen and seconds of training; --output draws them too. Stages that follow one another are one curve: name
+their folders in order.
 """
 EXAMPLES = """\
 examples:
@@ -24,7 +24,7 @@ FIGURES = "text_to_image/color,text_to_image/place,text_to_image/shape,text_to_i
 COLORS = ("#3b6ea5", "#d98032", "#5a9e5a", "#b35a5a", "#8a63a8", "#4aa3a3", "#9a9a9a", "#c0a000", "#222222", "#e377c2")
 
 
-def parse_arguments(argv):
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -41,7 +41,7 @@ def parse_arguments(argv):
 def read_curve(runs: list[Path], figures: list[str]) -> list[dict]:
     """[{"samples", "seconds", figure: value}] of every validation, in order.
 
-    Seconds are those of training steps alone, as the rows tell them. Raises ValueError for a run without validations.
+    Seconds count training steps alone. Raises ValueError for a run without validations.
     """
     from unialign_jax.files import read_json
     from unialign_jax.training.metrics import read_metrics
@@ -64,7 +64,7 @@ def read_curve(runs: list[Path], figures: list[str]) -> list[dict]:
         if not found:
             raise ValueError(f"{run} has no validations: train with --config.validation.every=N")
         points += found.values()
-        # The last steps of a run may lie between two rows; its newest checkpoint knows them.
+        # The last steps may come after the last row; the newest checkpoint counts them.
         last = latest_step(run) if (run / "checkpoints").is_dir() else 0
         samples_before += max(step, last, *found) * batch_size
     return points
@@ -79,7 +79,7 @@ def table(points: list[dict], figures: list[str]) -> str:
 
 
 def draw(path: Path, points: list[dict], figures: list[str]) -> None:
-    """Shares from 0 to 1 over samples."""
+    """A curve over samples for each figure, a share from 0 to 1."""
     from PIL import Image, ImageDraw, ImageFont
 
     wide, high, left, top, bottom = 760, 380, 46, 16, 34
@@ -109,7 +109,7 @@ def draw(path: Path, points: list[dict], figures: list[str]) -> None:
     picture.save(path)
 
 
-def main(argv=None) -> int:
+def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
         points = read_curve(arguments.runs, arguments.figures)

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from unialign_jax.environment import explain_missing_packages
+from unialign_jax.command_line import explain_missing_packages
 
 explain_missing_packages()
 

@@ -6,26 +6,26 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from unialign_jax.environment import explain_missing_packages
+from unialign_jax.command_line import explain_missing_packages
 
 explain_missing_packages()
 
 DESCRIPTION = """\
-Trains an autoencoder (of SD3's class) and a T5 encoder on the shapes world, from fixed seeds, and writes both with the
-world's tokenizer as a bundle, in bfloat16. Those of the demo bundle in the package were made with its defaults, which
-take about an hour of one CPU core.
+Trains an autoencoder of SD3's class and a T5 encoder on the shapes world, from fixed seeds, and writes both and the
+world's tokenizer as a bundle in bfloat16. The defaults made those of the package's demo bundle, and take about an hour
+of one CPU core.
 """
 
 
-def parse_arguments(argv):
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, metavar="DIR", help="bundle to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
     parser.add_argument("--autoencoder-steps", type=int, default=13000, metavar="N", help="of 8 pictures (%(default)s)")
-    parser.add_argument("--view-steps", type=int, default=4000, metavar="N", help="more, to tell what is there")
+    parser.add_argument("--view-steps", type=int, default=4000, metavar="N", help="more, with a classifier of latents")
     parser.add_argument("--decoder-steps", type=int, default=8000, metavar="N", help="more, of the decoder alone")
     parser.add_argument("--text-encoder-steps", type=int, default=2000, metavar="N", help="of 32 texts (%(default)s)")
-    parser.add_argument("--scenes", type=int, default=256, metavar="N", help="held out, to score both (%(default)s)")
+    parser.add_argument("--scenes", type=int, default=256, metavar="N", help="held out, for the score (%(default)s)")
     arguments = parser.parse_args(argv)
     for name in ("autoencoder_steps", "view_steps", "decoder_steps", "text_encoder_steps", "scenes"):
         least = 1 if name == "scenes" else 2
@@ -34,7 +34,7 @@ def parse_arguments(argv):
     return arguments
 
 
-def main(argv=None) -> int:
+def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     from tqdm import tqdm
 
@@ -46,7 +46,7 @@ def main(argv=None) -> int:
 
     began, tokenizer = time.monotonic(), load_tokenizer()
 
-    def bar(name, steps):
+    def bar(name: str, steps: int):
         drawn = tqdm(total=steps, desc=name, unit="step", disable=None)
 
         def log(step, values, _params):
@@ -83,8 +83,8 @@ def main(argv=None) -> int:
     return 0
 
 
-def write(arguments, tokenizer, text_config, text_params, image_config, image_params):
-    """The bundle, with what its encoders score on held-out scenes in its provenance."""
+def write(arguments: argparse.Namespace, tokenizer, text_config, text_params, image_config, image_params) -> None:
+    """Writes the bundle; its provenance has the autoencoder's score on held-out scenes."""
     import jax
     import ml_dtypes
 

@@ -3,16 +3,16 @@
     python launch/train.py --config=configs/stage1.py:tiny --workdir=runs/tiny
     python launch/train.py --config=configs/stage1.py --workdir=runs/stage1 --config.batch_size=128 --config.mesh.fsdp=8
 
---config names a stage file; ":tiny" after it is the same recipe for a laptop. Every key of the configuration (listed
-with its meaning in unialign_jax/training/config.py) can be set as --config.KEY=VALUE. The folder gets config.json,
-checkpoints/, metrics.jsonl, TensorBoard events and samples/. SIGTERM or Ctrl-C saves and stops; the same command goes
-on from there.
+--config names a stage file; ":tiny" after it is the same recipe for a laptop. --config.KEY=VALUE sets any key of the
+configuration; configs/base.py lists them with their meaning. The folder gets config.json, checkpoints/, metrics.jsonl,
+TensorBoard events and samples/. SIGTERM or Ctrl-C saves and stops; the same command resumes.
 
-On several hosts the same command runs on each: they find one another on a TPU slice and under SLURM's srun; elsewhere
---coordinator, --num-processes and --process-id say how. When one of them is lost, all end; the same command goes on.
+On several hosts the same command runs on each. They find one another on a TPU slice and under SLURM's srun; elsewhere
+--coordinator, --num-processes and --process-id tell where the others are. When one is lost, all end; the same command
+resumes.
 
 Exit status: 0 when training has finished, 128 + the signal when it was stopped and saved, 1 for an error, 2 for a bad
-command line; of several processes 75 when another was lost (or 134, when JAX ends the process): start again.
+command line. With several processes, 75 (or 134, when JAX ends the process) when another was lost: start again.
 """
 
 import argparse
@@ -24,27 +24,14 @@ import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from unialign_jax.environment import explain_missing_packages
+from unialign_jax.command_line import Parser, explain_missing_packages, split_changes
 
 explain_missing_packages()
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"error: {message}; --help explains\n")
-
-
-def parse(arguments):
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The command line -> its options, and the --config.KEY=VALUE changes as "KEY=VALUE"."""
-    changes, others, arguments = [], [], list(arguments)
-    while arguments:
-        argument = arguments.pop(0)
-        if not argument.startswith(("--config.", "-config.")):
-            others.append(argument)
-            continue
-        if "=" not in argument and arguments and not arguments[0].startswith("--"):
-            argument += "=" + arguments.pop(0)
-        changes.append(argument.split("config.", 1)[1])
+    arguments, changes = split_changes(arguments)
     parser = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -70,7 +57,7 @@ def parse(arguments):
         metavar="S",
         help="end when a step, a restore, a compilation or a save takes so long (1800); 0: never",
     )
-    options = parser.parse_args(others)
+    options = parser.parse_args(arguments)
     if len({value is None for value in (options.coordinator, options.num_processes, options.process_id)}) > 1:
         parser.error("--coordinator, --num-processes and --process-id go together")
     for name in ("heartbeat_timeout", "start_timeout", "stuck_timeout"):
@@ -80,15 +67,15 @@ def parse(arguments):
     return options, changes
 
 
-def main(arguments):
+def main(arguments: list[str]) -> None:
     options, changes = parse(arguments)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     logging.getLogger("unialign_jax").setLevel(logging.INFO)
-    if not options.traceback:  # the pages that Orbax logs beside an exception say no more than it does
+    if not options.traceback:  # Orbax logs pages beside an exception that says all
         for name in ("absl", "asyncio"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        from unialign_jax.training.stages import read_config
+        from unialign_jax.training.config import read_config
 
         config = read_config(options.config, changes)
         from unialign_jax.parallel import processes
@@ -105,9 +92,10 @@ def main(arguments):
         if last_words:
             train_together(config, options, last_words)
             return
+        from unialign_jax.evaluation.run_scenes import RunScenes
         from unialign_jax.training.loop import train
 
-        train(config, options.workdir, progress=not options.noprogress)
+        train(config, options.workdir, progress=not options.noprogress, make_scorer=RunScenes.of)
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         line = expected(error, options.config)
         if options.traceback or not line:
@@ -117,8 +105,8 @@ def main(arguments):
         sys.exit("interrupted")
 
 
-def expected(error, config) -> str | None:
-    """What to say of an error that needs no traceback, or None for one that does."""
+def expected(error: BaseException, config: str) -> str | None:
+    """The message for an error that needs no traceback; None for one that does."""
     from unialign_jax.parallel.processes import out_of_memory
 
     if reason := out_of_memory(error):
@@ -130,14 +118,15 @@ def expected(error, config) -> str | None:
     return str(error).strip() if isinstance(error, (ValueError, OSError, FloatingPointError)) else None
 
 
-def train_together(config, options, last_words):
-    """Trains as one of several processes, and ends this one when it cannot go on, so that the others end too."""
+def train_together(config, options: argparse.Namespace, last_words) -> None:
+    """Trains as one of several processes. When it cannot continue, it ends this process, so that the others end too."""
+    from unialign_jax.evaluation.run_scenes import RunScenes
     from unialign_jax.parallel.processes import AGAIN, LOST, lost_another
     from unialign_jax.training.loop import train
 
-    progress, status = not options.noprogress, 1
+    progress, stuck, status = not options.noprogress, options.stuck_timeout, 1
     try:
-        train(config, options.workdir, progress=progress, stuck_timeout=options.stuck_timeout)
+        train(config, options.workdir, progress=progress, stuck_timeout=stuck, make_scorer=RunScenes.of)
     except Exception as error:
         line, lost = expected(error, options.config), lost_another(error)
         if options.traceback or not (lost or line):
@@ -148,7 +137,7 @@ def train_together(config, options, last_words):
             line = f"this process cannot go on, most likely because another was lost ({reason}). {AGAIN}"
     except KeyboardInterrupt:
         line = "interrupted"
-    except SystemExit:  # stopped and saved, as all the others, which are waited for at the exit
+    except SystemExit:  # all processes have stopped and saved; JAX waits for them at the exit
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         last_words.take_back()
         raise
@@ -157,7 +146,7 @@ def train_together(config, options, last_words):
         return
     print(f"error: {line}", file=sys.stderr, flush=True)
     last_words.take_back()
-    # Not sys.exit: JAX would wait at the exit for the others, which wait for this process.
+    # Not sys.exit: at the exit JAX would wait for the others, which wait for this process.
     os._exit(status)
 
 

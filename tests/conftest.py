@@ -4,13 +4,14 @@ import dataclasses
 import importlib.util
 import logging
 import re
+import sys
 from pathlib import Path
 
 import jax
 import pytest
 
 from unialign_jax.models import presets
-from unialign_jax.training.config import flat_items
+from unialign_jax.training.config import flat_items, load_stage
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", "cpu")
@@ -18,7 +19,24 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 ROOT = Path(__file__).resolve().parent.parent
+WITHOUT = ("torch", "diffusers")  # what --fast does not import
 STREAMS = ("text_to_image", "edit", "perception", "personalization", "vqa")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fast", action="store_true", help="no PyTorch, and no test that is marked slow")
+
+
+def pytest_configure(config):
+    if config.getoption("--fast"):
+        sys.modules.update(dict.fromkeys(WITHOUT))  # to import one raises ModuleNotFoundError
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--fast"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
 
 
 @pytest.fixture(autouse=True)
@@ -29,12 +47,14 @@ def levels_of_logs():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """What one test compiled, the others (and the workers beside this one) load."""
-    directory = tmp_path_factory.getbasetemp().parent / "compiled"
-    jax.config.update("jax_compilation_cache_dir", str(directory))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    return directory
+def compilation_cache(pytestconfig):
+    """A program that a test compiled is loaded by others, by the commands that they start and by later sessions."""
+    directory = str(pytestconfig.cache.mkdir("compiled"))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"compilation_cache_dir": directory, "persistent_cache_min_compile_time_secs": 0.1}.items():
+            jax.config.update(f"jax_{name}", value)
+            patch.setenv(f"JAX_{name.upper()}", str(value))
+        yield directory
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +72,7 @@ def small_config(shapes_dir):
     """A function (stage, key__subkey=value ...) -> the stage's configuration, small enough to compile in seconds."""
 
     def make(stage="stage1", **overrides):
-        config = load_stage(stage)
+        config = load_stage(f"{stage}:tiny")
         config.update(
             {
                 "num_steps": 6,
@@ -112,7 +132,7 @@ def changes_of():
     """A function (configuration) -> the "key=value" changes that make it of its tiny stage, streams aside."""
 
     def make(config):
-        stage = dict(flat_items(load_stage(config.name)))
+        stage = dict(flat_items(load_stage(f"{config.name}:tiny")))
         changed = ((key, value) for key, value in flat_items(config) if stage.get(key) != value)
         return [f"{key}={value}" for key, value in changed if not key.startswith("streams.")]
 
@@ -181,14 +201,6 @@ def command_refuses(launch_command, capsys):
         return errors[0]
 
     return check
-
-
-def load_stage(stage, size="tiny"):
-    """The configuration of `configs/<stage>.py`."""
-    spec = importlib.util.spec_from_file_location(stage, ROOT / "configs" / f"{stage}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(size)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from orbax.checkpoint import v1 as ocp
 
 from unialign_jax import bundle, bundle_config
@@ -22,6 +23,7 @@ from unialign_jax.models import presets
 from unialign_jax.models.mmdit import AlignmentHeadsConfig
 from unialign_jax.models.text_encoder import TextEncoder
 from unialign_jax.parallel import sharding
+from unialign_jax.parallel.mesh import make_mesh
 
 CONFIG = bundle.BundleConfig(
     transformer=dataclasses.replace(
@@ -92,7 +94,7 @@ def test_dtypes_may_differ_by_component(saved):
 
 
 def test_arrays_land_where_the_sharding_table_puts_them(saved, params):
-    mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
+    mesh = make_mesh(data=1, fsdp=4, tensor=2)
     _, loaded = bundle.load(saved, mesh=mesh)
     equal(loaded, params)
     expected = sharding.tree_shardings(loaded, mesh)
@@ -107,7 +109,7 @@ def test_an_array_larger_than_the_read_budget_is_still_read(saved, params, monke
 
 
 def test_restore_puts_a_part_onto_given_shardings(saved, params):
-    mesh = sharding.make_mesh(data=8, fsdp=1)
+    mesh = make_mesh(data=8, fsdp=1)
     abstract = bundle.abstract_params(CONFIG, ["heads"])
     abstract = sharding.with_shardings(abstract, sharding.tree_shardings(abstract, mesh))
     loaded = bundle.restore(saved, abstract)
@@ -332,9 +334,9 @@ def test_a_config_that_is_no_object(tmp_path, refuses, content):
         ("image_size", 10_000_000, "image_size is 10000000, expected a whole number from 1 to 65536"),
         ("text_length", 2**70, "text_length is 1180591620717411303424, expected"),
         ("text_length", 1, "text_length is 1, expected a whole number from 2"),
-        ("tasks", "t2i", "tasks is 't2i', expected a list of t2i, edit"),
-        ("tasks", ["t2i", "fly"], "expected a list of t2i, edit"),
-        ("tasks", [{}], "expected a list of t2i, edit"),
+        ("tasks", "t2i", "tasks is 't2i', expected a list of text_to_image, edit"),
+        ("tasks", ["t2i", "fly"], "expected a list of text_to_image, edit"),
+        ("tasks", [{}], "expected a list of text_to_image, edit"),
         ("sampling", [7], "sampling is [7], expected an object"),
         ("sampling.guidance_scale", "7", "sampling.guidance_scale is '7', expected 0 to 100"),
         ("sampling.guidance_scale", float("nan"), "sampling.guidance_scale is nan, expected 0 to 100"),
@@ -456,7 +458,7 @@ def test_what_a_killed_writer_left_is_no_bundle_and_is_swept(params, tmp_path):
 
 def test_arrays_are_read_on_the_host_one_by_one(saved, params, monkeypatch):
     monkeypatch.setattr(bundle, "GROUP_BYTES", 3000)
-    expected = bundle.flatten(params["transformer"])
+    expected = flatten_dict(params["transformer"], sep="/")
     found = dict(bundle.read_leaves(saved, "transformer"))
     assert found.keys() == expected.keys()
     for path, leaf in found.items():

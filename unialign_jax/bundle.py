@@ -2,12 +2,12 @@
 
     config.json       the architecture of each component, what it was trained for, how it is sampled, where its weights
                       came from, the hash of every file (bundle_config.py, inventory.py)
-    transformer/  text_encoder/  autoencoder/  heads/     parameters as Orbax pytrees, layers stacked
+    transformer/  heads/  text_encoder/  autoencoder/     parameters as Orbax pytrees, layers stacked
     tokenizer/        tokenizer.json or spiece.model
 
-The heads are there only when the model has them, and an autoencoder without parameters has no folder. A bundle is
-written beside its place and renamed when whole: a folder with a config.json is a whole bundle. What is read is checked
-against the hashes, each file beside its reading.
+A bundle has a folder for each component with parameters. The teacher of the intrinsic-modal loss is a bundle too, with
+the one component `teacher`. A writer fills a scratch folder and renames it at the end, so a folder with a config.json
+is a whole bundle. Readers hash each file while they read it.
 """
 
 import contextlib
@@ -15,13 +15,14 @@ import dataclasses
 import errno
 import importlib.metadata
 import logging
+import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
@@ -40,20 +41,21 @@ from unialign_jax.bundle_config import (
 from unialign_jax.data.tokenizer import MAX_TOKENIZER_FILE, Tokenizer, load_tokenizer
 from unialign_jax.files import check_inside, check_regular, first_line, refuse_existing, replacing_folder, sha256
 from unialign_jax.integrity import inventory
-from unialign_jax.models.autoencoder import make_autoencoder
-from unialign_jax.models.mmdit import AlignmentHeads, MMDiT
-from unialign_jax.models.text_encoder import TextEncoder
+from unialign_jax.models import parameters
 from unialign_jax.parallel import sharding
+from unialign_jax.parallel.mesh import make_mesh
 
-# What others know by this module's name.
+# Importable from here too.
 __all__ = ["BundleConfig", "COMPONENTS", "SIZES", "is_bundle", "is_packaged", "locate", "sha256"]
 
 log = logging.getLogger(__name__)
 
-GROUP_BYTES = 256 * 2**20  # small arrays are written together up to this size
-CHUNK_BYTES = 64 * 2**20  # arrays are stored in pieces of this size, so that a device reads its part alone
-READ_BYTES = 2**30  # host memory that reading may use beside the arrays themselves, or the largest array's if more
-PARTS = (*COMPONENTS, "teacher", "tokenizer")  # the folders of a bundle
+Leaves = Iterator[tuple[str, np.ndarray]]  # (path, array) pairs of a component, such as ("text_head/bias", ...)
+
+GROUP_BYTES = 256 * 2**20  # small arrays are written together, up to this size
+CHUNK_BYTES = 64 * 2**20  # arrays are stored in chunks of this size, so that a device reads only its part
+READ_BYTES = 2**30  # host memory for reading, beside the arrays themselves; or the size of the largest array if more
+PARTS = (*COMPONENTS, "tokenizer")  # folders of a bundle
 TOKENIZER_FILES = (
     "tokenizer.json",
     "spiece.model",
@@ -63,91 +65,69 @@ TOKENIZER_FILES = (
 )
 
 
-def read_config(directory, *, verify: bool = True) -> BundleConfig:
-    """The bundle's config.json, without its weights.
-
-    Raises FileNotFoundError when there is no such folder, ValueError when it is no bundle, of another version, holds
-    what no bundle holds, or (with `verify`) is not as it was written.
-    """
+def read_config(directory: str | os.PathLike, *, verify: bool = True) -> BundleConfig:
+    """The bundle's config.json. Raises as `bundle_config.read_content` and `parse_config` do."""
     return parse_config(directory, read_content(directory, verify))
 
 
-def tokenizer_path(directory) -> Path | None:
-    """The bundle's tokenizer folder, for `load_tokenizer`; None when it has none."""
+def tokenizer_path(directory: str | os.PathLike) -> Path | None:
+    """The bundle's tokenizer folder, for `load_tokenizer`; None when there is none."""
     folder = Path(directory) / "tokenizer"
     return folder if folder.is_dir() else None
 
 
-def read_tokenizer(directory, *, verify: bool = True) -> Tokenizer:
-    """The bundle's tokenizer. Raises ValueError when it has none, or (with `verify`) not the one that was written."""
+def read_tokenizer(directory: str | os.PathLike, *, load: Callable = load_tokenizer, verify: bool = True):
+    """The bundle's tokenizer: a `Tokenizer`, or what `load` makes of the tokenizer's folder.
+
+    Args:
+      load: the reader of the folder; `data.tokenizer.load_backend` for a teacher's.
+
+    Raises ValueError when the bundle has none, or (with `verify`) when it has been changed since it was written.
+    """
     directory = Path(directory)
     recorded = read_content(directory, verify)["files"] if verify else {}
     with inventory.checked(directory, recorded, "tokenizer") if recorded else contextlib.nullcontext():
         if tokenizer_path(directory) is None:
             raise ValueError(f"{directory} has no tokenizer: convert the model again with --tokenizer=FOLDER")
-        return load_tokenizer(tokenizer_path(directory))
+        return load(tokenizer_path(directory))
 
 
-def abstract_params(config: BundleConfig, components=None) -> dict:
-    """{component: tree of float32 ShapeDtypeStructs} of the components that `config` has, or of those named."""
+def abstract_params(config: BundleConfig, components: Iterable[str] | None = None) -> dict:
+    """{component: tree of float32 ShapeDtypeStructs} of the named components, or of all that `config` has."""
     return {name: _abstract_component(config, name) for name in components or config.components}
 
 
-def _abstract_component(config, name):
+def _abstract_component(config: BundleConfig, name: str) -> dict:
     try:
-        return jax.eval_shape(*_initializer(config, name)).get("params", {})
+        width = config.transformer.width if name == "heads" else None
+        return jax.eval_shape(lambda: parameters.init(getattr(config, name), jax.random.key(0), tap_width=width))
     except Exception as error:  # numbers that contradict each other, in many ways
         raise ValueError(f"the configuration's {name} cannot be built: {first_line(error)}") from None
-
-
-def _initializer(config, name):
-    if name == "transformer":
-        c = config.transformer
-        latents = jnp.zeros((1, c.patch_size, c.patch_size, c.latent_channels))
-        module, inputs = MMDiT(c), (latents, jnp.zeros((1, 1, c.text_width)), jnp.zeros((1,)))
-    elif name == "heads":
-        tap = jnp.zeros((1, 1, config.transformer.width))
-        module, inputs = AlignmentHeads(config.heads), (tap, tap)
-    elif name == "text_encoder":
-        module, inputs = TextEncoder(config.text_encoder), (jnp.zeros((1, 1), jnp.int32),)
-    else:
-        side = config.autoencoder.downsample_factor
-        module, inputs = make_autoencoder(config.autoencoder), (jnp.zeros((1, side, side, 3)),)
-    return module.init, jax.random.key(0), *inputs
-
-
-def flatten(tree) -> dict:
-    """A tree as {"blocks/joint/image/qkv/kernel": leaf, ...}."""
-    return {sharding.path_string(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def unflatten(leaves) -> dict:
-    tree = {}
-    for path, leaf in leaves.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
 
 
 # Reading
 
 
-def load(directory, *, components=None, mesh=None, dtype=None, verify=True) -> tuple[BundleConfig, dict]:
-    """The bundle's architecture and its parameters, on their devices.
+def load(
+    directory: str | os.PathLike,
+    *,
+    components: Iterable[str] | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    dtype=None,
+    verify: bool = True,
+) -> tuple[BundleConfig, dict]:
+    """The bundle's architecture and its parameters on the devices: (config, {component: params}).
+
+    Every device reads its own part of an array, and casts it while reading.
 
     Args:
-      directory: the bundle.
-      components: which to load, of "transformer", "heads", "text_encoder", "autoencoder"; all that it has when None.
+      components: those of COMPONENTS to load; all that the bundle has when None.
       mesh: where the arrays go, split by `sharding.TABLE`; the first device when None.
-      dtype: what to cast to while reading: one dtype, or {component: dtype}; as stored when None (or absent).
-      verify: whether to hash what is read, beside the reading, and to refuse it where it is not as it was written.
+      dtype: one dtype, or {component: dtype}; as stored when None, or for components that the dictionary lacks.
+      verify: whether to hash the files and refuse those that have been changed since they were written.
 
-    Returns (config, {component: params}). Every device reads its own part of an array, already cast.
-    Raises FileNotFoundError or ValueError, in one line, for a folder that is no whole bundle, another version, or a
-    component that it lacks.
+    Raises FileNotFoundError or ValueError, in one line, when the folder is not a whole bundle of this version or lacks
+    a component.
     """
     content = read_content(directory, verify)
     config = parse_config(directory, content)
@@ -166,17 +146,17 @@ def load(directory, *, components=None, mesh=None, dtype=None, verify=True) -> t
             abstract[name],
         )
     if mesh is None:
-        mesh = sharding.make_mesh(devices=jax.devices()[:1])
+        mesh = make_mesh(devices=jax.devices()[:1])
     abstract = sharding.with_shardings(abstract, sharding.tree_shardings(abstract, mesh))
     return config, restore(directory, abstract, verify=verify)
 
 
-def restore(directory, abstract: dict, *, verify: bool = True) -> dict:
+def restore(directory: str | os.PathLike, abstract: dict, *, verify: bool = True) -> dict:
     """{component: params} in the shapes, dtypes and shardings of `abstract`, {component: tree of ShapeDtypeStructs}.
 
-    For a caller that has decided where everything lives, such as a training run; several processes share the hashing
-    of a component that is spread over them. Raises ValueError when the bundle lacks a component, when its parameters
-    have other shapes, listing them, and (with `verify`) when its files are not as they were written.
+    For a caller that chooses the shardings itself, such as a training run. Where a component is spread over several
+    processes, each hashes its share of the files. Raises ValueError when the bundle lacks a component, when parameters
+    have other shapes, listing them, and (with `verify`) when files have been changed since they were written.
     """
     directory = Path(directory).absolute()
     content = read_content(directory, verify)
@@ -185,7 +165,7 @@ def restore(directory, abstract: dict, *, verify: bool = True) -> dict:
         log.warning("%s", NO_HASHES.format(directory))
     params = {}
     for name, tree in abstract.items():
-        wanted = flatten(tree)
+        wanted = flatten_dict(tree, sep="/")
         if not wanted:
             params[name] = {}
             continue
@@ -207,12 +187,14 @@ def restore(directory, abstract: dict, *, verify: bool = True) -> dict:
 NO_HASHES = "{} records no hashes of its files, so that damaged weights cannot be found: write it anew to have them"
 
 
-def verifying(directory: Path, name: str, recorded: dict, share: slice = slice(None)):
-    """A context in which a component is read, and hashed beside it where hashes are recorded."""
+def verifying(
+    directory: Path, name: str, recorded: dict, share: slice = slice(None)
+) -> contextlib.AbstractContextManager:
+    """A context for reading a component, whose files are hashed meanwhile if hashes are recorded."""
     return inventory.checked(directory, recorded, name, share) if recorded else contextlib.nullcontext()
 
 
-def _restore_component(directory, name, tree, wanted):
+def _restore_component(directory: Path, name: str, tree: dict, wanted: dict) -> dict:
     found = {path: leaf.shape for path, leaf in component_metadata(directory, name).items()}
     differences = [
         f"{name}/{path}: wanted {wanted[path].shape if path in wanted else 'nothing'}, "
@@ -231,14 +213,14 @@ def _restore_component(directory, name, tree, wanted):
             return ocp.load(directory / name, tree)
     except Exception as error:
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            raise  # the files may be whole
+            raise  # no sign of damaged files
         raise ValueError(
             f"{directory}/{name} cannot be read ({first_line(error, 200)}); "
             "`python launch/convert.py inspect --verify` says which files are damaged"
         ) from error
 
 
-def _require(directory, config, names):
+def _require(directory: str | os.PathLike, config: BundleConfig, names: Iterable[str]) -> None:
     unknown = [name for name in names if name not in COMPONENTS]
     if unknown:
         raise ValueError(f"unknown component {unknown[0]!r}, expected some of {', '.join(COMPONENTS)}")
@@ -250,30 +232,32 @@ def _require(directory, config, names):
         )
 
 
-def component_metadata(directory, name) -> dict:
-    """{path: array metadata with shape and dtype} of a component's stored arrays."""
+def component_metadata(directory: str | os.PathLike, name: str) -> dict:
+    """{path: metadata with shape and dtype} of a component's stored arrays."""
     folder = Path(directory).absolute() / name
     if not folder.is_dir():
         return {}
     for path in folder.rglob("*"):
         if not path.is_dir():
-            check_regular(path)  # a pipe would be waited for
+            check_regular(path)  # opening a pipe would block
     try:
-        return flatten(ocp.metadata(folder).metadata)
+        return flatten_dict(ocp.metadata(folder).metadata or {}, sep="/")
     except Exception as error:
         raise ValueError(f"{folder} is damaged: {first_line(error, 200)}") from error
 
 
-def component_dtypes(directory, name) -> dict[str, np.dtype]:
+def component_dtypes(directory: str | os.PathLike, name: str) -> dict[str, np.dtype]:
     return {path: np.dtype(leaf.dtype) for path, leaf in component_metadata(directory, name).items()}
 
 
-def read_leaves(directory, name, paths=None, *, verify: bool = True):
-    """A component's stored arrays on the host, as stored: (path, array) pairs, a few small ones or one large at a time.
+def read_leaves(
+    directory: str | os.PathLike, name: str, paths: Iterable[str] | None = None, *, verify: bool = True
+) -> Leaves:
+    """A component's (path, array) pairs on the host, as stored. Holds a few small arrays or one large one at a time.
 
     Args:
-      paths: of those that are wanted, in their order; all when None.
-      verify: whether to hash the component's files beside it; ValueError then comes after the last array.
+      paths: those to read, in this order; all when None.
+      verify: whether to hash the component's files meanwhile; a ValueError is then raised after the last array.
     """
     directory = Path(directory).absolute()
     recorded = read_content(directory)["files"] if verify else {}
@@ -284,25 +268,25 @@ def read_leaves(directory, name, paths=None, *, verify: bool = True):
         )
 
 
-def in_groups(load, metadata, paths):
-    """(path, array) pairs of what `load(tree of empty arrays)` fills, called for at most GROUP_BYTES at a time."""
+def in_groups(load: Callable[[dict], dict], metadata: dict, paths: Iterable[str]) -> Leaves:
+    """(path, array) pairs that `load(tree of empty arrays)` fills, in calls of at most GROUP_BYTES."""
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     group, size, paths = {}, 0, list(paths)
     for i, path in enumerate(paths):
-        group[path] = np.empty(metadata[path].shape, metadata[path].dtype)  # takes no memory until it is written
+        group[path] = np.empty(metadata[path].shape, metadata[path].dtype)  # takes no memory before it is filled
         size += group[path].nbytes
         if size >= GROUP_BYTES or i == len(paths) - 1:
             with context:
-                loaded = flatten(load(unflatten(group)))
+                loaded = flatten_dict(load(unflatten_dict(group, sep="/")), sep="/")
             names = list(group)
             group, size = {}, 0
             for name in names:
                 yield name, loaded.pop(name)
 
 
-def verify(directory) -> list[str]:
-    """What is wrong with the bundle's files, one line each; empty when all are as they were written.
+def verify(directory: str | os.PathLike) -> list[str]:
+    """The files of a bundle that are not as they were written, one line each.
 
     Raises ValueError when no hashes are recorded, and for a config.json that cannot be read or has been changed.
     """
@@ -322,18 +306,24 @@ def verify(directory) -> list[str]:
 # Writing
 
 
-def save(directory, config: BundleConfig, params: dict, *, tokenizer=None, overwrite=False):
+def save(
+    directory: str | os.PathLike,
+    config: BundleConfig,
+    params: dict,
+    *,
+    tokenizer: Tokenizer | str | os.PathLike | None = None,
+    overwrite: bool = False,
+) -> None:
     """Writes a bundle from parameters in memory.
 
     Args:
-      directory: the folder to write.
-      config: its `dtypes` are filled in here.
-      params: {component: tree of arrays}; the components that `config` has.
-      tokenizer: a tokenizer folder to copy, or a `Tokenizer`.
+      config: its `dtypes` are not read; the bundle records those of `params`.
+      params: {component: tree of arrays}, for every component of `config`.
+      tokenizer: a tokenizer, or the folder of one, which is copied.
     """
     with Writer(directory, overwrite=overwrite) as writer:
         for name in config.components:
-            leaves = ((path, np.asarray(leaf)) for path, leaf in flatten(params[name]).items())
+            leaves = ((path, np.asarray(leaf)) for path, leaf in flatten_dict(params[name], sep="/").items())
             writer.add(name, getattr(config, name), leaves)
         if tokenizer is not None:
             writer.add_tokenizer(tokenizer)
@@ -343,20 +333,17 @@ def save(directory, config: BundleConfig, params: dict, *, tokenizer=None, overw
 
 
 class Writer:
-    """Writes a bundle component by component into a folder of its own, which gets its name when all went well.
+    """Writes a bundle component by component, in a folder that appears when it is whole (`files.replacing_folder`).
 
         with Writer(directory) as writer:
             writer.add("transformer", config, leaves)
 
-    What an interrupted writer left is removed by the next. Raises FileExistsError for an existing `directory`, unless
-    `overwrite` is set and it holds a bundle's own files alone.
-
-    Attributes, to be set before the end; see `BundleConfig`:
-      provenance, tasks, sampling
-      sizes: of SIZES, where they differ from the released model's.
+    The attributes `provenance`, `tasks`, `sampling` and `sizes` (values for SIZES) go into the config.json at the end;
+    see `BundleConfig`. Raises FileExistsError for an existing `directory`, unless `overwrite` is set and it contains
+    only a bundle's files.
     """
 
-    def __init__(self, directory, *, overwrite=False):
+    def __init__(self, directory: str | os.PathLike, *, overwrite: bool = False):
         self.directory = Path(directory).absolute()
         self.provenance, self.sizes, self.tasks, self.sampling = {}, {}, None, {}
         self._options = {"overwrite": overwrite, "foreign": strangers}
@@ -367,24 +354,24 @@ class Writer:
         self.scratch = self._folder.enter_context(replacing_folder(self.directory, **self._options))
         return self
 
-    def add(self, name, config, leaves: Iterable[tuple[str, np.ndarray]]):
-        """Writes a component from its (path, array) pairs, holding a few small arrays or one large one at a time."""
+    def add(self, name: str, config, leaves: Iterable[tuple[str, np.ndarray]]) -> None:
+        """Writes a component from its (path, array) pairs. Holds a few small arrays or one large one at a time."""
         context = ocp.Context()
-        context.array.saving.use_compression = False  # weights do not compress, and the hash guards them
+        context.array.saving.use_compression = False  # weights hardly compress
         context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
         context.memory.deepcopy_host_arrays = False
         folder, dtypes, group, size = self.scratch / name, set(), {}, 0
 
         def flush():
             with context:
-                ocp.partial.save(folder, unflatten(group))
+                ocp.partial.save(folder, unflatten_dict(group, sep="/"))
             group.clear()
 
         for path, leaf in leaves:
             group[path] = leaf
             dtypes.add(str(leaf.dtype))
             size += leaf.nbytes
-            del leaf  # flushing must free it before the next is made
+            del leaf  # so that `flush` frees it before the next one is made
             if size >= GROUP_BYTES:
                 flush()
                 size = 0
@@ -394,8 +381,8 @@ class Writer:
             ocp.partial.finalize(folder)
         self._configs[name], self._dtypes[name] = config, sorted(dtypes)
 
-    def add_tokenizer(self, tokenizer, source=None):
-        """Copies a tokenizer folder's files, or writes a `Tokenizer`. No link may lead out of `source` or it."""
+    def add_tokenizer(self, tokenizer: Tokenizer | str | os.PathLike, source: str | os.PathLike | None = None) -> None:
+        """Writes a `Tokenizer`, or copies a tokenizer's folder. Links may not leave `source`, or the folder."""
         target = self.scratch / "tokenizer"
         if hasattr(tokenizer, "save"):
             tokenizer.save(target)
@@ -411,7 +398,7 @@ class Writer:
 
     def __exit__(self, _kind, error, _traceback):
         try:
-            with self._folder:  # gives the folder its name, or removes it where an error passes through
+            with self._folder:  # renames the folder, or removes it after an error
                 if error is not None:
                     raise error
                 self._finish()
@@ -424,7 +411,7 @@ class Writer:
             if found is not error:
                 raise
 
-    def _finish(self):
+    def _finish(self) -> None:
         write_content(
             self.scratch,
             {
@@ -441,7 +428,7 @@ class Writer:
 
 
 def strangers(directory: Path) -> list[str]:
-    """What a folder holds that no bundle's writer wrote there; hidden files too."""
+    """The names of files in a folder that no writer of bundles wrote, hidden files included."""
     try:
         recorded = read_content(directory, verify=False)["files"]
     except (OSError, ValueError):
@@ -449,12 +436,12 @@ def strangers(directory: Path) -> list[str]:
     paths = (path for path in directory.rglob("*") if not path.is_dir() or path.is_symlink())
     names = sorted(path.relative_to(directory).as_posix() for path in paths)
     known = recorded.keys() | {"config.json"}
-    # Without recorded hashes the names of a bundle's folders are all that is known.
+    # Without recorded hashes, everything under the names of a bundle's folders counts as its own.
     return [name for name in names if name not in known and (recorded or name.split("/")[0] not in PARTS)]
 
 
-def is_disk_full(error) -> bool:
-    """Whether an error (or one that caused it) is a full disk; the storage library gives its own errors for it."""
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that caused it, means a full disk. The storage library raises errors of its own."""
     while error is not None:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
             return True
@@ -463,6 +450,6 @@ def is_disk_full(error) -> bool:
 
 
 def versions() -> dict[str, str]:
-    """Of this package and of those that made a bundle."""
+    """The versions of this package and of the libraries that write a bundle."""
     others = ("jax", "flax", "orbax-checkpoint", "numpy")
     return {"unialign_jax": __version__} | {name: importlib.metadata.version(name) for name in others}

@@ -1,33 +1,36 @@
-"""What a bundle says of itself: its config.json, written with a seal, read with care."""
+"""The config.json of a bundle: written with a hash of itself, every field checked when it is read."""
 
 import dataclasses
 import os
 from pathlib import Path
 
 from unialign_jax import files
+from unialign_jax.data.kinds import TASKS, task_name
+from unialign_jax.data.tokenizer import Tokenizer
 from unialign_jax.files import shown
 from unialign_jax.integrity import inventory
 from unialign_jax.models.autoencoder import AutoencoderConfig
 from unialign_jax.models.mmdit import REMAT_POLICIES, AlignmentHeadsConfig, MMDiTConfig
+from unialign_jax.models.teacher import TeacherConfig
 from unialign_jax.models.text_encoder import TextEncoderConfig
 from unialign_jax.sampling.text import DECODINGS
 
 FORMAT, VERSION = "unialign_jax bundle", 1
-PACKAGED = {"demo": Path(__file__).with_name("assets") / "demo"}  # bundles that come with the package
+PACKAGED = {"demo": Path(__file__).with_name("assets") / "demo"}  # bundles inside the package
 COMPONENTS = {
     "transformer": MMDiTConfig,
     "heads": AlignmentHeadsConfig,
     "text_encoder": TextEncoderConfig,
     "autoencoder": AutoencoderConfig,
+    "teacher": TeacherConfig,  # in a bundle of its own
 }
 SIZES = ("image_size", "text_length")
-TASKS = ("t2i", "edit", "perceive", "personalize", "caption", "vqa")
-# How the released model is sampled, and so every bundle that says nothing else; with the range or the choices of each
-# value. Its captions are drawn as the reference draws them. An answer is a question of right or wrong, not of variety.
+# How the released model is sampled, with the range or the choices of each value. These are the defaults of all bundles.
+# Captions are sampled as the reference does. Answers are decoded without randomness: they are right or wrong.
 SAMPLING = {
     "steps": (28, 1, 1000),
-    "edit_steps": (50, 1, 1000),  # with condition images
-    "caption_steps": (32, 1, 1000),  # and of answers
+    "edit_steps": (50, 1, 1000),  # of images with conditions
+    "caption_steps": (32, 1, 1000),  # of captions and answers
     "caption_decoding": ("ancestral", DECODINGS),
     "caption_temperature": (1.0, 0, 100),
     "answer_decoding": ("top_k", DECODINGS),
@@ -35,36 +38,40 @@ SAMPLING = {
     "guidance_scale": (7.0, 0, 100),
     "shift": (3.0, 0.01, 100),
 }
-# What differs where the transformer has text positions: it knows which word goes where, and needs no luck to place it.
+# Overrides for a transformer with text positions. It can place words itself, so sampling need not be random.
 POSITIONED_SAMPLING = {"caption_decoding": "top_k", "caption_temperature": 0.0}
-_KEYS = {"format", "version", *COMPONENTS, "teacher", *SIZES, "tasks", "sampling", "dtypes", "provenance", "files"}
+_KEYS = {"format", "version", *COMPONENTS, *SIZES, "tasks", "sampling", "dtypes", "provenance", "files"}
 _CHOICES = {
     "attention": ("auto", "xla", "cudnn", "splash"),
     "remat": ("none", *REMAT_POLICIES),
     "dtype": ("bfloat16", "float32"),
     "kind": ("kl", "space_to_depth"),
 }
-# Larger ones would build modules for ever; for all other whole numbers there is one limit.
-_MOST = {"depth": 1000, "blocks_per_level": 64, "num_buckets": 10_000}
+# Upper limits of whole numbers. Building a network with larger ones would take for ever.
+_MOST = {"depth": 1000, "blocks_per_level": 64, "num_buckets": 10_000, "min_pixels": 2**30, "max_pixels": 2**30}
 _MOST_OF_ALL = 2**24
-_NONE = ("text_positions", "blocks_per_level")  # which may be 0
+_NONE = ("text_positions", "blocks_per_level", "full_attention_layers")  # these may be 0, or contain it
+_LENGTHS = {"full_attention_layers": (0, 1000)}  # of a list; 1 to 16 elsewhere
 
 
 @dataclasses.dataclass(frozen=True)
 class BundleConfig:
-    """What a bundle says of itself. A component that it lacks is None.
+    """The architecture of a bundle's components, None for those that it lacks, and how the model is used.
 
-    `image_size` (pixels of a side) and `text_length` (tokens) are what the model was trained with, and so what sampling
-    starts from; `sampling` says how else it is sampled unless told otherwise, with the keys of SAMPLING. `tasks` are
-    those of TASKS that it was trained for, None when that is not known. `dtypes` gives the stored dtypes by component,
-    such as {"transformer": ["float16", "float32"]}; `provenance` is whatever the writer recorded (sources with sizes
-    and hashes, layout, versions).
+    Attributes:
+      image_size: the side in pixels that the model was trained with, and the default of sampling.
+      text_length: the same of texts, in tokens.
+      tasks: those of TASKS that it was trained for; None when that is not known.
+      sampling: other defaults of sampling, with the keys of SAMPLING.
+      dtypes: the stored dtypes by component, such as {"transformer": ["float16", "float32"]}.
+      provenance: what the writer recorded: sources with sizes and hashes, layout, versions.
     """
 
     transformer: MMDiTConfig | None = None
     heads: AlignmentHeadsConfig | None = None
     text_encoder: TextEncoderConfig | None = None
     autoencoder: AutoencoderConfig | None = None
+    teacher: TeacherConfig | None = None
     image_size: int = 512
     text_length: int = 256
     tasks: tuple[str, ...] | None = None
@@ -78,24 +85,24 @@ class BundleConfig:
 
     @property
     def sampling_defaults(self) -> dict:
-        """A value for every key of SAMPLING: what the bundle says, or else what suits its architecture."""
+        """A value for every key of SAMPLING: the bundle's own, or else the default for its architecture."""
         usual = {key: value for key, (value, *_) in SAMPLING.items()}
         if self.transformer is not None and self.transformer.text_positions:
             usual |= POSITIONED_SAMPLING
         return usual | self.sampling
 
 
-def is_packaged(name) -> bool:
-    """Whether `name` means a bundle of the package: one of PACKAGED, unless a folder here has that name."""
+def is_packaged(name: str | os.PathLike) -> bool:
+    """Whether `name` is one of PACKAGED, and no folder here has that name."""
     return str(name) in PACKAGED and not os.path.lexists(name)
 
 
-def locate(name) -> Path:
-    """The folder of the bundle `name`: a path, or the name of a bundle of the package, such as "demo"."""
+def locate(name: str | os.PathLike) -> Path:
+    """The folder of the bundle `name`: a path, or the name of a packaged bundle, such as "demo"."""
     return PACKAGED[str(name)] if is_packaged(name) else Path(name)
 
 
-def is_bundle(directory) -> bool:
+def is_bundle(directory: str | os.PathLike) -> bool:
     """Whether the folder holds a whole bundle (of any version)."""
     try:
         return files.read_json(Path(directory) / "config.json").get("format") == FORMAT
@@ -103,11 +110,11 @@ def is_bundle(directory) -> bool:
         return False
 
 
-def read_content(directory, verify: bool = True) -> dict:
-    """A bundle's config.json as it is, of the right format and version.
+def read_content(directory: str | os.PathLike, verify: bool = True) -> dict:
+    """The JSON object in a bundle's config.json, whose format and version are checked.
 
-    Raises FileNotFoundError when there is no such folder, ValueError when it is no bundle, of another version, or (with
-    `verify`) not as it was written.
+    Raises FileNotFoundError when there is no such folder, and ValueError when it is not a bundle, is of another version
+    or (with `verify`) has been changed since it was written.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -136,14 +143,14 @@ def read_content(directory, verify: bool = True) -> dict:
     return content
 
 
-def write_content(directory, content: dict) -> None:
-    """Writes config.json with its seal. Args: `content` is all of it but the format and the version."""
+def write_content(directory: str | os.PathLike, content: dict) -> None:
+    """Writes config.json: format and version, `content`, and the hash of the file itself."""
     text = inventory.sealed({"format": FORMAT, "version": VERSION} | content)
     (Path(directory) / "config.json").write_text(text)
 
 
-def parse_config(directory, content: dict) -> BundleConfig:
-    """The content of a config.json as a BundleConfig. Raises ValueError in one line, which names the key."""
+def parse_config(directory: str | os.PathLike, content: dict) -> BundleConfig:
+    """The content of a config.json as a BundleConfig. Raises ValueError with one line that names the key."""
     where = f"{directory}/config.json"
     components = {
         name: parse_component(kind, content[name], f"{where}: {name}")
@@ -160,14 +167,14 @@ def parse_config(directory, content: dict) -> BundleConfig:
     _check_sampling(found.get("sampling", {}), where)
     tasks = content.get("tasks")
     if tasks is not None:
-        if not isinstance(tasks, list) or not all(isinstance(task, str) and task in TASKS for task in tasks):
+        if not isinstance(tasks, list) or not all(task_name(task) in TASKS for task in tasks):
             raise ValueError(f"{where}: tasks is {shown(tasks)}, expected a list of {', '.join(TASKS)}")
-        tasks = tuple(tasks)
+        tasks = tuple(map(task_name, tasks))
     return BundleConfig(**components, **found, tasks=tasks)
 
 
-def parse_component(kind, values, where: str):
-    """The configuration dataclass `kind` from JSON. Raises ValueError in one line that begins with `where`."""
+def parse_component(kind: type, values, where: str):
+    """The configuration dataclass `kind` from a JSON value. Raises ValueError with a line that begins with `where`."""
     if not isinstance(values, dict):
         raise ValueError(f"{where} is {shown(values)}, expected an object")
     fields = {field.name: field.default for field in dataclasses.fields(kind)}
@@ -178,29 +185,33 @@ def parse_component(kind, values, where: str):
         expected = _expected(name, value, fields[name])
         if expected:
             raise ValueError(f"{where}.{name} is {shown(value)}, expected {expected}")
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    try:
+        return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    except ValueError as error:
+        reason = str(error).removeprefix("teacher: ")  # `where` ends with it
+        raise ValueError(f"{where}: {reason}") from None
 
 
-def _expected(name, value, default) -> str | None:
-    """What a field was expected to be, where the value is something else."""
-    most = _MOST.get(name, _MOST_OF_ALL)
+def _expected(name: str, value, default) -> str | None:
+    """A description of the values that a field may have, or None when `value` is one of them."""
+    least, most = 0 if name in _NONE else 1, _MOST.get(name, _MOST_OF_ALL)
     if name in _CHOICES:
         fits, expected = isinstance(value, str) and value in _CHOICES[name], f"one of {', '.join(_CHOICES[name])}"
     elif isinstance(default, bool):
         fits, expected = isinstance(value, bool), "true or false"
     elif isinstance(default, int):
-        least = 0 if name in _NONE else 1
         fits, expected = inventory.is_whole(value, least, most), f"a whole number from {least} to {most}"
     elif isinstance(default, float):
         fits, expected = is_number(value) and (name != "scale" or value > 0), "a number"
     else:
-        fits = isinstance(value, list | tuple) and 0 < len(value) <= 16
-        fits = fits and all(inventory.is_whole(number, 1, most) for number in value)
-        expected = f"1 to 16 whole numbers from 1 to {most}"
+        shortest, longest = _LENGTHS.get(name, (1, 16))
+        fits = isinstance(value, list | tuple) and shortest <= len(value) <= longest
+        fits = fits and all(inventory.is_whole(number, least, most) for number in value)
+        expected = f"{shortest} to {longest} whole numbers from {least} to {most}"
     return None if fits else expected
 
 
-def _check_sampling(sampling, where):
+def _check_sampling(sampling: dict, where: str) -> None:
     for key, value in sampling.items():
         if key not in SAMPLING:
             known = ", ".join(SAMPLING)
@@ -221,11 +232,11 @@ def is_number(value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
-def fit_problems(config: BundleConfig, tokenizer=None) -> list[str]:
-    """What does not fit together of the components and the tokenizer, one line each.
+def fit_problems(config: BundleConfig, tokenizer: Tokenizer | None = None) -> list[str]:
+    """The ways in which components and tokenizer do not fit each other, one line each.
 
-    A vocabulary may be larger than what reads from or writes into it: the tokenizer's ids are the first rows of the
-    text head, whose tokens are the first rows of the text encoder's table.
+    Vocabularies may grow from the tokenizer to the text head to the text encoder's table: each one's ids are the first
+    ids of the next.
     """
     t, e, a = config.transformer, config.text_encoder, config.autoencoder
     lines = []

@@ -1,4 +1,4 @@
-"""Files and folders of users: read with care, and written whole or not at all."""
+"""The user's files and folders: checked before they are read, written whole or not at all."""
 
 import contextlib
 import fcntl
@@ -12,22 +12,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 MAX_JSON = 2**26  # bytes of a JSON file that is read whole
-_CLAIM = ".being-written"  # in an unfinished folder, locked by the process that writes it
+_CLAIM = ".being-written"  # a file in an unfinished folder; the process that writes the folder holds a lock on it
 
 
 def one_line(text: str, most: int = 300) -> str:
-    """A stranger's text as one printable line of at most `most` characters: no line ends, no terminal codes."""
+    """Untrusted text as one printable line of at most `most` characters, without line ends and terminal codes."""
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[: most + 1])
     return line if len(line) <= most else line[: most - 1] + "…"
 
 
 def first_line(error: BaseException, most: int = 300) -> str:
-    """The first line of an error's message, or its type where it has none; at most `most` characters."""
+    """The first line of an error's message, or the name of its type; at most `most` characters."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
 
 
 def shown(value, most: int = 60) -> str:
-    """A value in a message: its repr on one line, at most `most` characters."""
+    """A value for a message: its repr on one line, at most `most` characters."""
     try:
         text = " ".join(repr(value).split())
     except (ValueError, RecursionError):  # a number of too many digits, or nested too deeply
@@ -36,10 +36,10 @@ def shown(value, most: int = 60) -> str:
 
 
 def check_regular(path: str | os.PathLike, most: int | None = None) -> int:
-    """The size in bytes of a regular file, which a link may lead to.
+    """The size in bytes of a regular file, or of the one that a link points to.
 
-    Raises FileNotFoundError where nothing is, ValueError for anything else (a folder, a device, a pipe), for a path
-    that cannot be one, and for a file of more than `most` bytes. Nothing is opened: a pipe would wait for its writer.
+    Opens nothing, since opening a pipe would block. Raises FileNotFoundError when there is no file, and ValueError for
+    a folder, device or pipe, for an impossible path, and for a file of more than `most` bytes.
     """
     try:
         found = os.stat(path)
@@ -57,9 +57,9 @@ def check_regular(path: str | os.PathLike, most: int | None = None) -> int:
 
 
 def parse_json(text: str | bytes, name: str, expected: type | None = dict):
-    """The JSON value of `text`, of the type `expected` (any when None).
+    """The JSON value of `text`, which must be of the type `expected` (any type when None).
 
-    Raises ValueError in one line that begins with `name`, also for JSON that is nested too deeply.
+    Raises ValueError with one line that begins with `name` when it is not, or cannot be parsed.
     """
     kinds = {dict: "an object", list: "an array", str: "a string"}
     try:
@@ -68,23 +68,24 @@ def parse_json(text: str | bytes, name: str, expected: type | None = dict):
         raise ValueError(f"{name} is not readable as JSON: it is nested too deeply") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not JSON: it is not UTF-8 ({error.reason} at byte {error.start})") from None
-    except ValueError as error:  # a number of more digits than Python converts is one too
+    except ValueError as error:  # also for a number with more digits than Python converts
         raise ValueError(f"{name} is not JSON: {first_line(error)}") from None
     if expected is not None and not isinstance(value, expected):
         raise ValueError(f"{name} holds a JSON {type(value).__name__}, expected {kinds[expected]}")
     return value
 
 
-def read_json(path: str | os.PathLike, expected: type | None = dict, most: int = MAX_JSON):
-    """The value that a JSON file holds; errors as `check_regular` and `parse_json`."""
-    check_regular(path, most)
+def read_json(path: str | os.PathLike, expected: type | None = dict):
+    """The value in a JSON file. Raises as `check_regular` and `parse_json` do."""
+    check_regular(path, MAX_JSON)
     return parse_json(Path(path).read_bytes(), str(path), expected)
 
 
 def check_json_output(path: str | os.PathLike) -> None:
-    """Raises OSError or ValueError, before the work, where a command could not write its JSON after it.
+    """Checks before a command's work that it can write its JSON result to `path` afterwards.
 
-    A file that is there may be replaced when it holds JSON too; another of the user's is kept.
+    An existing file may be replaced only if it holds JSON. Raises OSError or ValueError when the result could not be
+    written.
     """
     path = Path(path)
     if not path.parent.is_dir():
@@ -99,9 +100,9 @@ def check_json_output(path: str | os.PathLike) -> None:
 
 
 def check_inside(path: str | os.PathLike, folder: str | os.PathLike) -> None:
-    """Raises ValueError for a file that a link takes out of `folder`.
+    """Raises ValueError when `path` is a link to a file outside `folder`.
 
-    Hugging Face's cache is known: a snapshot's files are links into the `blobs` of the same model.
+    Links of Hugging Face's cache are allowed: a snapshot's files point into the `blobs` of the same model.
     """
     folder, target = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
     caches = [parent / "blobs" for parent in folder.parents if parent.name.startswith("models--")]
@@ -117,10 +118,11 @@ def sha256(path: str | os.PathLike) -> str:
 
 @contextlib.contextmanager
 def replacing_file(path: str | os.PathLike) -> Iterator[Path]:
-    """Gives a path beside `path` to write to; what was written takes the name when the block ends well.
+    """Yields a scratch file beside `path`, which is renamed to `path` when the block ends without an error.
 
-    An error, or a kill, leaves what was there before. The scratch file's name is its own: no file of the user has it.
-    A kill leaves it there, hidden, as `.NAME.*.partial`. Raises OSError where the folder cannot be written.
+    After an error or a kill `path` is as it was before. A kill leaves the scratch file behind, hidden, as
+    `.NAME.*.partial`. Its name is unique, so no file of the user is overwritten. Raises OSError when the folder cannot
+    be written.
     """
     path = Path(path).absolute()
     try:
@@ -137,23 +139,29 @@ def replacing_file(path: str | os.PathLike) -> Iterator[Path]:
             os.unlink(scratch)
 
 
+def write_json(path: str | os.PathLike, content, indent: int = 2) -> None:
+    """Writes `content` as a JSON file, by `replacing_file`."""
+    with replacing_file(path) as scratch:
+        scratch.write_text(json.dumps(content, indent=indent) + "\n")
+
+
 @contextlib.contextmanager
 def replacing_folder(
     directory: str | os.PathLike, *, overwrite: bool = False, foreign: Callable[[Path], list[str]] | None = None
 ) -> Iterator[Path]:
-    """Gives an empty folder beside `directory` to fill; it takes the name when the block ends well.
+    """Yields an empty scratch folder, which is renamed to `directory` when the block ends without an error.
 
-    An error, or a kill, leaves what was there before. What a killed process left unfinished is removed by the next
-    that writes the same folder; a running process's is not touched.
+    After an error or a kill `directory` is as it was before. The next writer of the same folder removes the scratch
+    folder of a killed process, and leaves that of a running one alone.
 
     Args:
-      directory: the folder to write; its parents are made.
-      overwrite: whether it may replace what is there.
-      foreign: of an existing folder, the names in it that a writer of this kind does not write. When there are any the
-        folder is not replaced, `overwrite` or not.
+      directory: the folder to write; its parents are created.
+      overwrite: whether an existing folder may be replaced.
+      foreign: lists the names in an existing folder that a writer of this kind does not write. If there are any, the
+        folder is never replaced, even with `overwrite`.
 
-    Raises FileExistsError, before and after the block, for an existing `directory` that may not be replaced, and
-    OSError for one that cannot be written.
+    Raises FileExistsError, before and after the block, when `directory` exists and may not be replaced, and OSError
+    when it cannot be written.
     """
     directory = Path(directory).absolute()
     try:
@@ -162,7 +170,7 @@ def replacing_folder(
         refuse_existing(directory, overwrite=overwrite, foreign=foreign)
         scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=directory.parent))
     except OSError as error:
-        if isinstance(error, FileExistsError) and error.errno is None:  # what `refuse_existing` says
+        if isinstance(error, FileExistsError) and error.errno is None:  # raised by `refuse_existing`
             raise
         raise OSError(f"cannot write {directory}: {error.strerror or first_line(error)}") from None
     try:
@@ -181,7 +189,7 @@ def replacing_folder(
 
 
 def _swap(scratch: Path, directory: Path) -> None:
-    """The finished `scratch` takes the name of the older `directory`, which is then removed."""
+    """Renames the finished `scratch` to `directory`, and removes the older folder of that name."""
     aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".replaced", dir=directory.parent))
     with open(aside / _CLAIM, "w") as claim:
         fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -200,7 +208,7 @@ def refuse_existing(
 ) -> None:
     """Raises FileExistsError when `replacing_folder` with the same arguments would not replace `directory`.
 
-    An empty folder may always be replaced, but not a link to one, nor a mount point.
+    An empty folder may always be replaced, but a link or a mount point never.
     """
     directory = Path(directory)
     if not os.path.lexists(directory):
@@ -225,7 +233,7 @@ def refuse_existing(
 
 
 def _clean(directory: Path) -> None:
-    """Removes what dead writers left beside a folder, and puts it back where its replacement was cut off."""
+    """Removes what killed writers left beside a folder, and restores a folder whose replacement was interrupted."""
     name = _escaped(directory.name)
     for left in [*directory.parent.glob(f".{name}.*.partial"), *directory.parent.glob(f".{name}.*.replaced")]:
         try:

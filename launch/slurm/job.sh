@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# The batch job that launch/slurm/submit.sh hands to sbatch: train.py on every GPU, saved before the time limit, and queued again.
+# The batch job that launch/slurm/submit.sh submits: runs train.py on every GPU, saves before the time limit, and queues itself again.
 # Its arguments are train.py's.
 #
-# One process a GPU: JAX's SLURM detection expects that. From SLURM_NTASKS, SLURM_PROCID and the node list it takes the number
-# of processes, their order and the coordinator, and process i of a node drives the i-th GPU that it sees; one process a node
-# would see its other GPUs idle. So every task must see all GPUs of its node: --gpus-per-node, and no binding.
+# One process per GPU: JAX's SLURM detection expects that. It takes the number of processes, their order and the coordinator from
+# SLURM_NTASKS, SLURM_PROCID and the node list, and process i of a node uses the i-th GPU that it sees. With one process per node
+# the other GPUs would be idle. So every task must see all GPUs of its node: --gpus-per-node, and no binding.
 #
 # SLURM sends SIGTERM to the job's steps some minutes before the time limit (sbatch --signal=TERM@SECONDS, not B:, so that it goes
-# to the processes and not to this script; srun would answer a SIGTERM of its own by killing them). train.py finishes its step,
-# saves and exits with 143; then the job is queued again, and goes on from the checkpoint. After a node failure or a preemption
+# to the processes and not to this script; on a SIGTERM of its own srun would kill them). train.py finishes its step, saves
+# and exits with 143; then the job is queued again, and resumes from the checkpoint. After a node failure or a preemption
 # SLURM queues it again by itself. A process that was lost without its node makes the others exit with 75, or with 134 when JAX's
 # runtime ends them: then the job is queued again too, but only once between two checkpoints. One process that always fails
 # makes the others exit in the same way, and srun returns the highest of their codes.
@@ -25,8 +25,8 @@ fi
 # shellcheck source=/dev/null
 source .venv/bin/activate
 
-# Processes end one after the other: the first to end, by whatever code, leaves the rest a quarter of an hour, not none. That is
-# more than SLURM takes to find a lost node (SlurmdTimeout, 300 s), after which it queues the job again by itself.
+# Processes end one after the other: after the first one ends, with any code, the rest have a quarter of an hour. SLURM takes less
+# to find a lost node (SlurmdTimeout, 300 s), and then queues the job again by itself.
 flags=(--kill-on-bad-exit=0 --wait=900 --gpu-bind=none "--output=$logs/%j-process%t.log" --open-mode=append)
 # srun does not inherit this since SLURM 22.05.
 if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then flags+=("--cpus-per-task=$SLURM_CPUS_PER_TASK"); fi

@@ -6,12 +6,12 @@
 #     --config=configs/stage1.py --workdir=/shared/runs/stage1 -- --config.streams.text_to_image.path=/shared/data
 #   bash launch/slurm/submit.sh --stop=JOB --workdir=/shared/runs/stage1     saves, ends, is not queued again
 #
-# The job saves and is queued again before its time limit, until training has finished; the same command goes on with a run that
-# failed or was stopped. The repository, its environment and --workdir must be on a file system that all nodes see. Logs are in
-# WORKDIR/slurm: JOB.log, and JOB-processN.log of each process (0 tells the progress).
+# The job saves and is queued again before its time limit, until training has finished; the same command resumes a run that failed
+# or was stopped. The repository, its environment and --workdir must be on a file system that all nodes see. Logs are in
+# WORKDIR/slurm: JOB.log, and JOB-processN.log of each process (0 logs the progress).
 #
-# Options: --nodes (1) --gpus (a node, 8) --time (24:00:00) --partition --account --cpus (a GPU, 8) --name (unialign) --notice (300:
-# seconds before the time limit at which it saves) --sbatch-flag=FLAG (repeatable, passed on) --dry-run (prints what would run).
+# Options: --nodes (1) --gpus (per node, 8) --time (24:00:00) --partition --account --cpus (per GPU, 8) --name (unialign) --notice (300:
+# seconds before the time limit at which it saves) --sbatch-flag=FLAG (repeatable, passed on) --dry-run (prints the commands).
 set -uo pipefail
 
 NODES=1 GPUS=8 TIME=24:00:00 CPUS=8 NAME=unialign NOTICE=300 PARTITION="" ACCOUNT="" CONFIG="" WORKDIR="" STOP="" SETUP="" DRY_RUN=""
@@ -95,7 +95,7 @@ if [ -n "$STOP" ]; then
     [ ! -e "$mark" ] ||
       fail "job $STOP was asked to stop already, and a second signal would end it in its save (that is: scancel --signal=TERM $STOP)"
   fi
-  # job.sh looks for this mark when train.py has ended, and at its start: a job that waits to start again cannot be signalled.
+  # job.sh looks for this mark at its start and after train.py has ended: a job that waits in the queue cannot be signalled.
   run touch "$mark"
   trap 'rm -f "$mark"' EXIT
   waiting=$(run squeue --noheader "--jobs=$STOP" --states=PENDING --format=%i) || exit

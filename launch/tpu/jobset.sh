@@ -4,7 +4,7 @@
 #   bash launch/tpu/jobset.sh apply --name=stage1 --image=us-docker.pkg.dev/me/unialign/unialign:1 --accelerator=v5e \
 #     --topology=16x16 --slices=2 --spot --claim=unialign-filestore --config=configs/stage1.py --workdir=/mnt/unialign/runs/stage1
 #
-#   apply    starts it; on a JobSet of that name, brings it to these settings where Kubernetes allows it; refuses one that has ended
+#   apply    starts it; updates an existing JobSet of that name where Kubernetes allows it; refuses one that has ended
 #   render   prints the manifest
 #   status   the JobSet and its pods
 #   watch    follows the log of the first host
@@ -12,8 +12,8 @@
 #
 # Options: --name --namespace (default) --image --accelerator=v4|v5e|v5p|v6e --topology (as on the node pool, 16x16 or 4x4x8)
 # --slices (1) --chips-per-host (4) --spot --claim (a PersistentVolumeClaim, ReadWriteMany) --mount (/mnt/unialign) --config
-# --workdir (on the mount) --max-restarts (10) --grace (600, seconds for the last save) --dry-run (prints what would run). What
-# follows "--" goes to train.py. The image is made by launch/tpu/Dockerfile; needs kubectl with the cluster's credentials.
+# --workdir (on the mount) --max-restarts (10) --grace (600, seconds for the last save) --dry-run (prints the commands). Arguments
+# after "--" go to train.py. The image is made by launch/tpu/Dockerfile; needs kubectl with the cluster's credentials.
 set -uo pipefail
 
 NAME="" NAMESPACE=default IMAGE="" ACCELERATOR="" TOPOLOGY="" SLICES=1 CHIPS=4 SPOT="" CLAIM="" MOUNT=/mnt/unialign

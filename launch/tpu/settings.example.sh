@@ -1,10 +1,10 @@
 # shellcheck shell=bash disable=SC2034
-# Settings of one run for launch/tpu/tpu.sh: copy, fill in, and name with --settings=FILE. A flag on the command line wins.
+# Settings of one run for launch/tpu/tpu.sh: copy, fill in, and give with --settings=FILE. A flag on the command line wins.
 
 NAME=stage1                      # of the queued resource; its slices are called the same
 PROJECT=my-project
 ZONE=us-west4-a
-ACCELERATOR=v5litepod-256        # v4-128, v5litepod-256, v5p-128, v6e-256 ... (v4-N and v5p-N count cores, two a chip)
+ACCELERATOR=v5litepod-256        # v4-128, v5litepod-256, v5p-128, v6e-256 ... (v4-N and v5p-N count cores, two per chip)
 SLICES=1                         # several slices train as one job, over the data-centre network
 PROVISIONING=spot                # spot | reserved | on-demand
 # RUNTIME=v2-alpha-tpuv5-lite    # chosen from ACCELERATOR when not set

@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# Trains on Cloud TPU slices: rents them, sets them up, starts train.py on every host, and goes on after a preemption.
+# Trains on Cloud TPU slices: rents them, sets them up, starts train.py on every host, and resumes after a preemption.
 #
 #   cp launch/tpu/settings.example.sh stage1.sh         then fill it in: name, project, zone, slice, storage, config, workdir
-#   bash launch/tpu/tpu.sh keep --settings=stage1.sh    all that follows, until training has finished; can be broken off and run again
+#   bash launch/tpu/tpu.sh keep --settings=stage1.sh    all steps below, until training has finished; may be interrupted and run again
 #
-# or step by step, each of which can be repeated:
+# or step by step; each step may be repeated:
 #
-#   create   asks for the slices (a queued resource); says so when they are there
+#   create   requests the slices (a queued resource); reports slices that exist
 #   wait     until they are ACTIVE
 #   setup    copies the committed code to every host, makes its environment, mounts the storage
 #   start    starts train.py on every host in the background; refuses when one is running
 #   status   the state of the queued resource and of every host, with the last line of its log
 #   watch    status, then follows the log of the first host
-#   stop     SIGTERM to train.py on every host, and waits until it has saved, or says that it has not; start goes on from there
-#   delete   gives the slices back (stop first: what is not saved is lost, and a keep that still runs rents them again)
+#   stop     SIGTERM to train.py on every host, and waits until it has saved, or reports that it has not; start resumes from there
+#   delete   gives the slices back (stop first: unsaved steps are lost, and a keep that still runs rents the slices again)
 #
 # Options: --settings=FILE, or one flag for each of its settings: --name --project --zone --accelerator --slices --provisioning
 # --runtime --storage --mount --config --workdir --poll --max-restarts; --create-flag=FLAG and --ssh-flag=FLAG (repeatable, passed on
 # to gcloud); --local-disk (the run's folder may be on the host's own disk: one host only); --dry-run (prints every command, runs
-# none). What follows "--" goes to train.py:
+# none). Arguments after "--" go to train.py:
 #
 #   bash launch/tpu/tpu.sh start --settings=stage1.sh --dry-run -- --config.batch_size=512
 #
@@ -142,7 +142,7 @@ gcloud_tpus() {
   fi
 }
 
-# STATE: of the queued resource, or ABSENT. A dry run keeps what it supposes.
+# STATE: of the queued resource, or ABSENT. A dry run keeps the state that it assumes.
 read_state() {
   local found=0
   if [ -n "$DRY_RUN" ]; then
@@ -232,7 +232,7 @@ wait() {
 
 ask_why() { gcloud_tpus describe "$NAME" "--format=value(state.failedData.error.message)"; }
 
-# PROBLEM: what the service says of a queued resource that failed.
+# PROBLEM: the service's message about a queued resource that failed.
 why_failed() {
   local reason=""
   if [ "$STATE" = FAILED ] && ask_why >"$scratch/reason"; then
@@ -241,7 +241,7 @@ why_failed() {
   PROBLEM="$NAME is $STATE${reason:+: $reason}; delete it and create it again (keep does so by itself)"
 }
 
-# Every host gets the code of the last commit; the environment is made anew only when the requirements have changed.
+# Copies the code of the last commit to every host; rebuilds the environment only when the requirements have changed.
 setup() {
   local archive=$scratch/unialign.tgz worker=unialign/launch/tpu/worker.sh
   refuse_when_running || return
@@ -317,7 +317,7 @@ delete() {
   [ -n "$DRY_RUN" ] || say "deleted $NAME"
 }
 
-# Looks at what there is, does the next thing, and looks again; so it may be broken off and begun again at any point.
+# Looks at the state, does the next thing, and looks again; so it may be interrupted and called again at any point.
 keep() {
   local misses=0 failures=0 broken=0 restarts=0 first=1 started=$SECONDS before=""
   if [ -n "$DRY_RUN" ]; then
@@ -334,7 +334,7 @@ keep() {
     case $STATE in
       ABSENT)
         if ! create; then
-          # Waiting does not raise a quota or mend a request.
+          # Waiting does not raise a quota or repair a request.
           if grep -qE 'RESOURCE_EXHAUSTED|PERMISSION_DENIED|INVALID_ARGUMENT|FAILED_PRECONDITION|[Qq]uota' <<<"$PROBLEM"; then return 1; fi
           missed || return
         fi
@@ -404,7 +404,7 @@ keep() {
   done
 }
 
-# Within keep: what is left of a run that broke off ends too.
+# Within keep: ends the remaining processes of a run that failed.
 end() { on_all_hosts "bash unialign/launch/tpu/worker.sh end"; }
 
 # Within keep: sets up and starts.
@@ -413,7 +413,7 @@ begin() {
   started=$SECONDS misses=0
 }
 
-# Within keep: something went wrong that may pass, such as the network; five in a row end it, and training goes on untended.
+# Within keep: a problem that may pass, such as the network; five in a row end keep, and training continues without it.
 missed() {
   misses=$((misses + 1))
   [ "$misses" -lt 5 ] || return 1

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# What launch/tpu/tpu.sh runs on every host of a TPU slice, from the code that it copied there.
+# launch/tpu/tpu.sh runs this on every host of a TPU slice, from the code that it copied there.
 #
 #   bash launch/tpu/worker.sh setup [STORAGE MOUNT]    environment, and the shared storage mounted
 #   bash launch/tpu/worker.sh start --config=... --workdir=...    train.py in the background, beyond the end of the ssh session
 #   bash launch/tpu/worker.sh status [WORKDIR]         one line: unialign-worker HOST STATE WORKDIR LAST_LINE_OF_LOG
 #   bash launch/tpu/worker.sh log [--follow]
-#   bash launch/tpu/worker.sh stop                     SIGTERM, and waits for train.py to save and end; it may be asked again
-#   bash launch/tpu/worker.sh end                      the same, but the run counts as broken off, not as stopped on request
+#   bash launch/tpu/worker.sh stop                     SIGTERM, and waits for train.py to save and end; may be repeated
+#   bash launch/tpu/worker.sh end                      the same, but the run counts as failed, not as stopped on request
 #
 # STATE is absent (not set up), ready, running, finished, stopped (saved), stopped:CODE (asked to stop, but ended with CODE and not
 # saved), failed:CODE, or lost (gone without an exit code: the host was restarted). The log and these marks are in ~/unialign-run.
@@ -52,7 +52,7 @@ mount_storage() {
   case $storage in
     gs://*)
       if ! command -v gcsfuse >/dev/null; then install_gcsfuse >&2 || fail "cannot install gcsfuse"; fi
-      # No cached metadata: a host has to see at once what another one wrote.
+      # No cached metadata: a host must see at once the files that another one wrote.
       gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 "${storage#gs://}" "$folder" >&2 || fail "cannot mount $storage on $folder"
       ;;
     *:/*)
@@ -78,7 +78,7 @@ setup() {
   echo "$host is set up"
 }
 
-# A process id means nothing after the host was restarted: the boot's id is kept beside it.
+# A process id means nothing after a restart of the host, so it is kept with the boot's id.
 boot() { cat /proc/sys/kernel/random/boot_id 2>/dev/null || echo unknown; }
 
 state() {
@@ -107,7 +107,7 @@ status() {
   local now workdir=-
   now=$(state)
   if [ -e "$run/workdir" ]; then workdir=$(<"$run/workdir"); fi
-  # What became of an earlier run in another folder says nothing about this one.
+  # The state of an earlier run in another folder says nothing about this one.
   if [ -n "${1:-}" ] && [ "$workdir" != "$1" ] && [ "$now" != running ] && [ "$now" != absent ]; then now=ready workdir=$1; fi
   echo "unialign-worker $host $now $workdir $(tail -n 1 "$run/train.log" 2>/dev/null | tr -d '\r' | cut -c 1-200)"
 }
@@ -140,7 +140,7 @@ start() {
   echo "$host started train.py"
 }
 
-# Runs train.py and keeps its exit code. A shutdown sends SIGTERM to this shell too, which has to outlive train.py.
+# Runs train.py and keeps its exit code. A shutdown sends SIGTERM to this shell too, but it must outlive train.py.
 supervise() {
   local pid code
   trap : TERM HUP
@@ -169,7 +169,7 @@ end() {
     echo "warning: $host: train.py did not end within $grace s and is killed" >&2
     kill -KILL "$pid"
   fi
-  # Its exit code follows its end.
+  # The exit code is written shortly after the process ends.
   for _ in $(seq 50); do
     [ ! -e "$run/exit" ] || break
     sleep 0.1
@@ -177,7 +177,7 @@ end() {
 }
 
 stop() {
-  # First the mark, also beside a run that has failed: keep does not start it again then, even if this shell is broken off.
+  # First the mark, also for a run that has failed: then keep does not restart it, even if this shell is interrupted.
   if [ -e "$run/pid" ]; then touch "$run/stop"; fi
   end
   case $(state) in stopped:*) echo "warning: $host: train.py ended with $(state | cut -d : -f 2), not saved" >&2 ;; esac

@@ -67,7 +67,9 @@ def test_watching_a_process_until_it_ends(tmp_path):
         (["--steps=5"], "expected 10 to --steps, 5"),
         (["--steps=-1"], "--saves is 200"),
         (["--config=nowhere.py"], "there is no stage file nowhere.py"),
-        (["--set=batchsize=3"], "unknown key batchsize"),
+        (["--config.batchsize=3"], "unknown key batchsize"),
+        (["--config.batchsize", "3"], "unknown key batchsize"),
+        (["--set=batchsize=3"], "unknown key batchsize"),  # an older spelling
         (["--scratch=/proc/nowhere"], "/proc/nowhere"),
     ],
     ids=lambda value: str(value)[:30],

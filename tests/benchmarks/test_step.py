@@ -10,7 +10,7 @@ import pytest
 
 from unialign_jax.benchmarks import sample
 from unialign_jax.benchmarks import step as module
-from unialign_jax.training.stages import read_config
+from unialign_jax.training.config import read_config
 
 ROOT = Path(__file__).resolve().parents[2]
 TERA = 1e12
@@ -48,9 +48,10 @@ def quick_compiler():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-def options(step, *arguments):
+def options(step, *arguments, changes=()):
     parser = argparse.ArgumentParser()
     step.add_arguments(parser)
+    parser.set_defaults(changes=list(changes))
     return parser.parse_args(["--config=configs/stage1.py:tiny", "--steps=1", "--rounds=1", "--warmup=1", *arguments])
 
 
@@ -61,8 +62,7 @@ def zeros(setup):
 def test_a_small_step_and_its_parts(step, quick_compiler, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(step.Setup, "make", zeros)  # spares compiling what makes them at random
-    changes = [f"--set={change}" for change in SMALL]
-    figures = step.benchmark_step(options(step, *changes, "--devices=1", "--micro-batches=2"))
+    figures = step.benchmark_step(options(step, "--devices=1", "--micro-batches=2", changes=SMALL))
     (row,) = figures["settings"]
     assert row["outcome"] == "measured" and math.isfinite(row["loss"])
     assert (row["micro-batch"], row["remat"]) == (2, "none")

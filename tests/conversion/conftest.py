@@ -145,7 +145,7 @@ def run(small_config, tmp_path_factory):
 
     config = small_config()
     networks = Networks.create(*build_configs(config, "cpu"))
-    state = init_state(networks, make_optimizer(**config.optimizer)[0], 0.9, jax.random.key(0))
+    state = init_state(networks, make_optimizer(**config.optimizer, decay_1d=True)[0], 0.9, jax.random.key(0))
     state = state._replace(ema=jax.tree.map(lambda x: x + 1, state.ema))
     workdir = tmp_path_factory.mktemp("runs") / "run"
     checkpoints = Checkpoints(workdir)

@@ -8,12 +8,13 @@ import sys
 
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
 from unialign_jax import bundle, bundle_config
 from unialign_jax.conversion import importing, sources
-from unialign_jax.conversion.importing import convert_sd3, convert_unialign
-from unialign_jax.conversion.teacher import config_from_qwen, load_teacher, preprocessor_settings
+from unialign_jax.conversion.importing import convert
+from unialign_jax.conversion.teacher import config_from_qwen, preprocessor_settings
 from unialign_jax.data.tokenizer import load_tokenizer
 
 bad_input = pytest.mark.bad_input
@@ -145,7 +146,7 @@ def test_a_setting_that_fits_no_model(part, key, value, sd3_folder, tmp_path, re
     (folder / "config.json").unlink()
     (folder / "config.json").write_text(json.dumps(settings | {key: value}))
     options = {"components": [component], "tokenizer": sd3_folder / "tokenizer_3"}
-    refuses(lambda: convert_sd3(folder, tmp_path / "out", **options), part)
+    refuses(lambda: convert("sd3", folder, tmp_path / "out", **options), part)
     assert not (tmp_path / "out").exists()
 
 
@@ -187,7 +188,7 @@ def test_a_tensor_that_fits_no_model(part, key, shape, sd3_folder, tmp_path, ref
     tensors = {k: v for file in (sd3_folder / part).glob("*.safetensors") for k, v in load_file(file).items()}
     save_file(tensors | {key: np.ones(shape, np.float32)}, folder / "model.safetensors")
     options = {"components": [component], "tokenizer": sd3_folder / "tokenizer_3"}
-    refuses(lambda: convert_sd3(folder, tmp_path / "out", **options), part)
+    refuses(lambda: convert("sd3", folder, tmp_path / "out", **options), part)
     assert not (tmp_path / "out").exists()
 
 
@@ -258,7 +259,7 @@ def test_a_teachers_preprocessor_that_is_none(content, tmp_path, refuses):
 def test_a_teachers_folder_with_a_wrong_architecture(teacher, tmp_path, refuses):
     content = {"format": bundle_config.FORMAT, "version": bundle_config.VERSION, "teacher": teacher}
     (tmp_path / "config.json").write_text(json.dumps(content))
-    refuses(lambda: load_teacher(tmp_path), str(tmp_path))
+    refuses(lambda: bundle.load(tmp_path), str(tmp_path))
 
 
 # Tokenizers
@@ -299,7 +300,7 @@ def test_a_bundles_or_runs_tokenizers_code_is_never_run(hostile, released_folder
     from unialign_jax.conversion import exporting
 
     options = {"components": ["text_encoder"], "tokenizer": hostile}
-    convert_unialign(released_folder, tmp_path / "bundle", **options)
+    convert("unialign", released_folder, tmp_path / "bundle", **options)
     assert not (tmp_path / "bundle/tokenizer/evil.py").exists()
     shutil.copy(hostile / "evil.py", tmp_path / "bundle/tokenizer")
     load_tokenizer(bundle.tokenizer_path(tmp_path / "bundle"))
@@ -365,7 +366,7 @@ def test_a_tokenizers_link_to_a_file_elsewhere_is_not_followed(name, given, rele
     (folder / "tokenizer" / name).unlink(missing_ok=True)
     (folder / "tokenizer" / name).symlink_to("../../secret")
     options = {"tokenizer": folder / "tokenizer"} if given else {}
-    message = refuses(lambda: convert_unialign(folder, tmp_path / "out", **options), name, "is a link out of")
+    message = refuses(lambda: convert("unialign", folder, tmp_path / "out", **options), name, "is a link out of")
     assert "password" not in message and not (tmp_path / "out").exists()
 
 
@@ -418,11 +419,11 @@ def test_a_trainers_pth_gives_what_its_safetensors_gives(dual_file, tmp_path):
     tensors[key] = tensors[key].T.contiguous().T  # in another order in memory
     path = tmp_path / "consolidated.00-of-01.pth"
     torch.save(torch.nn.Module.state_dict(holding(tensors)), path)
-    convert_unialign(path, tmp_path / "a", components=["transformer"])
-    convert_unialign(dual_file, tmp_path / "b", components=["transformer"])
+    convert("unialign", path, tmp_path / "a", components=["transformer"])
+    convert("unialign", dual_file, tmp_path / "b", components=["transformer"])
     config, params = bundle.load(tmp_path / "a")
     _, expected = bundle.load(tmp_path / "b")
-    found, expected = bundle.flatten(params["transformer"]), bundle.flatten(expected["transformer"])
+    found, expected = flatten_dict(params["transformer"], sep="/"), flatten_dict(expected["transformer"], sep="/")
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_array_equal(found[name], value, name)
@@ -460,7 +461,7 @@ def test_another_checkpoint_of_pytorch(content, dual_file, tmp_path, refuses):
     }[content]
     torch.save(saved, tmp_path / "x.pth")
     options = {"components": ["transformer"]}
-    refuses(lambda: convert_unialign(tmp_path / "x.pth", tmp_path / "out", **options), "x.pth")
+    refuses(lambda: convert("unialign", tmp_path / "x.pth", tmp_path / "out", **options), "x.pth")
     assert [path.name for path in tmp_path.iterdir()] == ["x.pth"]
 
 
@@ -472,7 +473,7 @@ def test_problems_without_number_are_one_line(dual_file, tmp_path, refuses):
     tensors |= {f"lora\n{i}": np.zeros(1, np.float32) for i in range(30)}
     save_file(tensors, tmp_path / "x.safetensors")
     message = refuses(
-        lambda: convert_unialign(tmp_path / "x.safetensors", tmp_path / "out", components=["transformer"])
+        lambda: convert("unialign", tmp_path / "x.safetensors", tmp_path / "out", components=["transformer"])
     )
     assert "more" in message and len(message) < 4000
     assert importing.MAX_PROBLEMS < 30

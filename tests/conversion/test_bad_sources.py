@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from unialign_jax import bundle
 from unialign_jax.conversion import importing, sources
-from unialign_jax.conversion.importing import convert_sd3, convert_unialign
+from unialign_jax.conversion.importing import convert
 
 bad_input = pytest.mark.bad_input
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
@@ -27,10 +27,10 @@ def folder(sd3_folder, tmp_path):
 def refuses(tmp_path):
     """A function that converts, expects the error to match, and nothing to be left of the bundle."""
 
-    def check(source, match, convert=convert_sd3, error=ValueError, **options):
+    def check(source, match, kind="sd3", error=ValueError, **options):
         before = set(tmp_path.iterdir())
         with pytest.raises(error, match=match) as raised:
-            convert(source, tmp_path / "bundle", **options)
+            convert(kind, source, tmp_path / "bundle", **options)
         assert set(tmp_path.iterdir()) == before
         assert "\n" not in str(raised.value)
         return str(raised.value)
@@ -151,7 +151,7 @@ def test_something_else_altogether(tmp_path, refuses):
 @bad_input
 def test_the_wrong_command_is_said(sd3_folder, released_folder, refuses):
     refuses(released_folder, "not SD3's: use `convert.py unialign`")
-    refuses(sd3_folder, "use `convert.py sd3`", convert=convert_unialign)
+    refuses(sd3_folder, "use `convert.py sd3`", kind="unialign")
 
 
 @bad_input
@@ -168,7 +168,7 @@ def test_parts_that_are_missing_are_asked_for(folder, sd3_folder, refuses, tmp_p
     shutil.rmtree(folder / "tokenizer_3")
     options = {"vae": sd3_folder / "vae", "text_encoder": sd3_folder / "text_encoder_3"}
     refuses(folder, "no T5 tokenizer: give its folder .* by --tokenizer", **options)
-    convert_sd3(folder, tmp_path / "bundle", tokenizer=sd3_folder / "tokenizer_3", **options)
+    convert("sd3", folder, tmp_path / "bundle", tokenizer=sd3_folder / "tokenizer_3", **options)
     assert bundle.verify(tmp_path / "bundle") == []
 
 
@@ -176,7 +176,7 @@ def test_parts_that_are_not_asked_for_may_be_damaged(folder, tmp_path, refuses):
     next((folder / "text_encoder_3").glob("*-of-*.safetensors")).unlink()
     (folder / "vae/diffusion_pytorch_model.safetensors").write_bytes(b"")
     (folder / "text_encoder/model.safetensors").unlink()
-    convert_sd3(folder, tmp_path / "bundle", components=["transformer"])
+    convert("sd3", folder, tmp_path / "bundle", components=["transformer"])
     assert bundle.read_config(tmp_path / "bundle").components == ("transformer",)
     shutil.rmtree(tmp_path / "bundle")
     refuses(folder, "unknown component 'unet', expected some of transformer", components=["unet"])
@@ -232,7 +232,7 @@ def test_eight_bit_floats_are_read_exactly_unless_they_are_scaled(sd3_folder, sd
     for name, dtype in (("e4m3fn", ml_dtypes.float8_e4m3fn), ("e5m2", ml_dtypes.float8_e5m2)):
         narrow = {key: value.astype(dtype) for key, value in tensors.items()}
         save_narrow(tmp_path / f"{name}.safetensors", narrow)
-        convert_sd3(tmp_path / f"{name}.safetensors", tmp_path / name, **options)
+        convert("sd3", tmp_path / f"{name}.safetensors", tmp_path / name, **options)
         config, params = bundle.load(tmp_path / name, dtype="float32")
         assert config.dtypes["text_encoder"] == ["bfloat16"]
         expected = narrow["text_encoders.t5xxl.transformer.shared.weight"].astype(np.float32)
@@ -257,11 +257,11 @@ def save_narrow(path, tensors):
 def test_stored_dtypes_follow_the_source_or_the_wish(sd3_folder, tmp_path):
     path = tmp_path / "half.safetensors"
     save_file({key: value.astype(np.float16) for key, value in load_file(sd3_folder / TRANSFORMER).items()}, path)
-    convert_sd3(path, tmp_path / "half", components=["transformer"])
+    convert("sd3", path, tmp_path / "half", components=["transformer"])
     # The time embedding's bias is a sum that fp16 would round.
     assert bundle.read_config(tmp_path / "half").dtypes == {"transformer": ["float16", "float32"]}
     assert bundle.component_dtypes(tmp_path / "half", "transformer")["time_embed/out/bias"] == np.float32
-    convert_sd3(path, tmp_path / "wide", components=["transformer"], dtype="float32")
+    convert("sd3", path, tmp_path / "wide", components=["transformer"], dtype="float32")
     assert bundle.read_config(tmp_path / "wide").dtypes == {"transformer": ["float32"]}
 
 

@@ -29,6 +29,7 @@ def sd3_bundle(command, sd3_folder, tmp_path_factory):
     return directory
 
 
+@pytest.mark.slow
 def test_sd3_and_its_flags(sd3_bundle):
     config = bundle.read_config(sd3_bundle)
     assert config.components == ("transformer", "heads", "text_encoder", "autoencoder")
@@ -36,6 +37,7 @@ def test_sd3_and_its_flags(sd3_bundle):
     assert (sd3_bundle / "tokenizer/tokenizer.json").is_file()
 
 
+@pytest.mark.slow
 def test_there_and_back_again(command, released_folder, tmp_path, capsys):
     assert command(["unialign", f"--source={released_folder}", f"--output={tmp_path / 'bundle'}"]) == 0
     arguments = ["export", f"--bundle={tmp_path / 'bundle'}", "--format=diffusers", f"--output={tmp_path / 'out'}"]
@@ -50,6 +52,7 @@ def test_there_and_back_again(command, released_folder, tmp_path, capsys):
     assert names == {"transformer", "vae", "text_encoder_3", "tokenizer_3", "scheduler", "model_index.json"}
 
 
+@pytest.mark.slow
 def test_a_run_without_a_bundle_takes_its_seeded_encoders_along(command, run, tmp_path, capsys):
     workdir, state = run
     assert command(["inspect", str(workdir)]) == 0

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from unialign_jax import bundle
 from unialign_jax.conversion import exporting, safetensors_file
 from unialign_jax.conversion.exporting import bundle_from_run, export
-from unialign_jax.conversion.importing import convert_sd3, convert_unialign
+from unialign_jax.conversion.importing import convert
 from unialign_jax.conversion.inspecting import inspect
 from unialign_jax.data.tokenizer import load_tokenizer
 from unialign_jax.diffusion import flow
@@ -30,14 +30,14 @@ bad_input = pytest.mark.bad_input
 @pytest.fixture(scope="module")
 def sd3_bundle(sd3_folder, tmp_path_factory):
     directory = tmp_path_factory.mktemp("bundles") / "sd3"
-    convert_sd3(sd3_folder, directory)
+    convert("sd3", sd3_folder, directory)
     return directory
 
 
 @pytest.fixture(scope="module")
 def released_bundle(released_folder, tmp_path_factory):
     directory = tmp_path_factory.mktemp("bundles") / "released"
-    convert_unialign(released_folder, directory)
+    convert("unialign", released_folder, directory)
     return directory
 
 
@@ -54,6 +54,7 @@ def differing(before, after):
     }
 
 
+@pytest.mark.slow
 def test_the_release_comes_back_bit_for_bit(released_folder, released_bundle, tmp_path):
     config, _ = bundle.load(released_bundle)
     assert (config.heads.hidden_width, config.heads.teacher_width, config.heads.final_silu) == (20, 12, True)
@@ -66,7 +67,7 @@ def test_the_release_comes_back_bit_for_bit(released_folder, released_bundle, tm
     assert differing(load_file(released_folder / name), load_file(tmp_path / "out" / name)) == set()
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"text_encoder", "tokenizer", "transformer", "vae", "scheduler", "model_index.json"}
-    convert_unialign(tmp_path / "out", tmp_path / "again")
+    convert("unialign", tmp_path / "out", tmp_path / "again")
     assert_same_bundles(released_bundle, tmp_path / "again")
 
 
@@ -106,11 +107,11 @@ def test_the_released_models_heads_and_logits_are_pytorchs(released_model, relea
 
 def test_a_file_without_adapters_has_no_heads(dual_file, tmp_path):
     """DualDiffusion's, whose architecture follows from its shapes alone."""
-    convert_unialign(dual_file, tmp_path / "dual", components=["transformer"])
+    convert("unialign", dual_file, tmp_path / "dual", components=["transformer"])
     config = bundle.read_config(tmp_path / "dual")
     assert config.components == ("transformer",)
     assert (config.transformer.depth, config.transformer.num_heads, config.transformer.base_patches) == (3, 2, 8)
-    convert_unialign(dual_file, tmp_path / "new", components=["transformer"], heads=True)
+    convert("unialign", dual_file, tmp_path / "new", components=["transformer"], heads=True)
     config, params = bundle.load(tmp_path / "new", components=["heads"])
     kernel = np.asarray(params["heads"]["image_hidden"]["kernel"])
     limit = np.sqrt(6 / sum(kernel.shape))
@@ -118,6 +119,7 @@ def test_a_file_without_adapters_has_no_heads(dual_file, tmp_path):
     assert not config.heads.final_silu
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["diffusers", "stability"])
 def test_sd3_comes_back_but_for_the_pooled_embedding(format, sd3_folder, sd3_file, sd3_bundle, tmp_path):
     output = tmp_path / ("out" if format == "diffusers" else "out.safetensors")
@@ -139,6 +141,7 @@ def test_sd3_comes_back_but_for_the_pooled_embedding(format, sd3_folder, sd3_fil
     assert not any(np.any(value) for key, value in after.items() if key.startswith(pooled))
 
 
+@pytest.mark.slow
 def test_a_trained_models_images_are_those_of_its_diffusers_export(sd3_bundle, tmp_path):
     """Every parameter moved, the last text half's too, which the SD3 layout leaves out."""
     import diffusers
@@ -267,6 +270,7 @@ def test_an_export_that_fails_leaves_what_was_there(format, name, export_again, 
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, f"{name}.partial", f"{name}.old"])
 
 
+@pytest.mark.slow
 def test_diffusers_own_pipeline_opens_the_export_and_makes_our_latents(sd3_bundle, tmp_path):
     import diffusers
     import torch
@@ -309,6 +313,7 @@ def test_diffusers_own_pipeline_opens_the_export_and_makes_our_latents(sd3_bundl
     np.testing.assert_allclose(latents, expected.transpose(0, 2, 3, 1), atol=1e-4 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_the_released_pipeline_opens_the_export(released_bundle, released_class, tmp_path, monkeypatch):
     """With stand-ins for its two classes, which diffusers finds by the names in model_index.json."""
     import diffusers
@@ -372,12 +377,12 @@ def test_heads_without_the_last_silu_are_said_and_come_back_without(released_bun
     bundle.save(tmp_path / "trained", trained, params)
     lines = export(tmp_path / "out", format="unialign", source=tmp_path / "trained")
     assert len(lines) == 2 and "end without a SiLU" in lines[0]
-    convert_unialign(tmp_path / "out", tmp_path / "again", components=["transformer"])
+    convert("unialign", tmp_path / "out", tmp_path / "again", components=["transformer"])
     assert bundle.read_config(tmp_path / "again").heads == heads
     settings = json.loads((tmp_path / "out/transformer/config.json").read_text())
     (tmp_path / "out/transformer/config.json").write_text(json.dumps(settings | {"unialign_jax_heads": {"pool": 1}}))
     with pytest.raises(ValueError, match="unialign_jax_heads has pool 1, expected"):
-        convert_unialign(tmp_path / "out", tmp_path / "other", components=["transformer"])
+        convert("unialign", tmp_path / "out", tmp_path / "other", components=["transformer"])
 
 
 @bad_input
@@ -397,12 +402,13 @@ def test_text_positions_are_dropped_when_asked_and_the_rest_is_as_without(positi
     for name in ("config.json", "diffusion_pytorch_model.safetensors"):
         paths = (tmp_path / folder / "transformer" / name for folder in ("out", "plain"))
         assert len({path.read_bytes() for path in paths}) == 1, name
-    convert_unialign(tmp_path / "out", tmp_path / "again", components=["transformer"])
+    convert("unialign", tmp_path / "out", tmp_path / "again", components=["transformer"])
     assert bundle.read_config(tmp_path / "again").transformer.text_positions == 0
     # Other components are none of its business.
     assert export(tmp_path / "t5", format="unialign", source=positioned_bundle, components=["text_encoder"]) == []
 
 
+@pytest.mark.slow
 def test_a_runs_bundle_keeps_its_text_positions(run, tmp_path):
     """Raw and averaged; its captions are then the likeliest, unless it says otherwise."""
     workdir, state = run
@@ -447,6 +453,7 @@ def test_a_runs_newest_checkpoint_is_exported(weights, run, tmp_path):
         export(tmp_path / "other", format="unialign", run=tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_becomes_a_bundle_with_given_encoders(run, tiny_bundle, tmp_path):
     workdir, state = run
     bundle_from_run(tmp_path / "out", workdir, weights="ema", source=tiny_bundle, dtype="bfloat16")

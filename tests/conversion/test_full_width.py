@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from unialign_jax import bundle
-from unialign_jax.conversion.importing import convert_sd3
+from unialign_jax.conversion.importing import convert
 from unialign_jax.models.mmdit import MMDiT, MMDiTConfig
 
 
@@ -29,7 +29,7 @@ def test_velocity_and_gradient_are_sd3s(tmp_path):
     )
     model = diffusers.SD3Transformer2DModel(num_layers=2, **published).eval()
     model.save_pretrained(tmp_path / "transformer")
-    convert_sd3(tmp_path / "transformer", tmp_path / "bundle", components=["transformer"])
+    convert("sd3", tmp_path / "transformer", tmp_path / "bundle", components=["transformer"])
     config, params = bundle.load(tmp_path / "bundle")
     expected_config = dataclasses.replace(MMDiTConfig(), depth=2, tap_depth=2)
     assert config.transformer == expected_config  # all but the depth is UniAlignment's

@@ -11,7 +11,7 @@ import pytest
 
 from unialign_jax import bundle
 from unialign_jax.conversion import torch_pickle
-from unialign_jax.conversion.importing import convert_sd3
+from unialign_jax.conversion.importing import convert
 from unialign_jax.data.tokenizer import load_tokenizer
 
 RELEASED = Path(__file__).resolve().parents[3] / "shared/data/mask_token_emb.00-of-01.pth"
@@ -90,8 +90,8 @@ def test_it_takes_the_mask_tokens_row_in_the_bundle(sd3_folder, tmp_path):
     mask = torch.randn(24, dtype=torch.bfloat16)
     torch.save(mask, tmp_path / "mask.pth")
     options = {"components": ["text_encoder"]}
-    convert_sd3(sd3_folder, tmp_path / "plain", **options)
-    convert_sd3(sd3_folder, tmp_path / "masked", mask_embedding=tmp_path / "mask.pth", **options)
+    convert("sd3", sd3_folder, tmp_path / "plain", **options)
+    convert("sd3", sd3_folder, tmp_path / "masked", mask_embedding=tmp_path / "mask.pth", **options)
     plain, masked = (
         np.asarray(bundle.load(tmp_path / n)[1]["text_encoder"]["token_embedding"]) for n in ("plain", "masked")
     )
@@ -101,4 +101,4 @@ def test_it_takes_the_mask_tokens_row_in_the_bundle(sd3_folder, tmp_path):
     assert bundle.read_config(tmp_path / "masked").provenance["mask_embedding"] == {"file": "mask.pth", "row": row}
     torch.save(torch.zeros(5), tmp_path / "mask.pth")
     with pytest.raises(ValueError, match=r"has shape \(5,\), the text encoder's embeddings have \(24,\)"):
-        convert_sd3(sd3_folder, tmp_path / "bad", mask_embedding=tmp_path / "mask.pth", **options)
+        convert("sd3", sd3_folder, tmp_path / "bad", mask_embedding=tmp_path / "mask.pth", **options)

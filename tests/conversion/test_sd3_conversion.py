@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from unialign_jax import bundle
-from unialign_jax.conversion.importing import convert_sd3
+from unialign_jax.conversion.importing import convert
 from unialign_jax.data.tokenizer import load_tokenizer
 from unialign_jax.diffusion.flow import sampling_sigmas
 from unialign_jax.models.autoencoder import make_autoencoder
@@ -27,7 +27,7 @@ SIZES = [(8, 8), (6, 12)]
 @pytest.fixture(scope="module")
 def folder_bundle(sd3_folder, tmp_path_factory):
     directory = tmp_path_factory.mktemp("converted") / "folder"
-    convert_sd3(sd3_folder, directory)
+    convert("sd3", sd3_folder, directory)
     return directory
 
 
@@ -109,15 +109,14 @@ def test_28_guided_steps_equal_diffusers_loop(torch_models, loaded):
 
     found = jax.jit(
         functools.partial(programs.sample_images, MMDiT(in_float32(config.transformer))),
-        static_argnames=("mode", "latent_shape"),
+        static_argnames="latent_shape",
     )(
         params["transformer"],
         seeds,
         solver_table("euler", sampling_sigmas(28)),
         texts[1],
         texts[0],
-        programs.Guidance(np.full(2, 7.0), np.zeros(2), np.zeros(2), np.ones(28, bool)),
-        mode="text",
+        programs.Guidance(np.full(2, 7.0), np.zeros(2)),
         latent_shape=(12, 8, CHANNELS),
     )
     assert np.abs(found - expected).max() < 1e-3 * np.abs(expected).max()
@@ -172,7 +171,7 @@ def test_both_layouts_give_identical_bundles(sd3_folder, sd3_file, folder_bundle
     save_file(tensors, tmp_path / "vae/sd3_vae.safetensors")
     shutil.copy(sd3_folder / "vae/config.json", tmp_path / "vae")
     given = {"vae": tmp_path / "vae/sd3_vae.safetensors", "text_encoder": sd3_folder / "text_encoder_3"}
-    convert_sd3(sd3_file, tmp_path / "file", tokenizer=sd3_folder / "tokenizer_3", **given)
+    convert("sd3", sd3_file, tmp_path / "file", tokenizer=sd3_folder / "tokenizer_3", **given)
     (a, from_folder), (b, from_file) = bundle.load(folder_bundle), bundle.load(tmp_path / "file")
     assert dataclasses.replace(a, provenance={}) == dataclasses.replace(b, provenance={})
     assert b.provenance["components"]["autoencoder"]["layout"] == "vae-ldm"
@@ -181,7 +180,7 @@ def test_both_layouts_give_identical_bundles(sd3_folder, sd3_file, folder_bundle
 
 def test_the_single_files_t5_is_read_in_place(sd3_file, sd3_folder, folder_bundle, tmp_path):
     options = {"tokenizer": sd3_folder / "tokenizer_3", "components": ["transformer", "text_encoder"]}
-    convert_sd3(sd3_file, tmp_path / "file", **options)
+    convert("sd3", sd3_file, tmp_path / "file", **options)
     _, expected = bundle.load(folder_bundle, components=["text_encoder"])
     _, found = bundle.load(tmp_path / "file", components=["text_encoder"])
     jax.tree.map(np.testing.assert_array_equal, expected, found)

@@ -14,14 +14,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tokenizers
+from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
 from unialign_jax import bundle
 from unialign_jax.conversion import safetensors_file
 from unialign_jax.conversion.rules import export_tensors
-from unialign_jax.conversion.teacher import config_from_qwen, convert_teacher, load_teacher, qwen_table, tokenize
+from unialign_jax.conversion.teacher import config_from_qwen, convert_teacher, qwen_table
+from unialign_jax.data.tokenizer import load_backend, tokenize
 from unialign_jax.models.teacher import TeacherConfig, encode_images, encode_texts
 from unialign_jax.parallel import sharding
+from unialign_jax.parallel.mesh import make_mesh
 
 WORDS = ("<|endoftext|>", "a", "red", "cat", "sits")
 VOCAB_SIZE, WIDTH = 50, 24
@@ -106,6 +109,12 @@ def transformers_5(key):
     return key.replace("model.", "model.language_model.") if key.startswith("model.") else key
 
 
+def load(directory, **options):
+    """The teacher's architecture and parameters."""
+    config, params = bundle.load(directory, **options)
+    return config.teacher, params["teacher"]
+
+
 def leaves_equal(one, other):
     return jax.tree.all(jax.tree.map(lambda x, y: x.dtype == y.dtype and bool(np.array_equal(x, y)), one, other))
 
@@ -115,10 +124,10 @@ def test_features_equal_the_transformers_library(qwen, converted):
     import torch
     from transformers import Qwen2VLImageProcessorPil
 
-    teacher = load_teacher(converted, dtype=jnp.float32)
-    config = dataclasses.replace(teacher.config, dtype="float32")
+    config, params = load(converted, dtype=jnp.float32)
+    config = dataclasses.replace(config, dtype="float32")
     inputs = Qwen2VLImageProcessorPil()(images=[IMAGE], return_tensors="pt")  # a size that needs no resizing
-    ids, is_token = tokenize(teacher.tokenizer, ["a red cat sits", "cat"])
+    ids, is_token = tokenize(bundle.read_tokenizer(converted, load=load_backend), ["a red cat sits", "cat"])
     model = qwen.float()
     with torch.no_grad():
         image = model.model.visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output.mean(dim=0)
@@ -126,19 +135,19 @@ def test_features_equal_the_transformers_library(qwen, converted):
         text = torch.stack([embeddings(torch.tensor(row)).mean(dim=0) for row in ([1, 2, 3, 4], [3])])
     qwen.to(torch.bfloat16)
 
-    found = jax.jit(functools.partial(encode_images, config=config))(teacher.params, IMAGE[None])[0]
+    found = jax.jit(functools.partial(encode_images, config=config))(params, IMAGE[None])[0]
     np.testing.assert_allclose(found, image, rtol=0, atol=1e-5 * image.abs().max())
-    found = encode_texts(teacher.params, jnp.asarray(ids), jnp.asarray(is_token))
+    found = encode_texts(params, jnp.asarray(ids), jnp.asarray(is_token))
     np.testing.assert_allclose(found, text, rtol=0, atol=1e-6 * text.abs().max())
 
 
 def test_every_value_is_kept_in_the_stored_dtype(source, converted):
     """Back through the table, each tensor of the source is bit for bit what the library wrote."""
-    teacher = load_teacher(converted)
-    assert {leaf.dtype for leaf in jax.tree.leaves(teacher.params)} == {jnp.dtype("bfloat16")}
-    table = qwen_table(teacher.config, "transformers 4")
+    config, params = load(converted)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
+    table = qwen_table(config, "transformers 4")
     exported = {}
-    for path, leaf in bundle.flatten(teacher.params).items():
+    for path, leaf in flatten_dict(params, sep="/").items():
         exported |= dict(export_tensors(table, path, np.asarray(leaf)))
     expected = {
         k: v for k, v in tensors_of(source).items() if k.startswith("visual.") or k == "model.embed_tokens.weight"
@@ -150,13 +159,13 @@ def test_every_value_is_kept_in_the_stored_dtype(source, converted):
 
 
 def test_all_layouts_give_the_same_teacher(source, converted, tmp_path):
-    expected = load_teacher(converted)
+    expected = load(converted)
     renamings = {"4": None, "5": transformers_5, "bare": lambda key: key.replace("model.", "language_model.")}
     for name, rename in renamings.items():
         convert_teacher(copy_with(source, tmp_path / name, rename=rename), tmp_path / f"out{name}")
-        found = load_teacher(tmp_path / f"out{name}")
-        assert found.config == expected.config
-        assert leaves_equal(found.params, expected.params)
+        found = load(tmp_path / f"out{name}")
+        assert found[0] == expected[0]
+        assert leaves_equal(found[1], expected[1])
 
 
 def test_only_the_shards_that_are_read_have_to_be_there(source, converted, tmp_path):
@@ -168,10 +177,10 @@ def test_only_the_shards_that_are_read_have_to_be_there(source, converted, tmp_p
     for name in others:
         (part / name).unlink()
     convert_teacher(part, tmp_path / "out")
-    assert leaves_equal(load_teacher(tmp_path / "out").params, load_teacher(converted).params)
+    assert leaves_equal(load(tmp_path / "out")[1], load(converted)[1])
     gone = sorted(wanted)[1]
     (part / gone).unlink()
-    with pytest.raises(FileNotFoundError, match=f"lacks {gone}; the vision tower and the embeddings lie in"):
+    with pytest.raises(ValueError, match=f"lacks 1 of the {len(wanted)} shards that .*index.json calls for: {gone}"):
         convert_teacher(part, tmp_path / "out2")
 
 
@@ -190,12 +199,17 @@ def test_the_folder_says_where_it_came_from_and_notices_changes(source, converte
 
 
 def test_loads_onto_a_mesh_in_the_wanted_dtype(converted):
-    mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
-    found = load_teacher(converted, mesh=mesh, dtype=jnp.float32).params
-    expected = load_teacher(converted).params
+    mesh = make_mesh(data=1, fsdp=4, tensor=2)
+    found = load(converted, mesh=mesh, dtype=jnp.float32)[1]
+    expected = load(converted)[1]
     assert leaves_equal(found, jax.tree.map(lambda x: x.astype(jnp.float32), expected))
     assert len(found["token_embedding"].addressable_shards) == 8
     assert found["token_embedding"].addressable_shards[0].data.shape == (VOCAB_SIZE // 2, WIDTH // 4)
+    abstract = bundle.abstract_params(bundle.read_config(converted))
+    abstract = sharding.with_shardings(abstract, sharding.tree_shardings(abstract, mesh))
+    assert leaves_equal(bundle.restore(converted, abstract)["teacher"], found)
+    on_host = dict(bundle.read_leaves(converted, "teacher"))
+    np.testing.assert_array_equal(on_host["token_embedding"], expected["token_embedding"])
 
 
 def test_converts_to_another_dtype_without_torch(source, converted, tmp_path):
@@ -205,8 +219,8 @@ def test_converts_to_another_dtype_without_torch(source, converted, tmp_path):
         f"convert_teacher({str(source)!r}, {str(tmp_path / 'out')!r}, dtype='float32')"
     )
     subprocess.run([sys.executable, "-c", program], check=True, env={"JAX_PLATFORMS": "cpu", "PATH": ""})
-    found = load_teacher(tmp_path / "out").params
-    assert leaves_equal(found, jax.tree.map(lambda x: x.astype(jnp.float32), load_teacher(converted).params))
+    found = load(tmp_path / "out")[1]
+    assert leaves_equal(found, jax.tree.map(lambda x: x.astype(jnp.float32), load(converted)[1]))
 
 
 def test_what_goes_wrong_leaves_nothing_behind(source, tmp_path, monkeypatch):
@@ -252,7 +266,7 @@ def test_damaged_and_foreign_sources_are_refused(source, tmp_path):
 
     empty = copy_with(source, tmp_path / "empty")
     (empty / "model.safetensors").unlink()
-    refused(empty, FileNotFoundError, "holds no weights: expected model.safetensors, or model.safetensors.index.json")
+    refused(empty, ValueError, "holds no safetensors files")
     (empty / "tokenizer.json").unlink()
     refused(empty, FileNotFoundError, "holds no tokenizer.json")
 
@@ -278,18 +292,18 @@ def test_damaged_and_foreign_sources_are_refused(source, tmp_path):
 
 def test_folders_that_hold_no_teacher_are_refused(converted, tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no such bundle"):
-        load_teacher(tmp_path / "nowhere")
+        load(tmp_path / "nowhere")
     other = shutil.copytree(converted, tmp_path / "other")
     content = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(content | {"teacher": content["teacher"] | {"width": 8}}))
     with pytest.raises(ValueError, match="config.json has been changed"):
-        load_teacher(other)
-    with pytest.raises(ValueError, match="does not hold what its config.json describes"):
-        load_teacher(other, verify=False)
+        load(other)
+    with pytest.raises(ValueError, match="does not fit this model: teacher/vision/"):
+        load(other, verify=False)
     del content["teacher"]
     (other / "config.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="is a bundle without a teacher"):
-        load_teacher(other, verify=False)
+    with pytest.raises(ValueError, match="lacks teacher; it has"):
+        load(other, verify=False, components=["teacher"])
 
 
 @pytest.mark.bad_input
@@ -300,7 +314,8 @@ def test_a_flipped_bit_in_a_teacher_is_found(converted, tmp_path, refuses, part)
     data = bytearray(largest.read_bytes())
     data[len(data) // 2] ^= 1
     largest.write_bytes(data)
-    refuses(lambda: load_teacher(other), "is not as it was written", str(largest.relative_to(other)))
+    read = {"teacher": load, "tokenizer": lambda folder: bundle.read_tokenizer(folder, load=load_backend)}[part]
+    refuses(lambda: read(other), "is not as it was written", str(largest.relative_to(other)))
 
 
 # What the published config.json of each size says of the parts that the teacher has.
@@ -338,8 +353,9 @@ def test_configs_of_the_published_sizes(output_width, mlp_width, vocab_size):
 
 
 def test_tokenize_pads_and_cuts(converted):
-    tokenizer = load_teacher(converted).tokenizer
-    ids, is_token = tokenize(tokenizer, ["red cat", "", "a red cat sits"], length=3)
+    ids, is_token = tokenize(
+        bundle.read_tokenizer(converted, load=load_backend), ["red cat", "", "a red cat sits"], length=3
+    )
     np.testing.assert_array_equal(ids, [[2, 3, 0], [0, 0, 0], [1, 2, 3]])
     np.testing.assert_array_equal(is_token, [[True, True, False], [False] * 3, [True] * 3])
     assert ids.dtype == np.int32

@@ -26,7 +26,7 @@ def describe(folder, **changes):
         name="teacher",
         records=caches.records_digest(folder),
         num_records=COUNT,
-        image_size=32,
+        size=(32, 32),
         network="a",
         arrays={"teacher_image": (WIDTH,), "teacher_text": (WIDTH,)},
         rows=4,
@@ -81,7 +81,7 @@ def test_a_writer_resumes_with_the_parts_that_are_missing(folder):
     ("changes", "words"),
     [
         ({"network": "b"}, "made by another network"),
-        ({"image_size": 64}, "images of 32 pixels, not 64"),
+        ({"size": (64, 64)}, "images of 32 x 32 pixels, not 64 x 64"),
         ({"options": {"cut": 3}}, "made with other settings"),
         ({"records": "0" * 64}, "made of other records"),
     ],
@@ -95,8 +95,8 @@ def test_a_cache_of_something_else_is_not_continued(folder, changes, words):
 
 
 def test_a_stream_refuses_a_cache_that_does_not_fit(folder):
-    fill(folder, describe(folder, image_size=64))
-    with pytest.raises(ValueError, match="images of 64 pixels, the run has image_size 32"):
+    fill(folder, describe(folder, size=(64, 64)))
+    with pytest.raises(ValueError, match="images of 64 x 64 pixels, the stream has 32 x 32"):
         stream(folder)
     with pytest.raises(ValueError, match="has no cached latents"):
         stream(folder, use_teacher=False, use_latents=True)

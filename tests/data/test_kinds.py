@@ -9,7 +9,6 @@ from unialign_jax.data import jsonl, kinds, records, streams
 from unialign_jax.data.records import Record
 from unialign_jax.data.shapes import tasks
 from unialign_jax.data.tokenizer import load_tokenizer
-from unialign_jax.inference import jobs
 from unialign_jax.training import config as config_lib
 
 # Of the first four records of each kind at 32 px, made before the kinds had numbers.
@@ -90,8 +89,8 @@ def test_the_table_agrees_with_the_others():
     for kind in kinds.KINDS.values():
         assert set(kind.fields) <= fields and kind.prompt in kind.fields
         assert ("conditions" in kind.fields) == (kind.num_conditions > 0)
-        assert set(kind.tasks) <= set(jobs.TASKS)
-    assert set(jobs.TASKS) == {task for kind in kinds.KINDS.values() for task in kind.tasks}
+        assert set(kind.tasks) <= set(kinds.TASKS)
+    assert set(kinds.TASKS) == {task for kind in kinds.KINDS.values() for task in kind.tasks}
     assert set(jsonl.READERS) == set(tasks.STREAMS) == set(kinds.KINDS)
     defaults = {name: kind.num_conditions for name, kind in kinds.KINDS.items()}
     assert defaults == {"text_to_image": 0, "edit": 1, "perception": 1, "personalization": 3, "vqa": 0}

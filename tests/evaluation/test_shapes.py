@@ -35,6 +35,7 @@ def changed(scene, rng):
     )
 
 
+@pytest.mark.slow
 def test_true_pictures_are_read_as_they_are_and_changed_ones_are_not():
     """At least 0.99 of true renderings; none of the pictures that differ in one attribute from what is claimed."""
     rng = np.random.default_rng(0)

@@ -1,6 +1,7 @@
 """Every task on a small bundle of random weights, against plain loops over the networks."""
 
 import dataclasses
+import inspect
 import io
 import json
 import logging
@@ -18,6 +19,8 @@ from unialign_jax import Pipeline, bundle
 from unialign_jax.bundle_config import write_content
 from unialign_jax.data.tokenizer import load_tokenizer
 from unialign_jax.diffusion.flow import sampling_sigmas
+from unialign_jax.inference.options import options_of
+from unialign_jax.inference.weights import bundle_loader
 from unialign_jax.integrity import checksums
 from unialign_jax.models.autoencoder import Moments, denormalize, make_autoencoder, sample_latents
 from unialign_jax.models.mmdit import MMDiT
@@ -25,6 +28,14 @@ from unialign_jax.models.text_encoder import TextEncoder
 from unialign_jax.sampling import programs
 
 SIDE = 32
+METHODS = {
+    "text_to_image": "generate",
+    "edit": "edit",
+    "perception": "perceive",
+    "personalization": "personalize",
+    "caption": "caption",
+    "vqa": "answer",
+}
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +90,7 @@ def test_generate_equals_a_plain_loop(pipeline, tiny_bundle):
     assert parameters["prompt"] == "a red circle" and parameters["seed"] == 5 and parameters["steps"] == 4
 
 
+@pytest.mark.slow
 def test_numbers_of_numpy_are_numbers(pipeline, tmp_path):
     options = {"steps": np.int64(1), "guidance_scale": np.float32(3)}
     (image,) = pipeline.personalize("a hat", picture(), **options)  # a single reference needs no list
@@ -89,6 +101,7 @@ def test_numbers_of_numpy_are_numbers(pipeline, tmp_path):
     assert json.loads((tmp_path / "talk/conversation.json").read_text())["edits"][0]["steps"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 3])
 def test_conditions_equal_a_plain_loop(count, pipeline, tiny_bundle):
     references = [picture(i) for i in range(count)]
@@ -102,6 +115,7 @@ def test_conditions_equal_a_plain_loop(count, pipeline, tiny_bundle):
     assert difference(image, other) > 20  # the conditions matter
 
 
+@pytest.mark.slow
 def test_an_image_does_not_depend_on_its_batch(pipeline):
     prompts, seeds = ["a red circle", "a blue square", "two green stars"], [3, 1, 4]
     together = pipeline.generate(prompts, steps=3, seeds=seeds)
@@ -116,6 +130,7 @@ def test_an_image_does_not_depend_on_its_batch(pipeline):
     assert difference(together[0], pipeline.generate(prompts[0], steps=3, seeds=4)[0]) > 20
 
 
+@pytest.mark.slow
 def test_a_caption_does_not_depend_on_its_batch(pipeline):
     images, seeds = [picture(i) for i in range(3)], [3, 1, 4]
     together = pipeline.caption(images, steps=4, seeds=seeds)
@@ -149,6 +164,7 @@ def test_captions_are_read_off_the_image_by_the_text_pass(cap, pipeline, tiny_bu
     assert pipeline.caption(picture(1), steps=1, temperature=0, max_tokens=cap) == [expected]
 
 
+@pytest.mark.slow
 def test_answers_are_read_off_the_image_and_the_question(pipeline, tiny_bundle):
     tokenizer, images = pipeline.tokenizer, [picture(0), picture(1)]
     questions = ["is the circle red ?", "where is the star ?"]
@@ -162,6 +178,7 @@ def test_answers_are_read_off_the_image_and_the_question(pipeline, tiny_bundle):
     assert pipeline.answer(images, questions, steps=1, temperature=0, max_tokens=4) == expected
 
 
+@pytest.mark.slow
 def test_a_caption_goes_on_from_its_prefix(pipeline, tiny_bundle):
     tokenizer = pipeline.tokenizer
     given = tokenizer.token_ids("a red star")
@@ -176,6 +193,7 @@ def test_a_caption_goes_on_from_its_prefix(pipeline, tiny_bundle):
     assert pipeline.caption(picture(1), prefix="a red star", seeds=1) != pipeline.caption(picture(1), seeds=1)
 
 
+@pytest.mark.slow
 def test_edits_keep_the_images_size(pipeline, caplog):
     images = [picture(0, (50, 37)), picture(1, (32, 64)), picture(2, (600, 300))]
     with caplog.at_level(logging.WARNING):
@@ -186,6 +204,7 @@ def test_edits_keep_the_images_size(pipeline, caplog):
     assert told.size == (32, 32)
 
 
+@pytest.mark.slow
 def test_values_compile_nothing(pipeline):
     compiled, image = [], picture()
 
@@ -205,6 +224,7 @@ def test_values_compile_nothing(pipeline):
     assert compiled  # the listener works
 
 
+@pytest.mark.slow
 def test_each_program_is_traced_once(positioned_bundle, monkeypatch):
     """Whatever the seeds, guidance, schedule, texts and images; each decoding is a program, here that of both tasks."""
     chex.clear_trace_counter()
@@ -219,6 +239,7 @@ def test_each_program_is_traced_once(positioned_bundle, monkeypatch):
         once.answer(image, "is it red ?", steps=3, max_tokens=4)
 
 
+@pytest.mark.slow
 def test_guidance_modes(pipeline):
     make = lambda **options: pipeline.generate("a red circle", steps=3, **options)[0]  # noqa: E731
     plain = make(guidance_scale=1.0)
@@ -233,6 +254,7 @@ def test_guidance_modes(pipeline):
     assert difference(edit(image_guidance_scale=3.0), edit()) > 3
 
 
+@pytest.mark.slow
 def test_a_callback_sees_every_step_and_changes_nothing(pipeline):
     steps = []
     (image,) = pipeline.generate("a red circle", steps=3, seeds=1, callback=steps.append)
@@ -242,30 +264,26 @@ def test_a_callback_sees_every_step_and_changes_nothing(pipeline):
     assert difference(steps[-1].images()[0], image) <= 1
 
 
-def test_low_memory_holds_one_component_and_changes_nothing(pipeline, tiny_bundle):
-    lean = Pipeline.from_bundle(tiny_bundle, low_memory=True)
-    assert difference(lean.generate("a red circle", steps=3)[0], pipeline.generate("a red circle", steps=3)[0]) == 0
-    assert set(lean._weights._resident) == {"autoencoder"}
-    assert lean.caption(picture(), steps=3) == pipeline.caption(picture(), steps=3)
-    assert set(lean._weights._resident) == {"transformer", "text_encoder"}
+def test_low_memory_frees_a_component_before_the_next_is_read_and_changes_nothing(pipeline, tiny_bundle):
+    config, read, held = bundle.read_config(tiny_bundle), {}, []
+    loader = bundle_loader(tiny_bundle, config, dtype="float32", device=jax.devices()[0])
 
-
-def test_low_memory_frees_a_component_before_the_next_is_read(tiny_bundle):
-    lean = Pipeline.from_bundle(tiny_bundle, low_memory=True)
-    read, held, load = {}, [], lean._weights._load
-
-    def watched(name):
+    def load(name):
         held.append((name, [other for other, leaf in read.items() if leaf() is not None]))
-        params = load(name)
+        params = loader(name)
         if leaves := jax.tree.leaves(params):
             read[name] = weakref.ref(leaves[0])
         return params
 
-    lean._weights._load = watched
-    lean.generate("a red circle", steps=3)
+    lean = Pipeline(config, load, bundle.read_tokenizer(tiny_bundle), low_memory=True)
+    assert difference(lean.generate("a red circle", steps=3)[0], pipeline.generate("a red circle", steps=3)[0]) == 0
     assert held == [("text_encoder", []), ("transformer", []), ("autoencoder", [])]
+    held.clear()
+    assert lean.caption(picture(), steps=3) == pipeline.caption(picture(), steps=3)
+    assert held == [("transformer", []), ("text_encoder", ["transformer"])]
 
 
+@pytest.mark.slow
 def test_a_conversation_is_kept_undone_and_replayed(pipeline, tmp_path):
     talk = pipeline.conversation(picture(), steps=2)
     first = talk.edit("make it green")
@@ -279,7 +297,7 @@ def test_a_conversation_is_kept_undone_and_replayed(pipeline, tmp_path):
     assert difference(talk.replay(picture(3)).image, second) > 3
     talk.save(tmp_path / "talk")
     kept = json.loads((tmp_path / "talk/conversation.json").read_text())
-    assert [step["seeds"] for step in kept["edits"]] == [0, 9]
+    assert [step["seed"] for step in kept["edits"]] == [0, 9]
     assert difference(Image.open(tmp_path / "talk/2.png"), second) == 0
     talk.save(tmp_path / "talk")  # its own folder
     (tmp_path / "mine").mkdir()
@@ -301,6 +319,7 @@ def test_long_prompts_are_cut_with_a_warning(pipeline, caplog):
     assert "cut off" in caplog.text and "a blue square" in caplog.text
 
 
+@pytest.mark.slow
 def test_long_questions_are_cut_with_a_warning(pipeline, caplog):
     image = Image.new("RGB", (32, 32))
     with caplog.at_level(logging.WARNING):
@@ -321,7 +340,7 @@ def test_long_questions_are_cut_with_a_warning(pipeline, caplog):
         (lambda p: p.generate([3]), "prompt 0 is a int, expected a text"),
         (lambda p: p.generate("x" * 2**21), "prompt 0 has 2,097,152 characters, expected at most"),
         (lambda p: p.generate("\ud800"), "prompt 0 holds half of a character"),
-        (lambda p: p.generate("a", negative_prompts=3), "negative_prompts is 3, expected a text"),
+        (lambda p: p.generate("a", negative_prompts=3), "negative_prompt is 3, expected a text"),
         (lambda p: p.generate("a", negative_prompts=[None]), "negative prompt 0 is a NoneType, expected a text"),
         (lambda p: p.generate("a", negative_prompts="\udfff"), "negative prompt 0 holds half of a character"),
         (lambda p: p.generate("a", height=10_000_000), "height is 10000000, expected a multiple of 8 up to 768"),
@@ -332,19 +351,22 @@ def test_long_questions_are_cut_with_a_warning(pipeline, caplog):
         (lambda p: p.generate("a", steps=True), "steps is True, expected a whole number"),
         (lambda p: p.generate("a", steps="28"), "steps is '28', expected a whole number"),
         (lambda p: p.generate("a", seeds=2**70), "seed is 1180591620717411303424, expected 0 to 4294967295"),
-        (lambda p: p.generate("a", seeds=True), "seeds is True, expected a whole number"),
-        (lambda p: p.generate("a", seeds="7"), "seeds is '7', expected a whole number"),
-        (lambda p: p.generate("a", seeds={7}), r"seeds is \{7\}, expected a whole number"),
-        (lambda p: p.generate("a", seeds=[[7]]), r"seeds is \[\[7\]\], expected a whole number"),
+        (lambda p: p.generate("a", seeds=True), "seed is True, expected a whole number"),
+        (lambda p: p.generate("a", seeds="7"), "seed is '7', expected a whole number"),
+        (lambda p: p.generate("a", seeds={7}), r"seed is \{7\}, expected a whole number"),
+        (lambda p: p.generate("a", seeds=[[7]]), r"seed is \[\[7\]\], expected a whole number"),
         (lambda p: p.generate("a", seeds=10**5000), "expected 0 to 4294967295"),
         (lambda p: p.generate("a", images_per_prompt=10**9), "images_per_prompt is 1000000000, expected"),
-        (lambda p: p.generate("a", guidance_scale="7"), "guidance_scale is '7', expected 0 to 100"),
-        (lambda p: p.generate("a", guidance_scale=True), "guidance_scale is True, expected 0 to 100"),
-        (lambda p: p.generate("a", guidance_scale=float("inf")), "guidance_scale is inf, expected 0 to 100"),
-        (lambda p: p.generate("a", guidance_scale=[7]), r"guidance_scale is \[7\], expected 0 to 100"),
+        (lambda p: p.generate("a", guidance_scale="7"), "guidance_scale is '7', expected a number from 0 to 100"),
+        (lambda p: p.generate("a", guidance_scale=True), "guidance_scale is True, expected a number from 0 to 100"),
+        (
+            lambda p: p.generate("a", guidance_scale=float("inf")),
+            "guidance_scale is inf, expected a number from 0 to 100",
+        ),
+        (lambda p: p.generate("a", guidance_scale=[7]), r"guidance_scale is \[7\], expected a number from 0 to 100"),
         (lambda p: p.generate("a", guidance_interval={0, 1}), "guidance_interval is {0, 1}, expected two"),
         (lambda p: p.generate("a", guidance_interval=(0, float("nan"))), "0 <= low <= high <= 1"),
-        (lambda p: p.generate("a", shift=0), "shift is 0, expected 0.01 to 100"),
+        (lambda p: p.generate("a", shift=0), "shift is 0, expected a number from 0.01 to 100"),
         (lambda p: p.generate("a", solver=["euler"]), r"solver is \['euler'\], expected one of"),
         (lambda p: p.edit("a", b"bytes"), "image 0 is a bytes, expected a PIL image or a path"),
         (lambda p: p.edit("a", io.BytesIO(b"x")), "image 0 is a BytesIO, expected a PIL image or a path"),
@@ -357,7 +379,10 @@ def test_long_questions_are_cut_with_a_warning(pipeline, caplog):
         (lambda p: p.perceive(["depth"], picture()), r"kind is \['depth'\], expected one of canny"),
         (lambda p: p.perceive("depth", picture(), instruction=""), "instruction 0 is empty"),
         (lambda p: p.personalize("a", []), "expected 1 to 4"),
-        (lambda p: p.caption(picture(), temperature=float("nan")), "temperature is nan, expected 0 to 100"),
+        (
+            lambda p: p.caption(picture(), temperature=float("nan")),
+            "temperature is nan, expected a number from 0 to 100",
+        ),
         (lambda p: p.caption(picture(), entropy_bound=-1), "entropy_bound is -1, expected a number of at least 0"),
         (lambda p: p.caption(picture(), text_length=10**9), "text_length is 1000000000, expected a whole number"),
         (lambda p: p.caption(picture(), max_tokens=True), "max_tokens is True, expected a whole number"),
@@ -374,10 +399,10 @@ def test_long_questions_are_cut_with_a_warning(pipeline, caplog):
         (lambda p: p.generate("a", height="32"), "height is '32', expected a multiple of 8"),
         (lambda p: p.generate("a", width=32.0), "width is 32.0, expected a multiple of 8"),
         (lambda p: p.edit("a", picture(), height=0), "height is 0, expected a multiple of 8"),
-        (lambda p: p.generate("a", seeds=1.5), "seeds is 1.5, expected a whole number"),
-        (lambda p: p.generate("a", seeds=[1.5]), r"seeds is \[1.5\], expected a whole number"),
-        (lambda p: p.generate("a", guidance_interval=None), "guidance_interval is None, expected two noise levels"),
-        (lambda p: p.generate("a", guidance_interval="ab"), "guidance_interval is 'ab', expected two noise levels"),
+        (lambda p: p.generate("a", seeds=1.5), "seed is 1.5, expected a whole number"),
+        (lambda p: p.generate("a", seeds=[1.5]), r"seed is \[1.5\], expected a whole number"),
+        (lambda p: p.generate("a", guidance_interval=None), "guidance_interval is None, expected two numbers"),
+        (lambda p: p.generate("a", guidance_interval="ab"), "guidance_interval is 'ab', expected two numbers"),
         (lambda p: p.personalize("a", [picture()], slots=9), "slots is 9, expected a whole number from 1 to 4"),
         (lambda p: p.conversation(picture()).edit("a", seeds=9), "a step of a conversation is one image"),
         (lambda p: p.conversation(picture(), images_per_prompt=2).edit("a"), "a step of a conversation is one image"),
@@ -408,6 +433,24 @@ def test_bad_input_is_one_clear_line(call, message, pipeline):
     assert "\n" not in str(error.value)
 
 
+def test_options_are_listed_and_other_names_stand_for_them(pipeline):
+    """The signature and the help of each method come from the table of options."""
+    for task, method in METHODS.items():
+        listed = inspect.signature(getattr(Pipeline, method)).parameters
+        documented = getattr(Pipeline, method).__doc__
+        for name, option in options_of(task).items():
+            assert name in listed and (name == "kind" or f"\n  {name}: {option.help}" in documented)
+    with pytest.raises(TypeError, match=r"perception takes no option promt"):
+        pipeline.perceive("depth", picture(), promt=1)
+    (image,) = pipeline.generate("a", steps=1, seed=3, images_per_prompt=1, negative_prompt="b")
+    (again,) = pipeline.generate("a", num_inference_steps=1, seeds=3, num_images_per_prompt=1, negative_prompts="b")
+    assert difference(image, again) == 0 and image.info == again.info
+    with pytest.raises(TypeError, match=r"text_to_image takes no option stepz \(nearest: steps\)"):
+        pipeline.generate("a", stepz=1)
+    with pytest.raises(ValueError, match="seed is given twice, also as seeds"):
+        pipeline.generate("a", seeds=1, seed=1)
+
+
 @pytest.mark.bad_input
 @pytest.mark.parametrize(
     "options, message",
@@ -436,6 +479,7 @@ def rewritten(source, target, **changes):
     return target
 
 
+@pytest.mark.slow
 def test_a_bundle_is_sampled_as_it_says_and_as_one_asks(tiny_bundle, tmp_path):
     sampling = {"steps": 2, "edit_steps": 1, "caption_steps": 3, "guidance_scale": 3.5, "shift": 2.0}
     pipeline = Pipeline.from_bundle(rewritten(tiny_bundle, tmp_path / "own", sampling=sampling))
@@ -444,13 +488,19 @@ def test_a_bundle_is_sampled_as_it_says_and_as_one_asks(tiny_bundle, tmp_path):
         parameters = json.loads(images[0].info["parameters"])
         return tuple(parameters[key] for key in ("task", "steps", "guidance_scale", "shift"))
 
-    assert made(pipeline.generate("a red circle")) == ("generate", 2, 3.5, 2.0)
-    assert made(pipeline.generate("a red circle", steps=1, guidance_scale=5.0, shift=1.0)) == ("generate", 1, 5.0, 1.0)
+    assert made(pipeline.generate("a red circle")) == ("text_to_image", 2, 3.5, 2.0)
+    assert made(pipeline.generate("a red circle", steps=1, guidance_scale=5.0, shift=1.0)) == (
+        "text_to_image",
+        1,
+        5.0,
+        1.0,
+    )
     assert made(pipeline.edit("make it green", picture())) == ("edit", 1, 3.5, 2.0)
-    assert made(pipeline.perceive("depth", picture())) == ("perceive", 1, 3.5, 2.0)
+    assert made(pipeline.perceive("depth", picture())) == ("perception", 1, 3.5, 2.0)
     assert pipeline.caption(picture()) == pipeline.caption(picture(), steps=3)
 
 
+@pytest.mark.slow
 def test_texts_are_decoded_as_the_bundle_says_and_as_one_asks(pipeline, tiny_bundle, positioned_bundle, tmp_path):
     question, surest = "is it red ?", {"decoding": "top_k", "temperature": 0}
     by_chance = {"decoding": "ancestral", "temperature": 1}
@@ -469,6 +519,7 @@ def test_texts_are_decoded_as_the_bundle_says_and_as_one_asks(pipeline, tiny_bun
     assert said.caption(picture(), seeds=4) != positioned.caption(picture(), seeds=4)
 
 
+@pytest.mark.slow
 def test_a_table_of_zeros_changes_nothing_and_another_does(pipeline, positioned_bundle, tmp_path):
     config, params = bundle.load(positioned_bundle)
     zeros = params["transformer"] | {"text_positions": np.zeros_like(params["transformer"]["text_positions"])}
@@ -496,6 +547,7 @@ def test_texts_longer_than_the_table_of_positions(positioned_bundle, tmp_path, r
     refuses(lambda: Pipeline.from_bundle(longer), "texts have 25 tokens, the transformer has positions for 24")
 
 
+@pytest.mark.slow
 def test_a_task_or_a_size_beyond_training_is_warned_of_once(tiny_bundle, tmp_path, caplog):
     pipeline = Pipeline.from_bundle(rewritten(tiny_bundle, tmp_path / "t2i", tasks=["t2i"]))
     with caplog.at_level(logging.WARNING):
@@ -504,7 +556,7 @@ def test_a_task_or_a_size_beyond_training_is_warned_of_once(tiny_bundle, tmp_pat
         for _ in range(2):
             pipeline.perceive("depth", picture(), steps=1, height=48, width=48)
     assert [message.split(str(tmp_path))[-1] for message in caplog.messages] == [
-        "/t2i was not trained for perceive, as far as it says (its tasks: t2i)",
+        "/t2i was not trained for perception, as far as it says (its tasks: text_to_image)",
         "sides beyond 32 pixels, which the model was trained at, may repeat what they show",
     ]
 
@@ -529,6 +581,7 @@ def shrunk(config, **changes):
     )
 
 
+@pytest.mark.slow
 def test_a_vocabulary_larger_than_the_tokenizer_says_nothing_that_is_none(pipeline, tiny_bundle, tmp_path):
     """Logits beyond the tokenizer's ids are never drawn, however large: as if the model had only the others."""
     config, params = bundle.load(tiny_bundle)

@@ -1,4 +1,4 @@
-"""Checksums of a folder's files: whatever changes is found."""
+"""Checksums of a folder's files: every change is found."""
 
 import json
 import random
@@ -24,7 +24,7 @@ def written(tmp_path_factory):
 
 @pytest.fixture
 def folder(written):
-    """The folder, put back as it was after the test."""
+    """The folder, restored after the test."""
     before = {path: path.read_bytes() for path in written.rglob("*") if path.is_file()}
     yield written
     for path, content in before.items():
@@ -41,9 +41,9 @@ def flip(path, *bits):
     path.write_bytes(content)
 
 
-def test_what_was_written_is_as_it_was_written(folder):
+def test_an_unchanged_folder_has_no_difference(folder):
     assert checksums.is_recorded(folder) and checksums.difference(folder) is None
-    (folder / "new").write_text("passed over")
+    (folder / "new").write_text("ignored")
     assert checksums.difference(folder) is None
     assert {path.name for path in folder.iterdir()} == {"empty", "one", "deep", "new", checksums.RECORD}
 
@@ -60,7 +60,7 @@ def test_every_flipped_bit_is_found(folder):
 
 @pytest.mark.parametrize("places", [(0, 1), (0, 512), (7, 7 + 512 * 3, 100)], ids=str)
 def test_flips_that_cancel_in_a_row_or_a_column_are_found(folder, places):
-    """The highest bit of 64-bit words, of which two add up to nothing."""
+    """Flips of the highest bit in two 64-bit words cancel in their sum."""
     flip(folder / "deep/square", *(64 * place + 63 for place in places))
     assert checksums.difference(folder)
 

@@ -1,10 +1,11 @@
-"""launch/ablate.py: intervals, its table and picture, and going on where it stopped. Nothing is trained here."""
+"""launch/ablate.py: its runs, its table and picture, and resuming. Nothing is trained here."""
 
 import json
 
-import numpy as np
 import pytest
 from PIL import Image
+
+from unialign_jax.evaluation import ablation
 
 
 @pytest.fixture
@@ -12,20 +13,11 @@ def ablate(launch_command):
     return launch_command("ablate")
 
 
-def figures(ablate, value):
-    return {name: value for _, name, _, _ in ablate.FIGURES}
+def figures(value):
+    return {name: value for _, name, _, _ in ablation.FIGURES}
 
 
-def test_intervals_are_students(ablate):
-    """By the printed tables of t: 12.706 for two values, 4.303 for three, 2.262 for ten."""
-    for count, quantile in ((2, 12.706), (3, 4.303), (10, 2.262)):
-        values = list(np.random.default_rng(count).normal(size=count))
-        wanted = np.mean(values), quantile * np.std(values, ddof=1) / np.sqrt(count)
-        np.testing.assert_allclose(ablate.interval(values), wanted, rtol=1e-3)
-    assert ablate.interval([3.0]) == (3.0, float("inf"))
-
-
-def test_it_goes_on_where_it_stopped_and_writes_table_and_picture(ablate, monkeypatch, tmp_path, capsys):
+def test_it_resumes_and_writes_table_and_picture(ablate, monkeypatch, tmp_path, capsys):
     trained = []
 
     def train(arguments, variant, seed, stage):
@@ -34,12 +26,12 @@ def test_it_goes_on_where_it_stopped_and_writes_table_and_picture(ablate, monkey
             raise ValueError("the power went")
         trained.append(f"{variant}/{seed}/{stage}")
 
-    def evaluate(arguments, folder, stage):
+    def evaluate(folder, stage, scenes):
         seed = int(folder.parent.name.removeprefix("seed"))
-        return figures(ablate, (0.5 if "both" in str(folder) else 0.25) + 0.1 * seed)
+        return figures((0.5 if "both" in str(folder) else 0.25) + 0.1 * seed)
 
     monkeypatch.setattr(ablate, "train", train)
-    monkeypatch.setattr(ablate, "evaluate", evaluate)
+    monkeypatch.setattr(ablation, "evaluate", evaluate)
     command = [f"--output={tmp_path}", "--variants=both,neither", "--seeds=2"]
     assert ablate.main(command) == 1
     assert "error: the power went" in capsys.readouterr().err
@@ -54,7 +46,7 @@ def test_it_goes_on_where_it_stopped_and_writes_table_and_picture(ablate, monkey
 
 def test_what_a_run_is_trained_with(ablate, tmp_path):
     """Every change is one that the stages know, and the variants differ in their terms alone."""
-    from unialign_jax.training.stages import read_config
+    from unialign_jax.training.config import read_config
 
     arguments = ablate.parse_arguments([f"--output={tmp_path}", "--variants=both,neither"])
     configs = {
@@ -68,6 +60,12 @@ def test_what_a_run_is_trained_with(ablate, tmp_path):
         assert both.loss_weights.cross_modal > 0 and both.loss_weights.intrinsic_modal > 0
         assert both.seed == neither.seed == 1
         assert neither.init_from == ("" if stage == "stage1" else f"{tmp_path}/neither/seed1/stage1")
+
+
+def test_changes_of_the_user_come_last(ablate, tmp_path):
+    for option in ("--config.ema_decay=0.5", "--set=ema_decay=0.5"):
+        arguments = ablate.parse_arguments([f"--output={tmp_path}", option])
+        assert ablate.run_changes(arguments, "both", 0, "stage1")[-1] == "ema_decay=0.5"
 
 
 @pytest.mark.bad_input

@@ -21,12 +21,13 @@ def nothing_is_compiled(monkeypatch):
     """The compiler and other processes are out of reach: what gets so far fails."""
     import subprocess
 
-    from unialign_jax.planning import sampling_plan
+    from unialign_jax.planning import sweep, topology
 
     def reached(*_, **__):
         raise AssertionError("reached the work")
 
-    monkeypatch.setattr(sampling_plan, "topology_devices", reached)
+    monkeypatch.setattr(topology, "topology_devices", reached)
+    monkeypatch.setattr(sweep, "topology_devices", reached)
     monkeypatch.setattr(subprocess, "run", reached)
     monkeypatch.setattr(subprocess, "Popen", reached)
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
@@ -35,7 +36,7 @@ def nothing_is_compiled(monkeypatch):
 
 PLAN = [
     # Slices
-    ([STAGE, "--topology=v5e"], "topology is 'v5e', expected such as v4:4x4x4"),
+    ([STAGE, "--topology=v5e"], "topology is 'v5e', expected such as v4:4x4x4 or v4-128, v5e-256"),
     ([STAGE, "--topology="], "topology is ''"),
     ([STAGE, "--topology=v3-8"], "topology is 'v3-8'"),
     ([STAGE, "--topology=V5E-16"], "topology is 'V5E-16'"),
@@ -66,7 +67,7 @@ PLAN = [
     ([STAGE, "--config.image_size=500"], "image_size"),
     # Sampling
     (["--task=paint"], "invalid choice: 'paint'"),
-    (["--task=t2i", "--size=500"], "size is 500, expected a multiple of 16"),
+    (["--task=t2i", "--size=500"], "size is 500, expected a multiple of 16 up to 3072, such as 496"),
     (["--task=t2i", "--size=0"], "size is 0"),
     (["--task=edit", "--size=-512"], "size is -512"),
     (["--task=t2i", "--size=1e3"], "invalid int value: '1e3'"),
@@ -79,9 +80,10 @@ PLAN = [
     (["--task=t2i", STAGE], "not allowed with argument"),
     (["--task=t2i", "--config.image_size=256"], "--config.KEY=VALUE does not go with --task"),
     ([STAGE, "--all"], "--all needs --config="),
-    ([STAGE, "--all", "--output=FOLDER", "--topologies=v4-128,"], "topology is ''"),
-    ([STAGE, "--all", "--output=FOLDER", "--topologies=0xv5e-256"], "topology is '0xv5e-256'"),
-    ([STAGE, "--all", "--output=FILE"], "FILE cannot be a folder: File exists"),
+    ([STAGE, "--all", "--output=FOLDER/plans.json", "--topologies=v4-128,"], "topology is ''"),
+    ([STAGE, "--all", "--output=FOLDER/plans.json", "--topologies=0xv5e-256"], "topology is '0xv5e-256'"),
+    ([STAGE, "--all", "--output=FOLDER"], "FOLDER is a folder"),
+    ([STAGE, "--all", "--output=FILE"], "not replaced", "FILE is not JSON"),
     # Outputs
     (["--task=t2i", "--output=missing/plan.json"], "there is no folder missing"),
     (["--task=t2i", "--output=FOLDER"], "FOLDER is a folder"),

@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from unialign_jax.environment import missing_package
+from unialign_jax.command_line import missing_package
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ("train", "generate", "convert", "prepare_data", "plan", "benchmark", "evaluate")
@@ -28,13 +28,16 @@ SOUND = {
     "pytest": "9.0.3",  # temporary folders of others (CVE-2025-71176)
 }
 
+TRAINING = ("tensorflow_datasets", "pyarrow", "grain", "array_record", "tensorboardX")
+
 
 def requirements(name):
     lines = (ROOT / name).read_text().splitlines()
     return [Requirement(line) for line in lines if line and not line.startswith("#")]
 
 
-REQUIRED = requirements("requirements.txt") + requirements("requirements-test.txt")
+FILES = ("requirements.txt", "requirements-fast.txt", "requirements-test.txt")
+REQUIRED = [requirement for name in FILES for requirement in requirements(name)]
 LOCKED = {canonicalize_name(line.name): line for line in requirements("requirements.lock")}
 
 
@@ -182,4 +185,57 @@ def test_what_to_do_about_a_missing_package(tmp_path):
     said = missing_package(absent, tmp_path, "/usr")
     assert "no package ml_collections" in said and "is not active: source " in said
     assert said.endswith(".venv/bin/activate") and "\n" not in said
-    assert "pip install" in missing_package(absent, tmp_path, str(tmp_path / ".venv"))
+    assert "pip install -r" in missing_package(absent, tmp_path, str(tmp_path / ".venv"))
+    (tmp_path / "unialign_jax_commands").mkdir()
+    assert "pip install '.[train]'" in missing_package(absent, tmp_path, "/usr")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """A folder that holds what `pip install .` installs of this repository."""
+    pytest.importorskip("setuptools")
+    copy, built = tmp_path_factory.mktemp("repository"), tmp_path_factory.mktemp("built")
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", *FILES):
+        shutil.copy(ROOT / name, copy)
+    for name in ("unialign_jax", "launch", "configs"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-w", built]
+    subprocess.run([*build, copy], check=True)
+    (wheel,) = built.glob("*.whl")
+    shutil.unpack_archive(wheel, built / "site", "zip")
+    return built / "site"
+
+
+def installed(site, tmp_path, *arguments):
+    """`unialign-jax ARGUMENTS` of an installation without the packages of training and of the test suite."""
+    script = importlib.metadata.Distribution.at(*site.glob("*.dist-info")).entry_points["unialign-jax"]
+    code = f"import sys; sys.modules.update(dict.fromkeys({TRAINING + ('torch', 'diffusers')}))\n"
+    code += f"sys.path.insert(0, {str(site)!r}); sys.argv = {['unialign-jax', *arguments]}\n"
+    code += f"from {script.module} import {script.attr}; {script.attr}()"
+    return subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_an_installation_without_the_packages_of_training_makes_an_image(site, tmp_path, compilation_cache):
+    (metadata,) = (importlib.metadata.Distribution.at(folder) for folder in site.glob("*.dist-info"))
+    base = [line for line in map(Requirement, metadata.requires) if not line.marker]
+    assert needed(line.name for line in base).isdisjoint(canonicalize_name(name) for name in TRAINING)
+    assert {*base, *(Requirement(str(r).partition(";")[0]) for r in metadata.requires if "train" in r)} == set(
+        requirements("requirements.txt")
+    )
+    options = ["--bundle=demo", "--task=t2i", "--prompt=a red circle", "--steps=2", "--output=circle.png"]
+    options.append(f"--compilation-cache={compilation_cache}")
+    done = installed(site, tmp_path, "generate", *options)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "circle.png").is_file()
+
+
+@pytest.mark.slow
+def test_the_installed_command_finds_commands_and_stages(site, tmp_path):
+    said = installed(site, tmp_path, "--help").stdout
+    for path in (ROOT / "launch").glob("*.py"):
+        assert path.stem == "commands" or f"  {path.stem.replace('_', '-')} " in said
+    done = installed(site, tmp_path, "train", "--config=configs/stage1.py:tiny", "--workdir=run")
+    assert done.returncode == 1 and "; `pip install '.[train]'` in the folder" in done.stderr  # it has read the stage
+    done = installed(site, tmp_path, "paint")
+    assert done.returncode == 1 and done.stderr.startswith("error: no command paint; there are ")

@@ -15,6 +15,7 @@ from PIL import Image
 
 from unialign_jax import Pipeline
 from unialign_jax.bundle_config import write_content
+from unialign_jax.inference import opening
 from unialign_jax.models.sizes import ImageSizes
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launch/generate.py"
@@ -29,9 +30,9 @@ def command():
 
 
 @pytest.fixture(autouse=True)
-def no_cache_at_home(command, monkeypatch):
+def no_cache_at_home(monkeypatch):
     """The tests' own compilation cache stays."""
-    monkeypatch.setattr(command, "keep_compiled", lambda directory: None)
+    monkeypatch.setattr(opening, "keep_compiled", lambda directory: None)
 
 
 @pytest.fixture(scope="module")
@@ -69,16 +70,17 @@ def run(command, *arguments):
         return stopped.code
 
 
+@pytest.mark.slow
 def test_jobs_of_every_task(command, opened, tiny_bundle, photo, tmp_path, capsys):
     rows = [
-        {"id": "a", "task": "t2i", "prompt": "a red circle", "seed": 5, "steps": 2},
+        {"id": "a", "task": "text_to_image", "prompt": "a red circle", "seed": 5, "steps": 2},
         {"id": "e", "task": "edit", "instruction": "make it blue", "image": "photo.png", "steps": 2},
         {"id": "p", "task": "perceive", "kind": "depth", "image": "photo.png", "steps": 2},
         {"task": "draw"},
         {"id": "r", "task": "personalize", "prompt": "it", "images": ["photo.png"], "slots": 1, "steps": 2},
         {"id": "c", "task": "caption", "image": "photo.png", "steps": 2, "seed": 3},
         {"id": "v", "task": "vqa", "question": "what colour?", "image": "photo.png", "steps": 2, "max_tokens": 4},
-        {"id": "b", "task": "t2i", "prompt": "a blue square", "seed": 6, "steps": 2},
+        {"id": "b", "task": "text_to_image", "prompt": "a blue square", "seed": 6, "steps": 2},
     ]
     (tmp_path / "jobs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     arguments = [f"--bundle={tiny_bundle}", f"--jobs={tmp_path}/jobs.jsonl", f"--output={tmp_path}/out", "--batch=2"]
@@ -101,7 +103,15 @@ def test_jobs_of_every_task(command, opened, tiny_bundle, photo, tmp_path, capsy
 
     with Image.open(tmp_path / "out/p.png") as image:
         parameters = json.loads(image.text["parameters"])
-    expected = {"task": "perceive", "kind": "depth", "id": "p", "seed": 0, "steps": 2, "solver": "euler", "height": 32}
+    expected = {
+        "task": "perception",
+        "kind": "depth",
+        "id": "p",
+        "seed": 0,
+        "steps": 2,
+        "solver": "euler",
+        "height": 32,
+    }
     expected |= {"guidance_scale": 7.0, "bundle": tiny_bundle.name, "quantize": None, "unialign_jax": "0.1.0"}
     assert expected.items() <= parameters.items()
     assert parameters["prompt"].startswith("Provide a detailed depth map")
@@ -122,7 +132,7 @@ def test_one_call_makes_what_a_job_makes(command, tiny_bundle, opened, tmp_path,
         np.testing.assert_array_equal(pixels(tmp_path / f"new/fox_{number}.png"), pixels(image))
     with Image.open(tmp_path / "new/fox_1.png") as image:
         parameters = json.loads(image.text["parameters"])
-    assert (parameters["task"], parameters["seed"], "id" in parameters) == ("t2i", 5, False)
+    assert (parameters["task"], parameters["seed"], "id" in parameters) == ("text_to_image", 5, False)
 
 
 def test_a_text_is_printed_and_written(command, tiny_bundle, opened, photo, tmp_path, capsys):
@@ -158,12 +168,15 @@ def test_how_the_bundle_is_opened(command, tiny_bundle):
     [
         ([], "give --task, or --jobs for many"),
         (["--task=draw"], "invalid choice: 'draw'"),
-        (["--task=t2i", "--prompt=a"], "t2i needs --output, a name that ends in .png"),
-        (["--task=t2i", "--prompt=a", "--output=OUT/a.jpg"], "t2i needs --output, a name that ends in .png"),
-        (["--task=t2i", "--output=OUT/a.png"], "--prompt is not given; t2i needs one"),
+        (["--task=t2i", "--prompt=a"], "text_to_image needs --output, a name that ends in .png"),
+        (["--task=t2i", "--prompt=a", "--output=OUT/a.jpg"], "text_to_image needs --output, a name that ends in .png"),
+        (["--task=t2i", "--output=OUT/a.png"], "--prompt is not given; text_to_image needs one"),
         (["--task=t2i", "--prompt=", "--output=OUT/a.png"], '--prompt is "", expected a text that is not empty'),
-        (["--task=t2i", "--prompt=a", "--max-tokens=3", "--output=OUT/a.png"], "t2i takes no --max-tokens; it takes"),
-        (["--task=t2i", "--prompt=a", "--kind=pose", "--output=OUT/a.png"], "t2i takes no --kind"),
+        (
+            ["--task=t2i", "--prompt=a", "--max-tokens=3", "--output=OUT/a.png"],
+            "text_to_image takes no --max-tokens; it takes",
+        ),
+        (["--task=t2i", "--prompt=a", "--kind=pose", "--output=OUT/a.png"], "text_to_image takes no --kind"),
         (["--task=t2i", "--prompt=a", "--steps=many", "--output=OUT/a.png"], '--steps is "many", expected a whole'),
         (["--task=t2i", "--prompt=a", "--guidance-interval=1", "--output=OUT/a.png"], "expected two numbers, 0 <= low"),
         (["--task=t2i", "--prompt=a", "--height=36", "--output=OUT/a.png"], "height is 36, expected a multiple of 8"),
@@ -206,7 +219,10 @@ def test_how_the_bundle_is_opened(command, tiny_bundle):
             ["--task=t2i", "--prompt=a", "--width=0", "--output=OUT/a.png"],
             "--width is 0, expected a whole number of at",
         ),
-        (["--task=t2i", "--prompt=a", "--count=1000000", "--output=OUT/a.png"], "--count is 1000000, expected"),
+        (
+            ["--task=t2i", "--prompt=a", "--count=1000000", "--output=OUT/a.png"],
+            "--images-per-prompt is 1000000, expected",
+        ),
         (["--task=t2i", "--prompt=\udcff", "--output=OUT/a.png"], "expected a text that is not empty"),
         (["--task=t2i", "--prompt=a", "--weights=ema", "--output=OUT/a.png"], "--weights goes with a run's folder"),
         (["--task=t2i", "--prompt=a", "--weights=best", "--output=OUT/a.png"], "invalid choice: 'best'"),
@@ -220,7 +236,7 @@ def test_how_the_bundle_is_opened(command, tiny_bundle):
 )
 def test_errors_are_one_line(command, opened, tiny_bundle, photo, tmp_path, capsys, arguments, message):
     (tmp_path / "folder.png").mkdir()
-    row = json.dumps({"id": "x", "task": "t2i", "prompt": "a"}) + "\n"
+    row = json.dumps({"id": "x", "task": "text_to_image", "prompt": "a"}) + "\n"
     (tmp_path / "jobs.jsonl").write_text(row * 2)
     (tmp_path / "one.jsonl").write_text(row)
     (tmp_path / "b_1.png").write_text("mine")
@@ -250,7 +266,7 @@ def test_a_bundle_that_will_not_do(command, tiny_bundle, tmp_path, capsys):
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith("error: ") and message in error
         jobs = tmp_path / "jobs.jsonl"
-        jobs.write_text('{"task": "t2i", "prompt": "a"}')
+        jobs.write_text('{"task": "text_to_image", "prompt": "a"}')
         assert run(command, f"--bundle={bundle}", f"--jobs={jobs}", f"--output={tmp_path}/out") == 1
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith("error: ") and message in error
@@ -264,7 +280,7 @@ def test_signals_keep_what_is_done(command, tiny_bundle, tmp_path, capsys, monke
         def load(self):
             pass
 
-        def generate(self, prompts, *, seeds, **options):
+        def generate(self, prompts, *, seed, **options):
             if "stop" in prompts:
                 os.kill(os.getpid(), number)
             return [Image.new("RGB", (16, 16)) for _ in prompts]
@@ -273,13 +289,11 @@ def test_signals_keep_what_is_done(command, tiny_bundle, tmp_path, capsys, monke
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell starts us with it ignored
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    rows = [{"task": "t2i", "prompt": prompt} for prompt in ("a", "b", "stop", "c")]
+    rows = [{"task": "text_to_image", "prompt": prompt} for prompt in ("a", "b", "stop", "c")]
     (tmp_path / "jobs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     arguments = [f"--bundle={tiny_bundle}", f"--jobs={tmp_path}/jobs.jsonl", f"--output={tmp_path}/out", "--batch=1"]
     assert run(command, *arguments) == status
-    assert capsys.readouterr().err == (
-        "interrupted: 2 of 4 jobs are done and kept; the same command goes on from there\n"
-    )
+    assert capsys.readouterr().err == ("interrupted: 2 of 4 jobs are done and kept; the same command resumes there\n")
     assert [json.loads(line)["id"] for line in open(tmp_path / "out/results.jsonl")] == ["000001", "000002"]
     arguments = [f"--bundle={tiny_bundle}", "--task=t2i", "--prompt=stop", f"--output={tmp_path}/a.png"]
     assert run(command, *arguments) == status
@@ -293,7 +307,9 @@ def test_damaged_weights_are_one_error(command, tiny_bundle, tmp_path, capsys):
     for path in (damaged / "transformer").rglob("*"):
         if path.is_file() and path.stat().st_size > 10_000:
             path.write_bytes(b"")
-    (tmp_path / "jobs.jsonl").write_text('{"task": "t2i", "prompt": "a"}\n{"task": "t2i", "prompt": "b"}\n')
+    (tmp_path / "jobs.jsonl").write_text(
+        '{"task": "text_to_image", "prompt": "a"}\n{"task": "text_to_image", "prompt": "b"}\n'
+    )
     assert run(command, f"--bundle={damaged}", f"--jobs={tmp_path}/jobs.jsonl", f"--output={tmp_path}/out") == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith(f"error: {damaged} is not as it was written: transformer/")
@@ -319,9 +335,9 @@ def test_memory_that_is_short_is_said(command, tiny_bundle, tmp_path, capsys, mo
 def test_help_teaches(command, capsys):
     assert run(command, "--help") == 0
     said = capsys.readouterr().out
-    for task in command.jobs.TASKS:
+    for task in command.TASKS:
         assert f"--task={task} " in said
-    for key in command.jobs.OPTIONS:
+    for key in command.OPTIONS:
         assert f"--{key.replace('_', '-')} " in said
 
 

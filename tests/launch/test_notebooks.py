@@ -6,10 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pytest
-from nbclient import NotebookClient
 from PIL import Image
 
 from unialign_jax import bundle
@@ -19,6 +17,9 @@ from unialign_jax.models.autoencoder import AutoencoderConfig
 from unialign_jax.models.mmdit import MMDiTConfig
 from unialign_jax.models.text_encoder import TextEncoderConfig
 
+nbformat = pytest.importorskip("nbformat")
+NotebookClient = pytest.importorskip("nbclient").NotebookClient
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "launch/colab").glob("*.ipynb"))
 NAMES = ("quickstart.ipynb", "unialign_tpu.ipynb")

@@ -3,8 +3,9 @@ import jax.numpy as jnp
 import pytest
 
 from unialign_jax.models import flops
-from unialign_jax.models.autoencoder import AutoencoderConfig
+from unialign_jax.models.autoencoder import AutoencoderConfig, make_autoencoder
 from unialign_jax.models.mmdit import AlignmentHeadsConfig, MMDiTConfig
+from unialign_jax.models.presets import AUTOENCODER
 from unialign_jax.models.text_encoder import TextEncoderConfig
 
 TERA = 1e12
@@ -111,6 +112,19 @@ def test_autoencoder_equals_torch(image_size):
     side = image_size // 8
     counted = torch_flops(build, lambda vae, torch: vae.decoder(torch.empty(1, 16, side, side)))
     assert flops.autoencoder_decode(SD3_VAE, image_size=image_size) == counted
+
+
+def test_an_encoder_without_residual_blocks_counts_its_kernels():
+    """2 FLOPs for each weight of a kernel at each position, and attention over 64 positions of width 64."""
+    config = AUTOENCODER["tiny"]
+    images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    shapes = jax.eval_shape(make_autoencoder(config).init, jax.random.key(0), images)["params"]["encoder"]
+    side = {"conv_in": 64, "down_0_downsample": 32, "down_1_downsample": 16}  # 8 everywhere else
+    counted = 2 * 2 * 64 * 64 * 64
+    for name, layer in shapes.items():
+        kernels = [leaf for leaf in jax.tree.leaves(layer) if leaf.ndim > 1]
+        counted += sum(2 * kernel.size * side.get(name, 8) ** 2 for kernel in kernels)
+    assert flops.autoencoder_encode(config, image_size=64) == counted
 
 
 def test_text_encoder_equals_torch():

@@ -14,11 +14,13 @@ from unialign_jax.models.mmdit import (
     MMDiT,
     MMDiTConfig,
     block_modulations,
+    in_pairs,
     patchify,
     position_table,
     unpatchify,
     without_modulations,
 )
+from unialign_jax.parallel.mesh import make_mesh
 
 SMALL = MMDiTConfig(
     depth=3,
@@ -69,6 +71,31 @@ def test_full_size_has_the_reference_parameter_counts():
     assert count(AlignmentHeads(presets.ALIGNMENT_HEADS["unialign_2b"]), *taps) == 20_982_784
 
 
+def test_one_forward_of_pairs_is_two_forwards():
+    """Outputs, and the gradient of a function of them all."""
+    noisy, text, sigma, _ = inputs(SMALL)
+    clean, other, zeros = noisy[::-1], text[::-1], 0 * sigma
+    apply = lambda params, *args, **options: MMDiT(SMALL).apply({"params": params}, *args, **options)  # noqa: E731
+
+    def apart(params):
+        text_pass = apply(params, clean, other, zeros)
+        ours = {name: getattr(text_pass, name) for name in ("text_logits", "text_features", "text_tap")}
+        return apply(params, noisy, text, sigma)._replace(**ours)
+
+    def paired(params):
+        return apply(params, in_pairs(noisy, clean), in_pairs(text, other), in_pairs(sigma, zeros), paired=True)
+
+    def with_gradient(passes):
+        def total(params):
+            outputs = passes(params)
+            return sum(jnp.sum(jnp.sin(x)) for x in outputs), outputs
+
+        return jax.jit(jax.grad(total, has_aux=True))(random_params(SMALL))
+
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * max(1, np.abs(a).max()))  # noqa: E731
+    jax.tree.map(close, with_gradient(apart), with_gradient(paired))
+
+
 def test_full_size_output_shapes():
     config = presets.MMDIT["unialign_2b"]
     # 512 px: 64 x 64 latents, three conditions as in the reference's composition task.
@@ -112,6 +139,7 @@ def test_taps_are_what_leaves_block_tap_depth():
     assert whole.image_tap.shape == (2, 12, 32)
 
 
+@pytest.mark.slow
 def test_conditions_matter_and_their_order_does_not():
     # The reference gives every condition the same positions and no index: a set, not a list.
     params, (latents, text, sigma, conditions) = random_params(SMALL), inputs(SMALL)
@@ -122,6 +150,7 @@ def test_conditions_matter_and_their_order_does_not():
     assert jnp.max(jnp.abs(out.velocity - without.velocity)) > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.0)])
 def test_modulations_made_ahead_change_nothing(dtype, tolerance):
     config = dataclasses.replace(SMALL, dtype=dtype)
@@ -146,6 +175,7 @@ def test_modulations_made_ahead_change_nothing(dtype, tolerance):
         at(table)
 
 
+@pytest.mark.slow
 def test_untrained_network_predicts_zero_velocity_and_passes_its_input_through():
     latents, text, sigma, _ = inputs(SMALL)
     params = jax.jit(MMDiT(SMALL).init)(jax.random.key(0), latents, text, sigma)["params"]
@@ -155,6 +185,7 @@ def test_untrained_network_predicts_zero_velocity_and_passes_its_input_through()
     np.testing.assert_allclose(out.text_tap, embedded, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["block", "dots", "offload"])
 def test_remat_changes_no_gradient(remat):
     params, args = random_params(SMALL), inputs(SMALL)
@@ -166,6 +197,15 @@ def test_remat_changes_no_gradient(remat):
     plain, rematted = gradient(SMALL), gradient(dataclasses.replace(SMALL, remat=remat))
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(rematted), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.abs(a).max()))
+
+
+def test_the_gradient_of_every_weight_is_reduce_scattered():
+    """Those that the table splits: five in each stream of a block, the two embeddings and the two heads."""
+    params, args = random_params(SMALL), inputs(SMALL, batch=8)[:3]
+    loss = lambda p: sum(jnp.sum(x**2) for x in MMDiT(SMALL).apply({"params": p}, *args))  # noqa: E731
+    with jax.set_mesh(make_mesh(fsdp=8)):
+        text = jax.jit(jax.grad(loss)).lower(params).as_text()
+    assert text.count("stablehlo.reduce_scatter") == 2 * 5 + 4
 
 
 def test_bfloat16_stays_near_float32():
@@ -203,12 +243,14 @@ PLAIN = dataclasses.replace(SMALL, depth=1, tap_depth=1)
 POSITIONED = dataclasses.replace(PLAIN, text_positions=5)
 
 
+@pytest.mark.slow
 def test_a_table_of_zeros_is_bit_for_bit_no_table():
     plain = run(PLAIN, random_params(PLAIN), *inputs(PLAIN))
     zeros = run(POSITIONED, random_params(PLAIN) | {"text_positions": jnp.zeros((5, PLAIN.width))}, *inputs(PLAIN))
     jax.tree.map(np.testing.assert_array_equal, zeros, plain)
 
 
+@pytest.mark.slow
 def test_every_token_gets_the_row_of_its_place():
     """Beside a table: its first row in the bias of `text_embed`, for one token; and tokens that change places."""
     rows = np.random.default_rng(2).normal(size=(5, PLAIN.width)).astype(np.float32)

@@ -20,6 +20,7 @@ from unialign_jax.models.teacher import (
     resized_size,
 )
 from unialign_jax.parallel import sharding
+from unialign_jax.parallel.mesh import make_mesh
 
 TINY = TeacherConfig(
     depth=4,
@@ -128,6 +129,7 @@ def test_init_makes_the_tree_that_torch_fills(params):
     assert {x.dtype for x in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
 
 
+@pytest.mark.slow
 # One window and a bit each way; whole windows (where the library adds an empty one); less than one window.
 @pytest.mark.parametrize("batch, grid", [(1, (10, 14)), (3, (16, 8)), (2, (4, 6))])
 def test_tower_equals_the_transformers_library(torch_tower, params, batch, grid):
@@ -145,6 +147,7 @@ def test_tower_equals_the_transformers_library(torch_tower, params, batch, grid)
     assert error < 3e-5, f"relative to the output's scale: {error:.1e}"
 
 
+@pytest.mark.slow
 def test_windows_and_full_layers_are_where_the_config_says(torch_tower, params):
     """Outside its window a patch is read only through the full layers: without them, the rest must not notice it."""
     grid = (16, 8)  # two windows of 8 x 8 patches, one above the other
@@ -186,6 +189,7 @@ def library_patches(images):
     return processor(images=resized, input_data_format="channels_first", return_tensors="pt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(512, 512), (64, 64), (100, 61), (300, 40), (40, 300), (84, 112)])
 def test_preprocessing_equals_torch_and_the_transformers_library(size):
     pytest.importorskip("torch")
@@ -224,6 +228,7 @@ def test_sizes_equal_the_transformers_library():
         assert resized_size(int(height), int(width), config) == expected
 
 
+@pytest.mark.slow
 def test_image_features_equal_torch_from_pixels_on(torch_tower, params):
     """The whole way of a batch that is not square: the library's processor, its tower, and a mean over tokens."""
     import torch
@@ -243,9 +248,10 @@ def test_image_features_equal_torch_from_pixels_on(torch_tower, params):
     np.testing.assert_allclose(features, expected, rtol=0, atol=1e-4 * expected.abs().max())
 
 
+@pytest.mark.slow
 def test_features_are_the_same_on_a_mesh(params):
     """Eight devices, batch and parameters split, both kinds of attention inside one scan: the numbers stay."""
-    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
     images = np.stack(images_of([(84, 140)] * 4, seed=7))
     encode = functools.partial(encode_images, config=TINY)
     expected = np.asarray(jax.jit(encode)(params, images))
@@ -297,6 +303,7 @@ def test_the_reference_image_gives_324_tokens():
     assert tokens.shape == (2, 324, 3584)
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_near_float32(params):
     images = jnp.stack(images_of([(84, 112)]))
     exact = jax.jit(functools.partial(encode_images, config=TINY))(params, images)

@@ -12,7 +12,6 @@ from unialign_jax.models.text_encoder import (
     TextEncoder,
     TextEncoderConfig,
     relative_buckets,
-    with_mask_embedding,
 )
 
 TINY = TextEncoderConfig(
@@ -156,23 +155,7 @@ def test_bfloat16_stays_near_float32(params):
     assert jnp.max(jnp.abs(exact - rough)) < 0.1  # values are of order one after the final norm
 
 
-def test_mask_embedding_replaces_one_row_only(params):
-    ids = jnp.asarray([[3, 7, 4]], jnp.int32)
-    # With token 9's own embedding in row 7, text with 7 reads as text with 9.
-    changed = with_mask_embedding(params, params["token_embedding"][9], mask_id=7)
-    expected = encode({"params": params}, jnp.asarray([[3, 9, 4]], jnp.int32))
-    np.testing.assert_array_equal(encode({"params": changed}, ids), expected)
-    assert np.any(params["token_embedding"][7] != changed["token_embedding"][7])  # the given tree is left alone
-    before, after = (np.delete(tree["token_embedding"], 7, axis=0) for tree in (params, changed))
-    np.testing.assert_array_equal(before, after)
-
-
 def test_bad_input_is_refused_with_the_numbers():
-    params = {"token_embedding": jnp.zeros((50, 24))}
-    with pytest.raises(ValueError, match=r"shape \(23,\), expected \(24,\)"):
-        with_mask_embedding(params, jnp.zeros(23), 7)
-    with pytest.raises(ValueError, match="mask_id is 50, expected 0 to 49"):
-        with_mask_embedding(params, jnp.zeros(24), 50)
     for ids in (jnp.zeros((4,), jnp.int32), jnp.zeros((1, 4))):
         with pytest.raises(ValueError, match=r"expected integers \[batch, tokens\]"):
             jax.eval_shape(TextEncoder(TINY).init, jax.random.key(0), ids)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from unialign_jax.parallel import sharding
-from unialign_jax.parallel.gradients import line, reduces_late, ring, scan_reducing_late
+from unialign_jax.parallel.gradients import reduce_scatter_line, reduce_scatter_ring, reduces_late, scan_reducing_late
+from unialign_jax.parallel.mesh import make_mesh
 
 DEPTH, BATCH = 3, 16  # the first round, the last and one between
 
@@ -51,7 +52,7 @@ def loss(scan):
 
 
 @pytest.mark.parametrize(
-    ("shape", "width", "lines"),
+    ("shape", "width", "without_wraparound"),
     [
         ({"data": 8}, 32, ()),
         ({"data": 8}, 32, ("data",)),
@@ -62,12 +63,12 @@ def loss(scan):
     ],
     ids=str,
 )
-def test_gradients_are_those_of_one_device(shape, width, lines):
+def test_gradients_are_those_of_one_device(shape, width, without_wraparound):
     arguments = inputs(width)
     expected_loss, expected = jax.value_and_grad(loss(plain_scan), argnums=(0, 1, 2))(*arguments)
-    mesh = sharding.make_mesh(fsdp=1, **shape)
+    mesh = make_mesh(fsdp=1, **shape)
     assert reduces_late(mesh, BATCH)
-    late = loss(lambda params, carry, shared: scan_reducing_late(layer, params, carry, shared, "blocks", lines))
+    late = loss(lambda *a: scan_reducing_late(layer, *a, "blocks", without_wraparound))
     with jax.set_mesh(mesh):
         found_loss, found = jax.jit(jax.value_and_grad(late, argnums=(0, 1, 2)))(*arguments)
         compared = jax.jit(late)(*arguments)
@@ -83,7 +84,7 @@ def test_gradients_are_those_of_one_device(shape, width, lines):
 
 def test_weights_are_not_kept_a_second_time_for_the_backward_pass():
     params, carry, shared = inputs(32)
-    mesh = sharding.make_mesh(data=8, fsdp=1)
+    mesh = make_mesh(data=8, fsdp=1)
 
     def kept(*arguments):
         return jax.vjp(lambda *a: scan_reducing_late(layer, *a, "blocks"), *arguments)[1]
@@ -101,7 +102,7 @@ def test_sums_in_bfloat16_stay_near_one_devices():
     low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), inputs(32))
     expected = jax.grad(loss(plain_scan))(*low)
     late = loss(lambda *a: scan_reducing_late(layer, *a, "blocks"))
-    with jax.set_mesh(sharding.make_mesh(data=4, encoder=2, fsdp=1)):
+    with jax.set_mesh(make_mesh(data=4, encoder=2, fsdp=1)):
         found = jax.jit(jax.grad(late))(*low)
     for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(found), strict=True):
         assert y.dtype == jnp.bfloat16
@@ -112,14 +113,14 @@ def test_sums_in_bfloat16_stay_near_one_devices():
 @pytest.mark.parametrize(
     ("form", "closing"),
     [
-        (functools.partial(ring, direction=1), True),
-        (functools.partial(ring, direction=-1), True),
-        (line, False),
+        (functools.partial(reduce_scatter_ring, direction=1), True),
+        (functools.partial(reduce_scatter_ring, direction=-1), True),
+        (reduce_scatter_line, False),
     ],
     ids=["forward", "backward", "line"],
 )
 def test_rings_and_lines_are_reduce_scatters(form, closing):
-    mesh = sharding.make_mesh(data=8, fsdp=1)
+    mesh = make_mesh(data=8, fsdp=1)
     x = np.random.default_rng(1).normal(size=(8, 8, 3)).astype(np.float32)  # [device, part, numbers]
     reduce = jax.shard_map(
         lambda x: form(x[0], name="data"), mesh=mesh, in_specs=jax.P("data"), out_specs=jax.P("data")
@@ -132,8 +133,8 @@ def test_rings_and_lines_are_reduce_scatters(form, closing):
 
 
 def test_not_where_weights_are_split_or_samples_do_not_divide():
-    assert not reduces_late(sharding.make_mesh(data=2, fsdp=4), 16)
-    assert not reduces_late(sharding.make_mesh(data=4, fsdp=1, tensor=2), 16)
-    assert not reduces_late(sharding.make_mesh(data=8, fsdp=1), 12)
-    assert not reduces_late(sharding.make_mesh(replica=8, fsdp=1), 16)
+    assert not reduces_late(make_mesh(data=2, fsdp=4), 16)
+    assert not reduces_late(make_mesh(data=4, fsdp=1, tensor=2), 16)
+    assert not reduces_late(make_mesh(data=8, fsdp=1), 12)
+    assert not reduces_late(make_mesh(replica=8, fsdp=1), 16)
     assert not reduces_late(jax.sharding.get_abstract_mesh(), 16)

@@ -1,57 +1,24 @@
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import PartitionSpec as P
 
 from unialign_jax import bundle
 from unialign_jax.models import presets
-from unialign_jax.models.mmdit import AlignmentHeads, MMDiT
-from unialign_jax.models.text_encoder import TextEncoder
 from unialign_jax.parallel import sharding
+from unialign_jax.parallel.mesh import make_mesh
 
 
 def full_size_shapes():
-    transformer = MMDiT(presets.MMDIT["unialign_2b"])
-    text_encoder = TextEncoder(presets.TEXT_ENCODER["t5_xxl"])
-    heads = AlignmentHeads(presets.ALIGNMENT_HEADS["unialign_2b"])
-    latents, text = jnp.zeros((1, 2, 2, 16)), jnp.zeros((1, 1, 4096))
-
-    def init(key):
-        return {
-            "transformer": transformer.init(key, latents, text, jnp.zeros((1,)))["params"],
-            "heads": heads.init(key, jnp.zeros((1, 1, 1536)), jnp.zeros((1, 1, 1536)))["params"],
-            "text_encoder": text_encoder.init(key, jnp.zeros((1, 1), jnp.int32))["params"],
-        }
-
-    return jax.eval_shape(init, jax.random.key(0))
-
-
-@pytest.mark.parametrize(
-    ("kind", "grid", "axes", "expected"),
-    [
-        ("TPU v5 lite", (8, 8), {"replica": 2, "encoder": 4, "data": 8}, ("replica", "encoder", "data")),
-        ("TPU v5 lite", (4, 16), {"encoder": 4, "data": 16}, ("encoder",)),
-        ("TPU v5 lite", (2, 2), {"encoder": 2, "data": 2}, ()),  # both ends are next to each other
-        ("TPU v4", (2, 4, 4), {"replica": 2, "encoder": 4, "data": 4}, ("encoder", "data")),
-        ("TPU v4", (4, 4, 4), {"replica": 4, "encoder": 4, "data": 4}, ()),  # a whole cube
-        ("NVIDIA H200", (2, 4), {"data": 2, "encoder": 4}, ()),
-    ],
-    ids=str,
-)
-def test_which_axes_are_no_rings(kind, grid, axes, expected):
-    """The grid's chips in order, so that its last axis is the mesh's."""
-    chips = [types.SimpleNamespace(device_kind=kind, coords=place) for place in np.ndindex(*grid)]
-    devices = np.array(chips).reshape(*axes.values())
-    mesh = types.SimpleNamespace(devices=devices, axis_names=tuple(axes), shape=axes)
-    assert sharding.lines(mesh) == expected
+    transformer, heads = presets.MMDIT["unialign_2b"], presets.ALIGNMENT_HEADS["unialign_2b"]
+    return bundle.abstract_params(bundle.BundleConfig(transformer, heads, presets.TEXT_ENCODER["t5_xxl"]))
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2), (1, 2, 4)])
 def test_at_full_size_every_large_parameter_is_split_over_fsdp_and_tensor(shape):
-    mesh = sharding.make_mesh(*shape)
+    mesh = make_mesh(data=shape[0], fsdp=shape[1], tensor=shape[2])
     shapes = full_size_shapes()
     split = mesh.shape["fsdp"] * mesh.shape["tensor"]
     shardings = sharding.tree_shardings(shapes, mesh)
@@ -64,44 +31,44 @@ def test_at_full_size_every_large_parameter_is_split_over_fsdp_and_tensor(shape)
 
 
 def test_optimizer_moments_live_where_their_parameters_do():
-    mesh = sharding.make_mesh(1, 8, 1)
+    mesh = make_mesh(fsdp=8)
     path = "blocks/joint/image/qkv/kernel"
     assert sharding.partition_spec(f"0/mu/transformer/{path}", (24, 1536, 3, 24, 64), mesh)[1] == "fsdp"
     assert sharding.partition_spec("0/count", (), mesh) == P()
 
 
 def test_an_axis_that_does_not_divide_stays_whole():
-    mesh = sharding.make_mesh(1, 1, 8)
+    mesh = make_mesh(fsdp=1, tensor=8)
     spec = sharding.partition_spec("blocks/joint/image/qkv/kernel", (4, 128, 3, 4, 32), mesh)
     assert spec == P(None, None, None, None, None)
 
 
 def test_the_state_is_split_over_axes_that_repeat_the_weights():
-    mesh = sharding.make_mesh(data=2, encoder=2, fsdp=2)
+    mesh = make_mesh(data=2, encoder=2, fsdp=2)
     path, shape = "blocks/joint/image/mlp_in/kernel", (24, 1536, 6144)
     assert sharding.partition_spec(path, shape, mesh) == P(None, "fsdp", None)
     assert sharding.partition_spec(path, shape, mesh, state=True) == P(None, ("data", "encoder", "fsdp"), None)
-    # What does not come out even is split over fewer axes, the outermost left out first.
+    # What does not divide evenly is split over fewer axes, the outermost left out first.
     assert sharding.partition_spec(path, (24, 12, 6), mesh, state=True) == P(None, ("encoder", "fsdp"), None)
     assert sharding.BATCH[0] == ("replica", "data", "encoder", "fsdp")
 
 
 def test_the_text_encoder_is_split_over_its_own_axis():
-    mesh = sharding.make_mesh(encoder=4, fsdp=1, tensor=2)
+    mesh = make_mesh(encoder=4, fsdp=1, tensor=2)
     spec = sharding.partition_spec("layers/query/kernel", (24, 4096, 64, 64), mesh)
     assert spec == P(None, None, ("encoder", "tensor"))
     assert sharding.partition_spec("blocks/joint/image/qkv/kernel", (24, 1536, 3, 24, 64), mesh)[3] == "tensor"
 
 
-def test_computing_weights_are_whole_and_gradients_split():
-    mesh = sharding.make_mesh(data=4, fsdp=2)
+def test_compute_weights_are_whole_and_gradients_split():
+    mesh = make_mesh(data=4, fsdp=2)
     path, weights = "blocks/joint/image/mlp_in/kernel", jnp.ones((1, 16, 8))
-    tree = bundle.unflatten({path: weights})
+    tree = unflatten_dict({path: weights}, sep="/")
     place = sharding.tree_shardings(tree, mesh, state=True)
 
     def loss(tree, x):
-        computing = sharding.computing(tree, lambda path: jnp.bfloat16)
-        kernel = bundle.flatten(computing)[path]
+        computing = sharding.params_for_compute(tree, lambda path: jnp.bfloat16)
+        kernel = flatten_dict(computing, sep="/")[path]
         return jnp.sum(x @ kernel[0]), kernel
 
     x = jnp.arange(8 * 16.0).reshape(8, 16)
@@ -113,17 +80,3 @@ def test_computing_weights_are_whole_and_gradients_split():
     assert gradient.dtype == jnp.float32 and gradient.sharding.shard_shape(gradient.shape) == (1, 2, 8)
     expected = np.broadcast_to(np.asarray(x).sum(axis=0)[:, None], (16, 8))
     np.testing.assert_allclose(gradient[0], expected, rtol=1e-2)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "devices", "expected"),
-    [((1, 1, 1, -1, 1), 8, (1, 1, 1, 8, 1)), ((2, 1, 1, -1, 2), 8, (2, 1, 1, 2, 2)), ((1,) * 5, 1, (1,) * 5)],
-)
-def test_a_free_axis_takes_what_is_left(sizes, devices, expected):
-    assert sharding.complete_mesh_shape(sizes, devices) == expected
-
-
-@pytest.mark.parametrize("sizes", [(1, 3, 1, -1, 1), (1, 1, 1, 4, 1), (1, -1, 1, -1, 1), (1, 0, 1, 8, 1)])
-def test_a_mesh_that_does_not_come_out_even_is_refused(sizes):
-    with pytest.raises(ValueError, match="mesh"):
-        sharding.complete_mesh_shape(sizes, 8)

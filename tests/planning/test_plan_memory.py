@@ -32,8 +32,8 @@ def test_the_plan_is_what_a_run_takes(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
     parser = argparse.ArgumentParser()
     memory.add_arguments(parser)
-    changes = [f"--set={change}" for change in SMALLER]
-    arguments = parser.parse_args([*changes, "--devices=2", "--mesh=fsdp=2", "--remat=none"])
+    parser.set_defaults(changes=list(SMALLER))
+    arguments = parser.parse_args(["--devices=2", "--mesh=fsdp=2", "--remat=none"])
     ((row,),) = memory.benchmark_memory(arguments).values()
     # Under fsdp the float32 state is held once, as masters, two moments and an average: by hand, without biases, the
     # blocks' 36 D^2, the text's ends, the patches', three of modulation and time; and the heads, which have no average.

@@ -1,16 +1,18 @@
-"""The search for what fits and is fastest: against machines whose memory does not follow the arithmetic."""
+"""The search for the fastest plan that fits, with compilers whose memory differs from the estimates."""
 
 import dataclasses
 import types
 
 import pytest
 
-from unialign_jax.planning import search, step_plan
-from unialign_jax.planning.sampling_plan import GIB
+from unialign_jax.planning import search
+from unialign_jax.planning.roofline import Roofline
 from unialign_jax.planning.search import Candidate
-from unialign_jax.training.stages import read_config
+from unialign_jax.planning.step import CompiledMemory, StepPlan
+from unialign_jax.planning.topology import GIB, DoesNotFit
+from unialign_jax.training.config import read_config
 
-STEP = step_plan.StepPlan(
+STEP = StepPlan(
     stream="text_to_image",
     chips=64,
     mesh={"replica": 1, "data": 1, "encoder": 1, "fsdp": 64, "tensor": 1},
@@ -18,24 +20,12 @@ STEP = step_plan.StepPlan(
     batch_size=256,
     accumulation=1,
     remat="block",
-    parameters=0,
-    optimizer=0,
-    frozen=0,
-    batch=0,
-    temporaries=0,
-    code=0,
-    usable=16 * GIB,
-    flops=20e12,
-    compute=0.1,
-    hbm=0.0,
-    ici_overlapped=0.0,
-    ici_exposed=0.0,
-    dcn=0.0,
-    peak_flops=200e12,
+    memory=CompiledMemory(0, 0, 0, 0, 0, 0, usable=16 * GIB),
+    roofline=Roofline(20e12, 200e12, compute=0.1, hbm=0.0, ici_overlapped=0.0, ici_exposed=0.0, dcn=0.0),
     bytes_inside={},
     bytes_across={},
 )
-# Four rows a chip and 6 GiB beside them; seconds as recomputation and more micro-batches make them.
+# Four rows per chip and 6 GiB for the rest; recomputation and micro-batches add seconds.
 PER_ROW = {"none": 8, "dots": 5, "block": 3, "offload": 1}
 EXTRA = {"none": 0, "dots": 4, "block": 22, "offload": 22}
 ORDERED = sorted(
@@ -48,6 +38,10 @@ ORDERED = sorted(
 )
 
 
+def with_memory(size, **changes):
+    return dataclasses.replace(STEP, memory=dataclasses.replace(STEP.memory, temporaries=round(size)), **changes)
+
+
 def compiler(needs, asked, numbers=True):
     """Stands in for the TPU's: `needs` gives the real GiB of a candidate."""
 
@@ -55,14 +49,14 @@ def compiler(needs, asked, numbers=True):
         asked.append((candidate.accumulation, candidate.remat))
         held = round(needs(candidate) * GIB)
         if held > 16 * GIB:
-            raise step_plan.DoesNotFit("no room", held if numbers else None)
-        return dataclasses.replace(STEP, accumulation=candidate.accumulation, remat=candidate.remat, temporaries=held)
+            raise DoesNotFit("no room", held if numbers else None)
+        return with_memory(held, accumulation=candidate.accumulation, remat=candidate.remat)
 
     return compile_step
 
 
 def arithmetic(candidate):
-    return candidate.need / GIB
+    return candidate.estimate / GIB
 
 
 def best(needs):
@@ -96,8 +90,8 @@ def test_the_search_asks_for_few_compilations(needs, expected):
     found = search.search(ORDERED, 16 * GIB, compiler(needs, asked))
     assert asked == expected
     assert (found.plan.accumulation, found.plan.remat) == best(needs)
-    assert [(entry["accumulation"], entry["remat"]) for entry in found.tried] == asked
-    assert all(entry["fits"] == (entry["bytes"] <= 16 * GIB) for entry in found.tried)
+    assert [(trial.accumulation, trial.remat) for trial in found.tried] == asked
+    assert all(trial.fits == (trial.bytes <= 16 * GIB) for trial in found.tried)
 
 
 def test_offload_comes_last():
@@ -112,17 +106,15 @@ def test_offload_comes_last():
 def test_where_nothing_fits_the_least_is_asked_for(numbers):
     asked = []
     found = search.search(ORDERED, 16 * GIB, compiler(lambda c: 40, asked, numbers))
-    assert found.plan is None and found.misfit == "no room"
+    assert found.plan is None and found.out_of_memory == "no room"
     assert asked[-1] == (4, "offload")
-    assert found.tried[-1] == {
-        "accumulation": 4, "remat": "offload", "bytes": 40 * GIB if numbers else None, "fits": False
-    }  # fmt: skip
+    assert found.tried[-1] == search.Trial(4, "offload", 40 * GIB if numbers else None, fits=False)
 
 
-def test_a_plan_above_what_there_is_is_told_as_a_misfit():
-    found = search.search(ORDERED, 16 * GIB, lambda _: dataclasses.replace(STEP, temporaries=round(16.5 * GIB)))
+def test_a_plan_above_the_usable_memory_does_not_fit():
+    found = search.search(ORDERED, 16 * GIB, lambda _: with_memory(16.5 * GIB))
     assert found.plan is None
-    assert found.misfit == "the step of text_to_image does not fit: it needs 16.50 of 16.00 GiB"
+    assert found.out_of_memory == "the step of text_to_image does not fit: it needs 16.50 of 16.00 GiB"
 
 
 def test_the_candidates_of_the_full_model():
@@ -139,7 +131,8 @@ def test_the_candidates_of_the_full_model():
     assert 4 * 3.95e12 / (0.85 * 197e12) < slower < 1.3 * 4 * 3.95e12 / (0.85 * 197e12)
     # A micro-batch more gathers the weights again: 4.2 GB, over two axes of no ring, 9e10 bytes/s.
     assert found[2, "dots"].seconds - found[1, "dots"].seconds == pytest.approx(2 * 2.12e9 / 9e10, rel=0.01)
-    assert found[1, "dots"].need > found[2, "dots"].need > found[4, "dots"].need > found[4, "block"].need
+    estimates = [found[way].estimate for way in ((1, "dots"), (2, "dots"), (4, "dots"), (4, "block"))]
+    assert estimates == sorted(estimates, reverse=True)
     assert ordered.index(found[1, "none"]) == 0
     config.batch_size = 32
     with pytest.raises(ValueError, match="batch_size 32 is not divisible by 64"):

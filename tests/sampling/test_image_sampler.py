@@ -49,14 +49,14 @@ def test_pieces_equal_one_scan(name):
     advance = jax.jit(lambda state, rows: image_sampler.advance(velocity, state, rows))
     state = image_sampler.start(NOISE)
     for i, (sigma, shift) in enumerate(zip(table.sigma, inputs, strict=True)):
-        before = np.asarray(image_sampler.latents(state))
+        before = np.asarray(state.latents)
         state = advance(state, jax.tree.map(lambda x: x[i : i + 1], (table, inputs)))  # noqa: B023
         # The preview is what the velocity there implies.
         expected = before - sigma * (np.tanh(before) * (1 + sigma) + shift)
-        np.testing.assert_allclose(image_sampler.clean(state), expected, atol=1e-5)
-    np.testing.assert_allclose(image_sampler.latents(state), whole, atol=1e-6)
+        np.testing.assert_allclose(state.clean, expected, atol=1e-5)
+    np.testing.assert_allclose(state.latents, whole, atol=1e-6)
     # The last step goes to the clean prediction.
-    np.testing.assert_allclose(image_sampler.clean(state), whole, atol=1e-6)
+    np.testing.assert_allclose(state.clean, whole, atol=1e-6)
 
 
 def test_latents_stay_float32():

@@ -12,12 +12,12 @@ from unialign_jax.sampling.solvers import SolverTable
 
 AUTOENCODER = make_autoencoder(presets.AUTOENCODER["pixels"])
 LATENTS, TEXT, TABLE = jnp.zeros((2, 4, 4, 3)), jnp.zeros((2, 5, 8)), SolverTable(*np.zeros((5, 3), np.float32))
-GUIDANCE = programs.Guidance(jnp.ones(2), jnp.ones(2), jnp.ones(2), np.ones(3, bool))
+GUIDANCE = programs.Guidance(jnp.ones(2), jnp.ones(2), np.ones(3, bool))
 
 
-def advance(prompt=TEXT, negative=TEXT, guidance=GUIDANCE, mode="text"):
+def advance(prompt=TEXT, negative=TEXT, guidance=GUIDANCE):
     state = image_sampler.start(LATENTS)
-    return programs.advance_images(None, {}, state, TABLE, prompt, negative, guidance, mode=mode)
+    return programs.advance_images(None, {}, state, TABLE, prompt, negative, guidance)
 
 
 @pytest.mark.parametrize(
@@ -39,6 +39,12 @@ def test_arrays_that_do_not_fit_are_refused_with_their_shapes(call, found):
         call()
 
 
-def test_an_unknown_mode_is_refused():
-    with pytest.raises(ValueError, match="mode is 'both'; expected one of none, text, interval, text_and_image"):
-        advance(mode="both")
+def test_guidance_holds_only_what_takes_part():
+    assert programs.make_guidance(2, TABLE, scale=1.0) is None
+    text = programs.make_guidance(2, TABLE, scale=7.0)
+    assert text.active is None and text.image_scale is None and text.scale.shape == (2,)
+    some = programs.make_guidance(2, TABLE._replace(sigma=np.array([1, 0.5, 0.1])), scale=7.0, interval=(0.2, 0.9))
+    assert some.active.tolist() == [False, True, False] and some.image_scale is None
+    assert programs.make_guidance(2, TABLE, scale=1.0, image_scale=1.5).image_scale.tolist() == [1.5, 1.5]
+    with pytest.raises(ValueError, match="guidance_interval goes with text guidance only"):
+        programs.make_guidance(2, TABLE, scale=7.0, interval=(0.2, 0.9), image_scale=1.5)

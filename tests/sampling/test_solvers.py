@@ -42,13 +42,19 @@ def diffusers_scheduler(name, sigmas):
     return scheduler
 
 
-CASES = [(name, *case) for name in SOLVERS for case in (("diffusers", 12), ("shifted_linear", 20), ("diffusers", 1))]
-CASES.remove(("heun", "diffusers", 1))  # diffusers' Heun scheduler has no single step
+def line(steps, shift=1.0):
+    """The line from 1 to 0, shifted once."""
+    return flow.shift_sigma(np.linspace(1, 0, steps + 1), shift).astype(np.float32)
 
 
-@pytest.mark.parametrize("name, schedule, steps", CASES)
-def test_equals_diffusers(name, schedule, steps):
-    sigmas = flow.sampling_sigmas(steps, schedule=schedule)
+GRIDS = (flow.sampling_sigmas(12), line(20, shift=3.0), flow.sampling_sigmas(1))
+CASES = [(name, sigmas) for name in SOLVERS for sigmas in GRIDS]
+CASES = [case for case in CASES if case[0] != "heun" or len(case[1]) > 2]  # diffusers' Heun has no single step
+
+
+@pytest.mark.parametrize("name, sigmas", CASES, ids=[f"{name}-{len(sigmas) - 1}" for name, sigmas in CASES])
+def test_equals_diffusers(name, sigmas):
+    steps = len(sigmas) - 1
     scheduler, table = diffusers_scheduler(name, sigmas), solver_table(name, sigmas)
     torch = pytest.importorskip("torch")
     assert len(table.sigma) == len(scheduler.timesteps) == (2 * steps - 1 if name == "heun" else steps)
@@ -80,8 +86,7 @@ def sample_gaussian(table):
 def test_order_of_convergence(name, order):
     errors = []
     for steps in (80, 160):
-        sigmas = flow.sampling_sigmas(steps, shift=1.0, schedule="shifted_linear")
-        errors.append(np.abs(sample_gaussian(solver_table(name, sigmas)) - (MEAN + DEVIATION * NOISE)).max())
+        errors.append(np.abs(sample_gaussian(solver_table(name, line(steps))) - (MEAN + DEVIATION * NOISE)).max())
     assert errors[1] < (0.02 if order == 1 else 5e-4)
     # On such a grid the error of 2M falls as log(N) / N², which from 80 to 160 steps reads as order 1.79.
     assert np.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.25)

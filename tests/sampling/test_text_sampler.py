@@ -96,6 +96,7 @@ def check_distribution(expected, start, num_steps, **options):
     assert chi_squared < freedom + 5 * np.sqrt(2 * freedom) + 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start, num_steps", [((3, 3, 3), 1), ((3, 3, 3), 2), ((3, 3, 3), 8), ((3, 1, 3), 3)])
 def test_distribution_equals_the_step_by_step_sampler(start, num_steps):
     check_distribution(ancestral_distribution(start, num_steps), start, num_steps)
@@ -150,6 +151,7 @@ ORDERS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "decoding, options, choose",
     [
@@ -202,6 +204,7 @@ def wide_problem(seed):
     return ids, rng.random((3, 16)) < 0.7, jax.random.split(jax.random.key(seed), 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoding, options, choose", ORDERS)
 def test_orders_equal_a_plain_loop_at_temperature_0(decoding, options, choose):
     ids, is_target, keys = wide_problem(0)
@@ -271,6 +274,7 @@ def test_protected_tokens_stay_and_no_mask_is_left(decoding):
     np.testing.assert_array_equal(sample_wide(ids, is_target, keys, decoding).ids, sampled)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoding", DECODINGS)
 def test_a_sample_does_not_depend_on_its_batch(decoding):
     ids, is_target, keys = wide_problem(3)
@@ -364,6 +368,7 @@ def by_words(decoding, probabilities, masked, step, num_steps=6, threshold=0.5, 
     return turn[: max(1, sum(sum(values) - max(values) <= entropy_bound for values in sums))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "decoding, options",
     [
@@ -402,6 +407,7 @@ def fill(logits_fn, length, **options):
     return sample_text(logits_fn, ids, ids == 0, keys, **options).ids[0].tolist()
 
 
+@pytest.mark.slow
 def test_end_of_text_last_finds_the_likeliest_sentence_and_not_the_shortest():
     """The exact conditionals of four sentences, two short ones that share where they end and two long ones."""
     sentences = np.array([[6, 7, 8, END], [9, 10, 11, END], [12, END, END, END], [13, END, END, END]])
@@ -415,6 +421,7 @@ def test_end_of_text_last_finds_the_likeliest_sentence_and_not_the_shortest():
     assert fill(exact, 4, eos_id=END) == [6, 7, 8, END]
 
 
+@pytest.mark.slow
 def test_a_model_without_positions_neither_ends_at_once_nor_repeats_itself():
     sentence = jnp.array([6, 7, 8, END, END, END])
 

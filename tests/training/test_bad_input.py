@@ -29,7 +29,7 @@ def as_it_was(monkeypatch):
         logger.setLevel(level)
 
 
-RECIPE = "from unialign_jax.training.config import paper_config, stream\n\n\ndef get_config(size):\n    "
+RECIPE = "from unialign_jax.configs.base import paper_config, stream\n\n\ndef get_config(size):\n    "
 FILLED = "c = paper_config()\n    c.num_steps = 1\n    c.streams.a = stream('vqa', 'data')\n    "
 WHOLE = RECIPE + FILLED + "{}\n    return c"
 
@@ -132,8 +132,8 @@ def test_a_stage_that_is_not_there(command_refuses, tmp_path, reference, words):
         ("sigma.mean=nan", "sigma.mean is nan, expected a finite number"),
         ("samples.guidance_scale=inf", "samples.guidance_scale is inf, expected a finite number"),
         ("data.max_bad_fraction=nan", "data.max_bad_fraction is nan"),
-        ("one_forward=yes", "one_forward is 'yes', expected true or false"),
-        ("one_forward=", "expected true or false"),
+        ("parity.decay_1d=yes", "parity.decay_1d is 'yes', expected true or false"),
+        ("parity.decay_1d=", "expected true or false"),
         ("optimizer.freeze=(", "no regular expression"),
         ("optimizer.freeze=" + "(" * 5000, "no regular expression"),
         ("optimizer.freeze=a{99999999999999}", "no regular expression"),

@@ -1,5 +1,7 @@
 """Teacher features and latents of a data folder, computed once, against the networks called directly."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,7 @@ from unialign_jax.data.tokenizer import load_tokenizer
 from unialign_jax.models import presets
 from unialign_jax.models import teacher as teachers
 from unialign_jax.models.autoencoder import make_autoencoder
-from unialign_jax.parallel import sharding
+from unialign_jax.parallel.mesh import make_mesh
 from unialign_jax.training import caching
 
 TEACHER = teachers.TeacherConfig(
@@ -48,20 +50,25 @@ def world(tmp_path):
     return tmp_path
 
 
-def open_stream(folder, kind, conditions=0, **changes):
-    config = StreamConfig("s", kind, str(folder / kind), num_conditions=conditions, image_size=32, text_length=32)
-    import dataclasses
+TEACHER_INPUTS = ("image", "teacher_ids", "teacher_is_token")
 
-    return Stream(dataclasses.replace(config, **changes), load_tokenizer())
+
+def open_stream(folder, kind, conditions=0, teacher_tokenizer=None, **changes):
+    config = StreamConfig("s", kind, str(folder / kind), num_conditions=conditions, image_size=32, text_length=32)
+    return Stream(dataclasses.replace(config, **changes), load_tokenizer(), teacher_tokenizer)
+
+
+def taught(stream):
+    return caching.Examples(stream, TEACHER_INPUTS)
 
 
 def fill(folder, kind, function, read, name, rows=4, conditions=0, batch_size=4, mesh=None):
-    mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
+    mesh = mesh or make_mesh(devices=jax.devices()[:1])
     description = caches.Description(
         name=name,
         records=caches.records_digest(folder / kind),
         num_records=COUNT,
-        image_size=32,
+        size=(32, 32),
         network="x",
         arrays=caching.row_shapes(function, read(0)),
         rows=rows,
@@ -74,8 +81,8 @@ def fill(folder, kind, function, read, name, rows=4, conditions=0, batch_size=4,
 @pytest.mark.parametrize("kind", ["text_to_image", "vqa"])
 def test_cached_features_are_the_teachers(world, params, words, kind):
     source = open_stream(world, kind, use_teacher=False)
-    read = caching.TeacherRecords(source, words)
-    assert fill(world, kind, lambda batch: caching.teacher_features(params, TEACHER, batch), read, "teacher") == 0
+    read = taught(open_stream(world, kind, teacher_tokenizer=words))
+    assert fill(world, kind, lambda batch: teachers.pooled_features(params, batch, TEACHER), read, "teacher") == 0
 
     cached = open_stream(world, kind)
     assert cached.teacher_width == 8
@@ -94,10 +101,10 @@ def test_cached_features_are_the_teachers(world, params, words, kind):
 def test_any_batch_size_and_mesh_give_the_same_cache(world, params, words):
     if len(jax.devices()) < 2:
         pytest.skip("needs two devices")
-    read = caching.TeacherRecords(open_stream(world, "text_to_image", use_teacher=False), words)
-    function = lambda batch: caching.teacher_features(params, TEACHER, batch)  # noqa: E731
+    read = taught(open_stream(world, "text_to_image", teacher_tokenizer=words))
+    function = lambda batch: teachers.pooled_features(params, batch, TEACHER)  # noqa: E731
     found = []
-    for batch_size, mesh in ((4, None), (2, sharding.make_mesh(fsdp=2, devices=jax.devices()[:2]))):
+    for batch_size, mesh in ((4, None), (2, make_mesh(fsdp=2, devices=jax.devices()[:2]))):
         fill(world, "text_to_image", function, read, "teacher", rows=7, batch_size=batch_size, mesh=mesh)
         cache = caches.Cache(world / "text_to_image", "teacher")
         found.append(np.stack([cache[index]["teacher_image"] for index in range(COUNT)]))
@@ -109,10 +116,10 @@ def test_any_batch_size_and_mesh_give_the_same_cache(world, params, words):
 def test_cached_latents_are_the_autoencoders_moments(world):
     config = presets.AUTOENCODER["tiny"]
     autoencoder = make_autoencoder(config)
-    params = autoencoder.init(jax.random.key(1), jnp.zeros((1, 32, 32, 3)))["params"]
+    params = jax.jit(autoencoder.init)(jax.random.key(1), jnp.zeros((1, 32, 32, 3)))["params"]
     source = open_stream(world, "edit", 2, use_teacher=False)
     function = lambda batch: caching.image_moments(autoencoder, params, batch)  # noqa: E731
-    fill(world, "edit", function, caching.ImageRecords(source), "latents")
+    fill(world, "edit", function, caching.Examples(source, ("image", "conditions")), "latents")
 
     cached = open_stream(world, "edit", 2, use_latents=True)
     side, channels = 32 // config.downsample_factor, config.latent_channels
@@ -128,14 +135,12 @@ def test_cached_latents_are_the_autoencoders_moments(world):
 
 
 def test_a_damaged_record_is_marked_and_its_neighbour_stands_in(world, params, words, tmp_path):
-    import dataclasses
-
     folder = world / "text_to_image"
     records = [open_records(folder)[index] for index in range(COUNT)]
     records[5] = dataclasses.replace(records[5], image=records[5].image[:40])
     write_records(folder, records, kind="text_to_image", overwrite=True)
-    read = caching.TeacherRecords(open_stream(world, "text_to_image", use_teacher=False), words)
-    bad = fill(world, "text_to_image", lambda b: caching.teacher_features(params, TEACHER, b), read, "teacher")
+    read = taught(open_stream(world, "text_to_image", teacher_tokenizer=words))
+    bad = fill(world, "text_to_image", lambda batch: teachers.pooled_features(params, batch, TEACHER), read, "teacher")
     assert bad == 1
     cached = open_stream(world, "text_to_image")
     assert bool(cached[5]["replaced"])

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from unialign_jax.integrity import checksums
-from unialign_jax.training.checkpoints import Checkpoints, damage, load_params
-from unialign_jax.training.runs import latest_step
+from unialign_jax.training.checkpoints import Checkpoints, damage
+from unialign_jax.training.runs import latest_step, load_params
 from unialign_jax.training.state import TrainState
 
 
@@ -217,6 +217,7 @@ def test_checksums_that_cannot_be_taken_are_an_error(tmp_path, monkeypatch, refu
     refuses(checkpoints.close, "the checkpoint could not be written", "Input/output error")
 
 
+@pytest.mark.slow
 def test_saves_leave_no_descriptors_and_no_threads(tmp_path):
     checkpoints, state, found = Checkpoints(tmp_path), make_state(1), []
     for step in range(1, 31):

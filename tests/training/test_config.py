@@ -3,14 +3,24 @@
 import json
 import logging
 import math
+import re
 from pathlib import Path
 
 import jax
 import pytest
 
-from unialign_jax.training.config import config_problems, paper_config, stream
+from unialign_jax.configs.base import paper_config, stream
+from unialign_jax.training import runs
+from unialign_jax.training.config import (
+    RENAMED,
+    config_problems,
+    load_stage,
+    make_changes,
+    parse_value,
+    read_config,
+    with_new_names,
+)
 from unialign_jax.training.loop import Trainer, inherit_sources, write_config
-from unialign_jax.training.stages import load_stage, make_changes, parse_value, read_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,9 +64,10 @@ BAD_VALUES = [
     ("model.remat", "all", "none, block, dots"),
     ("model.attention", "flash", "auto, xla, cudnn, splash"),
     ("model.dtype", "float16", "bfloat16, float32"),
-    ("flow_matching_form", "eps", "velocity, x0"),
-    ("masked_text_normalization", "mean", "positions, maskable"),
-    ("cross_modal.direction", "both", "symmetric, image_to_text"),
+    ("parity.flow_matching_form", "eps", "velocity, x0"),
+    ("parity.masked_text_normalization", "mean", "positions, maskable"),
+    ("parity.cross_modal_direction", "both", "symmetric, image_to_text"),
+    ("parity.sigma_levels", -1, "0 or more"),
     ("cross_modal.temperature", 0.0, "above 0"),
     ("init_weights", "average", "raw, ema"),
     ("prompt_dropout", 1.5, "0 to 1"),
@@ -156,11 +167,11 @@ def test_the_trainer_lists_everything_at_once_and_before_the_data(small_config):
 def test_changes_keep_their_types():
     config = paper_config()
     config.streams.edit = stream("edit", "somewhere")
-    changes = ["batch_size=32", "optimizer.learning_rate=1e-4", "optimizer.decay_1d=False", "name=a=b", "mesh.fsdp=4"]
+    changes = ["batch_size=32", "optimizer.learning_rate=1e-4", "parity.decay_1d=False", "name=a=b", "mesh.fsdp=4"]
     changes += ["optimizer.freeze=transformer/(a|b)", "streams.edit.weight=2", "autoencoder.block_widths=(8, 16)"]
     assert make_changes(config, changes) == []
     assert (config.batch_size, config.optimizer.learning_rate, config.mesh.fsdp) == (32, 1e-4, 4)
-    assert config.optimizer.decay_1d is False and config.name == "a=b"
+    assert config.parity.decay_1d is False and config.name == "a=b"
     assert config.optimizer.freeze == ("transformer/(a|b)",)
     assert config.streams.edit.weight == 2.0 and isinstance(config.streams.edit.weight, float)
     assert config.autoencoder.block_widths == (8, 16)
@@ -213,13 +224,74 @@ def test_a_stage_file_that_is_missing_or_broken(tmp_path):
         "import nowhere": "line 1: ModuleNotFoundError: No module named 'nowhere'",
         "x = 1": "it has no function get_config",
         "def get_config(size):\n    return {}": "get_config returns dict, expected a ConfigDict",
-        "from unialign_jax.training.config import paper_config\n\n\ndef get_config(size):\n"
+        "from unialign_jax.configs.base import paper_config\n\n\ndef get_config(size):\n"
         "    config = paper_config(size)\n    config.batch_size = 'many'\n    return config": "line 6: TypeError",
     }.items():
         (tmp_path / "mine.py").write_text(source)
         with pytest.raises(ValueError, match=expected) as error:
             load_stage(str(tmp_path / "mine.py"))
         assert "\n" not in str(error.value)
+
+
+def test_a_stage_of_the_package_is_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_stage("stage2:tiny") == load_stage(f"{ROOT}/configs/stage2.py:tiny")
+    (tmp_path / "copied.py").write_text((ROOT / "configs" / "stage1.py").read_text())
+    copied = load_stage("copied.py")
+    assert copied.name == "copied" and config_problems(copied) == []
+
+
+OLD = """
+from unialign_jax.training.config import paper_config, stream, tiny
+
+def get_config(size):
+    config = paper_config(size)
+    config.name = "mine"
+    config.num_steps = 10
+    config.streams.text_to_image = stream("text_to_image", "data")
+    return tiny(config, num_steps=10)
+"""
+
+
+def test_a_stage_file_from_before_the_recipe_lay_in_configs(tmp_path):
+    (tmp_path / "mine.py").write_text(OLD)
+    config = load_stage(f"{tmp_path}/mine.py")
+    assert config.name == "mine" and config_problems(config) == []
+
+
+def test_old_keys_are_told_their_new_names():
+    for old, new in RENAMED.items():
+        told = f"(nearest: {new})" if new else "(it is always on)"
+        with pytest.raises(ValueError, match=re.escape(f"unknown key {old} {told}")):
+            read_config(f"{ROOT}/configs/stage1.py:tiny", [f"{old}=1"])
+        config = load_stage(f"{ROOT}/configs/stage1.py:tiny")
+        config.update_from_flattened_dict({old: 1})
+        assert config_problems(config) == [f"unknown key {old} {told}"]
+
+
+def test_a_run_with_the_keys_of_before_can_be_read(tmp_path, caplog):
+    """Its switches become those of `parity`, so that nothing seems to have changed but what has."""
+    config = load_stage(f"{ROOT}/configs/stage1.py:tiny")
+    config.parity.flow_matching_form = "x0"
+    before = json.loads(config.to_json_best_effort())
+    parity = before.pop("parity")
+    before |= {"one_forward": True, "flow_matching_form": "x0", "masked_text_normalization": "positions"}
+    before["cross_modal"]["direction"] = parity["cross_modal_direction"]
+    before["optimizer"]["decay_1d"], before["sigma"]["levels"] = parity["decay_1d"], 1000
+    before["sigma"]["of_old"] = {}
+    (tmp_path / "config.json").write_text(json.dumps(before))
+    after = with_new_names(before)
+    assert after["parity"] == parity | {"sigma_levels": 1000}
+    assert not {"one_forward", "flow_matching_form"} & after.keys() and after["cross_modal"] == {"temperature": 0.07}
+    assert after["sigma"] == {"mean": 0.0, "std": 1.0, "shift": 3.0, "of_old": {}}
+    assert with_new_names(after) == after
+    settings = runs.read_settings(tmp_path)  # by which it is exported, converted and sampled from
+    assert runs.component_configs(tmp_path, settings)["transformer"].depth == config.model.depth
+    assert runs.describe(tmp_path, settings)["tasks"] == ("t2i", "caption")
+    with caplog.at_level(logging.WARNING):
+        write_config(inherit_sources(config, tmp_path), tmp_path)
+    changed = [record.getMessage() for record in caplog.records]
+    assert len(changed) == 2 and "parity.sigma_levels from 1000 to 0" in changed[0] and "sigma.of_old" in changed[1]
 
 
 def test_a_run_from_before_a_key_was_known_goes_on(tmp_path, caplog):

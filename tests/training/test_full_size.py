@@ -1,32 +1,23 @@
 """The full-size stages: what can be known of them without the memory to run them."""
 
-import importlib.util
 import logging
 import math
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from unialign_jax.data.shapes.tasks import write_shapes
+from unialign_jax.training.config import load_stage
 from unialign_jax.training.loop import Trainer
 
-ROOT = Path(__file__).resolve().parents[2]
 # Steps of the paper: 80K over the first two stages, 30K in the third.
 STEPS = {"stage1": 40_000, "stage2": 40_000, "stage3": 30_000}
 
 
-def full_size(stage):
-    spec = importlib.util.spec_from_file_location(stage, ROOT / "configs" / f"{stage}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
-
-
 @pytest.mark.parametrize("stage", STEPS)
 def test_recipe_is_the_papers(stage):
-    config = full_size(stage)
+    config = load_stage(stage)
     assert config.num_steps == STEPS[stage]
     assert (config.batch_size, config.image_size, config.text_length) == (256, 512, 256)
     assert (config.optimizer.learning_rate, config.optimizer.weight_decay) == (3e-5, 1e-2)
@@ -36,9 +27,9 @@ def test_recipe_is_the_papers(stage):
     assert config.model.tap_depth == 8
 
 
-def test_the_step_of_every_stream_fits_together_at_full_size(tmp_path, caplog):
+def test_the_step_of_every_stream_fits_together_at_load_stage(tmp_path, caplog):
     write_shapes(tmp_path, num_records=2, teacher_width=3584)
-    config = full_size("stage3")
+    config = load_stage("stage3")
     config.model.attention = "xla"
     for name, stream in config.streams.items():
         stream.path = str(tmp_path / name)

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from unialign_jax import bundle
-from unialign_jax.parallel import sharding
-from unialign_jax.training.loop import Recorder, Trainer, train
-from unialign_jax.training.metrics import read_metrics
+from unialign_jax.parallel.mesh import make_mesh
+from unialign_jax.training.loop import Trainer, train
+from unialign_jax.training.metrics import Recorder, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,9 +38,9 @@ def finished(small_config, tmp_path_factory):
     return workdir
 
 
-def test_a_bar_is_not_drawn_into_a_pipe(small_config, capfd):
-    trainer = types.SimpleNamespace(config=small_config(), mesh=sharding.make_mesh(devices=jax.devices()[:1]))
-    Recorder(trainer, None, True, 0)._bar.update(3)
+def test_a_bar_is_not_drawn_into_a_pipe(small_config, tmp_path, capfd):
+    trainer = types.SimpleNamespace(config=small_config(), mesh=make_mesh(devices=jax.devices()[:1]))
+    Recorder(trainer, tmp_path, 0, progress=True)._bar.update(3)
     assert capfd.readouterr().err == ""
 
 
@@ -156,17 +156,6 @@ def test_every_mesh_gives_the_losses_of_one_device(mesh, on_one_device, tmp_path
         for name in ("loss", "flow_matching", "masked_text", "cross_modal", "intrinsic_modal", "gradient_norm"):
             message = f"step {one['step']} {name}"
             np.testing.assert_allclose(many[name], one[name], rtol=1e-5, atol=1e-5, err_msg=message)
-
-
-def test_one_forward_for_both_passes_changes_nothing(on_one_device, tmp_path):
-    config, expected = on_one_device
-    assert config.one_forward
-    config = config.copy_and_resolve_references()
-    config.one_forward = False
-    run(config, tmp_path)
-    for merged, apart in zip(expected, read_metrics(tmp_path), strict=True):
-        for name in ("loss", "flow_matching", "masked_text", "cross_modal", "intrinsic_modal", "gradient_norm"):
-            np.testing.assert_allclose(merged[name], apart[name], rtol=1e-5, atol=1e-5, err_msg=name)
 
 
 def test_one_compilation_per_stream_and_none_after(small_config, tmp_path, monkeypatch):

@@ -18,15 +18,15 @@ from unialign_jax.diffusion.flow import sampling_sigmas
 from unialign_jax.models.attention import attention
 from unialign_jax.models.parameters import storage_dtype
 from unialign_jax.parallel import sharding
+from unialign_jax.parallel.mesh import make_mesh
 from unialign_jax.sampling import image as image_sampler
 from unialign_jax.sampling import programs
 from unialign_jax.sampling.solvers import solver_table
 from unialign_jax.sampling.text import DECODINGS
 from unialign_jax.training import samples
-from unialign_jax.training.config import build_configs
+from unialign_jax.training.config import build_configs, read_config
 from unialign_jax.training.optimizer import make_optimizer
 from unialign_jax.training.samples import Sampler
-from unialign_jax.training.stages import read_config
 from unialign_jax.training.state import Networks, abstract_frozen, abstract_state
 from unialign_jax.training.step import batch_shapes, lower_train_step, make_train_step
 
@@ -75,7 +75,7 @@ def made_small(stage):
 def on(mesh):
     """The mesh of these sizes over the virtual devices; of one of them for no sizes."""
     sizes = {"fsdp": 1} | mesh
-    return sharding.make_mesh(**sizes, devices=jax.devices()[: 8 if mesh else 1])
+    return make_mesh(**sizes, devices=jax.devices()[: 8 if mesh else 1])
 
 
 def lower(platform, function, mesh, *arguments, **static):
@@ -94,6 +94,7 @@ def test_the_steps_below_are_all_there_are():
                 assert batch_shapes(config, config.streams[name]) == batch_shapes(config, config.streams[other])
 
 
+@pytest.mark.slow
 @EVERY_PLATFORM
 @pytest.mark.parametrize("mesh", [ONE, FSDP], ids=["one", "fsdp"])
 @pytest.mark.parametrize(("stage", "name"), STEPS.values())
@@ -101,6 +102,7 @@ def test_the_train_step_of_every_stream(stage, name, mesh, platform):
     lower_step(stage, name, mesh, platform)
 
 
+@pytest.mark.slow
 @EVERY_PLATFORM
 @pytest.mark.parametrize("mesh", [MIXED, POD], ids=["mixed", "pod"])
 def test_the_train_step_on_other_meshes(mesh, platform):
@@ -111,13 +113,14 @@ def lower_step(stage, name, sizes, platform):
     config, mesh = made_small(stage), on(sizes)
     networks = Networks.create(*build_configs(config, platform)).on(mesh)
     assert networks.transformer.config.attention == {"tpu": "splash", "cuda": "cudnn"}[platform]
-    tx, schedule = make_optimizer(**config.optimizer)
+    tx, schedule = make_optimizer(**config.optimizer, decay_1d=True)
     step = make_train_step(config, networks, tx, schedule, config.streams[name].kind, mask_id=511, eos_id=1)
     state = abstract_state(networks, tx, config.ema_decay, mesh)
     batch = batch_shapes(config, config.streams[name])
     lower_train_step(step, mesh, state, abstract_frozen(networks, mesh), batch, platforms=(platform,))
 
 
+@pytest.mark.slow
 @EVERY_PLATFORM
 @pytest.mark.parametrize(("mesh", "batch"), [(ONE, 5), (FSDP, 8), (FSDP, 5)], ids=str)
 def test_every_sampling_program(mesh, batch, platform):
@@ -125,7 +128,8 @@ def test_every_sampling_program(mesh, batch, platform):
     networks = Networks.create(*build_configs(config, platform))
     transformer, text_encoder, autoencoder = networks.transformer, networks.text_encoder, networks.autoencoder
     frozen = abstract_frozen(networks, mesh)
-    params = abstract_state(networks, make_optimizer(**config.optimizer)[0], 0, mesh).params["transformer"]
+    tx, _ = make_optimizer(**config.optimizer, decay_1d=True)
+    params = abstract_state(networks, tx, 0, mesh).params["transformer"]
     params = jax.tree_util.tree_map_with_path(
         lambda path, leaf: jax.ShapeDtypeStruct(
             leaf.shape, storage_dtype(sharding.path_string(path), "bfloat16"), sharding=leaf.sharding
@@ -140,7 +144,8 @@ def test_every_sampling_program(mesh, batch, platform):
     latents, seeds = array(8, 8, 16), array(dtype=jnp.uint32)
     text = array(24, 128, dtype=jnp.bfloat16)
     table = solver_table("euler", sampling_sigmas(2))
-    guidance = programs.Guidance(array(), array(), array(), np.ones(2, bool))
+    text_only = programs.Guidance(array(), array())
+    interval, two_scales = text_only._replace(active=np.ones(2, bool)), text_only._replace(image_scale=array())
     state = image_sampler.SamplerState(latents, latents, latents)
 
     lowered = functools.partial(lower, platform)
@@ -149,12 +154,12 @@ def test_every_sampling_program(mesh, batch, platform):
     images = array(64, 64, 3, dtype=jnp.uint8)
     lowered(functools.partial(programs.encode_images, autoencoder), mesh, frozen["autoencoder"], images)
     lowered(functools.partial(programs.decode_images, autoencoder), mesh, frozen["autoencoder"], latents)
-    rest = (table, text, text, guidance)
-    lowered(functools.partial(programs.advance_images, transformer), mesh, params, state, *rest, mode="text")
+    rest = (table, text, text)
+    lowered(functools.partial(programs.advance_images, transformer), mesh, params, state, *rest, text_only)
     sample = functools.partial(programs.sample_images, transformer, latent_shape=(8, 8, 16))
-    for mode in programs.GUIDANCE_MODES:  # by the same function, `advance_images`
-        conditions = array(1, 8, 8, 16) if mode == "text_and_image" else None
-        lowered(sample, mesh, params, seeds, *rest, conditions, mode=mode)
+    for guidance in (None, text_only, interval, two_scales):  # by the same function, `advance_images`
+        conditions = array(1, 8, 8, 16) if guidance is two_scales else None
+        lowered(sample, mesh, params, seeds, *rest, guidance, conditions)
     both = {"transformer": params, "text_encoder": frozen["text_encoder"]}
     describe = functools.partial(programs.describe, transformer, text_encoder, mask_id=511, eos_id=1)
     for decoding in DECODINGS:
@@ -183,6 +188,7 @@ class Blank:
         return example
 
 
+@pytest.mark.slow
 @EVERY_PLATFORM
 @pytest.mark.parametrize("mesh", [ONE, FSDP, POD], ids=["one", "fsdp", "pod"])
 def test_the_samples_of_every_stream(mesh, platform, monkeypatch, tmp_path):
@@ -208,16 +214,19 @@ def test_the_samples_of_every_stream(mesh, platform, monkeypatch, tmp_path):
 
         return call
 
-    # Of what the sampler's own file sees of JAX, and of nothing else.
-    monkeypatch.setattr(samples, "jax", types.SimpleNamespace(**vars(jax) | {"jit": lowering_jit}))
+    # For the files of the sampler and of its programs, and for nothing else.
+    for module in (samples, programs):
+        monkeypatch.setattr(module, "jax", types.SimpleNamespace(**vars(jax) | {"jit": lowering_jit}))
     streams = {name: Blank(settings) for name, settings in config.streams.items() if name not in SAME}
     tokenizer = types.SimpleNamespace(eos_id=1, mask_id=511, decode=str)
     sampler = Sampler(config, networks, mesh, streams, tokenizer, tmp_path)
-    params = abstract_state(networks, make_optimizer(**config.optimizer)[0], 0, mesh).params["transformer"]
+    tx, _ = make_optimizer(**config.optimizer, decay_1d=True)
+    params = abstract_state(networks, tx, 0, mesh).params["transformer"]
     written = sampler.write(1, params, abstract_frozen(networks, mesh))
     assert len(written) == 7 and all(path.is_file() for path in written)
-    # The weights, T5, the images with 0, 1 and 3 conditions sampled, 1 and 3 of them encoded, decoding, the text.
-    assert len(lowered) == 1 + 1 + 3 + 2 + 1 + 1
+    # The weights, T5, images with 0, 1 and 3 conditions sampled, the targets and 1 and 3 conditions encoded, decoding,
+    # the text, and images and texts on their way to the hosts.
+    assert len(lowered) == 1 + 1 + 3 + 3 + 1 + 1 + 2
 
 
 @EVERY_PLATFORM

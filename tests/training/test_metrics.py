@@ -8,8 +8,14 @@ import numpy as np
 import pytest
 
 from unialign_jax.training import metrics as metrics_module
-from unialign_jax.training.loop import BadRecords
-from unialign_jax.training.metrics import MetricsWriter, Throughput, keep_rows_until, read_metrics, to_means
+from unialign_jax.training.metrics import (
+    BadRecords,
+    MetricsWriter,
+    Throughput,
+    keep_rows_until,
+    read_metrics,
+    to_means,
+)
 
 
 def write(workdir, start, steps):

@@ -25,6 +25,7 @@ from unialign_jax.training.metrics import read_metrics
 from unialign_jax.training.run_lock import only_run_in
 from unialign_jax.training.state import TrainState
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 AGAIN = "The same command goes on from the last checkpoint, on this or another number of processes"
 PATIENCE = 300  # seconds that a machine busy with other things may take
@@ -38,7 +39,7 @@ def running(count, command, logs: Path):
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
     # Four compilations on two cores take as long as the optimisation they do; results differ by rounding.
     quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    environ = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "XLA_"))}
+    environ = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "XLA_", "JAX_"))}
     environ |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": quick}
     started = []
     try:
@@ -133,7 +134,7 @@ import os, sys, time
 from unialign_jax.parallel import processes
 
 assert processes.start(os.environ, sys.argv[1], 2, int(sys.argv[2]), heartbeat_timeout=5)
-vote = processes.Vote()
+vote = processes.DelayedMax()
 while True:
     vote(0)
     print("step", flush=True)

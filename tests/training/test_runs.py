@@ -27,7 +27,7 @@ def run(small_config, tmp_path_factory):
 
     config = small_config(samples__guidance_scale=3.0)
     networks = Networks.create(*build_configs(config, "cpu"))
-    state = init_state(networks, make_optimizer(**config.optimizer)[0], 0.9, jax.random.key(0))
+    state = init_state(networks, make_optimizer(**config.optimizer, decay_1d=True)[0], 0.9, jax.random.key(0))
     state = state._replace(ema=jax.tree.map(lambda x: x + 1, state.ema))
     workdir = tmp_path_factory.mktemp("runs") / "run"
     checkpoints = Checkpoints(workdir)
@@ -48,9 +48,9 @@ def change(folder, **changes):
     (folder / "config.json").write_text(json.dumps(content | changes))
 
 
+@pytest.mark.slow
 def test_a_run_is_sampled_as_its_bundle_is(run, tmp_path):
-    frozen = runs.draw_frozen(runs.read_settings(run.folder))
-    bundle_from_run(tmp_path / "bundle", run.folder, weights="ema", frozen=frozen)
+    bundle_from_run(tmp_path / "bundle", run.folder, weights="ema")
     made = Pipeline.from_bundle(run.folder)
     (image,), (expected,) = (
         pipeline.generate("a red circle", seeds=3) for pipeline in (made, Pipeline.from_bundle(tmp_path / "bundle"))
@@ -59,11 +59,12 @@ def test_a_run_is_sampled_as_its_bundle_is(run, tmp_path):
     parameters = json.loads(image.info["parameters"])
     assert (parameters["steps"], parameters["guidance_scale"], parameters["shift"]) == (2, 3.0, 3.0)
     config = bundle.read_config(tmp_path / "bundle")
-    assert config.tasks == ("t2i", "caption") == made.config.tasks
+    assert config.tasks == ("text_to_image", "caption") == made.config.tasks
     assert config.sampling == made.config.sampling
     assert config.sampling["caption_steps"] == 2
 
 
+@pytest.mark.slow
 def test_the_average_is_the_default(run):
     opened = {weights: runs.open_to_sample(run.folder, weights) for weights in (None, "raw", "ema")}
     assert [(it.weights, it.step) for it in opened.values()] == [("ema", 12), ("raw", 12), ("ema", 12)]
@@ -117,17 +118,17 @@ def test_what_a_run_was_trained_for_goes_back_to_its_first_stage(run, copy, tiny
         return runs.trained_tasks(runs.read_settings(run.folder) | changes)
 
     edits = {"edit": {"kind": "edit", "weight": 1.0}, "vqa": {"kind": "vqa", "weight": 0.0}}
-    assert trained() == ["t2i", "caption"]
+    assert trained() == ["text_to_image", "caption"]
     assert trained(streams=edits) == ["edit", "caption"]
-    assert trained(streams=edits, init_from=str(copy)) == ["t2i", "edit", "caption"]
+    assert trained(streams=edits, init_from=str(copy)) == ["text_to_image", "edit", "caption"]
     assert trained(streams=edits, loss_weights={"masked_text": 0.0}) == ["edit"]
     start = tmp_path / "start"
     start.mkdir()
     write_content(start, {"tasks": ["vqa"]})
     assert trained(streams=edits, init_from=str(start)) == ["edit", "caption", "vqa"]
     change(copy, init_from=str(copy))  # a circle ends
-    assert trained(init_from=str(copy)) == ["t2i", "caption"]
-    assert trained(init_from=str(tmp_path / "gone")) == ["t2i", "caption"]
+    assert trained(init_from=str(copy)) == ["text_to_image", "caption"]
+    assert trained(init_from=str(tmp_path / "gone")) == ["text_to_image", "caption"]
 
 
 @pytest.mark.bad_input

@@ -18,11 +18,11 @@ import pytest
 from unialign_jax.data.records import METADATA_FILE, open_records, write_records
 from unialign_jax.parallel import processes
 from unialign_jax.training.checkpoints import Checkpoints
+from unialign_jax.training.config import read_config
 from unialign_jax.training.loop import Trainer, train
 from unialign_jax.training.metrics import read_metrics
 from unialign_jax.training.run_lock import only_run_in
 from unialign_jax.training.samples import Sampler
-from unialign_jax.training.stages import read_config
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGE = f"{ROOT}/configs/stage1.py:tiny"
@@ -202,6 +202,7 @@ def test_unknown_keys_as_a_process(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_missing_data_and_a_mesh_that_does_not_fit_as_processes(tmp_path):
     code, out, err = command(f"--config={STAGE}", f"--workdir={tmp_path}/run", cwd=tmp_path)
     assert (code, out) == (1, "")
@@ -220,6 +221,7 @@ def test_missing_data_and_a_mesh_that_does_not_fit_as_processes(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_another_architecture_as_a_process(finished, shapes_dir):
     """The tiny stage does not fit the smaller run: the folder is left as it is, and only our own lines are shown."""
     before = contents(finished)
@@ -297,6 +299,7 @@ def damaged_copy(source, folder, damaged):
     return [records[index].key for index in damaged]
 
 
+@pytest.mark.slow
 def test_undecodable_records_are_replaced_counted_and_logged(config, shapes_dir, tmp_path, caplog):
     damaged = (3, 17, 18)
     keys = damaged_copy(shapes_dir / "vqa", tmp_path / "data", damaged)
@@ -327,6 +330,7 @@ def test_a_folder_of_nothing_but_damaged_records(config, shapes_dir, tmp_path):
 # Folders of runs
 
 
+@pytest.mark.slow
 def test_a_half_written_checkpoint_and_the_run_goes_on_as_it_would_have(config, finished_run, finished, caplog):
     for path in (finished / "checkpoints" / "6").glob("state/**/d/*"):
         os.truncate(path, path.stat().st_size // 2)
@@ -378,6 +382,7 @@ def test_a_second_run_in_a_folder_is_refused_and_changes_nothing(config, finishe
     assert int(run(config(), finished).step) == 6
 
 
+@pytest.mark.slow
 def test_a_broken_row_of_metrics_does_not_stop_a_resume(config, finished, caplog):
     path = finished / "metrics.jsonl"
     rows = path.read_bytes().splitlines(keepends=True)
@@ -396,6 +401,7 @@ def test_a_workdir_that_is_a_file(config, tmp_path):
     assert (tmp_path / "run").read_text() == "precious"
 
 
+@pytest.mark.slow
 def test_a_nan_parameter_stops_the_run_and_is_not_saved(config, tmp_path, monkeypatch):
     initial = Trainer.init_state
 
@@ -412,6 +418,7 @@ def test_a_nan_parameter_stops_the_run_and_is_not_saved(config, tmp_path, monkey
     assert read_metrics(tmp_path) == [] and (tmp_path / "config.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_nan_on_the_way_leaves_the_checkpoint_before_it(config, finished_run, tmp_path, monkeypatch):
     put, count = Trainer.put_batch, [0]
 
@@ -431,6 +438,7 @@ def test_a_nan_on_the_way_leaves_the_checkpoint_before_it(config, finished_run, 
     assert numbers(read_metrics(tmp_path)) == numbers(read_metrics(finished_run))
 
 
+@pytest.mark.slow
 def test_a_signal_while_the_last_save_is_written_waits_for_it(config, tmp_path, monkeypatch):
     """On a pod a preemption reaches the hosts seconds apart: one's own signal may come when all have stopped."""
     taken, closed = [], []
@@ -464,6 +472,7 @@ def test_a_signal_while_the_last_save_is_written_waits_for_it(config, tmp_path, 
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
 
 
+@pytest.mark.slow
 def test_every_stage_has_the_whole_time_before_a_run_counts_as_stuck(config, tmp_path, monkeypatch):
     told, alive = [], "alive"
 
@@ -495,7 +504,7 @@ def test_every_stage_has_the_whole_time_before_a_run_counts_as_stuck(config, tmp
     changes = {"num_steps": 2, "checkpoint__every": 1, "samples__every": 1, "samples__count": 1}
     train(config(**changes), tmp_path, progress=False, devices=jax.devices()[:1], stuck_timeout=7)
     prepared = ["__init__", alive, "restore_latest", alive, "init_state", alive, "init_frozen", alive, "compile_step"]
-    steps = [alive, "put_batch", alive, "save", alive, "write", alive, "put_batch", alive, "save"]
+    steps = [alive, "put_batch", alive, "save", alive, "write", alive, "put_batch", alive, "save", alive]
     ended = [alive, "save", alive, "is_written", "write", alive, "close", "end"]
     assert told == ["begin 7", alive, *prepared, *steps, *ended]
 

@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
-from unialign_jax import Pipeline, bundle
+from unialign_jax import Pipeline
 from unialign_jax.data.records import RecordError
 from unialign_jax.data.shapes.tasks import write_shapes
 from unialign_jax.evaluation import shapes_run
+from unialign_jax.evaluation.run_scenes import RunScenes
 from unialign_jax.models.mmdit import MMDiTOutput
 from unialign_jax.training import runs, validation
 from unialign_jax.training.config import config_problems
@@ -75,6 +77,7 @@ def edits(small_config):
     return trainer, batch | fixed_levels(config, 8)._asdict()
 
 
+@pytest.mark.slow
 def test_the_losses_are_those_of_the_given_levels(edits):
     """Of a network that predicts nothing: |noise - clean|^2, and log 511 a masked token over its mask fraction.
 
@@ -290,7 +293,7 @@ def validated(small_config, tmp_path_factory):
         patch.setattr(
             shapes_run, "run_task", lambda *args, **kwargs: seen.append(run_task(*args, **kwargs)) or seen[-1]
         )
-        train(config, workdir, progress=False, devices=jax.devices()[:1])
+        train(config, workdir, progress=False, devices=jax.devices()[:1], make_scorer=RunScenes.of)
     return config, workdir, seen
 
 
@@ -311,7 +314,7 @@ def test_a_validated_run_has_rows_of_its_own(validated):
     assert {"parses", "true", "exact"} <= rows[3].keys()
     # What counts as training is each stretch of steps, whatever the validation between them took.
     assert all(CLOCK <= row.keys() for row in rows if row["stream"] == "text_to_image")
-    shown = headlines({"text_to_image": first, "caption": rows[3]})
+    shown = headlines({"text_to_image": first, "caption": rows[3]}, RunScenes.leading)
     assert list(shown) == ["val/text_to_image/loss", "val/text_to_image/exact", "val/caption/true"]
 
 
@@ -320,7 +323,7 @@ def test_scenes_are_those_of_the_saved_run(validated):
     config, workdir, (early, _, late, captions) = validated
     run, frozen = runs.open_to_sample(workdir), on_one_device(config).init_frozen()
     # Its own frozen encoders: drawn again outside of jit they differ in the last bit, and a tie may be decided anew.
-    leaves = lambda name: bundle.flatten(frozen[name]).items() if name in frozen else run.leaves(name)  # noqa: E731
+    leaves = lambda name: flatten_dict(frozen[name], sep="/").items() if name in frozen else run.leaves(name)  # noqa: E731
     pipeline = Pipeline.from_run(run._replace(leaves=leaves))
     again = shapes_run.run_task(pipeline, "text_to_image", 2)
     for found, expected, before in zip(late, again, early, strict=True):
@@ -335,8 +338,8 @@ def test_a_run_in_two_halves_is_validated_as_one(validated, tmp_path):
     config, workdir, _ = validated
     half = config.copy_and_resolve_references()
     half.num_steps = 2
-    train(half, tmp_path, progress=False, devices=jax.devices()[:1])
-    train(config, tmp_path, progress=False, devices=jax.devices()[:1])
+    for settings in (half, config):
+        train(settings, tmp_path, progress=False, devices=jax.devices()[:1], make_scorer=RunScenes.of)
     assert numbers(read_metrics(tmp_path)) == numbers(read_metrics(workdir))
 
 
@@ -366,8 +369,11 @@ def test_scenes_without_a_world_are_passed_over(small_config, shapes_dir, tmp_pa
     path.write_text(path.read_text().replace('"source": "shapes"', '"source": "photographs"'))
     config = small_config(validation__every=1, validation__records=8, validation__scenes=2)
     config.streams.text_to_image.path = str(tmp_path / "data")
-    assert validation.Scenes.of(on_one_device(config)) is None
+    trainer = on_one_device(config)
+    assert RunScenes.of(trainer) is None
     assert "validation.scenes is passed over: no stream has records of the shapes world" in caplog.text
+    assert Validator(trainer).leading == {}
+    assert "validation.scenes is passed over: train() was given no make_scorer" in caplog.text
 
 
 def test_every_problem_of_holding_out_is_told_at_once(small_config):

@@ -1,12 +1,13 @@
-"""The `convert` part of launch/benchmark.py: full-size conversions, each in a process of its own, memory and time.
+"""The `convert` part of launch/benchmark.py: time and memory of full-size conversions, each in its own process.
 
     python launch/benchmark.py convert --scratch=/tmp/convert
 
-Fills files of the published sizes with random numbers in their true layouts (Stability's single file with SD3's
-transformer and VAE, 4.2 GB in fp16; T5 v1.1 XXL, 9.5 GB in fp16), converts them with launch/convert.py, loads the
-bundles, and reports wall time and peak resident memory of each process. Needs 30 GB of disk, which it frees again.
+It writes files of random numbers in the published sizes and layouts (Stability's single file with SD3's transformer and
+VAE, 4.2 GB in fp16; T5 v1.1 XXL, 9.5 GB in fp16), converts them with launch/convert.py, loads the bundles, and reports
+wall time and peak resident memory of each process. It needs 30 GB of disk, and frees them at the end.
 """
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -27,13 +28,13 @@ print(sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
 """
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--parts", default="sd3,t5", help="which of sd3 and t5, default %(default)s")
     parser.add_argument("--scratch", type=Path, help="where the files go, default a temporary folder")
 
 
-def benchmark_convert(arguments) -> dict:
-    """{figure: value}: for each part the bytes read and written, seconds and peak GB of converting and of loading."""
+def benchmark_convert(arguments: argparse.Namespace) -> dict:
+    """{figure: value}: of each part the GB read and written, and seconds and peak GB of converting and of loading."""
     makers, parts, figures = {"sd3": make_sd3, "t5": make_t5}, arguments.parts.split(","), {}
     if unknown := [part for part in parts if part not in makers]:
         raise ValueError(f"--parts has {', '.join(map(repr, unknown))}, expected some of {', '.join(makers)}")
@@ -59,13 +60,13 @@ def benchmark_convert(arguments) -> dict:
     return figures
 
 
-def named(name, measured):
+def named(name: str, measured: tuple[float, float]) -> dict[str, float]:
     seconds, peak = measured
     return {f"{name} seconds": seconds, f"{name} peak GB": peak}
 
 
-def measure(command, directory) -> tuple[float, float]:
-    """Wall seconds and peak resident GB of a command. Raises ValueError when it fails."""
+def measure(command: list[str], directory: Path) -> tuple[float, float]:
+    """Wall seconds and peak resident GB of a command. Raises ValueError when the command fails."""
     from unialign_jax.training.metrics import peak_bytes
 
     environment = {**os.environ, "PYTHONPATH": str(directory)}
@@ -78,8 +79,8 @@ def measure(command, directory) -> tuple[float, float]:
     return time.perf_counter() - began, peak_bytes(usage) / 1e9
 
 
-def make_sd3(scratch):
-    """Stability's sd3_medium.safetensors: transformer and VAE in fp16."""
+def make_sd3(scratch: Path) -> tuple[Path, list[str]]:
+    """Writes Stability's sd3_medium.safetensors, transformer and VAE in fp16; (its path, options of convert.py)."""
     from unialign_jax import bundle
     from unialign_jax.conversion import autoencoder, exporting, rules, transformer
     from unialign_jax.models import presets
@@ -101,8 +102,8 @@ def make_sd3(scratch):
     return path, ["--components=transformer,autoencoder"]
 
 
-def make_t5(scratch):
-    """t5xxl_fp16.safetensors, and a tokenizer, which a text encoder is not converted without."""
+def make_t5(scratch: Path) -> tuple[Path, list[str]]:
+    """Writes t5xxl_fp16.safetensors, and a tokenizer, which a text encoder needs; (its path, options of convert.py)."""
     from unialign_jax import bundle
     from unialign_jax.conversion import rules, text_encoder
     from unialign_jax.data.tokenizer import load_tokenizer
@@ -116,15 +117,20 @@ def make_t5(scratch):
     return path, ["--components=text_encoder", f"--tokenizer={scratch / 'tokenizer'}"]
 
 
-def shapes_of(config):
+def shapes_of(config) -> dict[str, dict]:
+    """{component: {path: shape}} of a bundle's parameters."""
+    from flax.traverse_util import flatten_dict
+
     from unialign_jax import bundle
 
     trees = bundle.abstract_params(config)
-    return {name: {path: leaf.shape for path, leaf in bundle.flatten(tree).items()} for name, tree in trees.items()}
+    return {
+        name: {path: leaf.shape for path, leaf in flatten_dict(tree, sep="/").items()} for name, tree in trees.items()
+    }
 
 
-def write_random(path, shapes, known):
-    """A safetensors file in fp16; the numbers repeat after 32 million, which no measured step can notice."""
+def write_random(path: Path, shapes: dict, known: dict) -> None:
+    """Writes a safetensors file in fp16. The random numbers repeat after 32 million, which changes no measurement."""
     import numpy as np
 
     from unialign_jax.conversion.safetensors_file import Writer

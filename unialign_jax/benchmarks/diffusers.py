@@ -63,7 +63,8 @@ def taken_on(device, dtype) -> str:
     return f"diffusers {diffusers.__version__}, torch {torch.__version__}, {name}, {str(dtype).removeprefix('torch.')}"
 
 
-def wait(device):
+def wait(device: str) -> None:
+    """Waits until a GPU has done all its work."""
     import torch
 
     if device == "cuda":

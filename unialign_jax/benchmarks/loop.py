@@ -2,10 +2,11 @@
 
     python launch/benchmark.py train --config=configs/stage1.py:tiny
 
-Runs the same number of optimizer steps twice, in turn: the bare compiled step on one batch that is already on the
-device, and the training loop with data, metrics and progress. Their ratio is what the loop costs.
+Alternates between two ways to run the same number of optimizer steps: the bare compiled step on a batch that is already
+on the device, and the training loop with data, metrics and progress bar. Their ratio is the overhead of the loop.
 """
 
+import collections
 import contextlib
 import logging
 import os
@@ -18,26 +19,26 @@ from unialign_jax.benchmarks.sample import MOST_ROUNDS
 
 def add_arguments(parser):
     parser.add_argument("--config", default="configs/stage1.py:tiny", help="stage file, default %(default)s")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a configuration key")
     parser.add_argument("--steps", type=int, default=30, help="steps of one measurement, default %(default)s")
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each kind, taken in turn; medians count")
 
 
 def benchmark_train(arguments) -> dict:
+    """{figure: value}. Raises ValueError for bad options."""
     import jax
 
-    from unialign_jax.inference.inputs import check_whole
+    from unialign_jax.inference.options import check_whole
     from unialign_jax.models import flops
     from unialign_jax.parallel import processes
+    from unialign_jax.training.config import read_config
     from unialign_jax.training.loop import StopRequest, Trainer, run_steps
-    from unialign_jax.training.metrics import memory_use
-    from unialign_jax.training.stages import read_config
+    from unialign_jax.training.metrics import Recorder, memory_use
 
     for name in ("steps", "rounds"):
         check_whole(f"--{name}", getattr(arguments, name), 1, MOST_ROUNDS)
     logging.getLogger().setLevel(logging.ERROR)
     processes.take_gpu_memory(os.environ)  # as in training
-    config = read_config(arguments.config, arguments.set)
+    config = read_config(arguments.config, arguments.changes)
     config.num_steps = 1 << 30  # each measurement sets its own end
     config.checkpoint.every = 1 << 30
     config.samples.every = config.validation.every = 0
@@ -48,7 +49,7 @@ def benchmark_train(arguments) -> dict:
     state, frozen = trainer.init_state(), trainer.init_frozen()
 
     def bare(state, start):
-        """The steps that the schedule names, each stream on a batch of its own that stays on the device."""
+        """The steps of the schedule, each stream on one batch that stays on the device."""
         for step in range(start, start + arguments.steps):
             name, _ = trainer.mixture.schedule(step)
             state, metrics = programs[name](state, frozen, resident[name])
@@ -58,7 +59,9 @@ def benchmark_train(arguments) -> dict:
     def loop(state, start):
         config.num_steps = start + arguments.steps
         with tempfile.TemporaryDirectory() as workdir, StopRequest() as stop:
-            return run_steps(trainer, programs, state, frozen, None, None, workdir, stop, progress=True)
+            recorder = Recorder(trainer, workdir, start, progress=True)
+            (state,) = collections.deque(run_steps(trainer, programs, state, frozen, recorder, stop), maxlen=1)
+        return state
 
     resident, step = {}, 0
     while len(resident) < len(trainer.streams):
@@ -81,7 +84,7 @@ def benchmark_train(arguments) -> dict:
     per_device = mean_flops * config.batch_size / loop_step / jax.device_count()
     peak = flops.peak_flops(jax.devices()[0].device_kind)
     return {
-        "config": " ".join([arguments.config, *arguments.set]),
+        "config": " ".join([arguments.config, *arguments.changes]),
         "streams": ", ".join(trainer.streams),
         "compile seconds, all streams": compile_seconds,
         "bare step, s": bare_step,

@@ -1,14 +1,14 @@
-"""The `memory` part of launch/benchmark.py: what the plan says of a training step's memory, beside a real run.
+"""The `memory` part of launch/benchmark.py: the planned memory of a training step beside that of a real run.
 
     python launch/benchmark.py memory
-    python launch/benchmark.py memory --mesh=fsdp=4,tensor=2 --remat=dots --set=model.depth=4
-    python launch/benchmark.py memory --platform=gpu --set=batch_size=4 --set=image_size=512
+    python launch/benchmark.py memory --mesh=fsdp=4,tensor=2 --remat=dots --config.model.depth=4
+    python launch/benchmark.py memory --platform=gpu --config.batch_size=4 --config.image_size=512
 
-On CPUs the run has --devices virtual ones, and what is real is the growth of the process's resident memory, from before
-the first array is made to the highest during two steps. On an accelerator it is the peak that the devices tell, which
-they count from the start of the process: "real is of" says whether the steps took it, or the making of the weights
-before them, beside which the plan says nothing. The plan is `planning.step_plan.plan_step`'s peak of one device times
-their number. Each case runs in a process of its own.
+On CPUs the run has --devices virtual ones, and "real" is the growth of the process's resident memory, from before the
+first array is made to the peak during two steps. On an accelerator it is the peak that the devices report since the
+start of the process: "real is of" says whether the steps had that peak, or the initialisation before them, which the
+plan leaves out. The plan is the peak of one device by `planning.step.plan_step`, times their number. Each case
+runs in a process of its own.
 """
 
 import ctypes
@@ -22,8 +22,8 @@ from unialign_jax.benchmarks.sample import answer, call_alone
 
 STEPS = 2
 PATIENCE = 300  # seconds
-# Stage 1 made so small that a few GB hold it and so large that the runtime's own memory does not count: 47 M trained
-# parameters, with T5, VAE and average, and of their state about as much as of activations.
+# Stage 1, small enough for a few GB and large enough that the runtime's own memory is negligible: 47 M trained
+# parameters, with T5, VAE and average; their state is about as large as the activations.
 MEDIUM = (
     "image_size=256",
     "text_length=64",
@@ -48,13 +48,8 @@ MEDIUM = (
 
 
 def add_arguments(parser):
-    parser.add_argument("--config", default="configs/stage1.py", help="stage file, default %(default)s")
     parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a configuration key (on CPUs the sizes are small)",
+        "--config", default="configs/stage1.py", help="stage file, default %(default)s, on CPUs made small"
     )
     parser.add_argument("--platform", choices=("cpu", "gpu", "tpu"), default="cpu", help="default %(default)s")
     parser.add_argument("--devices", type=int, default=8, help="virtual CPU devices, default %(default)s")
@@ -69,9 +64,8 @@ def add_arguments(parser):
 
 def benchmark_memory(arguments) -> dict:
     """A table with a row for each mesh and policy. Raises ValueError for a case that cannot run."""
-    from unialign_jax.inference.inputs import check_whole
-    from unialign_jax.training.config import config_problems
-    from unialign_jax.training.stages import read_config
+    from unialign_jax.inference.options import check_whole
+    from unialign_jax.training.config import config_problems, read_config
 
     cpu = arguments.platform == "cpu"
     check_whole("--devices", arguments.devices, 1, 1024)
@@ -79,7 +73,7 @@ def benchmark_memory(arguments) -> dict:
     cases = []
     for mesh in meshes:
         for remat in arguments.remat.split(","):
-            changes = [*(MEDIUM if cpu else ()), *arguments.set, *mesh_changes(mesh), f"model.remat={remat}"]
+            changes = [*(MEDIUM if cpu else ()), *arguments.changes, *mesh_changes(mesh), f"model.remat={remat}"]
             config = read_config(arguments.config, changes)
             if problems := config_problems(config, arguments.devices if cpu else None):
                 raise ValueError("the configuration cannot run: " + "; ".join(problems))
@@ -92,9 +86,9 @@ def benchmark_memory(arguments) -> dict:
     return {"memory, GB over all devices": rows}
 
 
-def mesh_changes(text) -> list[str]:
-    """ "fsdp=4,tensor=2" -> that mesh as changes to a configuration, axes that are not named being 1."""
-    from unialign_jax.parallel.sharding import AXES
+def mesh_changes(text: str) -> list[str]:
+    """ "fsdp=4,tensor=2" -> that mesh as changes to a configuration; the other axes are 1."""
+    from unialign_jax.parallel.mesh import AXES
 
     sizes = dict.fromkeys(AXES, "1")
     for part in text.split(","):
@@ -105,18 +99,17 @@ def mesh_changes(text) -> list[str]:
     return [f"mesh.{axis}={size}" for axis, size in sizes.items()]
 
 
-# What runs in a process of its own
+# In a process of its own
 
 
-def plan_and_run(settings) -> dict:
-    """The plan's parts, its sum and what a run took, in GB over all devices."""
+def plan_and_run(settings: dict) -> dict:
+    """The plan's parts, its sum and the memory of a run, in GB over all devices."""
     import jax
 
     from unialign_jax.benchmarks.step import Setup, peak_of
     from unialign_jax.parallel import processes
-    from unialign_jax.planning.step_plan import plan_step
-    from unialign_jax.training.config import active_streams
-    from unialign_jax.training.stages import read_config
+    from unialign_jax.planning.step import plan_step
+    from unialign_jax.training.config import active_streams, read_config
 
     processes.take_gpu_memory(os.environ)  # as in training
     on_cpu = settings["platform"] == "cpu"
@@ -132,8 +125,8 @@ def plan_and_run(settings) -> dict:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         step = plan_step(config, jax.devices(), stream)
         program, makers = setup.compile_step(), setup.compile_makers()
-    sizes = {name: getattr(step, name) for name in ("parameters", "optimizer", "frozen", "batch", "temporaries")}
-    planned = {name: step.chips * size / 1e9 for name, size in (sizes | {"plan": step.peak}).items()}
+    sizes = {name: getattr(step.memory, name) for name in ("parameters", "optimizer", "frozen", "batch", "temporaries")}
+    planned = {name: step.chips * size / 1e9 for name, size in (sizes | {"plan": step.memory.peak}).items()}
 
     before = resident()
     state, frozen, batch = (make() for make in makers)
@@ -152,14 +145,14 @@ def plan_and_run(settings) -> dict:
 
 
 def peak_bytes() -> int:
-    """The most bytes that this process's devices have held together since it began, each at its own time."""
+    """The sum of the devices' own peaks in bytes since the process began."""
     import jax
 
     return sum(device.memory_stats()["peak_bytes_in_use"] for device in jax.local_devices())
 
 
-def prepare_cpu(devices):
-    """Sets this process up, before JAX has looked for devices, so that its memory is that of the arrays."""
+def prepare_cpu(devices: int) -> None:
+    """Sets up this process, before JAX looks for devices, so that its memory is that of the arrays."""
     import jax
 
     jax.config.update("jax_num_cpu_devices", devices)
@@ -167,20 +160,20 @@ def prepare_cpu(devices):
     # collectives of one step, each of which holds a thread of XLA's pool on every device: 8 a device were too few.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     os.environ["NPROC"] = str(64 * devices)
-    # Devices that share few cores may wait long for one another: XLA ends a process after 40 s of it.
+    # Devices that share few cores may wait long for one another: XLA ends a process that waits for 40 s.
     patience = f"--xla_cpu_collective_call_terminate_timeout_seconds={PATIENCE}"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {patience}"
-    # What is freed shall leave the process, and not wait in the allocator (M_MMAP_THRESHOLD of glibc's malloc.h).
+    # Freed memory must go back to the system, not stay in the allocator (M_MMAP_THRESHOLD of glibc's malloc.h).
     ctypes.CDLL(None).mallopt(-3, 2**20)
 
 
 def resident() -> int:
-    """The bytes of this process in memory now, from where the kernel's count of their peak starts anew."""
+    """The resident bytes of this process now; the kernel's count of their peak starts anew."""
     Path("/proc/self/clear_refs").write_text("5")
     return status("VmRSS")
 
 
-def status(name) -> int:
+def status(name: str) -> int:
     """A size in bytes from /proc/self/status."""
     return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 

@@ -1,14 +1,14 @@
-"""The `options` part of launch/benchmark.py: what the options of sampling cost and give.
+"""The `options` part of launch/benchmark.py: the cost and the effect of the options of sampling.
 
     python launch/benchmark.py options --bundle=bundles/tiny
 
-Makes the same images (prompts and seeds) with the plain sampler, Euler at 28 steps, and with one option changed at a
-time, and captions pictures in every decoding. Differences are root mean squares over all pixels, in 255ths: from the
-plain sampler's images, and from the solution of the flow (Euler at --solution-steps). Of captions it says how often the
-network ran.
+It makes the same images (prompts and seeds) with the plain sampler, Euler at 28 steps, and with one option changed at a
+time. Differences are root mean squares over all pixels, in 255ths: from the plain sampler's images, and from the
+solution of the flow (Euler at --solution-steps). It also captions images in every decoding, and counts the evaluations
+of the network.
 
-Prompts and pictures are those of the shapes world (a seed that training does not use), for a bundle of
-configs/stage1.py:tiny, or the lines of --prompts; then the pictures to caption are the ones made.
+Prompts and images are those of the shapes world (a seed that training does not use), which suit a bundle of
+configs/stage1.py:tiny. With --prompts the prompts are its lines, and the images to caption are the ones made.
 """
 
 import time
@@ -33,7 +33,7 @@ VARIANTS = {
     "guidance_scale=1": {"guidance_scale": 1.0},
 }
 QUANTIZE = ("int8", "w8a8")
-DECODINGS = ("ancestral", "top_k", "confidence", "entropy")
+DECODING_STEPS = {"ancestral": (32, 16, 8), "top_k": (32, 16, 8), "confidence": (32,), "entropy": (32,)}
 
 
 def add_arguments(parser):
@@ -46,9 +46,10 @@ def add_arguments(parser):
 
 
 def benchmark_options(arguments) -> dict[str, str]:
-    """{option: what it costs and gives}. Raises ValueError or OSError for arguments that do not fit."""
+    """{option: its cost and effect}. Raises ValueError or OSError for arguments that do not fit."""
     from unialign_jax import Pipeline, bundle
-    from unialign_jax.inference.inputs import MAX_STEPS, check_range, check_whole
+    from unialign_jax.benchmarks.sample import Stopwatch
+    from unialign_jax.inference.options import MAX_STEPS, check_range, check_whole
 
     for name, most in {"count": 4096, "rounds": 1_000_000, "solution_steps": MAX_STEPS}.items():
         check_whole(f"--{name.replace('_', '-')}", getattr(arguments, name), 1, most)
@@ -60,7 +61,7 @@ def benchmark_options(arguments) -> dict[str, str]:
         return Pipeline.from_bundle(arguments.bundle, quantize=quantize, max_batch=len(prompts))
 
     pipeline = open_pipeline()
-    options = {"guidance_scale": arguments.guidance_scale, "seeds": 0}
+    options = {"guidance_scale": arguments.guidance_scale, "seed": 0}
 
     def maker(model=pipeline, **change):
         return lambda: np.stack([np.asarray(i, np.float32) for i in model.generate(prompts, **options | change)])
@@ -84,9 +85,15 @@ def benchmark_options(arguments) -> dict[str, str]:
         )
 
     pictures = pictures or pipeline.generate(prompts, **options)
-    for decoding in DECODINGS:
-        for steps in (32, 16, 8) if decoding in ("ancestral", "top_k") else (32,):
-            alone, together = (evaluations(pipeline, part, decoding, steps) for part in (pictures[:1], pictures))
+    watch = Stopwatch(pipeline)
+
+    def evaluations(part):
+        pipeline.caption(part, decoding=decoding, steps=steps)  # one batch
+        return int(watch.results["loop"].evaluations)
+
+    for decoding, tried in DECODING_STEPS.items():
+        for steps in tried:
+            alone, together = evaluations(pictures[:1]), evaluations(pictures)
             figures[f"{decoding}, {steps} steps"] = f"{alone} evaluations for 1 caption, {together} for {len(pictures)}"
     return figures
 
@@ -118,19 +125,3 @@ def clock(function) -> float:
 def difference(a, b) -> float:
     """Root mean square, in 255ths."""
     return float(np.sqrt(np.mean(np.square(a - b))))
-
-
-def evaluations(pipeline, pictures, decoding, steps) -> int:
-    """How often the network ran on the batch of pictures."""
-    describe, samples = pipeline._describe, []
-
-    def watched(*args, **kwargs):
-        samples.append(describe(*args, **kwargs))
-        return samples[-1]
-
-    pipeline._describe = watched
-    try:
-        pipeline.caption(pictures, decoding=decoding, steps=steps)
-    finally:
-        pipeline._describe = describe
-    return sum(int(sample.evaluations) for sample in samples)

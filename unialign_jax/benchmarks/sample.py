@@ -9,11 +9,11 @@ Three parts, chosen by --parts:
 
     images     Pipeline.generate at each batch size: per image and by component, against the matmuls of this machine
     captions   Pipeline.caption at each batch size, every token denoised
-    forward    one forward of the MM-DiT for one image, which is all that a step of a sampler does
+    forward    one forward of the MM-DiT for one image: all the work of a sampler's step without guidance
 
-Everything that is measured runs in a process of its own, one after the other: they share neither memory nor caches.
-diffusers' side is SD3Transformer2DModel of the same size and dtype with random weights in a plain Euler loop, compiled
-by torch on a GPU. All times are medians of --rounds calls after a first one.
+Each measurement runs in a process of its own, one after the other: they share neither memory nor caches. diffusers'
+side is SD3Transformer2DModel of the same size and dtype with random weights in a plain Euler loop, compiled by torch on
+a GPU. All times are medians of --rounds calls after a first one.
 """
 
 import dataclasses
@@ -62,9 +62,9 @@ def add_arguments(parser):
 
 
 def benchmark_sample(arguments) -> dict:
-    """{figure: value}; what could not be measured says so. Raises ValueError for options that do not fit."""
-    from unialign_jax.inference.inputs import MAX_STEPS, MAX_TOKENS, check_range, check_whole
-    from unialign_jax.planning.sampling_plan import check_sampling
+    """{figure: value}; a figure that could not be measured says so. Raises ValueError for options that do not fit."""
+    from unialign_jax.inference.options import MAX_STEPS, MAX_TOKENS, check_range, check_whole
+    from unialign_jax.planning.sampling import check_sampling
 
     settings = {k: v for k, v in vars(arguments).items() if k not in ("measure", "output", "command")}
     settings["bundle"] = str(arguments.bundle.resolve()) if arguments.bundle else None
@@ -156,17 +156,16 @@ def not_measured(why) -> str:
 
 
 def worker(side, function, settings) -> dict:
-    """What `function` of this module (or of the one for diffusers) returns, called in a process of its own."""
+    """The result of `function` of this module, or of the one for diffusers, called in a process of its own."""
     module = {"ours": "sample", "diffusers": "diffusers"}[side]
     print(f"measuring {side}: {function} ...", file=sys.stderr, flush=True)
     return call_alone(module, function, settings)
 
 
 def call_alone(module, function, settings) -> dict:
-    """What a module of this folder writes when run as FUNCTION SETTINGS RESULT, both JSON, in a process of its own.
+    """The result of a module of this folder, run in a process of its own as FUNCTION SETTINGS RESULT, both JSON.
 
-    It is run by name, without a folder before PYTHONPATH (-P): this one has modules named like packages (diffusers).
-    Raises ValueError when it fails.
+    -P keeps this folder off the path: it has modules named like packages (diffusers). Raises ValueError when it fails.
     """
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
@@ -180,7 +179,7 @@ def call_alone(module, function, settings) -> dict:
         return json.loads(result.read_text())
 
 
-# What runs in a process of its own
+# In a process of its own
 
 
 def model_config(settings):
@@ -203,8 +202,8 @@ def model_config(settings):
 def parameter_loader(settings, config, dtype):
     """A function, name of a component -> its parameters on the device, read from the bundle or random."""
     import jax
+    from flax.traverse_util import flatten_dict, unflatten_dict
 
-    from unialign_jax import bundle
     from unialign_jax.inference import weights
     from unialign_jax.inference.quantization import quantize_leaf
 
@@ -220,14 +219,14 @@ def parameter_loader(settings, config, dtype):
                 return quantize_leaf(path, leaf, device=device)
             return jax.device_put(leaf, device)
 
-        leaves = bundle.flatten(weights.abstract_component(config, name, dtype)).items()
-        return bundle.unflatten({path: put(path, random_array(leaf.shape, leaf.dtype)) for path, leaf in leaves})
+        leaves = flatten_dict(weights.abstract_component(config, name, dtype), sep="/").items()
+        return unflatten_dict({path: put(path, random_array(leaf.shape, leaf.dtype)) for path, leaf in leaves}, sep="/")
 
     return load
 
 
 def random_array(shape, dtype):
-    """Small normal numbers; they repeat after four million, which no measured step can notice."""
+    """Small normal numbers, repeated after four million, which changes no time."""
     return np.resize(random_pool(np.dtype(dtype)), shape)
 
 
@@ -237,20 +236,20 @@ def random_pool(dtype):
 
 
 class Stopwatch:
-    """Stands before the compiled programs of a pipeline: waits for each one's result and adds up its seconds."""
+    """Times the programs of a pipeline: waits for the result of each and adds up the seconds by part."""
 
-    PROGRAMS = {
-        "_encode_prompts": "T5",
-        "_sample": "loop",
-        "_decode_images": "VAE decode",
-        "_encode_images": "VAE encode",
-        "_describe": "loop",
+    PARTS = {
+        "encode_prompts": "T5",
+        "sample_images": "loop",
+        "decode_images": "VAE decode",
+        "encode_images": "VAE encode",
+        "describe": "loop",
     }
 
     def __init__(self, pipeline):
         self.seconds, self.results = {}, {}
-        for attribute, part in self.PROGRAMS.items():
-            setattr(pipeline, attribute, self._timed(getattr(pipeline, attribute), part))
+        timed = {name: self._timed(getattr(pipeline.programs, name), part) for name, part in self.PARTS.items()}
+        pipeline.programs = dataclasses.replace(pipeline.programs, **timed)
 
     def _timed(self, program, part):
         import jax
@@ -271,7 +270,7 @@ class Stopwatch:
         return self.seconds | {"all": time.perf_counter() - began}
 
     def median(self, task, rounds) -> tuple[dict, float]:
-        """(medians of `measure` over some calls, what the programs of a first call took on top: compiling)."""
+        """(medians of `measure` over `rounds` calls, seconds of compiling: the excess of a first call's programs)."""
         first = self.measure(task)
         calls = [self.measure(task) for _ in range(rounds)]
         seconds = {part: statistics.median(call[part] for call in calls) for part in first}
@@ -403,7 +402,7 @@ def shares(name, seconds, work, limits) -> dict:
 
 
 def compile_times(name, task, watch, cold) -> dict:
-    """What compiling the programs of `task` took, and what it takes with the folder of compiled programs."""
+    """The seconds of compiling the programs of `task`, without and with the persistent cache."""
     import jax
 
     jax.clear_caches()
@@ -488,7 +487,7 @@ def host_peak() -> float:
 
 
 def answer(functions):
-    """The other end of `worker`: calls one of the functions with the settings and writes down what it returns."""
+    """The other end of `worker`: calls one of the functions with the settings and writes its result."""
     name, settings, output = sys.argv[1:]
     try:
         result = {function.__name__: function for function in functions}[name](json.loads(settings))

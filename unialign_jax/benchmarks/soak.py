@@ -2,10 +2,10 @@
 
     python launch/benchmark.py soak --config=configs/stage1.py:tiny --steps=2000 --saves=200
 
-Trains in a folder of its own with many saves, and looks at the process's memory, file descriptors and threads several
-times a second. What a step or a save left behind would show in a long run only. Flat means that between the third
-tenth of the run and the last the median memory grew by less than 2%, and the most descriptors and threads by less than
-4; where it is not, the exit status is 1. Linux only.
+Trains in a folder of its own with many saves, and samples the process's memory, file descriptors and threads several
+times a second: a leak of a step or a save shows only in a long run. The run is flat when from its third tenth to its
+last the median memory grew by less than 2%, and the largest counts of descriptors and of threads by less than 4 each.
+The exit status is 1 when it is not. Linux only.
 """
 
 import statistics
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
@@ -20,7 +21,6 @@ LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 
 def add_arguments(parser):
     parser.add_argument("--config", default="configs/stage1.py:tiny", help="stage file, default %(default)s")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a configuration key")
     parser.add_argument("--steps", type=int, default=2000, help="steps of the run, default %(default)s")
     parser.add_argument("--saves", type=int, default=200, help="saves of the run, default %(default)s")
     parser.add_argument("--scratch", type=Path, help="where the run's folder is made, default the system's")
@@ -28,21 +28,21 @@ def add_arguments(parser):
 
 def benchmark_soak(arguments) -> dict:
     """{figure: value}, of which `by tenth of the run` is a table. Raises ValueError, OSError when the run fails."""
-    from unialign_jax.training.stages import read_config
+    from unialign_jax.training.config import read_config
 
     if not 10 <= arguments.saves <= arguments.steps:
         raise ValueError(f"--saves is {arguments.saves}, expected 10 to --steps, {arguments.steps}")
     if not Path("/proc/self/fd").is_dir():
         raise OSError("the soak reads /proc, which only Linux has")
     changes = [
-        *arguments.set,
+        *arguments.changes,
         f"num_steps={arguments.steps}",
         f"checkpoint.every={arguments.steps // arguments.saves}",
         "samples.every=0",
         "samples.count=0",
         "validation.every=0",
     ]
-    read_config(arguments.config, changes)  # what is wrong with it is said here
+    read_config(arguments.config, changes)  # raises here for a bad configuration
     if arguments.scratch:
         arguments.scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="soak-", dir=arguments.scratch) as scratch:
@@ -60,13 +60,13 @@ def benchmark_soak(arguments) -> dict:
             raise ValueError(f"train.py ended with status {process.returncode} after step {step}: {last}")
         seconds = time.perf_counter() - began
     return {
-        "config": " ".join([arguments.config, *arguments.set]),
+        "config": " ".join([arguments.config, *arguments.changes]),
         "steps, saves": f"{arguments.steps}, {arguments.steps // (arguments.steps // arguments.saves)}",
         "seconds, start and compiling included": seconds,
     } | summary(looks, arguments.steps)
 
 
-def watch(process, workdir, interval=0.2):
+def watch(process: subprocess.Popen, workdir: Path, interval: float = 0.2) -> Iterator[tuple]:
     """(step of the newest checkpoint, memory in MB, descriptors, threads) of a process, until it ends."""
     step = 0
     while process.poll() is None:
@@ -77,13 +77,13 @@ def watch(process, workdir, interval=0.2):
             status = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
             descriptors = len(list((folder / "fd").iterdir()))
             yield step, int(status["VmRSS"].split()[0]) * 1024 / 1e6, descriptors, int(status["Threads"])
-        except (OSError, KeyError):  # it ended while we looked
+        except (OSError, KeyError):  # it ended meanwhile
             break
         time.sleep(interval)
 
 
-def summary(looks, steps: int, tenths=10) -> dict:
-    """The table of a run's tenths, and whether it is flat. Raises ValueError when one was not looked at."""
+def summary(looks: list[tuple], steps: int, tenths: int = 10) -> dict:
+    """The table of a run's tenths, and whether it is flat. Raises ValueError for a tenth without a sample."""
     rows = []
     for number in range(tenths):
         low, high = steps * number // tenths, steps * (number + 1) // tenths

@@ -4,13 +4,13 @@
     python launch/benchmark.py step --micro-batches=4 --accumulation=4 --profile=/tmp/trace
     python launch/benchmark.py step --config=configs/stage1.py:tiny --micro-batches=4
 
-Every micro-batch (samples of one device at a time) is tried with every remat policy, each in a process of its own, and
-has a row: compiling, seconds of a step, TFLOP/s and MFU of a device (FLOPs by models/flops.py), images a second, the
-highest memory and whether the step or the making of the weights before it took it, that which the compiler had planned,
-and the mesh. One that does not fit has a row that says so. Of the setting
-with most images a second the parts are then compiled and measured apart: T5, VAE, the MM-DiT with its losses forward,
-and forward and backward, the optimizer with the average, and attention alone; and matmuls of the blocks' shapes one
-after another, which is what the step could reach. Weights are random and made on the devices; no data is read.
+Every micro-batch (samples per device) runs with every remat policy, each pair in a process of its own, and has a row:
+compile time, step time, TFLOP/s and MFU per device (FLOPs by models/flops.py), images per second, peak memory, whether
+the step or the initialisation before it had that peak, the memory that the compiler planned, and the mesh. A setting
+that does not fit has a row that says so. Of the fastest setting the parts are then compiled and measured apart: T5,
+VAE, the MM-DiT with its losses forward, and forward and backward, the optimizer with the average, and attention alone;
+and a chain of matmuls of the blocks' shapes, an upper bound for the step. Weights are random and made on the devices;
+no data is read.
 """
 
 import functools
@@ -19,6 +19,7 @@ import re
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from unialign_jax.benchmarks.sample import MOST_ROUNDS, answer, batch_sizes, call_alone, jax_matmul, not_measured
@@ -29,7 +30,6 @@ FAILED = "failed"  # how the outcome of a setting begins that broke for another 
 
 def add_arguments(parser):
     parser.add_argument("--config", default="configs/stage1.py", help="stage file, default %(default)s")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a configuration key")
     parser.add_argument("--devices", type=int, help="how many of those here to use, default all")
     parser.add_argument("--stream", help="whose step, default the first of the configuration")
     parser.add_argument("--micro-batches", default="1,2,4,8", help="samples of one device to try, default %(default)s")
@@ -45,11 +45,10 @@ def add_arguments(parser):
 
 def benchmark_step(arguments) -> dict:
     """{figure: value}, of which some are tables. Raises ValueError for bad options, and when nothing was measured."""
-    from unialign_jax.inference.inputs import check_whole
-    from unialign_jax.training.config import active_streams, config_problems
-    from unialign_jax.training.stages import read_config
+    from unialign_jax.inference.options import check_whole
+    from unialign_jax.training.config import active_streams, config_problems, read_config
 
-    config = read_config(arguments.config, arguments.set)
+    config = read_config(arguments.config, arguments.changes)
     streams = list(active_streams(config))
     stream = arguments.stream or streams[0]
     if stream not in streams:
@@ -77,7 +76,7 @@ def benchmark_step(arguments) -> dict:
             trace = arguments.profile and str(arguments.profile / f"micro-batch-{size}-remat-{remat}")
             settings = {
                 "config": arguments.config,
-                "changes": [*arguments.set, f"model.remat={remat}", f"model.attention={attention}"],
+                "changes": [*arguments.changes, f"model.remat={remat}", f"model.attention={attention}"],
                 "stream": stream,
                 "devices": arguments.devices,
                 "micro_batch": size,
@@ -100,7 +99,7 @@ def benchmark_step(arguments) -> dict:
     best = max(measured, key=lambda i: rows[i]["images/s"])
     devices = [row.pop("devices") for row in rows][best]
     figures = {
-        "config": " ".join([arguments.config, *arguments.set]),
+        "config": " ".join([arguments.config, *arguments.changes]),
         "step": f"of {stream}, {config.image_size} px, {config.text_length} tokens, attention {attention}, "
         f"accumulation {arguments.accumulation}",
         "devices": devices,
@@ -117,7 +116,8 @@ def benchmark_step(arguments) -> dict:
     return figures
 
 
-def measure_alone(settings) -> dict:
+def measure_alone(settings: dict) -> dict:
+    """The row of a setting, measured in a process of its own."""
     print(f"measuring {settings['micro_batch']} a device, {settings['changes'][-2]} ...", file=sys.stderr, flush=True)
     try:
         return call_alone("step", "whole", settings)
@@ -125,49 +125,35 @@ def measure_alone(settings) -> dict:
         return unmeasured(f"{FAILED}: {error}")
 
 
-def unmeasured(outcome) -> dict:
+def unmeasured(outcome: str) -> dict:
+    """The row of a setting without figures."""
     times = ("compile, s", "step, ms", "least, ms", "TFLOP/s", "MFU %", "images/s")
     return dict.fromkeys((*times, "peak GB", "peak of", "planned GB", "loss", "mesh", "devices")) | {"outcome": outcome}
 
 
 def peak_of(before: float | None, after: float | None) -> str | None:
-    """What took the highest memory since the process began, from the highest before and after some steps."""
+    """Whether some steps raised the peak of memory since the process began, from the peaks before and after them."""
     if after is None:
         return None
     return "the step" if after > before else "making the weights: the step took less"
 
 
-# What runs in a process of its own
+# In a process of its own
 
 
 class Setup:
-    """A configuration's training step on some devices: its program, and its arguments made out of nothing."""
+    """A stream's training step on some devices, with arguments made at random."""
 
-    def __init__(self, config, stream, devices):
-        from unialign_jax.parallel import sharding
-        from unialign_jax.training.config import active_streams, build_configs, config_problems
-        from unialign_jax.training.meshes import mesh_for
-        from unialign_jax.training.optimizer import make_optimizer
-        from unialign_jax.training.state import Networks, abstract_frozen, abstract_state
-        from unialign_jax.training.step import batch_shapes
+    def __init__(self, config, name: str, devices):
+        from unialign_jax.training.program import StepProgram
 
-        if problems := config_problems(config, len(devices)):
-            raise ValueError("the configuration cannot run:\n  " + "\n  ".join(problems))
-        self.config, self.stream = config, active_streams(config)[stream]
-        self.networks = Networks.create(*build_configs(config, devices[0].platform))
-        self.mesh = sharding.make_mesh(**mesh_for(config, devices, self.networks).sizes, devices=devices)
-        self.networks = self.networks.on(self.mesh)
-        self.tx, self.schedule = make_optimizer(**config.optimizer)
-        self.state = abstract_state(self.networks, self.tx, config.ema_decay, self.mesh)
-        self.frozen = abstract_frozen(self.networks, self.mesh)
-        self.batch = batch_shapes(config, self.stream)
-        self.ids = (config.model.vocab_size - 1, 1)  # of mask and end of text: any serve, they change no shape
+        self.program = StepProgram(config, devices)
+        self.config, self.networks, self.mesh = config, self.program.networks, self.program.mesh
+        self.name, self.stream, self.batch = name, self.program.settings[name], self.program.batch_shapes(name)
+        self.state, self.frozen = self.program.abstract_state, self.program.abstract_frozen
 
     def compile_step(self):
-        from unialign_jax.training.step import lower_train_step, make_train_step
-
-        step = make_train_step(self.config, self.networks, self.tx, self.schedule, self.stream.kind, *self.ids)
-        return lower_train_step(step, self.mesh, self.state, self.frozen, self.batch).compile()
+        return self.program.compile_step(self.name)
 
     def compile_makers(self):
         """Programs that make the state, the frozen networks and a batch, at random, where they belong."""
@@ -180,7 +166,7 @@ class Setup:
             return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
         key = jax.random.key(self.config.seed)
-        make_state = functools.partial(init_state, self.networks, self.tx, self.config.ema_decay, key)
+        make_state = functools.partial(init_state, self.networks, self.program.tx, self.config.ema_decay, key)
         makers = (
             (make_state, shardings(self.state)),
             (functools.partial(init_frozen, self.networks), shardings(self.frozen)),
@@ -193,7 +179,7 @@ class Setup:
         return tuple(maker() for maker in self.compile_makers())
 
 
-def random_batch(shapes):
+def random_batch(shapes: dict) -> dict:
     """A batch of random pixels, ids and features of these shapes; every token may be masked."""
     import jax
     import jax.numpy as jnp
@@ -211,12 +197,11 @@ def random_batch(shapes):
     }
 
 
-def open_setup(settings) -> Setup:
+def open_setup(settings: dict) -> Setup:
     import jax
 
     from unialign_jax.parallel import processes
-    from unialign_jax.training.config import batch_shards
-    from unialign_jax.training.stages import read_config
+    from unialign_jax.training.config import batch_shards, read_config
 
     processes.take_gpu_memory(os.environ)  # as in training
     config = read_config(settings["config"], settings["changes"])
@@ -226,8 +211,8 @@ def open_setup(settings) -> Setup:
     return Setup(config, settings["stream"], devices)
 
 
-def whole(settings) -> dict:
-    """The row of a setting, but for what names it."""
+def whole(settings: dict) -> dict:
+    """The row of a setting, without its name."""
     import jax
 
     try:
@@ -238,11 +223,11 @@ def whole(settings) -> dict:
         return unmeasured("out of memory: " + " ".join(str(error).split())[:200])
 
 
-def measure_step(setup, settings) -> dict:
+def measure_step(setup: Setup, settings: dict) -> dict:
     import jax
 
     from unialign_jax.models.flops import peak_flops
-    from unialign_jax.training.meshes import format_mesh
+    from unialign_jax.parallel.mesh import format_mesh
     from unialign_jax.training.metrics import memory_use, to_means
 
     began = time.perf_counter()
@@ -284,8 +269,8 @@ def measure_step(setup, settings) -> dict:
     }
 
 
-def seconds_a_call(call, rounds, calls, warmup=1) -> list[float]:
-    """Seconds of a call in each of some rounds of calls, after each of which the device is waited for."""
+def seconds_a_call(call: Callable, rounds: int, calls: int, warmup: int = 1) -> list[float]:
+    """Seconds per call in each round of `calls` calls; each round ends when the device is done."""
     import jax
 
     def run(count):
@@ -299,14 +284,14 @@ def seconds_a_call(call, rounds, calls, warmup=1) -> list[float]:
     return [run(calls) for _ in range(rounds)]
 
 
-def step_flops(setup) -> float:
+def step_flops(setup: Setup) -> float:
     """The model's FLOPs of a step on one device."""
-    from unialign_jax.planning.step_plan import step_work
+    from unialign_jax.planning.roofline import step_work
 
     return step_work(setup.config, setup.networks, setup.stream, setup.mesh.size)["model"]
 
 
-def part_flops(setup) -> dict[str, float]:
+def part_flops(setup: Setup) -> dict[str, float]:
     """The model's FLOPs of each part in a step on one device."""
     from unialign_jax.models import flops
 
@@ -342,7 +327,7 @@ def part_flops(setup) -> dict[str, float]:
     return {name: work * config.batch_size / setup.mesh.size for name, work in parts.items()}
 
 
-def pass_tokens(setup) -> list[tuple[int, int, bool]]:
+def pass_tokens(setup: Setup) -> list[tuple[int, int, bool]]:
     """(condition images, tokens, whether it is the image pass) of each pass over a sample."""
     from unialign_jax.training.step import has_image_pass
 
@@ -356,7 +341,7 @@ def pass_tokens(setup) -> list[tuple[int, int, bool]]:
 
 
 class Given:
-    """Stands for a frozen network whose output is given in the place of its parameters."""
+    """Stands in for a frozen network: its parameters are its output."""
 
     def __init__(self, config):
         self.config = config
@@ -365,12 +350,12 @@ class Given:
         return variables["params"]
 
 
-# The parts that are the step; the others are inside these.
+# These parts add up to the step; the others lie inside them.
 WHOLE = ("T5 encode", "VAE encode", "MM-DiT and losses: forward and backward", "optimizer and average")
 
 
-def parts(settings) -> dict:
-    """The parts' seconds, work and share of the step, and the machine's matmuls."""
+def parts(settings: dict) -> dict:
+    """Time, FLOPs and share of each part of the step, and the rate of matmuls alone."""
     import jax
 
     from unialign_jax.models.flops import peak_flops
@@ -407,10 +392,11 @@ def parts(settings) -> dict:
     }
 
 
-def part_seconds(setup, measure) -> dict[str, float]:
-    """Seconds in a step of every part that `part_flops` names, each a program of its own; to be called in the mesh.
+def part_seconds(setup: Setup, measure: Callable) -> dict[str, float]:
+    """Seconds in a step of every part of `part_flops`, each a program of its own. Call it under `jax.set_mesh`.
 
-    Args: `measure(call)` -> seconds of a call that returns arrays.
+    Args:
+      measure: gives the seconds of a call that returns arrays.
     """
     import jax
 
@@ -431,14 +417,14 @@ def part_seconds(setup, measure) -> dict[str, float]:
     seconds["T5 encode"] = count * measure(lambda: encode_text(frozen, ids))
     seconds["VAE encode"] = count * measure(lambda: encode_image(frozen, batch))
 
-    # The step's own passes and losses, with what the encoders gave in the place of the encoders.
+    # The step's own passes and losses, with the outputs of the encoders in place of the encoders.
     given = networks._replace(
         text_encoder=Given(networks.text_encoder.config), autoencoder=Given(networks.autoencoder.config)
     )
     outputs = jax.jit(functools.partial(encoder_outputs, networks))(frozen, batch, ids)
 
     def losses(params, outputs, batch):
-        return compute_losses(config, given, kind, *setup.ids, params, outputs, batch, key)
+        return compute_losses(config, given, kind, *setup.program.token_ids, params, outputs, batch, key)
 
     place = jax.tree.map(lambda leaf: leaf.sharding, setup.state)
     forward = jax.jit(losses)
@@ -448,7 +434,9 @@ def part_seconds(setup, measure) -> dict[str, float]:
         lambda: backward(state.params, outputs, batch)[1]
     )
     gradients, _ = backward(state.params, outputs, batch)
-    update = jax.jit(functools.partial(update_state, config, setup.tx), donate_argnums=0, out_shardings=(place, None))
+    update = jax.jit(
+        functools.partial(update_state, config, setup.program.tx), donate_argnums=0, out_shardings=(place, None)
+    )
 
     def optimizer():
         nonlocal state
@@ -459,14 +447,16 @@ def part_seconds(setup, measure) -> dict[str, float]:
     return seconds
 
 
-def encoder_outputs(networks, frozen, batch, ids):
-    """What the frozen networks give to the step, in its order: moments of all images, embeddings of all texts."""
+def encoder_outputs(networks, frozen: dict, batch: dict, ids: list) -> dict:
+    """The outputs of the frozen networks in a step, in its order: moments of all images, embeddings of all texts."""
     import jax.numpy as jnp
+
+    from unialign_jax.models.autoencoder import from_pixels
 
     images = batch["image"][:, None]
     if "conditions" in batch:
         images = jnp.concatenate([images, batch["conditions"]], axis=1)
-    pixels = images.reshape(-1, *images.shape[2:]).astype(jnp.float32) / 127.5 - 1
+    pixels = from_pixels(images.reshape(-1, *images.shape[2:]))
     texts = jnp.stack(ids, axis=1).reshape(-1, ids[0].shape[1])
     return {
         "autoencoder": networks.autoencoder.apply({"params": frozen["autoencoder"]}, pixels, method="encode"),
@@ -474,8 +464,8 @@ def encoder_outputs(networks, frozen, batch, ids):
     }
 
 
-def attention_calls(setup) -> dict:
-    """Attention as all blocks run it in a micro-batch, all in one program: forward, and forward and backward."""
+def attention_calls(setup: Setup) -> dict[str, Callable]:
+    """The attention of all blocks in a micro-batch, as one program: forward, and forward and backward."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import NamedSharding
@@ -486,7 +476,7 @@ def attention_calls(setup) -> dict:
     model = setup.networks.transformer.config
     rows = setup.config.batch_size // setup.config.accumulation
     shapes = [(rows, tokens, model.num_heads, model.head_width) for _, tokens, _ in pass_tokens(setup)]
-    if len(set(shapes)) == 1 and setup.config.one_forward:
+    if len(set(shapes)) == 1:
         shapes = [(rows * len(shapes), *shapes[0][1:])]
     place = NamedSharding(setup.mesh, jax.P(BATCH_AXES, None, HEAD_AXES))
 
@@ -519,8 +509,8 @@ def attention_calls(setup) -> dict:
     }
 
 
-def block_matmuls(setup, samples, rounds) -> float:
-    """FLOP/s of one device in matmuls of the blocks' shapes, each on the output of the one before, without the rest."""
+def block_matmuls(setup: Setup, samples: int, rounds: int) -> float:
+    """FLOP/s of one device in a chain of matmuls of the blocks' shapes, with nothing between them."""
     import jax
     import jax.numpy as jnp
 

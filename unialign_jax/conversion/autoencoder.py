@@ -1,8 +1,9 @@
-"""The VAE's layouts: diffusers' AutoencoderKL, and the older names that Stability's single files keep."""
+"""The VAE's layouts: diffusers' AutoencoderKL, and the older names in Stability's single files."""
 
 import dataclasses
+from collections.abc import Collection
 
-from unialign_jax.conversion.rules import CONV, DENSE, POINTWISE, VECTOR, Rule, Table, affine, shape_of
+from unialign_jax.conversion.rules import CONV, DENSE, POINTWISE, VECTOR, Rule, Shapes, Table, affine, shape_of
 from unialign_jax.conversion.settings import number, whole_number
 from unialign_jax.models.autoencoder import AutoencoderConfig
 
@@ -16,7 +17,7 @@ ATTENTION = {  # ours: (diffusers', the older)
 
 
 def autoencoder_table(layout: str, config: AutoencoderConfig) -> Table:
-    """The AutoencoderKL, layout "diffusers" or "ldm"."""
+    """The AutoencoderKL's table in the layout "diffusers" or "ldm"."""
     levels = len(config.block_widths)
     rules = []
     for half, direction, sampler, blocks in (
@@ -50,11 +51,11 @@ def autoencoder_table(layout: str, config: AutoencoderConfig) -> Table:
     return Table(f"vae-{layout}", rules)
 
 
-def norm(source, target):
+def norm(source: str, target: str) -> list[Rule]:
     return [Rule(f"{source}.weight", f"{target}/scale", VECTOR), Rule(f"{source}.bias", f"{target}/bias", VECTOR)]
 
 
-def residual_block(layout, source, target, widens):
+def residual_block(layout: str, source: str, target: str, widens: bool) -> list[Rule]:
     rules = []
     for i in range(2):
         rules += norm(f"{source}.norm{i + 1}", f"{target}/norm_{i}")
@@ -65,7 +66,7 @@ def residual_block(layout, source, target, widens):
     return rules
 
 
-def attention(layout, middle, target):
+def attention(layout: str, middle: str, target: str) -> list[Rule]:
     source = f"{middle}.attn_1" if layout == "ldm" else f"{middle}.attentions.0"
     rules = norm(f"{source}.norm" if layout == "ldm" else f"{source}.group_norm", f"{target}/norm")
     for ours, (diffusers, older) in ATTENTION.items():
@@ -74,7 +75,8 @@ def attention(layout, middle, target):
     return rules
 
 
-def detect_layout(keys) -> str | None:
+def detect_layout(keys: Collection[str]) -> str | None:
+    """ "diffusers" or "ldm", by the VAE's keys; None when it is neither."""
     if "encoder.down_blocks.0.resnets.0.conv1.weight" in keys:
         return "diffusers"
     if "encoder.down.0.block.0.conv1.weight" in keys:
@@ -82,8 +84,11 @@ def detect_layout(keys) -> str | None:
     return None
 
 
-def infer_config(layout, shapes, settings, name) -> AutoencoderConfig:
-    """The architecture from the tensors' shapes; latent statistics and norm groups from config.json, else SD3's."""
+def infer_config(layout: str, shapes: Shapes, settings: dict, name: str) -> AutoencoderConfig:
+    """The architecture from the tensors' shapes, and latent statistics and norm groups from config.json or else SD3's.
+
+    Raises ValueError for another VAE than SD3's; `name` is for messages.
+    """
     if any(key.startswith(("quant_conv.", "post_quant_conv.")) for key in shapes):
         raise ValueError(f"{name} has quantisation convolutions, so it is not SD3's VAE but an older one")
     block = "encoder.down.{}.block.{}" if layout == "ldm" else "encoder.down_blocks.{}.resnets.{}"

@@ -1,18 +1,18 @@
-"""From a bundle or a training run back to PyTorch's files.
+"""From a bundle or a training run back to PyTorch's files, and from a run to a bundle.
 
-Three formats. "unialign" is the released folder (transformer/, vae/, text_encoder/, tokenizer/, scheduler/), which
-holds all that we have. "diffusers" is SD3's folder and "stability" its single file: they make the same images from a
-prompt, but have no place for the text head, for the last block's text half (which nothing but the text head reads) and
-for the heads.
+There are three formats. "unialign" is the released folder (transformer/, vae/, text_encoder/, tokenizer/, scheduler/),
+which has a place for every parameter but text positions. "diffusers" is SD3's folder and "stability" its single file.
+They make the same images from a prompt, but have no place for the text head, for the last block's text half (which only
+the text head reads) and for the alignment heads.
 """
 
 import errno
-import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -20,15 +20,16 @@ from unialign_jax import bundle
 from unialign_jax.conversion import autoencoder, rules, safetensors_file, text_encoder, transformer
 from unialign_jax.conversion.importing import DTYPES, check_fit, check_space, with_progress
 from unialign_jax.conversion.rules import Table
-from unialign_jax.files import check_inside, read_json, refuse_existing, replacing_folder
+from unialign_jax.files import check_inside, read_json, refuse_existing, replacing_folder, write_json
 from unialign_jax.models.mmdit import AlignmentHeadsConfig
-from unialign_jax.training.runs import StoredTree, describe, latest_step, open_run, read_run_tokenizer, read_settings
+from unialign_jax.training import runs
+from unialign_jax.training.runs import StoredTree
 
 FORMATS = ("unialign", "diffusers", "stability")
 CLASSES = {"unialign": "SD3JointModelFlexible", "diffusers": "SD3Transformer2DModel"}
-SHIFT = 3.0  # of the noise levels, in SD3's and the released scheduler
-EOS = "</s>"  # which pads texts: the models are trained so
-# What an exported tokenizer keeps of the settings it came with. The rest can name classes, code and other files.
+SHIFT = 3.0  # of the noise levels, in the schedulers of SD3 and of the release
+EOS = "</s>"  # also pads texts, as in training
+# The settings that an exported tokenizer keeps. Others can name classes, code and other files.
 TOKENIZER_SETTINGS = (
     "added_tokens_decoder",
     "additional_special_tokens",
@@ -39,8 +40,8 @@ TOKENIZER_SETTINGS = (
 )
 
 
-def open_bundle(directory) -> dict[str, StoredTree]:
-    """The components of a bundle; what is read of them is checked against its hashes."""
+def open_bundle(directory: str | Path) -> dict[str, StoredTree]:
+    """The components of a bundle, whose files are checked against the hashes when they are read."""
     config = bundle.read_config(directory)
     trees = {}
     for name in config.components:
@@ -55,34 +56,34 @@ def open_bundle(directory) -> dict[str, StoredTree]:
 
 
 def export(
-    output,
+    output: str | Path,
     *,
-    format,
-    source=None,
-    run=None,
-    weights="raw",
-    components=None,
-    dtype=None,
-    overwrite=False,
-    progress=False,
-    drop_text_positions=False,
+    format: str,
+    source: str | Path | None = None,
+    run: str | Path | None = None,
+    weights: str = "raw",
+    components: Iterable[str] | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+    drop_text_positions: bool = False,
 ) -> list[str]:
-    """Writes PyTorch's files and returns what the format had no place for, one line each.
+    """Writes PyTorch's files. Returns the parameters for which the format has no place, one line each.
 
     Args:
       output: a folder ("unialign", "diffusers") or a .safetensors file ("stability").
       format: one of FORMATS.
-      source: a bundle; or else
-      run: a training run's folder, whose newest checkpoint gives transformer and heads. With a `source` besides, the
-        text encoder, the VAE and the tokenizer come from there.
-      weights: of a run, "raw" or "ema".
-      components: which of "transformer", "text_encoder", "autoencoder" to write; all that there are when None.
+      source: a bundle; beside `run`, that of the text encoder, the VAE and the tokenizer.
+      run: a training run's folder, whose newest checkpoint has the transformer and the heads.
+      weights: "raw" or "ema", of a run.
+      components: those of "transformer", "text_encoder", "autoencoder" to write; all that there are when None.
       dtype: "float32", "float16" or "bfloat16" to write; as stored when None.
-      drop_text_positions: whether to leave out a transformer's table of text positions. No format has a place for it,
-        and images and texts change without it: a transformer that has one is refused otherwise.
+      progress: whether to draw a progress bar.
+      drop_text_positions: whether to leave out a table of text positions. No format has a place for it, and images and
+        texts change without it, so a transformer that has one is refused otherwise.
 
-    Raises ValueError, FileNotFoundError, FileExistsError or OSError with what is wrong; what was at `output` is then as
-    it was.
+    Raises ValueError, FileNotFoundError, FileExistsError or OSError when the export is impossible or fails; `output` is
+    then as it was before.
     """
     if format not in FORMATS:
         raise ValueError(f"unknown format {format!r}, expected one of {', '.join(FORMATS)}")
@@ -90,11 +91,13 @@ def export(
         raise ValueError("give a bundle or a run to export")
     trees = open_bundle(source) if source is not None else {}
     if run is not None:
-        trees = {name: tree for name, tree in trees.items() if name != "heads"} | open_run(run, weights)
-    chosen = tuple(components or (name for name in trees if name != "heads"))
-    missing = [name for name in chosen if name not in trees]
-    if missing:
-        raise ValueError(f"{source or run} has no {', '.join(missing)}; it has {', '.join(trees)}")
+        trees = {name: tree for name, tree in trees.items() if name != "heads"} | runs.open_run(run, weights)
+    exportable = [name for name in trees if name in STABILITY_PREFIXES]
+    chosen = tuple(components or exportable)
+    missing = [name for name in chosen if name not in exportable]
+    if missing or not chosen:
+        lacking = ", ".join(missing or STABILITY_PREFIXES)
+        raise ValueError(f"{source or run} has no {lacking}; it has {', '.join(exportable or trees)}")
     if "transformer" in chosen and trees["transformer"].config.text_positions and not drop_text_positions:
         raise ValueError(
             f"the transformer of {run or source} has text positions, for which {format} has no place: "
@@ -122,61 +125,49 @@ def export(
 
 
 def bundle_from_run(
-    output, run, *, weights="raw", source=None, frozen=None, tokenizer=None, dtype=None, overwrite=False, progress=False
-):
-    """A training run's newest checkpoint as a bundle, ready to sample from.
+    output: str | Path,
+    run: str | Path,
+    *,
+    weights: str = "raw",
+    source: str | Path | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> None:
+    """Writes a bundle of a training run's newest checkpoint, with the run's tokenizer.
 
     Args:
-      output: the bundle to write.
-      run, weights: as in `export`.
-      source: the bundle that the text encoder and the autoencoder are taken from; or else
-      frozen: {"text_encoder": (config, params), "autoencoder": (config, params)}.
-      tokenizer: a `Tokenizer` in place of the run's own.
+      weights: "raw" or "ema".
+      source: the bundle of the text encoder and the autoencoder; those that the run was trained with when None.
       dtype: "float32", "float16" or "bfloat16" to store transformer and heads; as in the checkpoint when None.
 
-    Raises ValueError also when the parts do not fit each other.
+    Raises as `export` does, and ValueError when the parts do not fit each other.
     """
-    settings, step = read_settings(run), latest_step(run, verify=True)
-    trained = open_run(run, weights, step)
-    tokenizer = tokenizer or read_run_tokenizer(settings, run)
-    pieces = {
-        name: (tree.config, tree.leaves(list(tree.shapes)), DTYPES[dtype] if dtype else None)
-        for name, tree in trained.items()
-    }
-    if source is not None:
-        for name, tree in open_bundle(source).items():
-            if name not in trained:
-                pieces[name] = (tree.config, tree.leaves(list(tree.shapes)), None)
-    for name, (config, params) in (frozen or {}).items():
-        leaves = ((path, np.asarray(leaf)) for path, leaf in bundle.flatten(params).items())
-        pieces.setdefault(name, (config, leaves, None))
-    about = describe(run, settings)
-    sizes = {key: about[key] for key in bundle.SIZES}
-    check_fit(bundle.BundleConfig(**{name: config for name, (config, *_) in pieces.items()}, **sizes), tokenizer)
-    size = sum(int(np.prod(shape)) * 4 for tree in trained.values() for shape in tree.shapes.values())
-    check_space(output, size)
+    runs.latest_step(run)  # refuses a folder that is no run's
+    opened = runs.open_to_sample(run, weights, frozen_from=source)
+    config, trained = opened.config, ("transformer", "heads")
+    check_fit(config, opened.tokenizer)
+    check_space(output, 4 * sum(leaf.size for leaf in jax.tree.leaves(bundle.abstract_params(config, trained))))
     with (
         bundle.Writer(output, overwrite=overwrite) as writer,
         tqdm(unit="B", unit_scale=True, disable=None if progress else True) as bar,
     ):
-        for name, (config, leaves, wanted) in pieces.items():
+        for name in config.components:
             bar.set_description(name)
-            writer.add(name, config, with_progress(cast(leaves, wanted), bar))
-        writer.add_tokenizer(tokenizer)
-        writer.sizes = sizes
-        writer.tasks, writer.sampling = about["tasks"], about["sampling"]
-        writer.provenance = {"kind": "run", "run": Path(run).name, "step": step, "weights": weights}
-        if source is not None:
-            writer.provenance["frozen_from"] = Path(source).name
+            leaves = opened.leaves(name)
+            if dtype and name in trained:
+                leaves = ((path, leaf.astype(DTYPES[dtype])) for path, leaf in leaves)
+            writer.add(name, getattr(config, name), with_progress(leaves, bar))
+        writer.add_tokenizer(opened.tokenizer)
+        writer.sizes = {key: getattr(config, key) for key in bundle.SIZES}
+        writer.tasks, writer.sampling = config.tasks, config.sampling
+        writer.provenance = {"kind": "run", "run": Path(run).name, "step": opened.step, "weights": weights}
+        if opened.frozen_from:
+            writer.provenance["frozen_from"] = Path(opened.frozen_from).name
 
 
-def cast(leaves, dtype):
-    for path, leaf in leaves:
-        yield path, leaf if dtype is None else leaf.astype(dtype)
-
-
-def left_out(trees, chosen, format) -> list[str]:
-    """What a format has no place for, one line each. But for text positions, none of it touches the image velocity."""
+def left_out(trees: dict[str, StoredTree], chosen: Collection[str], format: str) -> list[str]:
+    """The parameters for which a format has no place, one line each. Only text positions affect the image velocity."""
     if "transformer" not in chosen:
         return []
     lines = []
@@ -194,8 +185,8 @@ def left_out(trees, chosen, format) -> list[str]:
     return lines + (["the alignment heads (training only)"] if "heads" in trees else [])
 
 
-def check_output(output, format, overwrite):
-    """Raises FileExistsError, ValueError or OSError, before any weights are read, unless `output` may be written."""
+def check_output(output: Path, format: str, overwrite: bool) -> None:
+    """Raises FileExistsError, ValueError or OSError when `output` may not or cannot be written."""
     if format != "stability":
         refuse_existing(output, overwrite=overwrite, foreign=strangers)
         return
@@ -211,8 +202,8 @@ def check_output(output, format, overwrite):
         raise OSError(f"cannot write {output}: {error.strerror}") from None
 
 
-def strangers(folder) -> list[str]:
-    """What lies in a folder that no export wrote, by name."""
+def strangers(folder: Path) -> list[str]:
+    """The names of files in a folder that no export wrote."""
     own = {"model_index.json", "scheduler/scheduler_config.json"}
     for name in ("transformer", "vae"):
         own |= {f"{name}/config.json", f"{name}/diffusion_pytorch_model.safetensors"}
@@ -224,12 +215,12 @@ def strangers(folder) -> list[str]:
 
 
 class Piece(NamedTuple):
-    """What one component becomes: its tensors, by key, and how to make them."""
+    """A component in PyTorch's layout: its tensors by key, and the function that makes them."""
 
     component: str
     config: object
     tensors: dict[str, tuple[np.dtype, tuple[int, ...]]]
-    write: Callable  # (yields (key, array))
+    write: Callable[[], bundle.Leaves]  # gives (key, array) pairs
     heads: AlignmentHeadsConfig | None = None  # when the transformer's tensors include them
 
     @property
@@ -237,7 +228,7 @@ class Piece(NamedTuple):
         return sum(int(np.prod(shape)) * dtype.itemsize for dtype, shape in self.tensors.values())
 
 
-def plan_component(name, trees, format, dtype) -> Piece:
+def plan_component(name: str, trees: dict[str, StoredTree], format: str, dtype: np.dtype | None) -> Piece:
     tree = trees[name]
     layers, heads = [(tree, export_table(name, tree.config, format))], None
     if name == "transformer" and format == "unialign" and "heads" in trees:
@@ -253,7 +244,8 @@ def plan_component(name, trees, format, dtype) -> Piece:
     return Piece(name, tree.config, tensors, lambda: export_all(sources), heads)
 
 
-def export_table(name, config, format) -> Table:
+def export_table(name: str, config, format: str) -> Table:
+    """The table of a component in a format. Raises ValueError for an autoencoder that the format cannot hold."""
     if name == "text_encoder":
         return text_encoder.t5_table(config)
     if name == "autoencoder":
@@ -267,7 +259,8 @@ def export_table(name, config, format) -> Table:
     return transformer.sd3_export_table(format, config)
 
 
-def export_all(sources) -> Iterator[tuple[str, np.ndarray]]:
+def export_all(sources: Iterable[tuple[StoredTree, Table]]) -> bundle.Leaves:
+    """The (key, array) pairs of all tensors, constants included."""
     for part, table in sources:
         used = {entry.target for entry in rules.expand(table)}
         for path, leaf in part.leaves([path for path in part.shapes if path in used]):
@@ -277,8 +270,8 @@ def export_all(sources) -> Iterator[tuple[str, np.ndarray]]:
             yield constant.key, constant.make()
 
 
-def write_tensors(path, prefixed: dict[str, Piece], bar):
-    """One safetensors file of several components, each under its prefix."""
+def write_tensors(path: Path, prefixed: dict[str, Piece], bar: tqdm) -> None:
+    """Writes one safetensors file of {prefix of the keys: component}."""
     tensors = {prefix + key: entry for prefix, piece in prefixed.items() for key, entry in piece.tensors.items()}
     with safetensors_file.Writer(path, tensors) as writer:
         for prefix, piece in prefixed.items():
@@ -296,8 +289,8 @@ STABILITY_PREFIXES = {
 }
 
 
-def write_folder(folder, format, pieces, tokenizer, bar):
-    """Fills an empty folder so that PyTorch's pipelines and each of their parts open it."""
+def write_folder(folder: Path, format: str, pieces: list[Piece], tokenizer: Path | None, bar: tqdm) -> None:
+    """Fills an empty folder with what PyTorch's pipelines read."""
     suffix = "_3" if format == "diffusers" else ""  # T5 is SD3's third text encoder
     folders = {"transformer": "transformer", "autoencoder": "vae", "text_encoder": f"text_encoder{suffix}"}
     if tokenizer is not None:
@@ -314,12 +307,8 @@ def write_folder(folder, format, pieces, tokenizer, bar):
         write_json(folder / "model_index.json", model_index(folder, format))
 
 
-def write_json(path, content):
-    path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def write_tokenizer(folder, source):
-    """T5's tokenizer for transformers, padding with end-of-text as the models are trained, not with `<pad>`."""
+def write_tokenizer(folder: Path, source: Path) -> None:
+    """Writes T5's tokenizer for transformers, set to pad with end-of-text as in training, not with `<pad>`."""
     folder.mkdir()
     for name in ("tokenizer.json", "spiece.model", "added_tokens.json"):
         if (source / name).is_file():
@@ -341,8 +330,8 @@ SCHEDULER = {
 }
 
 
-def model_index(folder, format) -> dict:
-    """What a pipeline is made of, as diffusers reads it; a part that `folder` lacks is null."""
+def model_index(folder: Path, format: str) -> dict:
+    """The classes of a pipeline's parts, as diffusers reads them; null for a part that `folder` lacks."""
     parts = {
         "scheduler": ["diffusers", SCHEDULER["_class_name"]],
         "transformer": ["diffusers", CLASSES["diffusers"]],
@@ -361,7 +350,7 @@ def model_index(folder, format) -> dict:
     return {"_class_name": name, "_diffusers_version": "0.31.0", **dict(sorted(parts.items()))}
 
 
-def transformer_settings(piece, format) -> dict:
+def transformer_settings(piece: Piece, format: str) -> dict:
     config = piece.config
     settings = {
         "_class_name": CLASSES[format],
@@ -382,11 +371,11 @@ def transformer_settings(piece, format) -> dict:
     settings["vocab_size"] = config.vocab_size
     own = {key: getattr(piece.heads, key) for key in transformer.RELEASED_HEADS} if piece.heads else {}
     if own not in ({}, transformer.RELEASED_HEADS):
-        settings[transformer.HEADS_SETTINGS] = own  # the released class ignores it; our way back reads it
+        settings[transformer.HEADS_SETTINGS] = own  # read by `convert.py unialign`; the released class ignores it
     return settings
 
 
-def text_encoder_settings(piece, _format) -> dict:
+def text_encoder_settings(piece: Piece, _format: str) -> dict:
     config = piece.config
     return {
         "architectures": ["T5EncoderModel"],
@@ -408,7 +397,7 @@ def text_encoder_settings(piece, _format) -> dict:
     }
 
 
-def autoencoder_settings(piece, _format) -> dict:
+def autoencoder_settings(piece: Piece, _format: str) -> dict:
     config = piece.config
     levels = len(config.block_widths)
     return {

@@ -1,15 +1,16 @@
-"""From downloaded PyTorch weights to a bundle: `convert_sd3` and `convert_unialign`."""
+"""From downloaded PyTorch weights to a bundle."""
 
 import errno
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
+from flax.traverse_util import flatten_dict
 from tqdm import tqdm
 
 from unialign_jax import bundle
@@ -17,9 +18,10 @@ from unialign_jax.bundle_config import SAMPLING, TASKS, fit_problems
 from unialign_jax.conversion import autoencoder, rules, sources, text_encoder, torch_pickle, transformer
 from unialign_jax.conversion.rules import Table
 from unialign_jax.conversion.sources import Part
-from unialign_jax.data.tokenizer import load_tokenizer
+from unialign_jax.data.tokenizer import Tokenizer, load_tokenizer
 from unialign_jax.files import check_regular
 from unialign_jax.models.mmdit import AlignmentHeadsConfig
+from unialign_jax.models.text_encoder import TextEncoderConfig
 
 log = logging.getLogger(__name__)
 
@@ -33,51 +35,39 @@ MAX_MASK_FILE = 2**26  # bytes; the released one has 9,500
 FLAGS = {"text_encoder": "--text-encoder", "autoencoder": "--vae"}
 
 
-def convert_sd3(source, output, **options) -> bundle.BundleConfig:
-    """Stable Diffusion 3 medium -> a bundle with the same image velocity, and a text head that is yet to be trained.
-
-    Args: see `convert`. Raises ValueError also when the source is a UniAlignment transformer.
-    """
-    return convert("sd3", source, output, **options)
-
-
-def convert_unialign(source, output, **options) -> bundle.BundleConfig:
-    """The released UniAlignment (or DualDiffusion) model -> a bundle, alignment heads included where it has them."""
-    return convert("unialign", source, output, **options)
-
-
 def convert(
-    kind,
-    source,
-    output,
+    kind: str,
+    source: str | Path,
+    output: str | Path,
     *,
-    text_encoder=None,
-    vae=None,
-    tokenizer=None,
-    mask_embedding=None,
-    components=None,
-    heads=False,
-    dtype=None,
-    overwrite=False,
-    progress=False,
+    text_encoder: str | Path | None = None,
+    vae: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    mask_embedding: str | Path | None = None,
+    components: Iterable[str] | None = None,
+    heads: bool = False,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
 ) -> bundle.BundleConfig:
-    """Converts a model and returns what the bundle says of itself.
+    """Converts Stable Diffusion 3 or the released UniAlignment (or DualDiffusion); returns the bundle's configuration.
 
     Args:
-      kind: "sd3" or "unialign".
+      kind: "sd3": a bundle with the same image velocity, whose text head is yet to be trained. "unialign": with the
+        alignment heads where the source has them.
       source: a diffusers folder, one component's folder, or a safetensors file.
       output: the bundle to write.
-      text_encoder, vae: a file or folder with that part, in place of the source's own.
+      text_encoder: a file or folder of T5, in place of the source's own.
+      vae: the same of the VAE.
       tokenizer: T5's tokenizer folder, in place of the source's own.
       mask_embedding: the `.pth` file of the learned mask embedding, which replaces <extra_id_0>'s in the T5 table.
-      components: which of "transformer", "text_encoder", "autoencoder" to convert; all, and none may lack, when None.
+      components: those of "transformer", "text_encoder", "autoencoder" to convert; all three when None.
       heads: whether to draw new alignment heads for a source without them.
       dtype: "float32", "float16" or "bfloat16" to store; the source's own when None.
-      overwrite: whether an existing bundle at `output` is replaced.
       progress: whether to draw a progress bar.
 
-    Raises ValueError, FileNotFoundError, FileExistsError or OSError with what is wrong and what to do; the output is
-    then not there.
+    Raises ValueError, FileNotFoundError, FileExistsError or OSError when the conversion is impossible or fails; nothing
+    is then left at `output`.
     """
     wanted = tuple(components or ("transformer", "text_encoder", "autoencoder"))
     unknown = [name for name in wanted if name not in sources.FOLDERS]
@@ -102,50 +92,76 @@ def convert(
         raise ValueError("a mask embedding goes into the T5 table, but no text encoder is converted")
 
     jobs = plan(parts, heads, loaded_tokenizer, DTYPES[dtype] if dtype else None)
-    mask = None
+    files = {file for part in parts.values() for file in part.files}
+    provenance = {"kind": kind, "dropped": given.dropped}
     if mask_embedding:
-        config = next(job.config for job in jobs if job.name == "text_encoder")
-        mask = read_mask_embedding(mask_embedding, config, loaded_tokenizer)
+        job = next(job for job in jobs if job.name == "text_encoder")
+        job.mask = read_mask_embedding(mask_embedding, job.config, loaded_tokenizer)
+        files.add(Path(mask_embedding))
+        provenance["mask_embedding"] = {"file": Path(mask_embedding).name, "row": job.mask.row}
     elif "text_encoder" in parts:
         log.warning(
             "no mask embedding is given: <extra_id_0>'s own embedding stands for masked text (the released one is "
             "mask_token_emb.00-of-01.pth, by --mask-embedding)"
         )
+    write(
+        output,
+        jobs,
+        files,
+        provenance,
+        tokenizer=tokenizer,
+        tokenizer_source=tokenizer_source,
+        tasks=trained_tasks(kind, [job.name for job in jobs]),
+        sampling={key: value for key, (value, *_) in SAMPLING.items()},
+        overwrite=overwrite,
+        progress=progress,
+    )
+    return bundle.read_config(output)
+
+
+def write(
+    output: str | Path,
+    jobs: "list[Job]",
+    files: Iterable[Path],
+    provenance: dict,
+    *,
+    tokenizer: Path | None = None,
+    tokenizer_source: str | Path | None = None,
+    tasks: tuple[str, ...] | None = None,
+    sampling: dict | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> None:
+    """Writes the bundle of `jobs`, and meanwhile hashes the source's `files` for its provenance."""
     size = sum(job.size for job in jobs)
     check_space(output, size)
-
     with ThreadPoolExecutor(1) as executor, bundle.Writer(output, overwrite=overwrite) as writer:
-        files = {file for part in parts.values() for file in part.files} | ({Path(mask_embedding)} if mask else set())
         hashes = {file: executor.submit(bundle.sha256, file) for file in sorted(files)}
         if tokenizer:
             writer.add_tokenizer(tokenizer, tokenizer_source)
         with tqdm(total=size, unit="B", unit_scale=True, disable=None if progress else True) as bar:
             for job in jobs:
                 bar.set_description(job.name)
-                writer.add(job.name, job.config, with_progress(job.leaves(mask), bar))
-        writer.tasks = trained_tasks(kind, [job.name for job in jobs])
-        writer.sampling = {key: value for key, (value, *_) in SAMPLING.items()}
-        writer.provenance = {
-            "kind": kind,
+                writer.add(job.name, job.config, with_progress(job.leaves(), bar))
+        writer.tasks, writer.sampling = tasks, sampling or {}
+        writer.provenance = provenance | {
             "components": {job.name: job.provenance for job in jobs},
-            "dropped": given.dropped,
             "files": [{"name": f.name, "size": f.stat().st_size, "sha256": h.result()} for f, h in hashes.items()],
         }
-        if mask:
-            writer.provenance["mask_embedding"] = {"file": Path(mask_embedding).name, "row": mask.row}
-    return bundle.read_config(output)
 
 
-def trained_tasks(kind, components) -> tuple[str, ...] | None:
-    """What a downloaded model was trained for. Without alignment heads a transformer may be DualDiffusion's, trained
-    for fewer tasks than UniAlignment's: then it is not known.
+def trained_tasks(kind: str, components: Iterable[str]) -> tuple[str, ...] | None:
+    """The tasks that a downloaded model was trained for.
+
+    None, for unknown, without alignment heads: it may be DualDiffusion, which was trained for fewer than UniAlignment.
     """
     if kind == "sd3":
-        return ("t2i",)
+        return ("text_to_image",)
     return TASKS if "heads" in components else None
 
 
-def choose_parts(given, wanted, replacements) -> dict[str, Part]:
+def choose_parts(given: sources.Source, wanted: Iterable[str], replacements: dict) -> dict[str, Part]:
+    """The parts to convert, from the source or the paths in `replacements`. Raises ValueError for a missing one."""
     parts = dict(given.parts)
     for component, path in replacements.items():
         if path is not None:
@@ -160,7 +176,8 @@ def choose_parts(given, wanted, replacements) -> dict[str, Part]:
     return {name: parts[name] for name in wanted}
 
 
-def check_kind(kind, part):
+def check_kind(kind: str, part: Part | None) -> None:
+    """Raises ValueError when the transformer is not of the `kind` that was asked for."""
     if part is None:
         return
     released = part.layout == "unialign"
@@ -171,9 +188,21 @@ def check_kind(kind, part):
 
 
 class Job:
-    """One component to write: its architecture, its table, the shapes and dtypes of our arrays."""
+    """One component to write: its architecture, its table, the shapes and dtypes of our arrays.
 
-    def __init__(self, name, config, table: Table, part: Part | None, shapes, dtype):
+    The attribute `mask` replaces a row of a text encoder's table.
+
+    Args:
+      part: the source; None for a component that is drawn anew.
+      abstract: our parameters as a tree of ShapeDtypeStructs.
+      dtype: to store; the source's own when None.
+
+    Raises ValueError when the source does not fit the table.
+    """
+
+    def __init__(self, name: str, config, table: Table, part: Part | None, abstract: dict, dtype: np.dtype | None):
+        self.mask: Mask | None = None
+        shapes = {path: tuple(leaf.shape) for path, leaf in flatten_dict(abstract, sep="/").items()}
         self.name, self.config, self.table, self.part, self.shapes = name, config, table, part, shapes
         found = {} if part is None else part.shapes
         problems = rules.problems(table, found, shapes)
@@ -190,11 +219,11 @@ class Job:
         self.dtypes = rules.leaf_dtypes(table, part.dtypes if part else {}, shapes, dtype)
         self.size = sum(int(np.prod(shape)) * self.dtypes[path].itemsize for path, shape in shapes.items())
 
-    def leaves(self, mask) -> Iterator[tuple[str, np.ndarray]]:
+    def leaves(self) -> bundle.Leaves:
         read = self.part.read if self.part else None
         for path, leaf in rules.import_leaves(self.table, read, self.shapes, self.dtypes):
-            if mask and self.name == "text_encoder" and path == "token_embedding":
-                leaf[mask.row] = mask.values
+            if self.mask and path == "token_embedding":
+                leaf[self.mask.row] = self.mask.values
             yield path, leaf
             del leaf
 
@@ -212,8 +241,8 @@ class Job:
         }
 
 
-def plan(parts, heads, tokenizer, dtype) -> list[Job]:
-    """All the components to write, checked against each other and against their sources, before anything is written."""
+def plan(parts: dict[str, Part], heads: bool, tokenizer: Tokenizer | None, dtype: np.dtype | None) -> list["Job"]:
+    """The components to write. Raises ValueError when they do not fit each other or their sources."""
     configs, pieces = {}, {}
     if "transformer" in parts:
         part = parts["transformer"]
@@ -244,16 +273,13 @@ def plan(parts, heads, tokenizer, dtype) -> list[Job]:
 
     jobs = []
     for name, tree in bundle.abstract_params(config).items():
-        shapes = {path: tuple(leaf.shape) for path, leaf in bundle.flatten(tree).items()}
-        if pieces[name] is None:  # new heads are trained, so they are kept in full precision
-            jobs.append(Job(name, configs[name], transformer.new_heads_table(shapes), None, shapes, dtype))
-        else:
-            jobs.append(Job(name, configs[name], *pieces[name], shapes, dtype))
+        table, part = pieces[name] or (transformer.new_heads_table(tree), None)
+        jobs.append(Job(name, configs[name], table, part, tree, dtype))
     return jobs
 
 
-def check_fit(config: bundle.BundleConfig, tokenizer):
-    """Raises ValueError, listing all, when the components do not fit each other."""
+def check_fit(config: bundle.BundleConfig, tokenizer: Tokenizer | None) -> None:
+    """Raises ValueError, with the whole list, when components and tokenizer do not fit each other."""
     lines = fit_problems(config, tokenizer)
     if lines:
         raise ValueError("the parts do not fit each other: " + "; ".join(lines))
@@ -264,8 +290,8 @@ class Mask(NamedTuple):
     values: np.ndarray
 
 
-def read_mask_embedding(path, config, tokenizer) -> Mask:
-    """The learned mask embedding and the row of the T5 table that it replaces."""
+def read_mask_embedding(path: str | Path, config: TextEncoderConfig, tokenizer: Tokenizer) -> Mask:
+    """The learned mask embedding and the row of the T5 table that it replaces. Raises ValueError if it does not fit."""
     check_regular(path, MAX_MASK_FILE)
     values = torch_pickle.read_single(path)
     if values.shape != (config.width,):
@@ -275,7 +301,7 @@ def read_mask_embedding(path, config, tokenizer) -> Mask:
     return Mask(tokenizer.mask_id, values)
 
 
-def check_space(output, size):
+def check_space(output: str | Path, size: int) -> None:
     """Raises OSError when the disk has no room for `size` bytes at `output`."""
     folder = next(parent for parent in Path(output).absolute().parents if parent.is_dir())
     free = shutil.disk_usage(folder).free
@@ -284,7 +310,8 @@ def check_space(output, size):
         raise OSError(errno.ENOSPC, f"{found}: free some space, or choose another --output")
 
 
-def with_progress(leaves, bar):
+def with_progress(leaves: bundle.Leaves, bar: tqdm) -> bundle.Leaves:
+    """The same pairs; the bar moves by the bytes of each array when the next one is asked for."""
     for path, leaf in leaves:
         size = leaf.nbytes
         yield path, leaf

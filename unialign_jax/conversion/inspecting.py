@@ -1,4 +1,4 @@
-"""What a file, a folder, a bundle or a run holds, as lines of text."""
+"""Descriptions of a file, a folder, a bundle or a run, as lines of text."""
 
 import json
 from collections import Counter
@@ -13,10 +13,10 @@ from unialign_jax.files import one_line
 from unialign_jax.training import runs
 
 
-def inspect(path, *, keys=False) -> Iterator[str]:
-    """Describes `path`; with `keys`, also what each PyTorch key maps to.
+def inspect(path: str | Path, *, keys: bool = False) -> Iterator[str]:
+    """Describes `path`; with `keys` also every array, or every PyTorch key and the parameter that it becomes.
 
-    Raises ValueError or FileNotFoundError when it is none of the things that are known here.
+    Raises ValueError or FileNotFoundError for a path of no known kind.
     """
     path = Path(path)
     if bundle.is_bundle(path):
@@ -27,9 +27,19 @@ def inspect(path, *, keys=False) -> Iterator[str]:
         yield from inspect_source(path, keys)
 
 
-def inspect_bundle(path, keys):
+def check_hashes(path: Path) -> None:
+    """Raises ValueError unless `path` is a bundle whose files are as they were written."""
+    if not bundle.is_bundle(path):
+        raise ValueError(f"{path} is not a bundle, so that there are no recorded hashes to verify")
+    problems = bundle.verify(path)
+    if problems:
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError(f"{path} is not as it was written: {'; '.join(problems[:8])}{more}")
+
+
+def inspect_bundle(path: Path, keys: bool) -> Iterator[str]:
     config = bundle.read_config(path)
-    yield f"{path}: a bundle of {', '.join(config.components) or 'no component that a model has'}"
+    yield f"{path}: a bundle of {', '.join(config.components) or 'no component'}"
     for name, tree in exporting.open_bundle(path).items():
         yield from describe_tree(name, tree, keys)
     yield from describe_use(vars(config))
@@ -42,8 +52,8 @@ def inspect_bundle(path, keys):
     yield from map(one_line, lines)
 
 
-def describe_provenance(provenance):
-    """Where the parts of a bundle came from."""
+def describe_provenance(provenance: dict) -> Iterator[str]:
+    """The sources of a bundle's parts."""
     for name, entry in provenance.get("components", {}).items():
         yield f"{name} came from {entry['source'] or 'nowhere (drawn anew)'}, layout {entry['layout']}"
         for target, about in entry["computed"].items():
@@ -60,7 +70,7 @@ def describe_provenance(provenance):
         yield "written with " + ", ".join(f"{name} {version}" for name, version in provenance["versions"].items())
 
 
-def inspect_run(path, keys):
+def inspect_run(path: Path, keys: bool) -> Iterator[str]:
     step = runs.latest_step(path)
     yield f"{path}: a training run; its newest whole checkpoint is that of step {step}"
     for name, tree in runs.open_run(path, step=step).items():
@@ -72,8 +82,8 @@ def inspect_run(path, keys):
         yield "it keeps no average of the weights"
 
 
-def describe_use(about):
-    """What a model was trained for and how it is sampled."""
+def describe_use(about: dict) -> Iterator[str]:
+    """The tasks and sizes that a model was trained for, and the defaults of sampling."""
     tasks = about["tasks"]
     yield f"trained for: {'not recorded' if tasks is None else ', '.join(tasks) or 'no task'}"
     yield f"trained at {about['image_size']} pixels and {about['text_length']} tokens; sampled by " + (
@@ -81,7 +91,7 @@ def describe_use(about):
     )
 
 
-def describe_tree(name, tree, keys):
+def describe_tree(name: str, tree: runs.StoredTree, keys: bool) -> Iterator[str]:
     count = sum(int(np.prod(shape)) for shape in tree.shapes.values())
     yield f"{name}: {count:,} parameters, {', '.join(sorted({str(d) for d in tree.dtypes.values()})) or 'none stored'}"
     yield f"    {json.dumps(vars(tree.config))}"
@@ -90,7 +100,7 @@ def describe_tree(name, tree, keys):
             yield f"    {path} {list(shape)} {tree.dtypes[path]}"
 
 
-def inspect_source(path, keys):
+def inspect_source(path: Path, keys: bool) -> Iterator[str]:
     source = sources.open_source(path)
     for part in source.parts.values():
         count = sources.total_parameters(part.tensors)
@@ -107,8 +117,8 @@ def inspect_source(path, keys):
     yield f"tokenizer: {source.tokenizer or 'none'}"
 
 
-def describe_part(part):
-    """The architecture of a part, and the tables that read it."""
+def describe_part(part: sources.Part) -> tuple:
+    """The architecture of a part, and the tables that convert it."""
     if part.component == "text_encoder":
         config = text_encoder.infer_config(part.shapes, part.settings, part.name)
         return config, [text_encoder.t5_table(config, part.tensors)]
@@ -121,7 +131,7 @@ def describe_part(part):
     return config, [transformer.sd3_table(part.layout, config)]
 
 
-def describe_keys(part, tables):
+def describe_keys(part: sources.Part, tables: list[rules.Table]) -> Iterator[str]:
     meanings = {}
     for table in tables:
         for dropped in table.dropped:

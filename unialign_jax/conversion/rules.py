@@ -1,23 +1,25 @@
-"""Rules between PyTorch's tensors and our parameter trees, and the one walker that reads them in both directions.
+"""Rules between PyTorch's tensors and our parameter trees, and the functions that apply them in both directions.
 
-A `Table` describes one layout. Each `Rule` ties a PyTorch key to a part of one of our arrays by a named pair of
-transforms; "{layer}" in the key runs over the layers, which are stacked along the first axis of our array. What a
-layout lacks is a `Fill`, what it has and we do not need is `Dropped` by name (and a `Constant` when exporting). Nothing
-else is tolerated: an unknown tensor, an unfilled parameter or a wrong shape stops the walker, which lists all of them.
+A `Table` describes one layout. Each `Rule` maps a PyTorch key to a part of one of our arrays by a pair of transforms;
+"{layer}" in the key runs over the layers, which are stacked along the first axis of our array. A parameter that a
+layout lacks is a `Fill`. A tensor that we do not need is `Dropped` by name when importing, and a `Constant` when
+exporting. Everything else is an error: unknown tensors, unfilled parameters and wrong shapes are all listed.
 """
 
 import fnmatch
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import jax
 import ml_dtypes
 import numpy as np
 
+Shapes = Mapping[str, tuple[int, ...]]  # by key of a tensor, or by path of one of our arrays
+
 
 class Transform(NamedTuple):
-    """A named pair: `forward(tensor, shape)` gives our part of that shape, `backward(part)` gives the tensor back."""
+    """A pair of functions: `forward(tensor, shape)` gives our part of that shape, `backward(part)` the tensor."""
 
     name: str
     forward: Callable
@@ -32,7 +34,7 @@ VECTOR = Transform("reshape", lambda x, shape: x.reshape(shape), lambda y: y.res
 SAME = Transform("same", lambda x, shape: x, lambda y: y)
 CONV = Transform("conv channels last", lambda x, shape: x.transpose(2, 3, 1, 0), lambda y: y.transpose(3, 2, 0, 1))
 POINTWISE = Transform("1x1 conv to dense", lambda x, shape: x[:, :, 0, 0].T, lambda y: y.T[:, :, None, None])
-# Modulations of two parts: ours are shift, scale, as Stability's; diffusers' final ones are scale, shift.
+# Modulations of two parts are (shift, scale) here and in Stability's files, but (scale, shift) in diffusers' last ones.
 SWAPPED_DENSE = Transform(
     "transpose, swap scale and shift",
     lambda x, shape: x.T.reshape(shape)[:, ::-1],
@@ -53,7 +55,7 @@ def patch_conv(patch: int) -> Transform:
 
 
 class Rule(NamedTuple):
-    """`source`, a PyTorch key, is the part `index` of our array `target` (of each of `layers`, when there are any)."""
+    """The PyTorch key `source` is the part `index` of our array `target`, or of each of its `layers`."""
 
     source: str
     target: str
@@ -63,9 +65,9 @@ class Rule(NamedTuple):
 
 
 class Fill(NamedTuple):
-    """What a layout lacks: `make(read, shape)` gives the part `index` of `target`, float32.
+    """A parameter that a layout lacks: `make(read, shape)` gives the part `index` of `target`, float32.
 
-    `read(key)` gives a tensor of the source; `sources` are the keys that are used up in this way.
+    `make` gets tensors of the source by `read(key)`; `sources` are the keys that it reads.
     """
 
     target: str
@@ -76,7 +78,7 @@ class Fill(NamedTuple):
 
 
 class Dropped(NamedTuple):
-    """Keys (a shell pattern) that a layout holds and we leave out on purpose. `check(read)` may raise ValueError."""
+    """Keys of a layout that we leave out, as a shell pattern. `check(read)` may raise ValueError."""
 
     pattern: str
     about: str
@@ -84,7 +86,7 @@ class Dropped(NamedTuple):
 
 
 class Constant(NamedTuple):
-    """A tensor that a layout must hold and we do not: `make()` gives it when exporting."""
+    """A tensor that a layout needs and that we do not have: `make()` gives it when exporting."""
 
     key: str
     shape: tuple[int, ...]
@@ -92,16 +94,18 @@ class Constant(NamedTuple):
 
 
 class Table(NamedTuple):
+    """One layout of one component."""
+
     layout: str
     rules: list[Rule]
     fills: list[Fill] = []
     dropped: list[Dropped] = []
     constants: list[Constant] = []
-    float32: frozenset[str] = frozenset()  # of ours, that are computed and would be rounded by a narrower dtype
+    float32: frozenset[str] = frozenset()  # our arrays that are computed, and stored in float32 so as not to round them
 
 
 class Entry(NamedTuple):
-    """A rule for one key; `index` includes the layer."""
+    """A rule for a single key; `index` includes the layer."""
 
     source: str
     target: str
@@ -109,8 +113,15 @@ class Entry(NamedTuple):
     index: tuple
 
 
-def affine(source, target, transform=DENSE, bias=VECTOR, layers=None, index=()):
-    """The two rules of a linear layer. `index` counts from the kernel's axes; the bias lacks the first of them."""
+def affine(
+    source: str,
+    target: str,
+    transform: Transform = DENSE,
+    bias: Transform = VECTOR,
+    layers: range | None = None,
+    index: tuple = (),
+) -> list[Rule]:
+    """The two rules of a linear layer. `index` is into the kernel; the bias lacks the kernel's first axis."""
     return [
         Rule(f"{source}.weight", f"{target}/kernel", transform, layers, index),
         Rule(f"{source}.bias", f"{target}/bias", bias, layers, index[1:]),
@@ -118,6 +129,7 @@ def affine(source, target, transform=DENSE, bias=VECTOR, layers=None, index=()):
 
 
 def expand(table: Table) -> list[Entry]:
+    """The rules of a table, one for every key."""
     entries = []
     for rule in table.rules:
         if rule.layers is None:
@@ -129,7 +141,8 @@ def expand(table: Table) -> list[Entry]:
 
 
 @functools.cache
-def part_shape(shape, index_key):
+def part_shape(shape: tuple[int, ...], index_key: tuple) -> tuple[int, ...]:
+    """The shape of the part at an index, given by `_index_key`, of an array of that shape."""
     return np.broadcast_to(np.int8(0), shape)[_from_key(index_key)].shape
 
 
@@ -141,8 +154,8 @@ def _from_key(key):
     return tuple(slice(*i) if isinstance(i, tuple) else i for i in key)
 
 
-def source_shape(entry: Entry, shapes) -> tuple[int, ...]:
-    """The shape of the PyTorch tensor that an entry expects, from the shape of ours."""
+def source_shape(entry: Entry, shapes: Shapes) -> tuple[int, ...]:
+    """The shape of an entry's PyTorch tensor, from the shapes of our arrays."""
     part = part_shape(shapes[entry.target], _index_key(entry.index))
     return _backward_shape(entry.transform, part)
 
@@ -152,8 +165,8 @@ def _backward_shape(transform, shape):
     return jax.eval_shape(transform.backward, jax.ShapeDtypeStruct(shape, np.float32)).shape
 
 
-def index_text(index) -> str:
-    """An index as it is written, such as "[2, :, 0:2]"; empty for a whole array."""
+def index_text(index: tuple) -> str:
+    """An index as in code, such as "[2, :, 0:2]"; empty for a whole array."""
     parts = [
         f"{'' if i.start is None else i.start}:{'' if i.stop is None else i.stop}" if isinstance(i, slice) else str(i)
         for i in index
@@ -161,12 +174,13 @@ def index_text(index) -> str:
     return f"[{', '.join(parts)}]" if parts else ""
 
 
-def matches(keys, pattern) -> list[str]:
+def matches(keys: Iterable[str], pattern: str) -> list[str]:
+    """The keys that a shell pattern matches."""
     return [key for key in keys if fnmatch.fnmatchcase(key, pattern)]
 
 
-def shape_of(shapes, key, rank, name) -> tuple[int, ...]:
-    """The shape of a tensor that gives sizes. Raises ValueError when it is missing or of another rank."""
+def shape_of(shapes: Shapes, key: str, rank: int, name: str) -> tuple[int, ...]:
+    """The shape of a tensor. Raises ValueError when it is missing or of another rank; `name` is for messages."""
     if key not in shapes:
         raise ValueError(f"{name} lacks {key}")
     if len(shapes[key]) != rank:
@@ -174,8 +188,8 @@ def shape_of(shapes, key, rank, name) -> tuple[int, ...]:
     return shapes[key]
 
 
-def problems(table: Table, found: Mapping[str, tuple], shapes: Mapping[str, tuple]) -> list[str]:
-    """All that keeps `found` ({key: shape}) from filling `shapes` ({our path: shape}) exactly; empty when nothing."""
+def problems(table: Table, found: Shapes, shapes: Shapes) -> list[str]:
+    """Why tensors `found` ({key: shape}) do not fill our `shapes` ({path: shape}) exactly, one line for each reason."""
     entries, lines = expand(table), []
     known = {entry.source for entry in entries} | {key for fill in table.fills for key in fill.sources}
     for entry in entries:
@@ -202,15 +216,17 @@ def problems(table: Table, found: Mapping[str, tuple], shapes: Mapping[str, tupl
     return lines
 
 
-def storage_dtype(dtypes) -> np.dtype:
-    """The dtype that holds values of all `dtypes` exactly: their own when it is one, bfloat16 for eight-bit floats."""
+def storage_dtype(dtypes: Iterable) -> np.dtype:
+    """A dtype that holds values of all `dtypes` exactly. A single one is kept, but eight-bit floats become bfloat16."""
     dtypes = {np.dtype(dtype) for dtype in dtypes}
     wide = {np.dtype(ml_dtypes.bfloat16) if dtype.itemsize == 1 else dtype for dtype in dtypes}
     return wide.pop() if len(wide) == 1 else np.dtype(np.float32)
 
 
-def leaf_dtypes(table: Table, dtypes: Mapping[str, np.dtype], shapes, dtype=None) -> dict[str, np.dtype]:
-    """The dtype in which each of our arrays is stored: `dtype`, or the source's; float32 where the table wants it."""
+def leaf_dtypes(
+    table: Table, dtypes: Mapping[str, np.dtype], shapes: Shapes, dtype: np.dtype | None = None
+) -> dict[str, np.dtype]:
+    """The dtype to store each of our arrays in: `dtype` or else the source's; float32 for those in `table.float32`."""
     whole = storage_dtype(dtypes[entry.source] for entry in expand(table))
     sources = {}
     for entry in expand(table):
@@ -219,8 +235,10 @@ def leaf_dtypes(table: Table, dtypes: Mapping[str, np.dtype], shapes, dtype=None
     return result | {path: np.dtype(np.float32) for path in table.float32}
 
 
-def import_leaves(table: Table, read: Callable, shapes, dtypes) -> Iterator[tuple[str, np.ndarray]]:
-    """Our arrays, one after another, from the tensors that `read(key)` gives. `problems` must have been empty."""
+def import_leaves(
+    table: Table, read: Callable[[str], np.ndarray], shapes: Shapes, dtypes: Mapping[str, np.dtype]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The (path, array) pairs of our arrays, from the tensors that `read(key)` gives; `problems` must be empty."""
     by_target = {}
     for entry in expand(table):
         by_target.setdefault(entry.target, []).append(entry)
@@ -233,17 +251,17 @@ def import_leaves(table: Table, read: Callable, shapes, dtypes) -> Iterator[tupl
             if fill.target == path:
                 leaf[fill.index] = fill.make(read, leaf[fill.index].shape)
         yield path, leaf
-        del leaf  # the next may be as large
+        del leaf  # before the next one, which may be as large, is made
 
 
-def export_shapes(table: Table, shapes) -> dict[str, tuple[int, ...]]:
-    """{key: shape} of all tensors that an export writes, in the table's order."""
+def export_shapes(table: Table, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """{key: shape} of all tensors of an export, in the table's order."""
     result = {entry.source: source_shape(entry, shapes) for entry in expand(table)}
     return result | {constant.key: constant.shape for constant in table.constants}
 
 
 def export_tensors(table: Table, path: str, leaf: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """The PyTorch tensors that are parts of our array at `path`."""
+    """The (key, tensor) pairs that our array at `path` becomes."""
     for entry in expand(table):
         if entry.target == path:
             yield entry.source, entry.transform.backward(leaf[entry.index])

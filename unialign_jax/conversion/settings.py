@@ -1,19 +1,19 @@
-"""What a source's config.json says, checked before anything is built from it."""
+"""The settings in a source's config.json, each checked when it is read."""
 
 import os
 from pathlib import Path
 
-from unialign_jax.files import read_json
+from unialign_jax.files import read_json, shown
 
 
-def read_settings(folder) -> dict:
-    """A folder's config.json, or {} where there is none. Raises ValueError for one that is not a JSON object."""
+def read_settings(folder: str | Path) -> dict:
+    """A folder's config.json, or {} when there is none. Raises ValueError for one that is not a JSON object."""
     path = Path(folder) / "config.json"
     return read_json(path) if os.path.lexists(path) else {}
 
 
-def whole_number(settings, key, default, name, most=2**20):
-    """A setting that counts something; `default` where it is absent or null. `name` is for messages.
+def whole_number(settings: dict, key: str, default: int | None, name: str | Path, most: int = 2**20) -> int | None:
+    """A setting that counts something, or `default` when it is absent or null; `name` is for messages.
 
     Raises ValueError unless it is a whole number from 1 to `most`.
     """
@@ -25,8 +25,8 @@ def whole_number(settings, key, default, name, most=2**20):
     return value
 
 
-def number(settings, key, default, name):
-    """A setting that measures something, as `whole_number`. Raises ValueError unless it is a finite number."""
+def number(settings: dict, key: str, default: float, name: str | Path) -> float:
+    """A setting that measures something, like `whole_number`. Raises ValueError unless it is a finite number."""
     value = settings.get(key)
     if value is None:
         return default
@@ -35,14 +35,9 @@ def number(settings, key, default, name):
     return float(value)
 
 
-def section(settings, key, name) -> dict:
-    """A setting that is an object itself; {} where it is absent or null. Raises ValueError for anything else."""
+def section(settings: dict, key: str, name: str | Path) -> dict:
+    """A setting that is an object, or {} when it is absent or null. Raises ValueError for anything else."""
     value = settings.get(key)
     if value is not None and not isinstance(value, dict):
         raise ValueError(f"{name}: {key} is {shown(value)}, expected an object")
     return value or {}
-
-
-def shown(value) -> str:
-    """A JSON value in a message."""
-    return f"a JSON {type(value).__name__}" if isinstance(value, dict | list) else repr(value)[:40]

@@ -1,10 +1,10 @@
-"""Finding a model's parts in what people download: folders of diffusers, Stability's single files, lone files.
+"""Finds a model's components in downloads: diffusers' folders, Stability's single files, files of one component.
 
-`open_source(path)` looks at names and headers only, and says which component lies where and in which layout.
+`open_source(path)` reads names and headers only. It tells where each component is, and in which layout.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,8 +13,8 @@ import numpy as np
 from unialign_jax import bundle
 from unialign_jax.conversion import autoencoder, safetensors_file, text_encoder, torch_pickle, transformer
 from unialign_jax.conversion.safetensors_file import DTYPES, FLOATS, TensorInfo
-from unialign_jax.conversion.settings import read_settings, shown
-from unialign_jax.files import check_inside, check_regular, read_json
+from unialign_jax.conversion.settings import read_settings
+from unialign_jax.files import check_inside, check_regular, read_json, shown
 
 # The prefix of each component's keys in Stability's single files. CLIP is not used.
 PREFIXES = {
@@ -38,16 +38,16 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 
 class Part(NamedTuple):
-    """One component as it lies in a source."""
+    """One component in a source."""
 
-    component: str  # "transformer", "text_encoder" or "autoencoder"
+    component: str  # "transformer", "text_encoder", "autoencoder" or "teacher"
     layout: str  # transformer: "diffusers", "stability", "unialign"; autoencoder: "diffusers", "ldm"; "t5"
-    tensors: dict[str, TensorInfo]  # by key, the component's prefix removed
+    tensors: dict[str, TensorInfo]  # by key, without the component's prefix
     settings: dict  # its config.json, or {}
     name: str  # for messages: the file or folder
 
-    def read(self, key) -> np.ndarray:
-        """A tensor by its key; KeyError when there is none."""
+    def read(self, key: str) -> np.ndarray:
+        """The tensor at a key. Raises KeyError when there is none."""
         return safetensors_file.read_tensor(self.tensors[key])
 
     @property
@@ -64,17 +64,19 @@ class Part(NamedTuple):
 
 
 class Source(NamedTuple):
+    """The components in a download, and the files that go with them."""
+
     path: Path
     parts: dict[str, Part]
     tokenizer: Path | None
     mask_embedding: Path | None
-    dropped: dict[str, str]  # {what: why}, whole parts that are not used
+    dropped: dict[str, str]  # {part: reason}, of whole parts that are not used
 
 
-def open_source(path, components=tuple(FOLDERS)) -> Source:
-    """What a file or folder holds of `components`; the rest of it may be damaged or absent.
+def open_source(path: str | Path, components: Iterable[str] = tuple(FOLDERS)) -> Source:
+    """Those of `components` that are in a file or folder; the others may be damaged or absent.
 
-    Raises FileNotFoundError or ValueError, saying what was found and expected.
+    Raises FileNotFoundError or ValueError with what was found and expected.
     """
     path = Path(path)
     if not path.is_dir():
@@ -111,8 +113,8 @@ def open_source(path, components=tuple(FOLDERS)) -> Source:
     return Source(path, parts, tokenizer, masks[0] if masks else None, dropped)
 
 
-def open_component(path, component) -> Part:
-    """The named component from a file or folder given for it. Raises ValueError when it holds something else."""
+def open_component(path: str | Path, component: str) -> Part:
+    """The named component in a file or folder. Raises ValueError when something else is in it."""
     parts = open_source(path, (component,)).parts
     if component not in parts:
         held = ", ".join(f"{name} ({part.layout})" for name, part in parts.items()) or "something else"
@@ -120,20 +122,20 @@ def open_component(path, component) -> Part:
     return parts[component]
 
 
-def is_t5_tokenizer(folder) -> bool:
-    """Whether a folder has T5's tokenizer files (CLIP's are vocab.json and merges.txt)."""
+def is_t5_tokenizer(folder: Path) -> bool:
+    """Whether a folder has the files of T5's tokenizer. (CLIP's are vocab.json and merges.txt.)"""
     return (folder / "spiece.model").is_file() or (
         (folder / "tokenizer.json").is_file() and not (folder / "merges.txt").is_file()
     )
 
 
-def check_tokenizer(folder, root):
-    """Raises ValueError for a tokenizer's file that a link takes out of `root`: it would be copied into the bundle."""
+def check_tokenizer(folder: str | Path, root: str | Path) -> None:
+    """Raises ValueError when a tokenizer's file, which would be copied into the bundle, is a link out of `root`."""
     for name in bundle.TOKENIZER_FILES:
         check_inside(Path(folder) / name, root)
 
 
-def _open_single_file(path, components) -> Source:
+def _open_single_file(path: Path, components: Iterable[str]) -> Source:
     tensors = read_tensors(path)
     split: dict[str | None, dict] = {}
     for key, info in tensors.items():
@@ -160,13 +162,25 @@ def _open_single_file(path, components) -> Source:
     return Source(path, parts, None, None, dropped)
 
 
-def open_part(folder) -> Part | None:
-    """The component in one folder of safetensors; None when it is of no known kind."""
+def open_part(folder: str | Path) -> Part | None:
+    """The component in one folder of safetensors, or None when it is of no known kind."""
     return identify(read_tensors(folder), read_settings(folder), str(folder))
 
 
-def identify(tensors, settings, name) -> Part | None:
-    """Which component and layout some tensors are; None when unknown."""
+def identify(tensors: dict[str, TensorInfo], settings: dict, name: str) -> Part | None:
+    """The component that the tensors make, or None when it is of no known kind."""
+    check_floats(tensors, name)
+    if layout := transformer.detect_layout(tensors):
+        return Part("transformer", layout, tensors, settings, name)
+    if text_encoder.is_t5(tensors):
+        return Part("text_encoder", "t5", tensors, settings, name)
+    if layout := autoencoder.detect_layout(tensors):
+        return Part("autoencoder", layout, tensors, settings, name)
+    return None
+
+
+def check_floats(tensors: dict[str, TensorInfo], name: str | Path) -> None:
+    """Raises ValueError for tensors that are empty, not of floats, or scaled eight-bit weights."""
     scaled = [key for key in tensors if SCALED.search(key)]
     if scaled:
         raise ValueError(
@@ -178,16 +192,9 @@ def identify(tensors, settings, name) -> Part | None:
             raise ValueError(f"{name} holds {key} of dtype {info.dtype}, expected floats of {', '.join(FLOATS)}")
         if info.size == 0:
             raise ValueError(f"{name} holds {key} of shape {list(info.shape)}, which is empty")
-    if layout := transformer.detect_layout(tensors):
-        return Part("transformer", layout, tensors, settings, name)
-    if text_encoder.is_t5(tensors):
-        return Part("text_encoder", "t5", tensors, settings, name)
-    if layout := autoencoder.detect_layout(tensors):
-        return Part("autoencoder", layout, tensors, settings, name)
-    return None
 
 
-def unknown(path, tensors):
+def unknown(path: Path, tensors: dict[str, TensorInfo]) -> ValueError:
     keys = ", ".join(sorted(tensors)[:3])
     return ValueError(
         f"{path} is neither an SD3 or UniAlignment transformer, a T5 v1.1 encoder nor SD3's VAE: "
@@ -195,8 +202,12 @@ def unknown(path, tensors):
     )
 
 
-def read_tensors(path) -> dict[str, TensorInfo]:
-    """The tensors of a file (safetensors or `.pth`), or of the one model, sharded or not, that a folder holds."""
+def read_tensors(path: str | Path, wanted: Callable[[str], bool] | None = None) -> dict[str, TensorInfo]:
+    """The tensors of a file (safetensors or `.pth`), or of the one model, sharded or not, in a folder.
+
+    Args:
+      wanted: tells which keys are needed; all when None. Shards without any, by the index, need not be there.
+    """
     path = Path(path)
     if path.is_file():
         match = SHARD.search(path.name)
@@ -207,18 +218,18 @@ def read_tensors(path) -> dict[str, TensorInfo]:
         return safetensors_file.read_header(path)
     indices = sorted(path.glob("*.index*.json"))
     files = sorted(path.glob("*.safetensors"))
-    # Of several variants in one folder (such as fp16 beside float32) the plain one counts.
+    # Of several variants in one folder, such as fp16 beside float32, the one with the plain name is read.
     plain = [index for index in indices if index.name.endswith(".safetensors.index.json")]
     whole = [file for file in files if not SHARD.search(file.name)]
     unmarked = [file for file in whole if file.name in ("diffusion_pytorch_model.safetensors", "model.safetensors")]
     if len(plain) == 1:
-        return _read_index(plain[0])
+        return _read_index(plain[0], wanted)
     if unmarked:
         return safetensors_file.read_header(unmarked[0])
     if len(whole) == 1:
         return safetensors_file.read_header(whole[0])
     if len(indices) == 1 and not whole:
-        return _read_index(indices[0])
+        return _read_index(indices[0], wanted)
     families = {SHARD.search(file.name)[1]: file for file in files if SHARD.search(file.name)}
     if len(families) == 1 and not whole:
         return _read_shards(path, *_shard_names(next(iter(families.values()))))
@@ -231,26 +242,23 @@ def read_tensors(path) -> dict[str, TensorInfo]:
     raise ValueError(f"{path} holds no safetensors files")
 
 
-def _shard_names(path):
+def _shard_names(path: Path) -> tuple[str, list[str]]:
+    """The name of a shard, and the names of all shards of its model."""
     stem, _, count = SHARD.search(path.name).groups()
     if int(count) > MAX_SHARDS:
         raise ValueError(f"{path} calls for {int(count):,} shards, expected at most {MAX_SHARDS:,}")
     return path.name, [f"{stem}-{i + 1:05d}-of-{count}.safetensors" for i in range(int(count))]
 
 
-def read_weight_map(index) -> dict[str, str]:
-    """{key: file} of an index of shards. Raises ValueError for one that names files elsewhere than beside it."""
+def _read_index(index: Path, wanted: Callable[[str], bool] | None) -> dict[str, TensorInfo]:
+    """The tensors of the shards in an index. Raises ValueError when it names a file that is not beside it."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} is no index of shards: it has no weight_map")
     for key, name in weight_map.items():
         if not isinstance(name, str) or name in ("", "..") or Path(name).name != name or "\0" in name:
             raise ValueError(f"{index} says that {key[:80]!r} lies in {shown(name)}, expected a file beside the index")
-    return weight_map
-
-
-def _read_index(index) -> dict[str, TensorInfo]:
-    weight_map = read_weight_map(index)
+    weight_map = {key: name for key, name in weight_map.items() if wanted is None or wanted(key)}
     tensors = _read_shards(index.parent, index.name, sorted(set(weight_map.values())))
     absent = [key for key, name in weight_map.items() if key not in tensors or tensors[key].file.name != name]
     if absent:
@@ -259,7 +267,7 @@ def _read_index(index) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _read_shards(folder, named_by, names) -> dict[str, TensorInfo]:
+def _read_shards(folder: Path, named_by: str, names: list[str]) -> dict[str, TensorInfo]:
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ValueError(

@@ -1,37 +1,25 @@
-"""Qwen2.5-VL's checkpoints to the teacher's folder, and that folder to the teacher.
+"""From a Qwen2.5-VL checkpoint to the bundle of the teacher.
 
-Of a checkpoint only the vision tower and the table of input embeddings are read: with a sharded one, only the shards
-that hold them have to be there. The folder is written as bundles are, with one component `teacher`.
+Only the vision tower and the table of input embeddings are read. Of a sharded checkpoint, only the shards with these
+need to be there.
 """
 
-import dataclasses
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection
 from pathlib import Path
-from typing import NamedTuple
 
-import jax
-import numpy as np
-import tokenizers
-from orbax.checkpoint import v1 as ocp
-from tqdm import tqdm
-
-from unialign_jax import bundle, bundle_config
-from unialign_jax.conversion import safetensors_file
-from unialign_jax.conversion.importing import DTYPES, Job, check_space, with_progress
+from unialign_jax import bundle
+from unialign_jax.conversion import sources
+from unialign_jax.conversion.importing import DTYPES, Job, write
 from unialign_jax.conversion.rules import DENSE_FROM_HEADS, SAME, Rule, Table, Transform, affine
-from unialign_jax.conversion.safetensors_file import read_header
-from unialign_jax.conversion.settings import number, section, shown, whole_number
-from unialign_jax.conversion.sources import Part, check_tokenizer, read_weight_map
+from unialign_jax.conversion.settings import number, section, whole_number
+from unialign_jax.conversion.sources import Part, check_tokenizer
 from unialign_jax.data.tokenizer import load_backend
-from unialign_jax.files import read_json
-from unialign_jax.models.teacher import PIXEL_MEAN, PIXEL_STD, ROTARY_BASE, TeacherConfig, init_teacher
-from unialign_jax.parallel import sharding
+from unialign_jax.files import read_json, shown
+from unialign_jax.models.teacher import PIXEL_MEAN, PIXEL_STD, ROTARY_BASE, TeacherConfig
 
 COMPONENT = "teacher"
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-PAD_TOKEN = "<|endoftext|>"
 
-# (prefix of the tower, key of the table), by what wrote the file.
+# {the writer of the file: (prefix of the tower, key of the table)}
 LAYOUTS = {
     "transformers 4": ("visual.", "model.embed_tokens.weight"),
     "transformers 5": ("model.visual.", "model.language_model.embed_tokens.weight"),
@@ -54,21 +42,10 @@ FIELDS = {
 }
 
 
-class Teacher(NamedTuple):
-    """What `load_teacher` gives: call `encode_images(params, images, config)` and `encode_texts(params, ids, ...)`."""
+def config_from_qwen(content: dict, preprocessor: dict, name: str | Path) -> TeacherConfig:
+    """The architecture, from the contents of config.json and of preprocessor_config.json (or {}).
 
-    config: TeacherConfig
-    params: dict
-    tokenizer: tokenizers.Tokenizer
-
-
-# Reading Qwen2.5-VL
-
-
-def config_from_qwen(content, preprocessor, name) -> TeacherConfig:
-    """The architecture, from the contents of config.json and of preprocessor_config.json (or {}), of any size.
-
-    What is absent has Qwen's published value; `name` is for messages. Raises ValueError for another model, and for
+    Absent settings have Qwen's published values; `name` is for messages. Raises ValueError for another model, and for
     settings that this port does not have.
     """
     if content.get("model_type") != "qwen2_5_vl" or content.get("vision_config") is None:
@@ -118,8 +95,8 @@ def config_from_qwen(content, preprocessor, name) -> TeacherConfig:
     return config
 
 
-def patch_conv(config) -> Transform:
-    """A convolution over frames and pixels [D, 3, t, p, p] as a dense layer over patches flattened in this order."""
+def patch_conv(config: TeacherConfig) -> Transform:
+    """A convolution over frames and pixels [D, 3, t, p, p] as a dense layer over patches flattened as (3, t, p, p)."""
     kernel = (3, config.temporal_patch_size, config.patch_size, config.patch_size)
     return Transform(
         "3-D patch conv to dense",
@@ -151,8 +128,8 @@ def qwen_table(config: TeacherConfig, layout: str) -> Table:
     )
 
 
-def find_layout(keys, name) -> str:
-    """Which of LAYOUTS has these keys. Raises ValueError when none has."""
+def find_layout(keys: Collection[str], name: str | Path) -> str:
+    """The one of LAYOUTS that has these keys. Raises ValueError when none has."""
     for layout, (tower, embedding) in LAYOUTS.items():
         if f"{tower}patch_embed.proj.weight" in keys and embedding in keys:
             return layout
@@ -163,40 +140,22 @@ def find_layout(keys, name) -> str:
     )
 
 
-def open_qwen(source: Path) -> Part:
-    """The tower and the table in a folder of one or more safetensors files.
+def is_needed(key: str) -> bool:
+    """Whether a key of a Qwen2.5-VL checkpoint belongs to the vision tower or the table of input embeddings."""
+    return any(key.startswith(tower) or key == embedding for tower, embedding in LAYOUTS.values())
 
-    Raises FileNotFoundError for a folder without weights and for shards that are not there, ValueError for another
-    model or a damaged file.
-    """
-    if (source / INDEX).is_file():
-        files = read_weight_map(source / INDEX)
-    elif (source / SINGLE).is_file():
-        files = dict.fromkeys(read_header(source / SINGLE), SINGLE)
-    else:
-        raise FileNotFoundError(f"{source} holds no weights: expected {SINGLE}, or {INDEX} with its shards")
-    layout = find_layout(files.keys(), source)
-    tower, embedding = LAYOUTS[layout]
-    wanted = {key: name for key, name in files.items() if key.startswith(tower) or key == embedding}
-    shards = sorted(set(wanted.values()))
-    missing = [name for name in shards if not (source / name).is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"{source} lacks {', '.join(missing)}; the vision tower and the embeddings lie in {', '.join(shards)}"
-        )
-    headers = {name: read_header(source / name) for name in shards}
-    absent = [key for key, name in wanted.items() if key not in headers[name]]
-    if absent:
-        raise ValueError(f"{source / wanted[absent[0]]} lacks {absent[0]}, which {INDEX} says it holds")
-    tensors = {key: headers[name][key] for key, name in wanted.items()}
-    unreadable = sorted({info.dtype for info in tensors.values()} - set(safetensors_file.FLOATS))
-    if unreadable:
-        raise ValueError(f"{source} holds tensors of dtype {', '.join(unreadable)}, expected floats")
+
+def open_qwen(source: Path) -> Part:
+    """The tower and the table in a folder of safetensors. Raises ValueError as `sources.read_tensors` does."""
+    tensors = sources.read_tensors(source, is_needed)
+    layout = find_layout(tensors, source)
+    tensors = {key: info for key, info in tensors.items() if is_needed(key)}
+    sources.check_floats(tensors, source)
     return Part(COMPONENT, layout, tensors, {}, str(source))
 
 
 def preprocessor_settings(source: Path) -> dict:
-    """The image processor's settings from the file of transformers 4 or of 5; {} without either."""
+    """The image processor's settings, from the file of transformers 4 or 5; {} when there is neither."""
     if (source / "preprocessor_config.json").is_file():
         return read_json(source / "preprocessor_config.json")
     if (source / "processor_config.json").is_file():
@@ -205,23 +164,29 @@ def preprocessor_settings(source: Path) -> dict:
     return {}
 
 
-# Writing and loading the teacher's folder
+def convert_teacher(
+    source: str | Path,
+    output: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> TeacherConfig:
+    """Converts a Qwen2.5-VL folder (3B, 7B, 32B or 72B) to a bundle, and returns the teacher's architecture.
 
-
-def convert_teacher(source, output, *, tokenizer=None, dtype=None, overwrite=False, progress=False) -> TeacherConfig:
-    """Writes the teacher's folder from a Qwen2.5-VL folder (3B, 7B, 32B or 72B) and returns its architecture.
+    One array is in memory at a time. The largest, the table of embeddings (1.1 GB for 7B), is there twice: as read and
+    as written.
 
     Args:
       source: the downloaded folder: config.json, safetensors (one file, or an index with shards), tokenizer.json.
-      output: the folder to write; it appears when it is whole.
+      output: the bundle to write.
       tokenizer: the folder of tokenizer.json, when `source` has none.
       dtype: "float32", "float16" or "bfloat16" to store; the source's own (bfloat16) when None.
-      overwrite: whether an older folder at `output` is replaced.
       progress: whether to draw a progress bar.
 
-    One array is in memory at a time; the largest is the table of embeddings (1.1 GB for 7B, read and written: twice).
-    Raises ValueError, FileNotFoundError, FileExistsError or OSError with what is wrong and what to do; the output is
-    then not there.
+    Raises ValueError, FileNotFoundError, FileExistsError or OSError when the conversion is impossible or fails; nothing
+    is then left at `output`.
     """
     source, tokenizer = Path(source), Path(tokenizer or source)
     if not source.is_dir():
@@ -232,105 +197,10 @@ def convert_teacher(source, output, *, tokenizer=None, dtype=None, overwrite=Fal
     if not (tokenizer / "tokenizer.json").is_file():
         raise FileNotFoundError(f"{tokenizer} holds no tokenizer.json; download it, or give its folder by --tokenizer")
     check_tokenizer(tokenizer, tokenizer)
-    load_backend(tokenizer / "tokenizer.json")  # what it may not be, it is not copied as
+    load_backend(tokenizer)  # raises when it is no tokenizer, before it is copied
     part = open_qwen(source)
-    shapes = {path: leaf.shape for path, leaf in bundle.flatten(abstract_teacher(config)).items()}
-    job = Job(COMPONENT, config, qwen_table(config, part.layout), part, shapes, DTYPES[dtype] if dtype else None)
-    check_space(output, job.size)
-
-    with ThreadPoolExecutor(1) as executor, bundle.Writer(output, overwrite=overwrite) as writer:
-        hashes = {file: executor.submit(bundle.sha256, file) for file in [source / "config.json", *part.files]}
-        with tqdm(total=job.size, unit="B", unit_scale=True, disable=None if progress else True, desc=COMPONENT) as bar:
-            writer.add(COMPONENT, config, with_progress(job.leaves(None), bar))
-        writer.add_tokenizer(tokenizer)
-        writer.provenance = {
-            "kind": COMPONENT,
-            "components": {COMPONENT: job.provenance},
-            "files": [{"name": f.name, "size": f.stat().st_size, "sha256": h.result()} for f, h in hashes.items()],
-        }
+    abstract = bundle.abstract_params(bundle.BundleConfig(teacher=config))[COMPONENT]
+    job = Job(COMPONENT, config, qwen_table(config, part.layout), part, abstract, DTYPES[dtype] if dtype else None)
+    files = [source / "config.json", *part.files]
+    write(output, [job], files, {"kind": COMPONENT}, tokenizer=tokenizer, overwrite=overwrite, progress=progress)
     return config
-
-
-def abstract_teacher(config):
-    return jax.eval_shape(lambda key: init_teacher(key, config), jax.random.key(0))
-
-
-def load_teacher(directory, *, mesh=None, dtype=None, verify=True) -> Teacher:
-    """The teacher from a folder that `convert_teacher` wrote.
-
-    Args:
-      mesh: where the parameters go, split by `sharding.TABLE`; the first device when None.
-      dtype: what to cast them to while reading; as stored when None.
-      verify: whether its files are compared with the hashes that were recorded when it was written.
-
-    Raises FileNotFoundError or ValueError, in one line, for a folder that is no whole teacher, or is damaged.
-    """
-    directory = Path(directory).absolute()
-    bundle.read_config(directory, verify=verify)  # refuses what is no folder of this format and version
-    recorded = bundle_config.read_content(directory, verify)["files"] if verify else {}
-    path = directory / "config.json"
-    content = section(read_json(path), COMPONENT, path)
-    if not content:
-        raise ValueError(
-            f"{directory} is a bundle without a teacher: convert Qwen2.5-VL with launch/convert.py teacher"
-        )
-    config = parse_teacher(content, path)
-    wanted = bundle.flatten(abstract_teacher(config))
-    stored = bundle.component_metadata(directory, COMPONENT)
-    if {path: leaf.shape for path, leaf in wanted.items()} != {
-        path: tuple(leaf.shape) for path, leaf in stored.items()
-    }:
-        raise ValueError(f"{directory}/{COMPONENT} does not hold what its config.json describes: convert it again")
-    abstract = bundle.unflatten(
-        {path: jax.ShapeDtypeStruct(leaf.shape, dtype or stored[path].dtype) for path, leaf in wanted.items()}
-    )
-    mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
-    with bundle.verifying(directory, COMPONENT, recorded):
-        try:
-            params = ocp.load(
-                directory / COMPONENT, sharding.with_shardings(abstract, sharding.tree_shardings(abstract, mesh))
-            )
-        except Exception as error:
-            raise ValueError(
-                f"{directory}/{COMPONENT} is damaged, convert it again ({str(error).splitlines()[0]})"
-            ) from error
-    with bundle.verifying(directory, "tokenizer", recorded):
-        backend = load_backend(directory / "tokenizer" / "tokenizer.json")
-    return Teacher(config, params, backend)
-
-
-def parse_teacher(content: dict, name) -> TeacherConfig:
-    """The architecture as `convert_teacher` wrote it. Raises ValueError for anything else."""
-    values = {}
-    for field in dataclasses.fields(TeacherConfig):
-        if field.name not in content:
-            continue
-        value = content[field.name]
-        if isinstance(field.default, int) and value is not None:
-            value = whole_number(content, field.name, None, name, most=MAX_DEPTH if field.name == "depth" else 2**30)
-        elif isinstance(field.default, tuple) and isinstance(value, list) and all(type(item) is int for item in value):
-            value = tuple(value)
-        elif not isinstance(value, type(field.default)):
-            raise ValueError(f"{name}: {field.name} is {shown(value)}, expected a {type(field.default).__name__}")
-        values[field.name] = value
-    unknown = sorted(content.keys() - values.keys())
-    if unknown:
-        raise ValueError(f"{name} describes an unknown teacher: it has {', '.join(unknown[:3])[:100]}")
-    try:
-        return TeacherConfig(**values)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{name}: {error}") from None
-
-
-def tokenize(tokenizer, texts, length=None) -> tuple[np.ndarray, np.ndarray]:
-    """Texts as `encode_texts` reads them: (ids int32 [B, L], is_token bool [B, L]), padded at the end.
-
-    L is that of the longest text, or `length`: longer texts are then cut. Nothing is added around a text.
-    """
-    pad = tokenizer.token_to_id(PAD_TOKEN) or 0
-    encoded = [encoding.ids[:length] for encoding in tokenizer.encode_batch(list(texts))]
-    longest = max(map(len, encoded), default=0) if length is None else length
-    ids = np.full((len(encoded), longest), pad, np.int32)
-    is_token = np.arange(longest) < np.array([len(each) for each in encoded])[:, None]
-    ids[is_token] = [token for each in encoded for token in each]
-    return ids, is_token

@@ -1,19 +1,20 @@
-"""T5 v1.1's layout, as the transformers library names it (and Stability's single files, behind a prefix)."""
+"""T5 v1.1's layout, with the names of the transformers library. Stability's single files add a prefix."""
 
 import itertools
 import re
+from collections.abc import Collection
 
-from unialign_jax.conversion.rules import DENSE, DENSE_FROM_HEADS, SAME, Dropped, Rule, Table, shape_of
+from unialign_jax.conversion.rules import DENSE, DENSE_FROM_HEADS, SAME, Dropped, Rule, Shapes, Table, shape_of
 from unialign_jax.conversion.settings import number, whole_number
 from unialign_jax.models.text_encoder import TextEncoderConfig
 
 BIAS = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
 LAYER = re.compile(r"encoder\.block\.(\d{1,6})\.")
-TABLES = ("shared.weight", "encoder.embed_tokens.weight")  # the same table, under either name or both
+TABLES = ("shared.weight", "encoder.embed_tokens.weight")  # names of the one table; a file has one or both
 
 
-def t5_table(config: TextEncoderConfig, keys=TABLES) -> Table:
-    """The encoder; `keys` are the source's, which decide under which name the token embedding is read."""
+def t5_table(config: TextEncoderConfig, keys: Collection[str] = TABLES) -> Table:
+    """The encoder's table. The source's `keys` tell the name of its token embedding."""
     embedding = next((name for name in TABLES if name in keys), TABLES[0])
     every = range(config.depth)
 
@@ -44,12 +45,15 @@ def t5_table(config: TextEncoderConfig, keys=TABLES) -> Table:
     )
 
 
-def is_t5(keys) -> bool:
+def is_t5(keys: Collection[str]) -> bool:
     return "encoder.block.0.layer.0.SelfAttention.q.weight" in keys
 
 
-def infer_config(shapes, settings, name) -> TextEncoderConfig:
-    """The architecture from the tensors' shapes; the buckets' distance from config.json, T5's own otherwise."""
+def infer_config(shapes: Shapes, settings: dict, name: str) -> TextEncoderConfig:
+    """The architecture from the tensors' shapes, and the buckets' distance from config.json or else T5's own.
+
+    Raises ValueError for another model than T5 v1.1; `name` is for messages.
+    """
     if "encoder.block.0.layer.1.DenseReluDense.wi.weight" in shapes:
         raise ValueError(f"{name} is a T5 v1.0 encoder (its MLP has no gate): SD3 uses T5 v1.1 XXL")
     table = next((key for key in TABLES if key in shapes), TABLES[0])

@@ -1,15 +1,17 @@
 """The MM-DiT's layouts: diffusers' SD3, Stability's single file, and UniAlignment's (and DualDiffusion's) release.
 
-SD3 lacks four things, which are filled so that the image velocity is SD3's own (T5 context, pooled vector zero):
-the last block's text half passes its input on (gates zero), the pooled vector's constant part joins the time embedding,
-and the text head starts from small random numbers.
+SD3 lacks some of our parameters. They are filled so that the image velocity is SD3's own for T5's embeddings and a
+pooled vector of zeros. The last block's text half passes its input on (its gates are zero). The embedding of the zero
+pooled vector is added to the time embedding's bias. The text head is drawn from small random numbers.
 """
 
 import itertools
 import math
 import re
+from collections.abc import Callable, Collection, Iterable
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from unialign_jax.conversion.rules import (
     DENSE,
@@ -21,25 +23,28 @@ from unialign_jax.conversion.rules import (
     Dropped,
     Fill,
     Rule,
+    Shapes,
     Table,
+    Transform,
     affine,
     patch_conv,
     shape_of,
 )
-from unialign_jax.conversion.settings import section, shown, whole_number
+from unialign_jax.conversion.settings import section, whole_number
+from unialign_jax.files import shown
 from unialign_jax.models.mmdit import AlignmentHeadsConfig, MMDiTConfig, position_table
 
-SEED = 20250928  # of the text head (and heads) that SD3 does not have
+SEED = 20250928  # of the text head, and of new alignment heads
 POOLED_WIDTH = 2048  # of the pooled CLIP vector in SD3
 NULL_IMAGE_TOKENS = 8  # UniAlignment's unused stand-in for an image
 MAX_GRID = 4096  # patches on a side of the positional table
-HEADS_SETTINGS = "unialign_jax_heads"  # in an exported config.json: how heads differ from the released class's
+HEADS_SETTINGS = "unialign_jax_heads"  # in an exported config.json: settings of heads that differ from RELEASED_HEADS
 RELEASED_HEADS = {"final_silu": True, "pool": True}
 HEADS_PREFIX = "siglip_adapter_"  # of the alignment heads in the released file
 BLOCK = re.compile(r"(?:transformer|joint)_blocks\.(\d{1,6})\.")
 DEFAULT_VOCAB_SIZE = MMDiTConfig().vocab_size
 
-# {stream: names of its parts} in each layout; {layer} is the block.
+# {stream: {part: key}} in each layout; {layer} is the number of the block.
 DIFFUSERS_BLOCK = {
     "image": {
         "modulation": "transformer_blocks.{layer}.norm1.linear",
@@ -68,8 +73,14 @@ STABILITY_BLOCK = {
 }
 
 
-def block_rules(names, depth, pre_only_modulation=None):
-    """The blocks' rules. SD3's last text half is cut short: its modulation has two parts, read by that pair."""
+def block_rules(names: dict, depth: int, pre_only_modulation: tuple[Transform, Transform] | None = None) -> list[Rule]:
+    """The blocks' rules.
+
+    Args:
+      names: DIFFUSERS_BLOCK or STABILITY_BLOCK.
+      pre_only_modulation: for SD3, whose last text half ends after keys and values and has a modulation of two parts,
+        the transforms of its kernel and bias.
+    """
     every, full = range(depth), range(depth - 1 if pre_only_modulation else depth)
     rules = []
     for stream, name in names.items():
@@ -93,7 +104,8 @@ def block_rules(names, depth, pre_only_modulation=None):
     return rules
 
 
-def end_rules(names, config, head_modulation):
+def end_rules(names: dict, config: MMDiTConfig, head_modulation: tuple[Transform, Transform]) -> list[Rule]:
+    """The rules before and after the blocks. `head_modulation` transforms kernel and bias of the last modulation."""
     kernel, bias = head_modulation
     return [
         *affine(names["patch_embed"], "patch_embed", patch_conv(config.patch_size)),
@@ -130,7 +142,7 @@ STABILITY_ENDS = {
 
 
 def sd3_table(layout: str, config: MMDiTConfig) -> Table:
-    """SD3's transformer, layout "diffusers" or "stability"."""
+    """SD3's transformer in the layout "diffusers" or "stability"."""
     if layout == "diffusers":
         ends, blocks, two_parts = DIFFUSERS_ENDS, DIFFUSERS_BLOCK, (SWAPPED_DENSE, SWAPPED_VECTOR)
     else:
@@ -164,7 +176,7 @@ def sd3_table(layout: str, config: MMDiTConfig) -> Table:
         ],
         constants=[
             position_constant(ends["positions"], config),
-            # Ours has the pooled vector's constant part in the time embedding, so that SD3's own must add nothing.
+            # The time embedding's bias includes the pooled embedding, so SD3's layers for it must add nothing.
             *(zero_constant(key, shape) for key, shape in zero_weights.items()),
         ],
         float32=frozenset({"time_embed/out/bias"}),
@@ -172,14 +184,14 @@ def sd3_table(layout: str, config: MMDiTConfig) -> Table:
 
 
 def sd3_export_table(layout: str, config: MMDiTConfig) -> Table:
-    """As `sd3_table`, with the time embedding's bias, which an import computes, written as it is."""
+    """`sd3_table` with a rule for the time embedding's bias, which an import computes instead."""
     table = sd3_table(layout, config)
     ends = DIFFUSERS_ENDS if layout == "diffusers" else STABILITY_ENDS
     return table._replace(rules=[*table.rules, Rule(f"{ends['time_out']}.bias", "time_embed/out/bias", VECTOR)])
 
 
 def unialign_table(config: MMDiTConfig) -> Table:
-    """The released transformer; the alignment heads in the same file are `heads_table`'s."""
+    """The released transformer, without the alignment heads in the same file: see `heads_table`."""
     ends = UNIALIGN_ENDS
     return Table(
         layout="unialign",
@@ -201,14 +213,15 @@ def unialign_table(config: MMDiTConfig) -> Table:
 
 
 def heads_table() -> Table:
+    """The alignment heads in the released transformer's file."""
     rules = []
     for ours, theirs in (("image", "siglip_adapter_img"), ("text", "siglip_adapter_text")):
         rules += affine(f"{theirs}.fc.0", f"{ours}_hidden") + affine(f"{theirs}.fc.2", f"{ours}_out")
     return Table("unialign-heads", rules)
 
 
-def fold_pooled(time_bias, pooled_hidden, pooled_out) -> Fill:
-    """SD3 adds an embedding of the pooled vector to the time embedding; of a zero vector it is a constant."""
+def fold_pooled(time_bias: str, pooled_hidden: str, pooled_out: str) -> Fill:
+    """The time embedding's bias plus the embedding of a zero pooled vector, which SD3 adds to the time embedding."""
     keys = (time_bias, f"{pooled_hidden}.bias", f"{pooled_out}.weight", f"{pooled_out}.bias")
 
     def make(read, _shape):
@@ -218,8 +231,8 @@ def fold_pooled(time_bias, pooled_hidden, pooled_out) -> Fill:
     return Fill("time_embed/out/bias", (), make, "the pooled embedding of a zero vector, added", keys)
 
 
-def last_text_half(names, config) -> list[Fill]:
-    """The last block's text half, which SD3 ends after its keys and values: silent, and else block depth - 2's."""
+def last_text_half(names: dict, config: MMDiTConfig) -> list[Fill]:
+    """The last block's text half after keys and values, which SD3 lacks: gates of zero, weights of the block before."""
     last, gates_and_mlp = config.depth - 1, slice(2, 6)
 
     def zeros(_read, shape):
@@ -242,6 +255,8 @@ def last_text_half(names, config) -> list[Fill]:
 
 
 def text_head() -> list[Fill]:
+    """The text head, which SD3 lacks."""
+
     def normal(_read, shape):
         return np.random.default_rng(SEED).standard_normal(shape, np.float32) * np.float32(0.02)
 
@@ -251,10 +266,10 @@ def text_head() -> list[Fill]:
     ]
 
 
-def new_heads_table(shapes) -> Table:
-    """Alignment heads drawn anew (Xavier, biases zero), for a source that has none."""
+def new_heads_table(abstract: dict) -> Table:
+    """New alignment heads (Xavier, biases zero), for a source without. `abstract` is the tree of their parameters."""
     fills = []
-    for i, path in enumerate(shapes):
+    for i, path in enumerate(flatten_dict(abstract, sep="/")):
 
         def make(_read, shape, i=i):
             if len(shape) == 1:
@@ -266,22 +281,22 @@ def new_heads_table(shapes) -> Table:
     return Table("new-heads", [], fills)
 
 
-def positions(config) -> np.ndarray:
-    """The buffer [1, max_patches^2, D] that the PyTorch layouts hold."""
+def positions(config: MMDiTConfig) -> np.ndarray:
+    """The positional table [1, max_patches^2, D] of the PyTorch layouts."""
     side = config.max_patches
     return position_table(side, side, config.width, side, config.base_patches)[None]
 
 
-def position_constant(key, config):
+def position_constant(key: str, config: MMDiTConfig) -> Constant:
     return Constant(key, (1, config.max_patches**2, config.width), lambda: positions(config))
 
 
-def zero_constant(key, shape):
+def zero_constant(key: str, shape: tuple[int, ...]) -> Constant:
     return Constant(key, shape, lambda: np.zeros(shape, np.float32))
 
 
-def position_buffer(key, config):
-    """The positional table, dropped unless it is another than the one we compute (fp16 rounding allowed)."""
+def position_buffer(key: str, config: MMDiTConfig) -> Dropped:
+    """The positional table, dropped if it equals the one that we compute, up to fp16 rounding."""
 
     def check(read):
         try:
@@ -301,8 +316,8 @@ def position_buffer(key, config):
     return Dropped(key, "a buffer, computed from its formula", check)
 
 
-def detect_layout(keys) -> str | None:
-    """ "diffusers", "stability" or "unialign", by the transformer's keys (prefix removed); None when it is neither."""
+def detect_layout(keys: Collection[str]) -> str | None:
+    """ "diffusers", "stability" or "unialign", by the transformer's keys without a prefix; None for something else."""
     if "transformer_blocks.0.attn.add_q_proj.weight" in keys and "context_embedder.weight" in keys:
         return "unialign" if "image_proj_out.weight" in keys else "diffusers"
     if "joint_blocks.0.context_block.attn.qkv.weight" in keys:
@@ -310,8 +325,8 @@ def detect_layout(keys) -> str | None:
     return None
 
 
-def refuse_sd35(shapes, name):
-    """Raises ValueError for a transformer of the SD3.5 family, saying what differs."""
+def refuse_sd35(shapes: Shapes, name: str) -> None:
+    """Raises ValueError, with the differences, for a transformer of the SD3.5 family."""
     normed = any(".attn.norm_q." in key or ".attn.ln_q." in key for key in shapes)
     dual = sorted(block_numbers(key for key in shapes if ".attn2." in key))
     if not (normed or dual):
@@ -328,12 +343,13 @@ def refuse_sd35(shapes, name):
     )
 
 
-def block_numbers(keys) -> set[int]:
+def block_numbers(keys: Iterable[str]) -> set[int]:
     found = (BLOCK.match(key) for key in keys)
     return {int(match[1]) for match in found if match}
 
 
-def count_blocks(keys, name) -> int:
+def count_blocks(keys: Iterable[str], name: str) -> int:
+    """The number of blocks. Raises ValueError when one is missing between others."""
     numbers = block_numbers(keys)
     absent = list(itertools.islice((i for i in range(max(numbers, default=0)) if i not in numbers), 8))
     if absent:
@@ -341,16 +357,24 @@ def count_blocks(keys, name) -> int:
     return len(numbers)
 
 
-def infer_config(layout, shapes, read, settings, name, vocab_size=None) -> MMDiTConfig:
-    """The architecture, from the tensors' shapes; config.json (`settings`) says only what they cannot.
+def infer_config(
+    layout: str,
+    shapes: Shapes,
+    read: Callable[[str], np.ndarray],
+    settings: dict,
+    name: str,
+    vocab_size: int | None = None,
+) -> MMDiTConfig:
+    """The architecture from the tensors' shapes, and from config.json what shapes do not tell.
 
     Args:
       layout: "diffusers", "stability" or "unialign".
-      shapes: {key: shape}.
-      read: a tensor by its key.
+      read: gives the tensor at a key.
       settings: the source's config.json, or {}.
       name: the source, for messages.
-      vocab_size: of the text head that SD3 does not have.
+      vocab_size: for SD3, which has no text head.
+
+    Raises ValueError for another architecture, and when shapes and config.json disagree.
     """
     refuse_sd35(shapes, name)
     ends = {"diffusers": DIFFUSERS_ENDS, "stability": STABILITY_ENDS, "unialign": UNIALIGN_ENDS}[layout]
@@ -393,8 +417,10 @@ def infer_config(layout, shapes, read, settings, name, vocab_size=None) -> MMDiT
     return config
 
 
-def grid(key, shapes, read, settings, patch, name) -> tuple[int, int]:
-    """max_patches and base_patches, from config.json or else from the positional buffer itself."""
+def grid(
+    key: str, shapes: Shapes, read: Callable[[str], np.ndarray], settings: dict, patch: int, name: str
+) -> tuple[int, int]:
+    """max_patches and base_patches, from config.json or else from the positional table at `key`."""
     default = MMDiTConfig()
     max_patches = whole_number(settings, "pos_embed_max_size", default.max_patches, name, most=MAX_GRID)
     if key in shapes:
@@ -409,7 +435,7 @@ def grid(key, shapes, read, settings, patch, name) -> tuple[int, int]:
         return max_patches, sample_size // patch
     if key not in shapes:
         return max_patches, max(1, max_patches * default.base_patches // default.max_patches)
-    # The second column's first sine is that of the distance between neighbours, base_patches / max_patches.
+    # The first value of the second position is sin(base_patches / max_patches).
     sine = float(read(key)[0, 1, 0])
     base_patches = round(max_patches * math.asin(sine)) if abs(sine) <= 1 else 0
     if base_patches < 1:
@@ -417,8 +443,8 @@ def grid(key, shapes, read, settings, patch, name) -> tuple[int, int]:
     return max_patches, base_patches
 
 
-def infer_heads_config(shapes, settings, name) -> AlignmentHeadsConfig:
-    """The adapters', which pool and end in a SiLU in the released model; our exports' config.json says when not."""
+def infer_heads_config(shapes: Shapes, settings: dict, name: str) -> AlignmentHeadsConfig:
+    """The configuration of the released heads, or of exported ones, whose config.json tells where they differ."""
     hidden, _ = shape_of(shapes, "siglip_adapter_img.fc.0.weight", 2, name)
     teacher, _ = shape_of(shapes, "siglip_adapter_img.fc.2.weight", 2, name)
     own = section(settings, HEADS_SETTINGS, name)

@@ -38,7 +38,7 @@ class Description:
       name: one of NAMES.
       records: the SHA-256 of the folder's `records.json`.
       num_records: how many records the folder has.
-      image_size: pixels a side of the images that were encoded.
+      size: (height, width) of the images that were encoded.
       network: identifies the network and its weights.
       arrays: name -> shape of one record's row.
       rows: records a file.
@@ -48,7 +48,7 @@ class Description:
     name: str
     records: str
     num_records: int
-    image_size: int
+    size: tuple[int, int]
     network: str
     arrays: dict[str, tuple[int, ...]]
     rows: int
@@ -68,6 +68,10 @@ def records_digest(directory: str | os.PathLike) -> str:
     path = Path(directory) / "records.json"
     check_regular(path)
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def size_name(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"
 
 
 def rows_of_a_file(arrays: dict[str, tuple[int, ...]]) -> int:
@@ -92,17 +96,18 @@ def read_description(directory: str | os.PathLike) -> Description:
     content = read_json(path)
     if content.get("version") != VERSION:
         raise ValueError(f"{path} is of version {shown(content.get('version'))}, this code reads version {VERSION}")
-    kinds = {"name": str, "records": str, "num_records": int, "image_size": int, "network": str, "arrays": dict}
+    kinds = {"name": str, "records": str, "num_records": int, "size": list, "network": str, "arrays": dict}
     kinds |= {"rows": int, "options": dict}
     for key, kind in kinds.items():
         if not isinstance(content.get(key), kind) or (kind is int and content[key] < 1):
             raise ValueError(f"{path} has {shown(content.get(key))} for {key}: remove the folder and encode again")
     arrays = {}
-    for key, shape in content["arrays"].items():
+    for key, shape in [("size", content["size"]), *content["arrays"].items()]:
         if not isinstance(shape, list) or not shape or not all(type(size) is int and size > 0 for size in shape):
             raise ValueError(f"{path} has shape {shown(shape)} for {key}: remove the folder and encode again")
         arrays[key] = tuple(shape)
-    return Description(**{key: content[key] for key in kinds} | {"arrays": arrays})
+    size = arrays.pop("size")
+    return Description(**{key: content[key] for key in kinds} | {"size": size, "arrays": arrays})
 
 
 class Writer:
@@ -193,7 +198,7 @@ def differences(found: Description, expected: Description) -> list[str]:
     words = {
         "records": "it was made of other records",
         "network": f"it was made by another network ({found.network}, not {expected.network})",
-        "image_size": f"it was made of images of {found.image_size} pixels, not {expected.image_size}",
+        "size": f"it was made of images of {size_name(found.size)} pixels, not {size_name(expected.size)}",
     }
     lines = [text for key, text in words.items() if getattr(found, key) != getattr(expected, key)]
     if found.options != expected.options or found.arrays != expected.arrays:

@@ -1,8 +1,8 @@
-"""Images of strangers: files read and decoded with care, and made RGB of 8 bits.
+"""Reads untrusted image files, and converts images to RGB of 8 bits.
 
-A file must be regular (no device, no pipe), of at most MAX_BYTES and in one of FORMATS: what PIL hands to other
-programs, such as PostScript, is not among them. Its header must promise at most MAX_PIXELS, which is looked at before
-anything is decoded. Every error is a ValueError or FileNotFoundError of one line that names the image.
+A file must be regular (no device, no pipe), have at most MAX_BYTES and one of FORMATS. These do not include formats
+that PIL hands to other programs, such as PostScript. The number of pixels in the header, at most MAX_PIXELS, is checked
+before anything is decoded. Every error is a ValueError or FileNotFoundError with one line that names the image.
 """
 
 import io
@@ -20,9 +20,9 @@ MAX_PIXELS = 2**26
 MAX_RESIZED = 2**28  # pixels of an image before it is cropped
 MAX_ASPECT = 100  # longer side to shorter: filling 512 x 512 with 1 x 60,000 pixels would take 512 x 30,000,000
 
-# The grey of 8 bits for each of 16, value / 257 rounded; 257 is odd, so that none is half-way between two.
+# The 8-bit grey of each 16-bit one: value / 257, rounded. As 257 is odd, there are no ties.
 _NEAREST = ((np.arange(65536) + 128) // 257).astype(np.uint8)
-_ORIENTATION = 0x0112  # EXIF's tag of how the camera was held
+_ORIENTATION = 0x0112  # EXIF's tag of the camera's rotation
 _DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -40,9 +40,10 @@ def read_bytes(path: str | os.PathLike) -> bytes:
 
 
 def open_image(data: bytes, name: str) -> Image.Image:
-    """The image that `data` encodes, its header read and nothing decoded; of several frames the first.
+    """The image that `data` encodes, or the first of several frames. Only the header is read.
 
-    Raises ValueError, beginning with `name`: no known format, a broken header, no pixels or too many.
+    Raises ValueError, whose message begins with `name`, for an unknown format, a broken header, and no or too many
+    pixels.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -61,7 +62,7 @@ def open_image(data: bytes, name: str) -> Image.Image:
 
 
 def check_shape(image: Image.Image, name: str) -> None:
-    """Raises ValueError for an image without pixels, with too many of them, or much longer than wide."""
+    """Raises ValueError for an image without pixels, with too many, or with sides too different."""
     width, height = image.size
     if not width or not height:
         raise ValueError(f"{name} is {width:,} x {height:,} pixels, expected at least one")
@@ -80,9 +81,9 @@ def decode_rgb(data: bytes, name: str) -> Image.Image:
 
 
 def loaded_rgb(image: Image.Image, name: str) -> Image.Image:
-    """`to_rgb` of an image that may not be decoded yet; one that was opened from a file is not copied without need.
+    """`to_rgb` of an image that may not be decoded yet, without a copy if it was opened from a file.
 
-    Raises ValueError, beginning with `name`, for damaged data.
+    Raises ValueError, whose message begins with `name`, for damaged data.
     """
     try:
         image.load()
@@ -99,14 +100,14 @@ def load_rgb(path: str | os.PathLike) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """An upright RGB copy, 8 bits a channel, of an image of any mode.
 
-    - Transparent pixels show white.
-    - Grey of 16 bits (PNG, PGM): value / 257, rounded, so that 65535 is white. Colours of 16 bits keep their upper
-      eight, as PIL reads them.
-    - Floats (TIFF, PFM) and 32-bit or signed whole numbers (TIFF) have no white of their own: all within 0 to 1, they
-      are scaled by 255; or else so that the least is black and the greatest white. NaN is black, infinities are the
-      ends. An image of one value outside of 0 to 1 is black.
+    - Transparent pixels become white.
+    - 16-bit grey (PNG, PGM) becomes value / 257, rounded, so that 65535 is white. Of 16-bit colours the upper eight
+      bits stay, as PIL reads them.
+    - Floats (TIFF, PFM) and 32-bit or signed integers (TIFF) have no defined white. If all are within 0 to 1, they are
+      multiplied by 255; else the least becomes black and the greatest white. NaN becomes black, an infinity the end of
+      the range. An image of a single value outside of 0 to 1 becomes black.
 
-    Raises ValueError for floats none of which is finite; PIL's own errors when the data are damaged.
+    Raises ValueError for floats none of which is finite, and PIL's own errors for damaged data.
     """
     found = _upright_rgb(image)
     return image.copy() if found is image else found
@@ -142,7 +143,7 @@ def _without_white(values: np.ndarray) -> np.ndarray:
     if low >= 0 and high <= 1:
         low, high = 0.0, 1.0
     grey = np.empty(values.shape, np.uint8)
-    for start in range(0, len(values), 256):  # in pieces, as doubles take much memory
+    for start in range(0, len(values), 256):  # in pieces, since float64 takes much memory
         scaled = (values[start : start + 256].astype(np.float64) - low) / ((high - low) or 1.0)
         scaled = np.clip(np.nan_to_num(scaled, nan=0.0, posinf=1.0, neginf=0.0), 0, 1)
         grey[start : start + 256] = scaled * 255 + 0.5
@@ -150,9 +151,9 @@ def _without_white(values: np.ndarray) -> np.ndarray:
 
 
 def fill_size(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The middle of an image, resized (bicubic, aspect kept) until it just covers width x height, then cropped.
+    """An image resized (bicubic, aspect kept) so that it just covers width x height, then cropped at its centre.
 
-    Raises ValueError where that would take more than MAX_RESIZED pixels in between.
+    Raises ValueError when the resized image would have more than MAX_RESIZED pixels.
     """
     if width * image.height >= height * image.width:
         size = (width, max(height, int(image.height * width / image.width)))

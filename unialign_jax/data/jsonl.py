@@ -1,8 +1,8 @@
 """Reading the released UniAlignment code's JSONL files as records.
 
-One JSON object per line; READERS shows the rows of each kind and says how they are read. Image paths are relative to
-the file's folder, or absolute, and may lead anywhere. Other fields are ignored. One bad row never costs the others:
-it is counted and reported.
+There is one JSON object per line; READERS has an example row and the reader of each kind. Image paths are relative to
+the file's folder, or absolute, and may lead anywhere. Other fields are ignored. Bad rows are counted and reported, and
+do not stop the others.
 """
 
 import collections
@@ -34,7 +34,7 @@ _IMAGE_MARK = "<image>"  # stands in a turn for the image
 
 
 class BadRow(ValueError):
-    """A row that gives no record. `reason` is a short class of faults; the message, one line, names file or field."""
+    """A row without a record. `reason` names the class of the fault; the message, one line, names file or field."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(f"{reason}: {one_line(detail)}")
@@ -43,7 +43,7 @@ class BadRow(ValueError):
 
 @dataclass
 class ReadReport:
-    """What became of the rows so far.
+    """Counts of the rows so far.
 
     Attributes:
       num_rows, num_bad, num_records: rows read, those that gave no record, and the records of the others.
@@ -77,7 +77,7 @@ def read_jsonl(
     on_bytes: Callable[[int], None] = lambda count: None,
     check: Callable[[Record], None] = lambda record: None,
 ) -> Iterator[Record]:
-    """Records from JSONL files, in order. Every image is decoded once, so that only sound ones get through.
+    """Records from JSONL files, in order. Every image is decoded once, to leave out damaged ones.
 
     Args:
       paths: the files.
@@ -87,11 +87,10 @@ def read_jsonl(
       max_side: shrink images whose longer side is larger, in pixels; None keeps them.
       num_threads: images read and decoded at the same time.
       on_bytes: called with the bytes of each line read, for a progress bar.
-      check: called with each record; raises BadRow for one that is to be left out.
+      check: called with each record; raises BadRow to leave it out.
 
-    Raises:
-      FileNotFoundError, ValueError: at the start, for a file that cannot be one of JSONL (see `check_source`).
-      ValueError: at the end, when more than `max_bad_fraction` of the rows are bad or there are no rows.
+    Raises at the start as `check_source` does, and ValueError at the end when there are no rows, or when more than
+    `max_bad_fraction` of them are bad.
     """
     find_kind(kind)
     if kind not in READERS:
@@ -145,10 +144,10 @@ def read_jsonl(
 
 
 def check_source(path: str | os.PathLike) -> int:
-    """The size in bytes of what may be a file of JSONL. Opens it for its first bytes alone.
+    """The size in bytes of a file that looks like JSONL by its first bytes.
 
-    Raises FileNotFoundError where there is none, and ValueError, which says what to give instead, for a folder, a
-    device, or a file of another format.
+    Raises FileNotFoundError when there is none, and ValueError, with what to give instead, for a folder, a device, or a
+    file of another format.
     """
     if "://" in str(path):
         raise ValueError(f"source {path} is a URL: download it first")
@@ -187,13 +186,11 @@ def _lines(file, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
 
 
 def load_image(path: Path, max_side: int | None = None) -> bytes:
-    """An image file as PNG or JPEG bytes, proved to decode.
+    """An image file as PNG or JPEG bytes that can be decoded.
 
-    PNG and JPEG files are returned as they are; others, and what is shrunk to `max_side`, are encoded anew
-    (shrunk JPEG as JPEG, everything else as PNG).
-
-    Raises:
-      BadRow: the file is missing or no regular file, cannot be decoded, or is larger than images.py allows.
+    PNG and JPEG files are returned as they are. Other files, and images that are shrunk to `max_side`, are encoded anew
+    (shrunk JPEG as JPEG, everything else as PNG). Raises BadRow when the file is missing or not regular, cannot be
+    decoded, or is larger than images.py allows.
     """
     try:
         data = images_lib.read_bytes(path)

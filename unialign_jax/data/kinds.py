@@ -1,7 +1,7 @@
 """The kinds of records: one table for data, training, inference and help. A new kind is a new row.
 
-What each reader or writer of a format does with a kind is its own affair (`jsonl.READERS`, `shapes.STREAMS`): one that
-does not know a kind refuses it.
+Readers and writers of formats have tables of their own (`jsonl.READERS`, `shapes.STREAMS`), and refuse a kind that is
+not in theirs.
 """
 
 from dataclasses import dataclass
@@ -9,16 +9,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Kind:
-    """What the records of one kind hold and train.
+    """The content of the records of one kind, and its use in training.
 
     Attributes:
       summary: for help, in a few words.
       fields: the fields of `records.Record` that must be filled; "conditions" means at least one image.
-      prompt: the field that the model is asked with. "caption" or "instruction": the image pass reads it, and the text
-        pass learns the caption. "question": the text pass reads it and learns the answer.
+      prompt: the field with the prompt. "caption" or "instruction": the image pass reads it, and the text pass learns
+        the caption. "question": the text pass reads it and learns the answer.
       image_pass: whether the image pass is trained.
-      num_conditions: condition images of an example, unless a stream's configuration says another number; 0 for none.
-      tasks: the inference tasks (keys of `jobs.TASKS`) that it trains.
+      num_conditions: condition images of an example, by default; 0 for none.
+      tasks: the inference tasks (of TASKS) that it trains.
     """
 
     summary: str
@@ -29,22 +29,40 @@ class Kind:
     tasks: tuple[str, ...]
 
 
+# The tasks of inference. Those of images have the names of the kinds that train them.
+TASKS = ("text_to_image", "edit", "perception", "personalization", "caption", "vqa")
+# Other names of tasks: of older bundles, job files and command lines, and the methods of `Pipeline`.
+TASK_ALIASES = {
+    "t2i": "text_to_image",
+    "generate": "text_to_image",
+    "perceive": "perception",
+    "personalize": "personalization",
+    "answer": "vqa",
+}
+
 _CHANGED = ("image", "conditions", "instruction", "caption")
 
 KINDS = {
-    "text_to_image": Kind("an image and its caption", ("image", "caption"), "caption", True, 0, ("t2i", "caption")),
-    "edit": Kind("an image changed as an instruction says", _CHANGED, "instruction", True, 1, ("edit", "caption")),
-    "perception": Kind("edges, depth or pose of an image", _CHANGED, "instruction", True, 1, ("perceive", "caption")),
-    "personalization": Kind(
-        "references placed in a new image", _CHANGED, "instruction", True, 3, ("personalize", "caption")
+    "text_to_image": Kind(
+        "an image and its caption", ("image", "caption"), "caption", True, 0, ("text_to_image", "caption")
     ),
-    # As DualDiffusion does, it trains the text pass alone: its records have no prompt for an image.
+    "edit": Kind("an image changed as an instruction says", _CHANGED, "instruction", True, 1, ("edit", "caption")),
+    "perception": Kind("edges, depth or pose of an image", _CHANGED, "instruction", True, 1, ("perception", "caption")),
+    "personalization": Kind(
+        "references placed in a new image", _CHANGED, "instruction", True, 3, ("personalization", "caption")
+    ),
+    # Trains the text pass alone, as in DualDiffusion, since its records have no prompt for an image.
     "vqa": Kind("a question about an image", ("image", "question", "answer"), "question", False, 0, ("vqa",)),
 }
 
 
+def task_name(name):
+    """The name in TASKS of a task; what is no name of one is returned as it is."""
+    return TASK_ALIASES.get(name, name) if isinstance(name, str) else name
+
+
 def find_kind(name: str) -> Kind:
-    """The kind of that name. Raises ValueError for one that is not in the table."""
+    """The kind of that name. Raises ValueError for an unknown one."""
     if not isinstance(name, str) or name not in KINDS:
         raise ValueError(f"unknown kind {name!r}, expected one of {', '.join(KINDS)}")
     return KINDS[name]

@@ -16,10 +16,14 @@ _MAX_WEIGHT_DENOMINATOR = 10**6
 class Mixture:
     """Batch number n, on any number of hosts.
 
-    Which stream gives batch n depends on (weights, n) alone; which of its records make it up, on (seed, stream's name,
-    n). Nothing else is state: the position in the data is the step number. Each stream is shuffled anew every epoch,
-    an epoch holds every record once, and batches run on over its end (so a data set may be smaller than a batch).
-    A host reads those rows of every global batch that its devices need; they are the same on any number of hosts.
+    The weights and n alone decide which stream gives batch n; the seed, the stream's name and n decide which of its
+    records. There is no other state: the position in the data is the step number. Each stream is shuffled anew every
+    epoch, an epoch holds every record once, and a batch may run over its end (so a data set may be smaller than a
+    batch). A host reads those rows of a global batch that its devices hold; they are the same on any number of hosts.
+
+    For grain it is one dataset: its source are the batch numbers, its map makes a batch. Beside that grain gives the
+    order of each stream, as numbers. With MapDataset.mix over examples and .batch, the reading thread would copy every
+    example once more, and hold two batches more (measured: 4.9 batches of memory instead of 2.8, two read ahead).
     """
 
     def __init__(
@@ -30,11 +34,13 @@ class Mixture:
         global_batch: int,
         rows: Sequence[int] | None = None,
     ):
-        """Args: `streams` with their weights in their configs, those of weight 0 are dropped; `global_batch` is
-        examples per batch over all hosts; `rows` says which of them this host reads, all when None.
+        """Raises ValueError for no stream of positive weight, a name twice, or rows that are not in the batch.
 
-        Raises:
-          ValueError: no stream of positive weight, a name twice, or rows that are not in the batch.
+        Args:
+          streams: with their weights in their configs; those of weight 0 are dropped.
+          seed: of the order of records.
+          global_batch: examples of a batch over all hosts.
+          rows: which of them this host reads; all when None.
         """
         import grain  # takes a second to import
 
@@ -54,8 +60,8 @@ class Mixture:
         self._names = tuple(self.streams)
         self._shares = integer_weights([stream.config.weight for stream in self.streams.values()])
         # Without end, so that row r of a stream's k-th batch is its number k * global_batch + r.
-        self._examples = {
-            name: grain.MapDataset.source(stream).seed(_stream_seed(seed, name)).shuffle().repeat()
+        self._orders = {
+            name: grain.MapDataset.range(len(stream)).seed(_stream_seed(seed, name)).shuffle().repeat()
             for name, stream in self.streams.items()
         }
 
@@ -70,20 +76,21 @@ class Mixture:
         The rows are read by the threads of `pool`, or one after another.
         """
         name, k = self.schedule(n)
-        examples, start = self._examples[name], k * self.global_batch
-        first = {key: np.asarray(value) for key, value in examples[start + self._rows[0]].items()}
-        # Each example goes to its place at once, so that no more than the batch itself is held.
-        batch = {key: np.empty((len(self._rows), *value.shape), value.dtype) for key, value in first.items()}
+        stream, order = self.streams[name], self._orders[name]
 
-        def put(place, example):
-            for key, array in batch.items():
-                array[place] = example[key]
+        def read(row):
+            return stream[int(order[k * self.global_batch + row])]
 
-        def read(place):
-            put(place, examples[start + self._rows[place]])
+        first = read(self._rows[0])
+        # Each example is copied to its place at once, so that no more than the batch itself is held.
+        batch = {key: np.empty((len(self._rows), *np.shape(x)), x.dtype) for key, x in first.items()}
+
+        def put(place, example=None):
+            for key, value in (example or read(self._rows[place])).items():
+                batch[key][place] = value
 
         put(0, first)
-        for _ in (pool.map if pool else map)(read, range(1, len(self._rows))):
+        for _ in (pool.map if pool else map)(put, range(1, len(self._rows))):
             pass
         return name, batch
 
@@ -125,11 +132,11 @@ def batches_ahead(batch_bytes: int, budget_bytes: float, most: int) -> int:
 
 
 def interleave(n: int, shares: Sequence[int]) -> tuple[int, int]:
-    """(i, k): number n of the interleaved sequence is number k of component i, components taken by their shares.
+    """(i, k): number n of the interleaved sequence is number k of component i.
 
-    The first component takes its share evenly, ceil(n * share / total) of the first n; the numbers it leaves go to
-    the others in the same way. So every component is within a few of its share at any n, and over sum(shares)
-    numbers takes exactly its share. (grain's MapDataset.mix interleaves alike.)
+    The first component takes its share evenly, ceil(n * share / total) of the first n; the numbers that it leaves go to
+    the others in the same way. So at any n every component is within a few of its share, and it takes exactly its
+    share of sum(shares) numbers. grain's MapDataset.mix interleaves alike, but it rounds weights otherwise.
     """
     if n < 0:
         raise ValueError(f"batch number is {n}, expected at least 0")

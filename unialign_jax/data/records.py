@@ -1,8 +1,8 @@
 """Records on disk: their schema, writing them as a TFDS data set of ArrayRecord files, reading them by index.
 
 A data folder holds the records of one stream kind: a TFDS data set (`dataset_info.json`, `features.json`, shards
-`*.array_record-*`) and our own `records.json`, which says the schema version, the kind, the number of records, the
-teacher's width and each shard's length, so that opening a folder reads one small file whatever its size.
+`*.array_record-*`) and our own `records.json` with the schema version, the kind, the number of records, the teacher's
+width and each shard's length. Opening a folder reads that one small file only.
 """
 
 import bisect
@@ -32,7 +32,7 @@ _TEACHER_FIELDS = ("teacher_image", "teacher_text")
 
 
 class RecordError(ValueError):
-    """One record cannot be read or decoded. The rest of its data set may be whole."""
+    """One record cannot be read or decoded. The others of its data set may be sound."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Record:
     """One record, with its images still encoded.
 
     Attributes:
-      key: names the record in messages; unique within a data set by convention.
+      key: the record's name in messages; unique within a data set by convention.
       image: the target image, PNG or JPEG bytes.
       conditions: source or reference images, in order.
       caption: text about the target image.
@@ -62,7 +62,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Metadata:
-    """What `records.json` says. `parameters` is how the data were made, as the writer gave it."""
+    """The content of `records.json`. `parameters` are the writer's own facts on how the data were made."""
 
     kind: str
     num_records: int
@@ -81,22 +81,21 @@ def write_records(
     overwrite: bool = False,
     shard_bytes: int = 256 << 20,
 ) -> Metadata:
-    """Writes `records` in their order as one data folder. Nothing is kept in memory beyond a chunk of records.
+    """Writes `records` in their order as one data folder. One chunk of records is in memory at a time.
 
-    The folder appears when it is whole (see `files.replacing_folder`); nothing stays if the iterator or a record fails.
+    The folder appears when it is whole (see `files.replacing_folder`). If the iterator or a record fails, nothing is
+    left.
 
     Args:
-      directory: the folder to make; its parents are made too.
+      directory: the folder to write; its parents are created.
       records: any iterable; all or none of them carry teacher features, all of one width.
-      kind: a key of `kinds.KINDS`; says which fields must be filled.
+      kind: a key of `kinds.KINDS`, which tells the fields that must be filled.
       parameters: JSON-able facts on how the data were made.
-      overwrite: replace an existing data folder, unless it holds anything else too.
-      shard_bytes: about how many bytes of records go into one file.
+      overwrite: whether to replace an existing data folder, if it contains nothing else.
+      shard_bytes: bytes of records in one file, about.
 
-    Raises:
-      FileExistsError: the folder exists and `overwrite` is off, or holds what is no part of a data folder.
-      OSError: it cannot be written.
-      ValueError: unknown kind, no records, or a record that misses a field of its kind (named by key).
+    Raises FileExistsError when the folder exists and may not be replaced, OSError when it cannot be written, and
+    ValueError for an unknown kind, for no records, and for a record, named by key, that lacks a field of its kind.
     """
     find_kind(kind)
     with replacing_folder(directory, overwrite=overwrite, foreign=foreign_names) as unfinished:
@@ -104,7 +103,7 @@ def write_records(
 
 
 def foreign_names(directory: Path) -> list[str]:
-    """What a folder holds that `write_records` does not write there, so that it is not replaced by a data folder."""
+    """The names in a folder that `write_records` does not write. A folder with any is not replaced."""
     own = (METADATA_FILE, "dataset_info.json", "features.json")
     return sorted(
         entry.name
@@ -114,12 +113,10 @@ def foreign_names(directory: Path) -> list[str]:
 
 
 def read_metadata(directory: str | os.PathLike) -> Metadata:
-    """What a data folder says of itself.
+    """The content of a folder's `records.json`.
 
-    Raises:
-      FileNotFoundError: the folder is missing.
-      ValueError: it is empty, not a data folder, of another schema version, `records.json` makes no sense, or a shard
-        is missing or cut short.
+    Raises FileNotFoundError when the folder is missing. Raises ValueError when it is empty or not a data folder, is of
+    another schema version, when a field of `records.json` is wrong, and when a shard is missing or cut short.
     """
     directory = Path(directory)
     if not directory.exists():
@@ -192,7 +189,7 @@ class RecordSource:
     """Random access to the records of one folder: `len(source)`, `source[index] -> Record`. Safe in threads."""
 
     def __init__(self, directory: str | os.PathLike):
-        # Both take a second or so to import, and only reading needs them.
+        # Importing these takes a second or so, and only reading needs them.
         import grain
         from tensorflow_datasets.proto import tf_example_pb2
 
@@ -209,11 +206,9 @@ class RecordSource:
         return self.metadata.num_records
 
     def __getitem__(self, index: int) -> Record:
-        """The record at `index` in [0, len).
+        """The record at `index`.
 
-        Raises:
-          IndexError: index out of range.
-          RecordError: the bytes on disk cannot be read as a record.
+        Raises IndexError outside of [0, len), and RecordError when the bytes on disk are not a record.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {self.directory}: expected an index from 0 to {len(self) - 1}")
@@ -232,7 +227,7 @@ class RecordSource:
 
 
 def open_records(directory: str | os.PathLike) -> RecordSource:
-    """Opens a data folder for reading by index. Errors: see `read_metadata`."""
+    """Opens a data folder for reading by index. Raises as `read_metadata` does."""
     return RecordSource(directory)
 
 

@@ -1,4 +1,4 @@
-"""What a file is by its first bytes, for messages about a file that is not what it was taken for."""
+"""Guesses a file's format from its first bytes, for messages about files of another format than expected."""
 
 _SIGNATURES = (
     (b"\x1f\x8b", "a gzip file"),
@@ -23,7 +23,7 @@ HEAD = 512  # bytes that `guess` looks at
 
 
 def guess(head: bytes) -> str | None:
-    """In words, what begins with `head`; None for a text, or what is not known."""
+    """The format of a file that begins with `head`, in words; None for text and for unknown formats."""
     for signature, name in _SIGNATURES:
         if head.startswith(signature):
             return name

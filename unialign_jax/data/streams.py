@@ -6,17 +6,18 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from tokenizers import Tokenizer as Backend
 
-from unialign_jax.data.caches import ENCODE_COMMAND, Cache, find_cache
+from unialign_jax.data.caches import ENCODE_COMMAND, Cache, find_cache, size_name
 from unialign_jax.data.images import decode_rgb, fill_size
 from unialign_jax.data.kinds import find_kind
 from unialign_jax.data.records import Record, RecordError, open_records
-from unialign_jax.data.tokenizer import Tokenizer
+from unialign_jax.data.tokenizer import Tokenizer, tokenize
 
 _log = logging.getLogger(__name__)
 
-# How many neighbours in a row may fail before the data set itself is taken to be broken.
-MAX_NEIGHBOURS = 256
+TEACHER_TOKENS = 512  # of a text that a teacher reads; the rest is cut
+MAX_NEIGHBOURS = 256  # if as many records in a row cannot be decoded, the data set is broken
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class StreamConfig:
       weight: share of the batches, relative to the other streams; 0 switches the stream off.
       num_conditions: K, condition images per example: 0 for a kind without any, else at least 1.
       image_size: height and width of all images, in pixels.
+      bucket: (height, width) of all images in place of image_size; () without buckets.
       text_length: L, tokens per text.
       use_teacher: hand out teacher features: those cached in the folder, or else the records' own.
       use_latents: hand out the autoencoder's moments cached in the folder in place of images.
@@ -42,6 +44,7 @@ class StreamConfig:
     num_conditions: int = 0
     image_size: int = 64
     text_length: int = 48
+    bucket: tuple[int, ...] = ()
     use_teacher: bool = True
     use_latents: bool = False
 
@@ -63,36 +66,44 @@ class StreamConfig:
                 "expected at least 1 and 2"
             )
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the images."""
+        return tuple(self.bucket) or (self.image_size, self.image_size)
+
 
 class Stream:
     """A data folder as a sequence of examples: `len(stream)`, `stream[index] -> dict of arrays`.
 
-    An example, with H = W = image_size, K = num_conditions, L = text_length and T the teacher's width:
+    An example, with H, W the size, K = num_conditions, L = text_length and T the teacher's width:
 
         image           uint8   [H, W, 3]     the target image
         conditions      uint8   [K, H, W, 3]  absent when K is 0
-        prompt_ids      int32   [L]           what the image pass reads: caption or instruction; all EOS of a question
-        text_ids        int32   [L]           what the text pass denoises: the target's caption, or "Q: ... A: ..."
-        text_is_target  bool    [L]           where the text pass may mask: everywhere, or an answer and its padding
+        prompt_ids      int32   [L]           input of the image pass: caption or instruction; all EOS for a question
+        text_ids        int32   [L]           text that the text pass denoises: the caption, or "Q: ... A: ..."
+        text_is_target  bool    [L]           where the text pass may mask: everywhere, or the answer and its padding
         teacher_image   float16 [T]           absent without teacher features
         teacher_text    float16 [T]
-        replaced        bool    []            a neighbour stands in for a record that cannot be decoded
+        teacher_ids       int32 [512]         with a teacher's tokenizer, in place of the features: the text pass's text
+        teacher_is_token  bool  [512]
+        replaced        bool    []            whether another record replaces one that cannot be decoded
 
     With `use_latents` the images are absent, and there are, with latents of [h, w, C],
 
         image_moments      float16 [h, w, 2C]     mean and log variance of the target's raw latents
         condition_moments  float16 [K, h, w, 2C]  absent when K is 0
 
-    `stream[index]` is a pure function of the index and safe in threads. A damaged record is replaced by the next
-    sound one (cyclically) and logged once, by key.
+    `stream[index]` is a pure function of the index, and safe in threads. A damaged record is replaced by the next sound
+    one (cyclically), and logged once, by key.
     """
 
-    def __init__(self, config: StreamConfig, tokenizer: Tokenizer):
+    def __init__(self, config: StreamConfig, tokenizer: Tokenizer, teacher_tokenizer: Backend | None = None):
         """Opens the folder.
 
-        Raises:
-          FileNotFoundError, ValueError: the folder's state (see `records.read_metadata`), or it holds another kind.
-            The message names the stream.
+        Args:
+          teacher_tokenizer: for a teacher that runs in the train step; examples then have the text as its ids.
+
+        Raises as `records.read_metadata` does, and ValueError for records of another kind; messages name the stream.
         """
         self.config = config
         self.tokenizer = tokenizer
@@ -106,7 +117,9 @@ class Stream:
             raise ValueError(
                 f"stream {config.name}: {config.path} holds {found} records, the stream's kind is {config.kind}"
             )
-        self._teacher = self._open_cache("teacher") if config.use_teacher else None
+        self.teacher_tokenizer = teacher_tokenizer
+        use_features = config.use_teacher and teacher_tokenizer is None
+        self._teacher = self._open_cache("teacher") if use_features else None
         self._latents = self._open_cache("latents") if config.use_latents else None
         if config.use_latents and self._latents is None:
             raise ValueError(f"stream {config.name}: {config.path} has no cached latents, see `{ENCODE_COMMAND}`")
@@ -122,10 +135,10 @@ class Stream:
         if cache is None:
             return None
         found = cache.description
-        if found.image_size != config.image_size:
+        if found.size != config.size:
             raise ValueError(
-                f"stream {config.name}: {cache.directory} was made of images of {found.image_size} pixels, the run has "
-                f"image_size {config.image_size}: encode again, see `{ENCODE_COMMAND}`"
+                f"stream {config.name}: {cache.directory} was made of images of {size_name(found.size)} pixels, the "
+                f"stream has {size_name(config.size)}: encode again, see `{ENCODE_COMMAND}`"
             )
         count = found.arrays.get("condition_moments", (0,))[0]
         if name == "latents" and count != config.num_conditions:
@@ -141,10 +154,16 @@ class Stream:
         caches = {"teacher": self._teacher, "latents": self._latents}
         return {name: cache.description.network for name, cache in caches.items() if cache is not None}
 
-    def part(self, start: int, stop: int) -> "Stream":
-        """Examples `start` to `stop` (exclusive) alone: no stand-in for a damaged record comes from the others.
+    def with_images(self) -> "Stream":
+        """The same records with their images, whatever the stream caches."""
+        copied = copy.copy(self)
+        copied._latents = None
+        return copied
 
-        Raises ValueError for a part that is empty or not inside.
+    def part(self, start: int, stop: int) -> "Stream":
+        """The stream of examples `start` to `stop` (exclusive). Replacements of damaged records come from inside it.
+
+        Raises ValueError for an empty part, and for one outside of the stream.
         """
         if not 0 <= start < stop <= len(self):
             raise ValueError(f"stream {self.config.name}: part {start} to {stop}, expected some of 0 to {len(self)}")
@@ -157,7 +176,8 @@ class Stream:
         """T, or 0 when examples carry no teacher features."""
         if self._teacher is not None:
             return self._teacher.description.arrays["teacher_image"][-1]
-        return self.records.metadata.teacher_width if self.config.use_teacher else 0
+        has_features = self.config.use_teacher and self.teacher_tokenizer is None
+        return self.records.metadata.teacher_width if has_features else 0
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -165,9 +185,8 @@ class Stream:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """The example at `index`.
 
-        Raises:
-          IndexError: outside of [0, len).
-          ValueError: the record and its next MAX_NEIGHBOURS neighbours cannot be decoded.
+        Raises IndexError outside of [0, len), and ValueError when neither the record nor the next MAX_NEIGHBOURS can be
+        decoded.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of stream {self.config.name}: expected 0 to {len(self) - 1}")
@@ -196,15 +215,17 @@ class Stream:
                 example |= _cached(self._teacher, number)
             elif self.teacher_width:
                 example |= {"teacher_image": record.teacher_image, "teacher_text": record.teacher_text}
+            elif self.teacher_tokenizer is not None:
+                example |= teacher_tokens(self.teacher_tokenizer, taught_text(record, config.kind))
         except RecordError as error:
             raise RecordError(f"key {record.key!r}: {error}") from error
         return example | encode_texts(record, config.kind, self.tokenizer, config.text_length)
 
     def _decode(self, record: Record) -> dict[str, np.ndarray]:
         config = self.config
-        example = {"image": decode_image(record.image, config.image_size)}
+        example = {"image": decode_image(record.image, *config.size)}
         if config.num_conditions:
-            references = [decode_image(data, config.image_size) for data in record.conditions[: config.num_conditions]]
+            references = [decode_image(data, *config.size) for data in record.conditions[: config.num_conditions]]
             if not references:
                 raise RecordError("it has no condition image")
             # Fewer references than K: its own, repeated in turn.
@@ -232,17 +253,15 @@ def _cached(cache: Cache, index: int) -> dict[str, np.ndarray]:
     return found
 
 
-def decode_image(data: bytes, image_size: int) -> np.ndarray:
-    """PNG or JPEG bytes as uint8 [image_size, image_size, 3]: RGB, shorter side resized (bicubic), centre crop.
+def decode_image(data: bytes, height: int, width: int) -> np.ndarray:
+    """PNG or JPEG bytes as uint8 [height, width, 3]: RGB, resized (bicubic) to just cover that, centre crop.
 
-    As the reference's training transform (Resize, CenterCrop), except that the camera's rotation tag is obeyed,
-    transparent pixels show white and grey of 16 bits keeps its greys (see `images.to_rgb`).
-
-    Raises:
-      RecordError: the bytes are not a whole image.
+    The reference's training transform (Resize, CenterCrop), except that the camera's rotation tag is applied,
+    transparent pixels become white, and grey of 16 bits is scaled (see `images.to_rgb`). Raises RecordError when the
+    bytes are not a whole image.
     """
     try:
-        image = fill_size(decode_rgb(data, f"image of {len(data)} bytes"), image_size, image_size)
+        image = fill_size(decode_rgb(data, f"image of {len(data)} bytes"), width, height)
     except ValueError as error:
         raise RecordError(str(error)) from None
     return np.asarray(image)
@@ -268,11 +287,17 @@ def taught_text(record: Record, kind: str) -> str:
     return record.caption
 
 
-def encode_question(question: str, answer: str, tokenizer: Tokenizer, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """ "Q: {question} A: " and the answer as ids int32 [L], and where the answer and the padding are, bool [L].
+def teacher_tokens(tokenizer: Backend, text: str) -> dict[str, np.ndarray]:
+    """A text as a teacher reads it: ids int32 [TEACHER_TOKENS], and where they are tokens, bool [TEACHER_TOKENS]."""
+    ids, is_token = tokenize(tokenizer, [text], TEACHER_TOKENS)
+    return {"teacher_ids": ids[0], "teacher_is_token": is_token[0]}
 
-    Source: the reference's VQA training format; its prefix carries no EOS, the answer does. What does not fit is cut
-    as `fit_question` says. An empty answer leaves open positions after the prefix: the form for asking.
+
+def encode_question(question: str, answer: str, tokenizer: Tokenizer, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """ "Q: {question} A: {answer}" as ids int32 [L], and a mask bool [L] that is true in the answer and the padding.
+
+    Source: the reference's VQA training format, with an EOS after the answer and none after the prefix. Long texts are
+    cut by `fit_question`. With an empty answer the result is the prompt for asking the question.
     """
     prefix = tokenizer.token_ids(f"Q: {question} A: ")
     answer_ids = tokenizer.token_ids(answer) if answer else []
@@ -286,8 +311,8 @@ def encode_question(question: str, answer: str, tokenizer: Tokenizer, length: in
 def fit_question(prefix: list, answer: list, ending: list, length: int) -> tuple[list, list]:
     """The ids of a question, which end in `ending` ("A: "), and of its answer, cut to fit into `length` with one EOS.
 
-    Where they do not fit, the longer one is cut, and neither below half of the room while the other one takes more.
-    Of a question the middle goes, so that its beginning, its end and `ending` stay; of an answer the end goes.
+    If they do not fit, a text that is longer than half of the room is cut, down to half if necessary. A question loses
+    its middle, so that its beginning, its end and `ending` stay. An answer loses its end.
     """
     room = length - 1
     kept = min(len(prefix), max(room - len(answer), room // 2))

@@ -1,4 +1,4 @@
-"""How long texts are, and how many of them a text length cuts: what is lost in training, told before it is."""
+"""The lengths of texts, and how many of them a text length cuts, so that a run reports the loss before it begins."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ LOOKED_AT = 256  # records of a stream at the start of a run
 
 @dataclass
 class _Tally:
-    """The texts of one field so far; tokens without EOS."""
+    """Counts of the texts of one field so far; tokens without EOS."""
 
     count: int = 0
     words: int = 0
@@ -24,7 +24,7 @@ class _Tally:
     most_tokens: int = 0
     cut: int = 0
     lost: int = 0  # tokens
-    example: str = ""  # key of the first that is cut, and where
+    example: str = ""  # the first text that is cut: its key, and where
 
 
 class TextLengths:
@@ -51,7 +51,7 @@ class TextLengths:
         self._add(record, ids)
 
     def _encode(self, record) -> list[list[int]]:
-        """The ids of every field; none without a tokenizer."""
+        """The ids of every field; [] without a tokenizer."""
         if self.tokenizer is None:
             return []
         texts = [getattr(record, name) for name in self.fields]
@@ -85,7 +85,7 @@ class TextLengths:
         return f'{key} ends after "{_shortened(self.tokenizer.decode(kept), end=True)}"'
 
     def lines(self) -> list[str]:
-        """A line on the length of each field's texts."""
+        """A line for each field with the lengths of its texts."""
         found = []
         for name, tally in self.fields.items():
             if tally.count:
@@ -99,7 +99,7 @@ class TextLengths:
         return found
 
     def cuts(self) -> list[str]:
-        """A line on each field of which texts are cut: how many, how much of them, and an example."""
+        """A line for each field with texts that are cut: how many, how much of them, and an example."""
         return [
             f"{tally.cut:,} of {tally.count:,} {name}s do not fit text_length {self.length} and are cut: "
             f"{tally.lost:,} of {tally.tokens:,} tokens ({tally.lost / tally.tokens:.0%}) are lost; {tally.example}"
@@ -115,13 +115,13 @@ def look_at(stream: Stream, most: int = LOOKED_AT) -> TextLengths:
     for number in range(count):
         try:
             found.add(stream.records[number * len(stream) // count])
-        except RecordError:  # the stream tells of it when it comes to it
+        except RecordError:  # the stream logs it when it reads it
             continue
     return found
 
 
 def cuts_of(stream: Stream) -> list[str]:
-    """What the stream's text length cuts, a line for each field, for the start of a run; empty when nothing is cut."""
+    """The texts that the stream's text length cuts, a line for each field; [] when nothing is cut."""
     number = min(LOOKED_AT, len(stream))
     among = "" if number == len(stream) else f" (of {number} records looked at, evenly spaced among {len(stream):,})"
     return [f"stream {stream.config.name}: {line}{among}" for line in look_at(stream).cuts()]

@@ -1,9 +1,10 @@
-"""Text to token ids and back, T5 style; the `shapes` tokenizer and any T5 tokenizer folder through one class."""
+"""Text to token ids and back: one class for the `shapes` tokenizer and T5's; and the teacher's tokenizer."""
 
 import importlib.resources
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from unialign_jax.files import check_regular, first_line
 
 NUM_SENTINELS = 100
 MAX_TOKENIZER_FILE = 2**26  # bytes; T5's tokenizer.json has 2.4 million, Qwen's 7 million
+TEACHER_PAD = "<|endoftext|>"  # Qwen's
 _SHAPES_FILE = "shapes/tokenizer.json"  # of this folder
 
 
@@ -22,12 +24,12 @@ class Tokenizer:
     Texts are padded with EOS, and `<extra_id_0>` is the mask token of the text diffusion process.
 
     Attributes:
-      eos_id, pad_id, unk_id, mask_id: special ids.
+      eos_id, pad_id, mask_id: special ids.
       vocab_size: number of ids, all of them predictable (32100 for T5; the embedding table may have more rows).
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, name: str = "tokenizer"):
-        """Args: `backend`, whose own truncation and padding are switched off; `name` for messages."""
+        """`name` is for messages. The backend's own truncation and padding are switched off."""
         self._backend = backend
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -36,7 +38,7 @@ class Tokenizer:
         missing = [token for token, token_id in special.items() if token_id is None]
         if missing:
             raise ValueError(f"{name} has no {', '.join(missing)}: expected a T5 tokenizer")
-        self.eos_id, self.pad_id, self.unk_id, self.mask_id = special.values()
+        self.eos_id, self.pad_id, _, self.mask_id = special.values()
         if self.mask_id != self.vocab_size - 1:
             raise ValueError(
                 f"{name} has <extra_id_0> at id {self.mask_id} of {self.vocab_size}: "
@@ -46,23 +48,20 @@ class Tokenizer:
         self._hidden_ids = sentinels | {self.pad_id, self.eos_id}
 
     def token_ids(self, text: str) -> list[int]:
-        """The ids of `text` alone: no EOS, no padding, any length."""
+        """The ids of `text`, without EOS and padding, of any length."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
-    def encode(self, text: str, length: int, add_eos: bool = True) -> np.ndarray:
-        """`text` as int32 [length]: cut to `length` (with `add_eos` to length - 1, then EOS), padded with EOS."""
+    def encode(self, text: str, length: int) -> np.ndarray:
+        """`text` as int32 [length]: cut to length - 1, then padded with EOS."""
         if length < 1:
             raise ValueError(f"length is {length}: expected at least 1")
-        ids = self.token_ids(text)[: length - 1 if add_eos else length]
+        ids = self.token_ids(text)[: length - 1]
         padded = np.full(length, self.eos_id, dtype=np.int32)
         padded[: len(ids)] = ids
         return padded
 
-    def decode(self, ids) -> str:
-        """The text up to the first EOS, without pads and sentinels, spaces as `clean_up` leaves them.
-
-        `ids`: any integer sequence or [L] array.
-        """
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text up to the first EOS, without pads and sentinels, its spaces changed by `clean_up`."""
         kept = []
         for token_id in np.asarray(ids).tolist():
             if token_id == self.eos_id:
@@ -79,10 +78,10 @@ class Tokenizer:
 
 
 def clean_up(text: str) -> str:
-    """ "It is n't , he 's" -> "It isn't, he's": what T5's tokenizer does to a decoded text in the released code.
+    """ "It is n't , he 's" -> "It isn't, he's", as T5's tokenizer cleans up a decoded text in the released code.
 
-    (transformers' `clean_up_tokenization_spaces`, then on by default.) Corpora of captions write words so, and a model
-    trained on them answers so; its training texts stay as they are.
+    (It is transformers' `clean_up_tokenization_spaces`, which was on by default.) Corpora of captions separate words in
+    this way, and so does a model trained on them. Training texts are not changed.
     """
     for spaced in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
         text = text.replace(spaced, spaced.strip())
@@ -92,12 +91,9 @@ def clean_up(text: str) -> str:
 def load_tokenizer(path: str | os.PathLike | None = None) -> Tokenizer:
     """The packaged `shapes` tokenizer (None), or the one in a T5 tokenizer folder.
 
-    Of a folder one file is read: `tokenizer.json` by `tokenizers`, or else `spiece.model` as T5's by transformers. Code
-    or names of classes that lie beside them are never used, and nothing is downloaded or asked.
-
-    Raises:
-      FileNotFoundError: the folder is missing or holds neither file.
-      ValueError: a file cannot be read, or it is not a T5 tokenizer.
+    One file of a folder is read: `tokenizer.json` by `tokenizers`, or else `spiece.model` by transformers' T5. Code and
+    names of classes beside it are never used, and nothing is downloaded. Raises FileNotFoundError when the folder
+    has neither file, and ValueError when the file cannot be read or is not a T5 tokenizer.
     """
     if path is None:
         packaged = importlib.resources.files("unialign_jax.data").joinpath(_SHAPES_FILE)
@@ -107,15 +103,19 @@ def load_tokenizer(path: str | os.PathLike | None = None) -> Tokenizer:
         raise ValueError(f"{folder} is a file, expected the folder of tokenizer.json (or spiece.model)")
     file = folder / "tokenizer.json"
     if os.path.lexists(file):
-        return Tokenizer(load_backend(file), str(file))
+        return Tokenizer(load_backend(folder), str(file))
     file = folder / "spiece.model"
     if os.path.lexists(file):
         return Tokenizer(_load_sentencepiece(file), str(file))
     raise FileNotFoundError(f"{folder} holds no tokenizer: expected tokenizer.json (or spiece.model) of a T5 tokenizer")
 
 
-def load_backend(file: Path) -> tokenizers.Tokenizer:
-    """A `tokenizer.json`, its own truncation and padding switched off. Raises FileNotFoundError or ValueError."""
+def load_backend(folder: str | os.PathLike) -> tokenizers.Tokenizer:
+    """A folder's `tokenizer.json` of any model, such as the teacher's; its own truncation and padding are switched off.
+
+    Raises FileNotFoundError when there is none, ValueError when it cannot be read.
+    """
+    file = Path(folder) / "tokenizer.json"
     check_regular(file, MAX_TOKENIZER_FILE)
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
@@ -126,6 +126,23 @@ def load_backend(file: Path) -> tokenizers.Tokenizer:
     backend.no_truncation()
     backend.no_padding()
     return backend
+
+
+def tokenize(
+    backend: tokenizers.Tokenizer, texts: Iterable[str], length: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Texts as the teacher reads them: (ids int32 [B, L], is_token bool [B, L]), padded at the end, no special tokens.
+
+    Args:
+      length: L, to which longer texts are cut; that of the longest text when None.
+    """
+    pad = backend.token_to_id(TEACHER_PAD) or 0
+    encoded = [encoding.ids[:length] for encoding in backend.encode_batch(list(texts))]
+    longest = max(map(len, encoded), default=0) if length is None else length
+    ids = np.full((len(encoded), longest), pad, np.int32)
+    is_token = np.arange(longest) < np.array([len(each) for each in encoded])[:, None]
+    ids[is_token] = [token for each in encoded for token in each]
+    return ids, is_token
 
 
 def _load_sentencepiece(file: Path) -> tokenizers.Tokenizer:

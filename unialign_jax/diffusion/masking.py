@@ -1,22 +1,20 @@
 """The discrete process of the text branch: absorbing masks (MDLM with a log-linear schedule).
 
-Time is the mask fraction t in (0, 1]: at t each token is the mask with probability t, independently. The
-negative ELBO weighs the cross-entropy of the masked tokens by 1/t.
+Time is the mask fraction t in (0, 1]: at t each token is masked with probability t, independently. The negative ELBO
+weighs the cross-entropy of the masked tokens by 1/t.
 """
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 
-def sample_mask_fractions(key, batch, *, min_fraction=1e-3):
-    """Mask fractions, stratified: [min_fraction, 1] is cut into B equal strata, one for each sample.
+def sample_mask_fractions(key: jax.Array, batch: int, *, min_fraction: float = 1e-3) -> jax.Array:
+    """Stratified mask fractions, float32 [B]: [min_fraction, 1] is cut into B equal strata, one for each sample.
 
-    Strata are dealt out at random, so each sample's own fraction is uniform and a micro-batch cut from the
-    batch sees all levels. (The reference gives stratum i to sample i.) Draw them for the global batch: the
-    variance that t brings to the loss falls with the number of strata.
-
-    Returns:
-      float32 [B] in [min_fraction, 1].
+    Strata are dealt out at random, so each sample's own fraction is uniform and a micro-batch cut from the batch sees
+    all levels. (The reference gives stratum i to sample i.) Draw them for the global batch: the variance that t adds to
+    the loss falls with the number of strata.
     """
     strata_key, place_key = jax.random.split(key)
     stratum = jax.random.permutation(strata_key, batch)
@@ -24,37 +22,31 @@ def sample_mask_fractions(key, batch, *, min_fraction=1e-3):
     return min_fraction + (1 - min_fraction) * (stratum + place) / batch
 
 
-def mask_fraction_at(place, *, min_fraction=1e-3):
+def mask_fraction_at(place: ArrayLike, *, min_fraction: float = 1e-3) -> ArrayLike:
     """The mask fractions at places in [0, 1] of their distribution."""
     return min_fraction + (1 - min_fraction) * place
 
 
-def mask_tokens(key, ids, fractions, maskable, mask_id):
-    """Replaces each maskable token by the mask with its sample's probability.
+def mask_tokens(
+    key: jax.Array, ids: jax.Array, fractions: jax.Array, maskable: jax.Array, mask_id: int
+) -> tuple[jax.Array, jax.Array]:
+    """(masked ids int32 [B, L], is_masked bool [B, L]): each maskable token is masked with its sample's probability.
 
-    (The reference masks with probability 0.999 t under the same weight 1/t; ours is the exact pair.)
+    The reference masks with probability 0.999 t under the same weight 1/t; ours is the exact pair.
 
     Args:
       ids: int32 [B, L].
       fractions: float32 [B].
       maskable: bool [B, L]; False protects a token (the question of a VQA example).
-      mask_id: the mask's token id.
-    Returns:
-      (masked_ids int32 [B, L], is_masked bool [B, L]).
     """
     is_masked = maskable & (jax.random.uniform(key, ids.shape, jnp.float32) < fractions[:, None])
     return jnp.where(is_masked, jnp.asarray(mask_id, ids.dtype), ids), is_masked
 
 
-def loss_weight(fractions):
-    """1/t, the ELBO's weight of a sample with mask fraction t under the log-linear schedule."""
-    return 1.0 / fractions
-
-
-def unmask_times(key, shape):
+def unmask_times(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The times at which masked tokens are revealed while t runs from 1 to 0: independent, uniform in (0, 1].
 
-    A token masked at t is revealed before s < t with probability (t - s) / t, whatever happened to the
-    others, which is what independent uniform times give.
+    Such times reveal a token that is masked at t before s < t with probability (t - s) / t, whatever happens to the
+    others.
     """
     return 1.0 - jax.random.uniform(key, shape, jnp.float32)

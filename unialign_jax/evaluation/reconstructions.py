@@ -1,23 +1,21 @@
-"""What of a scene survives the autoencoder."""
+"""How many scenes survive the autoencoder."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from unialign_jax.data.shapes.detector import detect
 from unialign_jax.evaluation import shapes, shapes_run
-from unialign_jax.models.autoencoder import AutoencoderConfig, make_autoencoder
+from unialign_jax.models.autoencoder import AutoencoderConfig, from_pixels, make_autoencoder, to_pixels
 
 
 def reconstructions_exact(config: AutoencoderConfig, params, scenes: int, *, image_size: int) -> float:
-    """The share of held-out scenes that the detector reads the same from their reconstruction as they are."""
+    """The share of held-out scenes that the detector still reads right from their reconstruction."""
     module = make_autoencoder(config)
     examples = shapes_run.held_out("text_to_image", scenes, image_size)
 
     @jax.jit
     def reconstruct(images):
-        pixels = module.apply({"params": params}, images.astype(jnp.float32) / 127.5 - 1)
-        return jnp.clip(jnp.round((pixels + 1) * 127.5), 0, 255).astype(jnp.uint8)
+        return to_pixels(module.apply({"params": params}, from_pixels(images)))
 
     images = np.concatenate(
         [reconstruct(np.stack([e.image for e in examples[i : i + 32]])) for i in range(0, scenes, 32)]

@@ -1,7 +1,7 @@
 """Scores of the shapes world: pictures, maps, captions and answers against the truth, one record at a time.
 
-Every function returns {name: bool or float}; `summary` makes means and standard errors of many. Nothing here knows a
-model: what is scored is an array or a string.
+Every scoring function returns {name: bool or float}; `summary` turns many into means and standard errors. Nothing here
+knows a model: images are arrays, texts are strings.
 """
 
 import math
@@ -15,16 +15,17 @@ from unialign_jax.data.shapes.scene import Scene, Thing
 from unialign_jax.data.shapes.tasks import relations
 from unialign_jax.data.shapes.words import Claim, Named, is_true, parse_caption
 
-TOLERANCE = 1  # pixels that an edge or a corner point may be off
+TOLERANCE = 1  # pixels by which an edge or a corner point may miss
 UNCHANGED = 8.0  # mean absolute difference in grey levels below which a region counts as unchanged
 
 
 def score_text_to_image(image: np.ndarray, claim: Claim) -> dict[str, bool]:
     """Whether a picture shows what its caption claims.
 
-    `count`, `background`: as said. `color`, `shape`, `size`: the picture has the wanted ones, each as often as wanted.
-    `place`: for every named thing there is one of its colour where it should be, or in the wanted relation.
-    `exact`: all at once, thing by thing, and nothing else in the picture.
+    - `count`, `background`: as claimed.
+    - `color`, `shape`, `size`: the picture has the claimed ones, each as often as claimed.
+    - `place`: every named thing has one of its colour in its place, or in the claimed relation.
+    - `exact`: all of it, thing by thing, and nothing else in the picture.
     """
     found = detect(image)
     things = found.scene.things
@@ -66,7 +67,7 @@ def score_scene(image: np.ndarray, scene: Scene) -> dict[str, bool]:
 
 
 def score_edit(image: np.ndarray, source: np.ndarray, target_image: np.ndarray, target: Scene) -> dict[str, bool]:
-    """An edit: `exact`, it shows the target; `unchanged`, where the target equals the source the picture does too."""
+    """An edit. `exact`: it shows the target. `unchanged`: it equals the source wherever the target does."""
     kept = (source == target_image).all(-1)
     difference = np.abs(image.astype(np.float32) - source).mean(-1)
     unchanged = bool(difference[kept].mean() <= UNCHANGED) if kept.any() else True
@@ -74,13 +75,13 @@ def score_edit(image: np.ndarray, source: np.ndarray, target_image: np.ndarray, 
 
 
 def score_edges(image: np.ndarray, target: np.ndarray) -> dict[str, float]:
-    """Edges, white on black: the share of all edge pixels, of either, that have one of the other within TOLERANCE."""
+    """Edges, white on black: of the edge pixels of both images, the share with one of the other within TOLERANCE."""
     ours, theirs = (picture.mean(-1) >= 128 for picture in (image, target))
     return {"iou": _tolerant_iou(ours, theirs)}
 
 
 def score_depth(image: np.ndarray, target: np.ndarray) -> dict[str, float]:
-    """Depth levels: the intersection over union of each level that the target has, on average."""
+    """Depth levels: the mean intersection over union of the levels in the target."""
     levels = np.array([0, *DEPTH_LEVELS])
     ours, theirs = (np.abs(p.mean(-1)[..., None] - levels).argmin(-1) for p in (image, target))
     present = [level for level in range(1, len(levels)) if (theirs == level).any()]
@@ -89,7 +90,7 @@ def score_depth(image: np.ndarray, target: np.ndarray) -> dict[str, float]:
 
 
 def score_keypoints(image: np.ndarray, target: np.ndarray) -> dict[str, float]:
-    """Corner points, white: `precision` of the drawn ones that are wanted, `recall` of the wanted that are drawn."""
+    """Corner points, white. `precision`: share of drawn pixels that are wanted; `recall`: of wanted that are drawn."""
     ours, theirs = (picture.min(-1) >= 160 for picture in (image, target))
     precision = float((ours & _grow(theirs)).sum() / ours.sum()) if ours.any() else 0.0
     recall = float((theirs & _grow(ours)).sum() / theirs.sum()) if theirs.any() else 1.0
@@ -111,7 +112,7 @@ def _grow(mask: np.ndarray) -> np.ndarray:
 
 
 def score_caption(text: str, scene: Scene, view: str, written: str) -> dict[str, bool]:
-    """A caption: it `parses`, all that it says is `true`, it is `exact`, the record's own words."""
+    """A caption. `parses`: it is a sentence of the world; `true`: its claim is; `exact`: it has the record's words."""
     claim = parse_caption(text)
     return {
         "parses": claim is not None,
@@ -121,11 +122,12 @@ def score_caption(text: str, scene: Scene, view: str, written: str) -> dict[str,
 
 
 def score_answer(text: str, answer: str) -> dict[str, bool]:
+    """An answer: `correct` when it has the record's words."""
     return {"correct": text.strip() == answer}
 
 
 def summary(scores: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """{name: {"mean", "standard_error", "count"}} over records; a record without a name does not count in it.
+    """{name: {"mean", "standard_error", "count"}} over the records that have the name.
 
     The standard error of a single record is None.
     """
@@ -138,7 +140,7 @@ def summary(scores: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
 
 
 def is_same_scene(found: Detection, scene: Scene) -> bool:
-    """Whether a picture was read as this scene, shifts within the cells aside."""
+    """Whether the detector found this scene; shifts within a cell do not count."""
     return is_true(claim_of(scene), found.scene)
 
 

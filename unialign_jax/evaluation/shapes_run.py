@@ -1,4 +1,4 @@
-"""Runs a model on held-out scenes of the shapes world, task by task, and scores what comes back."""
+"""Runs a model on held-out scenes of the shapes world, task by task, and scores its images and texts."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from unialign_jax.bundle_config import BundleConfig
 from unialign_jax.data.shapes.tasks import Example, shapes_example
 from unialign_jax.data.shapes.words import parse_caption, question_topic
 from unialign_jax.evaluation import shapes
 from unialign_jax.training.samples import cell, draw_sheet
 
 HELD_OUT_SEED = 1_000_003  # of a world that no data set is made of by default
-TASKS = ("text_to_image", "caption", "vqa", "edit", "perception", "personalization")
-# The figure of each task that orders its sheet of the worst.
+# The tasks, each with its leading figure, which orders the sheet of its worst records.
 LEADING = {
     "text_to_image": "exact",
     "caption": "true",
@@ -24,10 +24,11 @@ LEADING = {
     "perception": "score",
     "personalization": "exact",
 }
+TASKS = tuple(LEADING)
 
 
 class Result(NamedTuple):
-    """One record of one task: what was asked, what the truth is, what came back, and its scores."""
+    """One record of one task: the request, the truth, the answer of the model, and its scores."""
 
     asked: str
     wanted: Any  # an image uint8 [S, S, 3] or a text
@@ -37,7 +38,7 @@ class Result(NamedTuple):
 
 
 def stream_of(task: str) -> str:
-    """The stream of the world whose records a task is tried on."""
+    """The stream of the world whose records test a task: the one of its name; captions are tested on text_to_image."""
     return {"caption": "text_to_image"}.get(task, task)
 
 
@@ -67,6 +68,8 @@ def run_task(
       seed: of the held-out world.
       batch: records handed to the pipeline in one call.
       progress: called with the number of records that a call has finished.
+
+    Raises ValueError for an unknown task.
     """
     if task not in TASKS:
         raise ValueError(f"task is {task!r}, expected one of {', '.join(TASKS)}")
@@ -75,7 +78,7 @@ def run_task(
     for first in range(0, count, batch):
         chunk = examples[first : first + batch]
         options = (text_options if task in ("caption", "vqa") else image_options) or {}
-        results += _RUN[task](pipeline, chunk, dict(options) | {"seeds": list(range(first, first + len(chunk)))})
+        results += _RUN[task](pipeline, chunk, dict(options) | {"seed": list(range(first, first + len(chunk)))})
         progress(len(chunk))
     return results
 
@@ -148,17 +151,16 @@ def _arrays(images) -> list[np.ndarray]:
 
 
 def worst(results: Sequence[Result], task: str, count: int = 12) -> list[Result]:
-    """The records of the lowest leading figure, in their order where it is the same."""
+    """The `count` records of the lowest leading figure; among equals the first."""
     order = sorted(range(len(results)), key=lambda i: (float(results[i].scores[LEADING[task]]), i))
     return [results[i] for i in itertools.islice(order, count)]
 
 
-def tasks_of(config) -> list[str]:
-    """The tasks here that a model was trained for, by its `BundleConfig`; all when it does not say."""
+def tasks_of(config: BundleConfig) -> list[str]:
+    """The tasks that a model was trained for, by its `BundleConfig`; all when it does not say."""
     if config.tasks is None:
         return list(TASKS)
-    names = {"text_to_image": "t2i", "perception": "perceive", "personalization": "personalize"}
-    return [task for task in TASKS if names.get(task, task) in config.tasks]
+    return [task for task in TASKS if task in config.tasks]
 
 
 def table(task: str, scores: dict, seconds: float) -> str:
@@ -171,7 +173,7 @@ def table(task: str, scores: dict, seconds: float) -> str:
 
 
 def write_worst(folder: Path, task: str, results: Sequence[Result]) -> Path:
-    """Writes the records of the lowest score: pictures as a sheet (.png), texts as a table (.md)."""
+    """Writes the records of the lowest scores: pictures as a sheet (.png), texts as a table (.md)."""
     chosen = worst(results, task)
     if isinstance(chosen[0].made, str):
         path = folder / f"worst_{task}.md"

@@ -8,11 +8,12 @@ from pathlib import Path
 from PIL import Image
 
 from unialign_jax.files import replacing_folder
+from unialign_jax.inference.options import by_name
 
 
 @dataclasses.dataclass(frozen=True)
 class Edit:
-    """One step of a conversation: what was asked, with which options of `Pipeline.edit`, and what came."""
+    """One step of a conversation: the instruction, the options of `Pipeline.edit`, and the image that came of them."""
 
     instruction: str
     options: dict
@@ -52,12 +53,12 @@ class Conversation:
 
     def edit(self, instruction: str, *, seed: int | None = None, **options) -> Image.Image:
         """One more edit of the image as it stands; `options` are those of `Pipeline.edit`, for this step alone."""
-        options = self._defaults | options
-        if "seeds" in options or options.get("images_per_prompt", 1) != 1:
+        options = by_name(self._defaults) | by_name(options)
+        if "seed" in options or options.get("images_per_prompt", 1) != 1:
             raise ValueError(
                 "a step of a conversation is one image: its seed is edit(seed=), without images_per_prompt"
             )
-        options["seeds"] = len(self._edits) if seed is None else seed
+        options["seed"] = len(self._edits) if seed is None else seed
         (image,) = self._pipeline.edit(instruction, self.image, **options)
         self._edits.append(Edit(instruction, options, image))
         self._undone.clear()
@@ -81,8 +82,7 @@ class Conversation:
         """The same edits, with the same seeds, of the original or another image, as a conversation of their own."""
         talk = Conversation(self._pipeline, self.original if image is None else image, self._defaults)
         for step in self._edits:
-            options = dict(step.options)
-            talk.edit(step.instruction, seed=options.pop("seeds"), **options)
+            talk.edit(step.instruction, **step.options)
         return talk
 
     def save(self, directory, *, overwrite: bool = False) -> None:
@@ -108,7 +108,7 @@ class Conversation:
 
 
 def _strangers(folder: Path) -> list[str]:
-    """What no conversation writes."""
+    """The files of a folder that no conversation writes."""
     names = sorted(path.name for path in folder.iterdir())
     if "conversation.json" not in names:
         return names

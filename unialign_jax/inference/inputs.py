@@ -1,28 +1,23 @@
-"""What a user hands to a pipeline, checked: images, texts, seeds and numbers. Every error is one line."""
+"""The inputs of a pipeline, checked: images, texts and seeds; and how they are batched. Does not import JAX.
+
+Every error is a ValueError of one line.
+"""
 
 import dataclasses
-import math
 import os
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 from PIL import Image
 
 from unialign_jax.data import images
-from unialign_jax.diffusion.flow import sampling_sigmas
 from unialign_jax.files import shown
-from unialign_jax.sampling.programs import Guidance
-from unialign_jax.sampling.solvers import SOLVERS, solver_table
-from unialign_jax.sampling.text import DECODINGS
-
-MAX_STEPS = 1000
-MAX_TOKENS = 4096
-MAX_CHARACTERS = 2**20  # of a text, most of which no model reads
-SEEDS = 2**32
+from unialign_jax.inference.options import MAX_CHARACTERS, SEEDS, is_whole
 
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """One image to be made; sizes are (height, width), `final_size` None when it is `size`."""
+    """One image to be made. Sizes are (height, width); `final_size` is None when the image stays at `size`."""
 
     prompt: str
     size: tuple[int, int]
@@ -31,80 +26,25 @@ class Picture:
     negative: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
-class ImageSettings:
-    """How images are sampled; the fields are the arguments of `Pipeline.generate` and `edit`."""
-
-    steps: int
-    guidance_scale: float
-    guidance_interval: tuple[float, float]
-    guidance_rescale: float
-    image_guidance_scale: float | None
-    solver: str
-    shift: float
-
-    def __post_init__(self):
-        check_whole("steps", self.steps, 1, MAX_STEPS)
-        check_range("guidance_scale", self.guidance_scale, 0, 100)
-        check_range("guidance_rescale", self.guidance_rescale, 0, 1)
-        check_range("shift", self.shift, 0.01, 100)
-        if self.image_guidance_scale is not None:
-            check_range("image_guidance_scale", self.image_guidance_scale, 0, 100)
-        if not isinstance(self.solver, str) or self.solver not in SOLVERS:
-            raise ValueError(f"solver is {shown(self.solver)}, expected one of {', '.join(SOLVERS)}")
-        interval = self.guidance_interval
-        is_pair = isinstance(interval, list | tuple | np.ndarray) and len(interval) == 2
-        numbers = [x for x in interval if isinstance(x, int | float | np.number)] if is_pair else []
-        if len(numbers) != 2 or not 0 <= numbers[0] <= numbers[1] <= 1:
-            found = shown(interval)
-            raise ValueError(f"guidance_interval is {found}, expected two noise levels, 0 <= low <= high <= 1")
-
-    def table(self):
-        return solver_table(self.solver, sampling_sigmas(self.steps, shift=self.shift))
-
-    def mode(self, has_conditions) -> str:
-        if has_conditions and self.image_guidance_scale is not None:
-            if tuple(self.guidance_interval) != (0, 1):
-                raise ValueError("guidance_interval goes with text guidance only: leave out image_guidance_scale")
-            return "text_and_image"
-        if self.guidance_scale == 1:
-            return "none"
-        return "text" if tuple(self.guidance_interval) == (0, 1) else "interval"
-
-    def guidance(self, batch, table) -> Guidance:
-        low, high = self.guidance_interval
-        return Guidance(
-            scale=np.full(batch, self.guidance_scale, np.float32),
-            image_scale=np.full(batch, self.image_guidance_scale or 0.0, np.float32),
-            rescale=np.full(batch, self.guidance_rescale, np.float32),
-            active=(table.sigma >= low) & (table.sigma <= high),
-        )
+def batches(keys: Sequence[Hashable], most: int) -> list[list[int]]:
+    """The indices of equal keys together, at most `most` in a batch, in order of appearance."""
+    groups = {}
+    for i, key in enumerate(keys):
+        groups.setdefault(key, []).append(i)
+    return [group[start : start + most] for group in groups.values() for start in range(0, len(group), most)]
 
 
-@dataclasses.dataclass(frozen=True)
-class TextSettings:
-    """How texts are sampled; the fields are the arguments of `Pipeline.caption`."""
-
-    steps: int
-    decoding: str
-    temperature: float
-    threshold: float
-    entropy_bound: float
-    max_tokens: int | None
-
-    def __post_init__(self):
-        check_whole("steps", self.steps, 1, MAX_STEPS)
-        check_range("temperature", self.temperature, 0, 100)
-        check_range("threshold", self.threshold, 0, 1)
-        check_range("entropy_bound", self.entropy_bound, 0, math.inf)
-        if self.max_tokens is not None:
-            check_whole("max_tokens", self.max_tokens, 1, MAX_TOKENS)
-        if not isinstance(self.decoding, str) or self.decoding not in DECODINGS:
-            raise ValueError(f"decoding is {shown(self.decoding)}, expected one of {', '.join(DECODINGS)}")
+def open_images(images, what: str = "image") -> list[Image.Image]:
+    """PIL images or paths, one or a list -> upright RGB images, wholly decoded."""
+    if not isinstance(images, list | tuple):
+        images = [images]
+    if not images:
+        raise ValueError(f"no {what} was given, expected at least one")
+    return [open_image(image, f"{what} {number}") for number, image in enumerate(images)]
 
 
-def open_image(image, what) -> Image.Image:
-    """A PIL image or a path -> an upright RGB image; ValueError when it cannot be decoded."""
+def open_image(image, what: str) -> Image.Image:
+    """A PIL image or a path -> an upright RGB image, wholly decoded."""
     if isinstance(image, Image.Image):
         images.check_shape(image, what)
         return images.loaded_rgb(image, what)
@@ -116,7 +56,7 @@ def open_image(image, what) -> Image.Image:
         raise ValueError(f"{what}: {error}") from None
 
 
-def check_texts(texts, what) -> list[str]:
+def check_texts(texts, what: str) -> list[str]:
     """One text or a list -> a list of texts that are not empty."""
     if isinstance(texts, str):
         texts = [texts]
@@ -131,8 +71,8 @@ def check_texts(texts, what) -> list[str]:
     return list(texts)
 
 
-def check_text(text, what):
-    """Raises ValueError for what is no text, is longer than MAX_CHARACTERS or holds halves of characters."""
+def check_text(text, what: str) -> str:
+    """The text, if it is one of at most MAX_CHARACTERS and without halves of characters."""
     if not isinstance(text, str):
         raise ValueError(f"{what} is a {type(text).__name__}, expected a text")
     if len(text) > MAX_CHARACTERS:
@@ -142,22 +82,34 @@ def check_text(text, what):
     return text
 
 
-def spread(texts, images, what):
-    """Texts and images of one length: where there is one of either, it stands for all."""
+def spread(texts: list[str], images: list, what: str) -> tuple[list[str], list]:
+    """Texts and images of one length: a single one of either stands for all."""
     count = max(len(texts), len(images))
     if len(texts) not in (1, count) or len(images) not in (1, count):
         raise ValueError(f"{len(texts)} {what}, but {len(images)} images: give as many, or one for all")
     return texts * (count // len(texts)), images * (count // len(images))
 
 
-def check_seeds(seeds, count) -> list[int]:
-    """One seed for each of `count` results; a number stands for itself and those after it, None for 0."""
+def check_negatives(texts, count: int) -> list[str]:
+    """One negative prompt for each of `count` prompts; a single text stands for all."""
+    texts = [texts] * count if isinstance(texts, str) else texts
+    if not isinstance(texts, list | tuple):
+        raise ValueError(f"negative_prompt is {shown(texts)}, expected a text or a list of texts")
+    for number, text in enumerate(texts):
+        check_text(text, f"negative prompt {number}")
+    if len(texts) != count:
+        raise ValueError(f"{count} prompts, but {len(texts)} negative prompts: give one to all or each")
+    return list(texts)
+
+
+def check_seeds(seeds, count: int) -> list[int]:
+    """One seed for each of `count` results; a number s stands for s, s + 1, ..., and None for 0, 1, ..."""
     seeds = 0 if seeds is None else seeds
     if is_whole(seeds):
         seeds = range(int(seeds), int(seeds) + count)
     is_list = isinstance(seeds, list | tuple | range | np.ndarray)
     if not is_list or not all(is_whole(seed) for seed in seeds):
-        raise ValueError(f"seeds is {shown(seeds)}, expected a whole number, or one for each result")
+        raise ValueError(f"seed is {shown(seeds)}, expected a whole number, or one for each result")
     seeds = [int(seed) for seed in seeds]
     if len(seeds) != count:
         raise ValueError(f"{len(seeds)} seeds for {count} results: give one to each, or a single number")
@@ -165,20 +117,3 @@ def check_seeds(seeds, count) -> list[int]:
     if wrong is not None:
         raise ValueError(f"seed is {shown(wrong)}, expected 0 to {SEEDS - 1}")
     return seeds
-
-
-def check_range(name, value, low, high):
-    if not isinstance(value, int | float | np.number) or isinstance(value, bool) or not low <= value <= high:
-        expected = f"{low} to {high}" if high < math.inf else f"a number of at least {low}"
-        raise ValueError(f"{name} is {shown(value)}, expected {expected}")
-    return value
-
-
-def check_whole(name, value, low, high):
-    if not is_whole(value) or not low <= value <= high:
-        raise ValueError(f"{name} is {shown(value)}, expected a whole number from {low} to {high}")
-    return value
-
-
-def is_whole(value) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)

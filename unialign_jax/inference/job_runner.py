@@ -1,8 +1,8 @@
 """Jobs through a pipeline, in full batches, into a folder.
 
-The folder gets ID.png (ID_0.png, ID_1.png, ... for a count; an id may name folders) and results.jsonl: a line for each
-job, written as soon as the job is done. A job whose line is there with the same hash is not done again; what other jobs
-left is not replaced unless that is asked for.
+The folder gets ID.png (ID_0.png, ID_1.png, ... for several images; an id may name folders) and results.jsonl: a line
+for each job, written as soon as the job is done. A job whose line is there with the same hash is not done again.
+Results of other jobs are not replaced unless that is asked for.
 """
 
 import collections
@@ -21,64 +21,64 @@ from PIL.PngImagePlugin import PngInfo
 
 from unialign_jax.data import images as image_files
 from unialign_jax.files import check_regular, first_line, replacing_file
-from unialign_jax.inference.jobs import RESULTS, TEXT_TASKS, BadJob, Job, check_size
+from unialign_jax.inference import inputs
+from unialign_jax.inference.jobs import RESULTS, BadJob, Job
+from unialign_jax.inference.options import OPTIONS, TEXT_TASKS
 
 log = logging.getLogger(__name__)
 
-# What the pipeline raises for a sample it cannot make: bad input, and JAX for want of memory.
+# Errors of a sample that cannot be made: bad input, or not enough memory (a RuntimeError of JAX).
 FAILURES = (ValueError, OSError, RuntimeError, MemoryError)
 
 
 class Sample(NamedTuple):
-    """One image or text of a job: number `index` of its count."""
+    """Image or text number `index` of a job."""
 
     job: Job
     index: int
 
     @property
-    def seed(self):
+    def seed(self) -> int:
         return self.job.seed + self.index
 
 
 def batches(jobs: Sequence[Job], batch: int, pipeline) -> list[list[Sample]]:
     """All samples of the jobs, those of one shape together, in batches of at most `batch`, in order of appearance."""
-    groups = {}
-    for job in jobs:
-        group = groups.setdefault(shape_of(job, pipeline), [])
-        group.extend(Sample(job, index) for index in range(job.count))
-    return [group[i : i + batch] for group in groups.values() for i in range(0, len(group), batch)]
+    samples = [Sample(job, index) for job in jobs for index in range(job.images_per_prompt)]
+    keys = [shape_of(sample.job, pipeline) for sample in samples]
+    return [[samples[i] for i in members] for members in inputs.batches(keys, batch)]
 
 
-def shape_of(job: Job, pipeline):
+def shape_of(job: Job, pipeline) -> tuple:
     """What jobs must share to be done in one call of the pipeline, and in one forward."""
     shape = [job.task, json.dumps(job.options, sort_keys=True)]
-    if job.task == "perceive":
+    if job.task == "perception":
         shape.append(job.text)  # one call has one instruction
-    if job.task == "personalize":
-        shape.append(max(len(job.images), job.options.get("slots", 3)))
-    if job.task in ("edit", "perceive") and not ("height" in job.options or "width" in job.options):
-        # An edit has its image's size, at the nearest multiples.
-        shrink = min(1, pipeline.edit_limit / max(job.sizes[0]))
-        shape.append(tuple(round(side * shrink / pipeline.sizes.multiple) for side in job.sizes[0]))
+    if job.task == "personalization":
+        shape.append(max(len(job.images), job.options.get("slots", OPTIONS["slots"].default)))
+    if job.task in ("edit", "perception") and not ("height" in job.options or "width" in job.options):
+        width, height = job.sizes[0]
+        shape.append(pipeline.sizes.of_edit(height, width, pipeline.edit_limit)[0])
     return tuple(shape)
 
 
 def call(pipeline, samples: Sequence[Sample], images) -> list:
     """The samples, which share a shape, as one call of the pipeline -> their images or texts.
 
-    Args: `images` has a list of PIL images for each sample.
+    Args:
+      images: a list of PIL images for each sample.
     """
     first = samples[0].job
-    options = dict(first.options, seeds=[sample.seed for sample in samples])
+    options = dict(first.options, seed=[sample.seed for sample in samples])
     texts = [sample.job.text for sample in samples]
     if first.task == "caption":
         return pipeline.caption([image for (image,) in images], **options)
     if first.task == "vqa":
         return pipeline.answer([image for (image,) in images], texts, **options)
-    options["negative_prompts"] = [sample.job.negative_prompt for sample in samples]
-    if first.task == "t2i":
+    options["negative_prompt"] = [sample.job.negative_prompt for sample in samples]
+    if first.task == "text_to_image":
         return pipeline.generate(texts, **options)
-    if first.task == "personalize":
+    if first.task == "personalization":
         return pipeline.personalize(texts, images, **options)
     if first.task == "edit":
         return pipeline.edit(texts, [image for (image,) in images], **options)
@@ -90,9 +90,9 @@ def load_images(samples: Sequence[Sample]) -> list:
 
     def load(path):
         try:
-            return image_files.load_rgb(path)
-        except (OSError, ValueError) as error:
-            return ValueError(f"image {error}")
+            return inputs.open_image(path, "image")
+        except ValueError as error:
+            return error
 
     opened = {path: load(path) for path in dict.fromkeys(path for sample in samples for path in sample.job.images)}
     lists = [[opened[path] for path in sample.job.images] for sample in samples]
@@ -116,8 +116,7 @@ def attempt(pipeline, samples: Sequence[Sample], images) -> list:
 
 
 def make(job: Job, pipeline, batch: int) -> list:
-    """The images or the text of a single job. Raises what the pipeline raises, and ValueError for unreadable images."""
-    check_size(job, pipeline)
+    """The images or the text of a single job. Raises the pipeline's errors, and ValueError for unreadable images."""
     made = []
     for samples in batches([job], batch, pipeline):
         images = load_images(samples)
@@ -137,21 +136,16 @@ def run(jobs: Sequence[Job], pipeline, results: "Results", batch: int, done: Cal
       pipeline: a `Pipeline`.
       batch: samples in one call.
       done: called after each job.
-    Raises OSError when a result cannot be written. Whatever stops it, what was done by then is recorded.
+
+    Raises OSError when a result cannot be written. Whatever stops it, the jobs done by then are recorded.
     """
 
     def record(*finished):
         results.record(*finished)
         done()
 
-    outcomes, seconds, able = collections.defaultdict(list), collections.Counter(), []
-    for job in jobs:
-        try:
-            check_size(job, pipeline)
-            able.append(job)
-        except ValueError as error:
-            record(job, [error], 0.0)
-    todo = batches(able, batch, pipeline)
+    outcomes, seconds = collections.defaultdict(list), collections.Counter()
+    todo = batches(jobs, batch, pipeline)
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
         loading = reader.submit(load_images, todo[0]) if todo else None
         writing = []
@@ -169,13 +163,13 @@ def run(jobs: Sequence[Job], pipeline, results: "Results", batch: int, done: Cal
                 job = sample.job
                 outcomes[job.id].append(outcome)
                 seconds[job.id] += share
-                if len(outcomes[job.id]) == job.count:
+                if len(outcomes[job.id]) == job.images_per_prompt:
                     writing.append(writer.submit(record, job, outcomes.pop(job.id), seconds.pop(job.id)))
         for future in writing:
             future.result()
 
 
-# Keeping
+# Results on disk
 
 
 class Results:
@@ -185,11 +179,15 @@ class Results:
     batches' time), line (of the jobs file) and hash.
 
     Attributes:
-      done, failed: jobs of this run; earlier: jobs that were done before it.
+      done, failed: numbers of jobs of this run.
+      earlier: number of jobs that were done before it.
     """
 
-    def __init__(self, directory, stamp: dict | None = None):
-        """Makes the folder. Args: `stamp` goes into every image's parameters, such as the model's name.
+    def __init__(self, directory: str | Path, stamp: dict | None = None):
+        """Makes the folder.
+
+        Args:
+          stamp: goes into every image's parameters, such as the model's name.
 
         Raises OSError when it cannot be written, ValueError when its results.jsonl is something else.
         """
@@ -222,12 +220,14 @@ class Results:
             yield number, line, number == len(lines)
 
     def begin(self, jobs: Sequence[Job | BadJob], *, overwrite: bool = False) -> list[Job]:
-        """Opens results.jsonl for this run: keeps the lines of what is done, records the bad jobs, returns the others.
+        """Opens results.jsonl for this run: keeps lines of jobs that are done, records bad jobs, returns the rest.
 
-        Lines of ids that `jobs` does not have are kept.
+        Lines of ids that are not among `jobs` stay.
 
-        Args: `overwrite` says whether results of other jobs, or of these before they were changed, may be replaced.
-        Raises FileExistsError when there are any and they may not; nothing has then been changed.
+        Args:
+          overwrite: whether results of other jobs, or of these before they were changed, may be replaced.
+
+        Raises FileExistsError when there are such results and they may not be replaced; nothing is changed then.
         """
         jobs = [self._placed(job) for job in jobs]
         todo = [job for job in jobs if isinstance(job, BadJob) or not self._is_done(job)]
@@ -239,7 +239,7 @@ class Results:
                 f"were changed, the first {lost[0]}; choose another --output, or replace them by --overwrite"
             )
         self.earlier = len(jobs) - len(todo)
-        # A line that has become bad does not take the place of what its id made before.
+        # A line that has become bad does not replace the results that its id has.
         bad = [
             dataclasses.replace(job, id=f"line {job.line}") if self._was_done(job) else job
             for job in todo
@@ -257,7 +257,7 @@ class Results:
         return able
 
     def _placed(self, job):
-        """The job, or why its folder cannot be inside of the results'."""
+        """The job, or a `BadJob` when its folder would lie outside the folder of results."""
         folder = (self.directory / job.id).parent if isinstance(job, Job) else self.directory
         if not folder.resolve().is_relative_to(self.directory.resolve()):
             return BadJob(job.id, job.line, f"id is {job.id!r}, but {folder} is a link that leads out of the output")
@@ -274,7 +274,7 @@ class Results:
         return is_same and all((self.directory / name).is_file() for name in job.files)
 
     def _would_replace(self, job) -> list[str]:
-        """What is there under this job's names and is no result of it."""
+        """Existing files of this job's names, or its text, that are no results of it."""
         entry = self._lines.get(job.id, {})
         is_same = entry.get("hash") == job.hash
         if job.task in TEXT_TASKS:
@@ -286,7 +286,7 @@ class Results:
         return [name for name, path in paths.items() if path.exists() and made_by(path) != job.hash]
 
     def record(self, job: Job, outcomes: Sequence, seconds: float) -> None:
-        """Writes what became of a job: an image, a text or an error for each of its samples."""
+        """Writes the outcome of a job: an image, a text or an error for each of its samples."""
         entry = {"id": job.id, "task": job.task, "seed": job.seed, "seconds": round(seconds, 3), "hash": job.hash}
         error = next((outcome for outcome in outcomes if isinstance(outcome, Exception)), None)
         if error is not None:
@@ -342,11 +342,9 @@ def check_writable(folder: Path) -> None:
 
 
 def describe(image: Image.Image, sample: Sample, stamp: dict) -> dict:
-    """What made an image: the pipeline's own account of it, the job's task and id, and the stamp."""
-    job = sample.job
+    """The parameters that made an image: those that the pipeline gives, the job's id if it has one, and the stamp."""
     made = json.loads(image.info.get("parameters", "{}"))
-    about = {"task": job.task, "id": job.id or None, "kind": job.options.get("kind")}
-    return made | {key: value for key, value in about.items() if value is not None} | stamp
+    return made | ({"id": sample.job.id} if sample.job.id else {}) | stamp
 
 
 def save_png(image: Image.Image, path: Path, parameters: dict) -> None:
@@ -360,6 +358,15 @@ def save_png(image: Image.Image, path: Path, parameters: dict) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing_file(path) as partial:
             image.save(partial, "PNG", pnginfo=info)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+
+
+def save_text(text: str, path: Path) -> None:
+    """Writes a text file, which appears when it is whole. Raises OSError in one line."""
+    try:
+        with replacing_file(path) as partial:
+            partial.write_text(text)
     except OSError as error:
         raise cannot_write(path, error) from None
 

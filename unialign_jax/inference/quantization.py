@@ -1,13 +1,13 @@
 """Weights of 8 bits, through qwix: half of bfloat16's memory for T5 and the MM-DiT.
 
 Both modes store the matmul kernels of the scanned layers as int8 with one float32 scale for each layer and output
-channel (absmax, round to nearest); everything else keeps its dtype. They differ in what a layer then does:
+channel (absmax, round to nearest); everything else keeps its dtype. They differ in the arithmetic of a layer:
 
-    int8    dequantises its kernel and multiplies in the model's dtype: weights are rounded, arithmetic is not
-    w8a8    also rounds its inputs to int8, a scale for each token, and multiplies integers: for GPUs, faster
+    int8    dequantises the kernel and multiplies in the model's dtype: weights are rounded, arithmetic is not
+    w8a8    also rounds the inputs to int8, with a scale for each token, and multiplies integers: for GPUs, faster
 
-qwix's own way into a Linen model (`qwix.quantize_model`) does not know scanned layers: `qwix.quantize_params` would
-take one scale over all of them. So Linen's interceptors lead into the layers, and qwix does the arithmetic.
+`qwix.quantize_model` does not know scanned layers: `qwix.quantize_params` would take one scale over all of them. So
+Linen's interceptors replace the layers' calls here, and qwix does the arithmetic.
 """
 
 import dataclasses
@@ -18,12 +18,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import qwix
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from unialign_jax import bundle
+from unialign_jax.files import first_line
 
 MODES = ("int8", "w8a8")
 
-# Paths of the kernels that become int8, each [layers, inputs, outputs], and how many axes the inputs are.
+# Paths of the kernels that become int8, each [layers, inputs, outputs], with the number of input axes.
 KERNELS = (
     (r"^blocks/joint/(image|text)/(qkv|mlp_in|mlp_out)/kernel$", 1),
     (r"^blocks/joint/(image|text)/out/kernel$", 2),
@@ -37,7 +38,7 @@ ABSMAX = f"absmax,{127.5 / 127}"
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedModule:
-    """A Linen module whose `apply` takes quantised parameters; its arguments and results are the module's own."""
+    """A Linen module whose `apply` takes quantised parameters; other arguments and results are the module's own."""
 
     module: nn.Module
     mode: str
@@ -59,19 +60,19 @@ class QuantizedModule:
             return self.module.apply(variables, *args, **kwargs)
 
 
-def quantize_module(module, mode) -> QuantizedModule:
-    """`module` (an MMDiT or a TextEncoder) for parameters of `quantize_params`; ValueError for an unknown mode."""
+def quantize_module(module: nn.Module, mode: str) -> QuantizedModule:
+    """An MMDiT or a TextEncoder for parameters of `quantize_leaf`. Raises ValueError for an unknown mode."""
     check_mode(mode)
     return QuantizedModule(module, mode)
 
 
-def check_mode(mode):
+def check_mode(mode: str) -> None:
     if mode not in MODES:
         raise ValueError(f"unknown quantisation {mode!r}, expected one of {', '.join(MODES)}")
 
 
-def quantized_dense(layer, kernel, x, mode):
-    """What `layer`, a DenseGeneral, does with an int8 `kernel` [inputs, outputs] of one layer."""
+def quantized_dense(layer: nn.DenseGeneral, kernel: qwix.QArray, x: jax.Array, mode: str) -> jax.Array:
+    """The call of `layer` with an int8 `kernel` [inputs, outputs] of one layer."""
     axes = layer.axis if isinstance(layer.axis, tuple) else (layer.axis,)
     axes = tuple(axis % x.ndim for axis in axes)
     dimensions = ((axes, tuple(range(len(axes)))), ((), ()))
@@ -87,21 +88,21 @@ def quantized_dense(layer, kernel, x, mode):
     return y
 
 
-def to_int8(x, axes):
-    """x as whole numbers from -127 to 127, with a float32 scale for each index of `axes`."""
+def to_int8(x: jax.Array, axes: tuple[int, ...]) -> qwix.QArray:
+    """x as whole numbers from -127 to 127, with a float32 scale for each index along `axes`."""
     return qwix.quantize(x.astype(jnp.float32), jnp.int8, channelwise_axes=axes, calibration_method=ABSMAX)
 
 
-def input_axes(path):
-    """How many input axes the kernel at `path` has if it is one that becomes int8; or else None."""
+def input_axes(path: str) -> int | None:
+    """The number of input axes of the kernel at `path`, if it becomes int8; None for other parameters."""
     return next((axes for pattern, axes in KERNELS if re.search(pattern, path)), None)
 
 
 @functools.partial(jax.jit, static_argnames="axes")
-def quantize_kernel(kernel, axes):
-    """[layers, inputs (of so many axes), outputs] -> QArray of the same shape, int8, scales float32.
+def quantize_kernel(kernel: jax.Array, axes: int) -> qwix.QArray:
+    """[layers, inputs (`axes` of them), outputs] -> QArray of the same shape, int8, scales float32.
 
-    One layer after another: beside the kernel itself this needs the memory of one layer.
+    Layers are quantised one by one: beside the kernel itself this needs the memory of one layer.
     """
     outputs = tuple(range(axes, kernel.ndim - 1))
 
@@ -111,11 +112,11 @@ def quantize_kernel(kernel, axes):
     return jax.lax.map(layer, kernel)
 
 
-def quantize_leaf(path, leaf, *, dtype=None, device=None):
+def quantize_leaf(path: str, leaf, *, dtype=None, device: jax.Device | None = None):
     """The parameter at `path` ("layers/query/kernel") quantised, or cast to `dtype` where it is not to be quantised.
 
-    The arithmetic is the host's, and only the result is put on `device` (the default one when None). For a model that
-    is read array by array, so that not even the host ever holds it unquantised.
+    It is computed on the host, and only the result is put on `device` (None is the default one). A model that is read
+    array by array is thus never whole and unquantised, not even on the host.
     """
     axes = input_axes(path)
     leaf = jax.device_put(leaf, host_device())
@@ -123,49 +124,34 @@ def quantize_leaf(path, leaf, *, dtype=None, device=None):
     return jax.device_put(leaf, device or jax.local_devices()[0])
 
 
-def host_device():
-    """JAX's device for the host's memory. Raises ValueError when JAX was told to do without it."""
+def host_device() -> jax.Device:
+    """JAX's CPU device. Raises ValueError when JAX_PLATFORMS excludes it."""
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError as error:
         raise ValueError(
             f"quantisation needs JAX's CPU device beside {jax.default_backend()}: add cpu to JAX_PLATFORMS, "
-            f"such as JAX_PLATFORMS={jax.default_backend()},cpu ({str(error).splitlines()[0]})"
+            f"such as JAX_PLATFORMS={jax.default_backend()},cpu ({first_line(error)})"
         ) from None
 
 
-def quantize_params(params, mode, *, device=None):
-    """The parameters of an MMDiT or a TextEncoder, with a `qwix.QArray` for every kernel that becomes int8.
-
-    Args:
-      params: the tree; arrays of NumPy or on any device. Taken one by one: `device` never holds a kernel unquantised.
-      mode: one of `MODES`; both store the same.
-      device: where the result goes; the default device when None.
+def abstract_quantized(abstract_params: dict, mode: str) -> dict:
+    """The parameters as ShapeDtypeStructs, with a `qwix.QArray` for every kernel that becomes int8: to compile with.
 
     Raises ValueError for an unknown mode and for a tree without such kernels.
     """
     check_mode(mode)
-    return _map_leaves(functools.partial(quantize_leaf, device=device), params)
-
-
-def abstract_quantized(abstract_params, mode):
-    """What `quantize_params` gives, as ShapeDtypeStructs, for a tree of ShapeDtypeStructs: to compile ahead of time."""
-    check_mode(mode)
+    leaves = flatten_dict(abstract_params, sep="/")
+    if not any(input_axes(path) is not None for path in leaves):
+        raise ValueError("nothing to quantise here: expected the parameters of an MMDiT or a TextEncoder")
 
     def abstract(path, leaf):
         axes = input_axes(path)
         return leaf if axes is None else jax.eval_shape(functools.partial(quantize_kernel, axes=axes), leaf)
 
-    return _map_leaves(abstract, abstract_params)
-
-
-def _map_leaves(function, params):
-    leaves = bundle.flatten(params)
-    if not any(input_axes(path) is not None for path in leaves):
-        raise ValueError("nothing to quantise here: expected the parameters of an MMDiT or a TextEncoder")
-    return bundle.unflatten({path: function(path, leaf) for path, leaf in leaves.items()})
+    return unflatten_dict({path: abstract(path, leaf) for path, leaf in leaves.items()}, sep="/")
 
 
 def tree_bytes(params) -> int:
-    """What a tree of arrays, QArrays or ShapeDtypeStructs takes in memory, in bytes."""
+    """The size of a tree of arrays, QArrays or ShapeDtypeStructs in bytes."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))

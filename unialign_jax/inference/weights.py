@@ -1,9 +1,11 @@
-"""A model's parameters on their way to the device: which are there, and in which dtype."""
+"""A model's parameters: read, cast or quantised, and placed on the device."""
 
-import contextlib
 import logging
+from collections.abc import Callable, Iterable
 
 import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from unialign_jax import bundle
 from unialign_jax.inference.quantization import quantize_leaf
@@ -14,43 +16,56 @@ log = logging.getLogger(__name__)
 QUANTIZED = ("transformer", "text_encoder")
 
 
-def abstract_component(config: bundle.BundleConfig, name: str, dtype, sharding=None):
-    """A component's parameters as ShapeDtypeStructs, in the dtypes that inference keeps them in."""
-    leaves = bundle.flatten(bundle.abstract_params(config, [name])[name])
-    return bundle.unflatten(
+def abstract_component(config: bundle.BundleConfig, name: str, dtype: str, sharding=None) -> dict:
+    """A component's parameters as ShapeDtypeStructs, in the dtypes of inference."""
+    leaves = flatten_dict(bundle.abstract_params(config, [name])[name], sep="/")
+    return unflatten_dict(
         {
             path: jax.ShapeDtypeStruct(leaf.shape, storage_dtype(path, dtype), sharding=sharding)
             for path, leaf in leaves.items()
-        }
+        },
+        sep="/",
     )
 
 
 class Loader:
-    """A component's parameters by name, on the device and in their dtypes; a source's own are read each time.
+    """A function, name of a component -> its parameters, on the device and in their dtypes, read at every call.
 
-    With a `quantize` mode the transformer and the text encoder are made int8 on the host, array by array, so that the
-    device never holds them unquantised; `keep_on_host` then keeps them there too, for a component that comes back.
+    With `quantize` the transformer and the text encoder become int8 on the host, array by array, so the device never
+    holds them unquantised.
     """
 
-    def __init__(self, leaves, restore=None, *, dtype, device, quantize=None, keep_on_host=False):
-        """Args: `leaves` gives a component's (path, array) pairs; `restore`, where there is one, all of them at once in
-        the shapes, dtypes and shardings of {component: tree}, which is faster.
+    def __init__(
+        self,
+        leaves: Callable[[str], Iterable[tuple[str, np.ndarray]]],
+        restore: Callable[[str], dict] | None = None,
+        *,
+        dtype: str,
+        device: jax.Device,
+        quantize: str | None = None,
+        keep_on_host: bool = False,
+    ):
+        """Args:
+        leaves: gives a component's (path, array) pairs.
+        restore: gives all of a component's parameters at once, placed and cast, which is faster.
+        keep_on_host: keep quantised components on the host, so that loading one again does not quantise it again.
         """
         self._leaves, self._restore, self._dtype, self._device = leaves, restore, dtype, device
         self._quantize, self._keep_on_host = quantize, keep_on_host
         self._on_host = {}
 
-    def __call__(self, name):
+    def __call__(self, name: str) -> dict:
         if not self._quantize or name not in QUANTIZED:
             return self._as_stored(name)
         if name in self._on_host:
             return jax.device_put(self._on_host[name], self._device)
         host = jax.local_devices(backend="cpu")[0] if self._keep_on_host else self._device
-        params = bundle.unflatten(
+        params = unflatten_dict(
             {
                 path: quantize_leaf(path, leaf, dtype=storage_dtype(path, self._dtype), device=host)
                 for path, leaf in self._leaves(name)
-            }
+            },
+            sep="/",
         )
         if self._keep_on_host:
             self._on_host[name] = params
@@ -59,18 +74,22 @@ class Loader:
     def _as_stored(self, name):
         if self._restore:
             return self._restore(name)
-        return bundle.unflatten(
+        return unflatten_dict(
             {
                 path: jax.device_put(leaf.astype(storage_dtype(path, self._dtype)), self._device)
                 for path, leaf in self._leaves(name)
-            }
+            },
+            sep="/",
         )
 
 
-def bundle_loader(directory, config, *, dtype, device, verify=True, **options) -> Loader:
+def bundle_loader(
+    directory, config: bundle.BundleConfig, *, dtype: str, device: jax.Device, verify: bool = True, **options
+) -> Loader:
     """A `Loader` of a bundle's components; with `verify` each is checked against its hashes the first time it is read.
 
-    Args: `options` are those of `Loader`.
+    Args:
+      options: those of `Loader`.
     """
     to_verify = set(config.components) if verify else set()
     place = jax.sharding.SingleDeviceSharding(device)
@@ -89,15 +108,17 @@ def bundle_loader(directory, config, *, dtype, device, verify=True, **options) -
 
 
 class Weights:
-    """The components that are on the device: all that were ever used, or with `low_memory` those in use alone."""
+    """The components on the device: all that were ever used, or with `low_memory` only those of the last `get`."""
 
-    def __init__(self, load, low_memory=False):
+    def __init__(self, load: Callable[[str], dict], low_memory: bool = False):
         self._load, self._low_memory = load, low_memory
         self._resident = {}
 
-    @contextlib.contextmanager
-    def use(self, *names):
-        """{name: parameters} of the named components; in low-memory mode the others leave the device first."""
+    def get(self, *names: str) -> dict:
+        """{name: parameters} of the named components, loaded where they are not there yet.
+
+        In low-memory mode the others are dropped first. They leave the device when the caller drops them too.
+        """
         if self._low_memory:
             for name in [name for name in self._resident if name not in names]:
                 del self._resident[name]
@@ -105,13 +126,13 @@ class Weights:
             if name not in self._resident:
                 log.info("reading the %s", name.replace("_", " "))
                 self._resident[name] = self._load(name)
-        yield {name: self._resident[name] for name in names}
+        return {name: self._resident[name] for name in names}
 
-    def drop(self, name: str):
-        """Forgets a component: it is loaded anew when it is next used."""
+    def drop(self, name: str) -> None:
+        """Forgets a component; `get` loads it anew."""
         self._resident.pop(name, None)
 
-    def settle(self, outputs):
-        """In low-memory mode waits for what was computed: only then is the memory of its weights free."""
+    def settle(self, outputs) -> None:
+        """In low-memory mode waits for `outputs`: the memory of the weights that compute them is free only then."""
         if self._low_memory:
             jax.block_until_ready(outputs)

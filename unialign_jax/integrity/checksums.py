@@ -1,20 +1,21 @@
-"""Checksums of a folder's files: recorded once when the folder is whole, and compared before it is used.
+"""Checksums of a folder's files: recorded once when the folder is complete, and compared before it is used.
 
-A digest is SHA-256 over sums of the file's 64-bit words: those of the rows and of the columns of every square of
-512 x 512 words (2 MiB). A flipped bit changes one of each, so it is always found; damage in several places stays
-hidden only where it cancels in every row and in every column. It costs a small part of SHA-256
-over all bytes, which a restore would notice.
+A digest is SHA-256 over the sums of the file's 64-bit words, by rows and by columns of squares of 512 x 512 words
+(2 MiB). A flipped bit changes one row sum and one column sum, so it is always found. Damage in several places is
+missed only if it cancels in every row and in every column. The digest costs a small part of SHA-256 over all bytes,
+which would slow down a restore noticeably.
 """
 
 import hashlib
-import json
 import os
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
-from unialign_jax.files import first_line, read_json, replacing_file
+from unialign_jax.files import first_line, read_json, write_json
 
 RECORD = "checksums.json"  # in the folder: {"files": {relative path: [bytes, digest]}}
 _SIDE = 512  # words of a square's row and column
@@ -23,8 +24,7 @@ _SIDE = 512  # words of a square's row and column
 def record(folder: str | os.PathLike) -> None:
     """Writes the checksums of all files below `folder` into it. Raises OSError."""
     files = {name: [size, found] for name, (size, found) in _each(digest, sorted(_listing(Path(folder)).items()))}
-    with replacing_file(Path(folder) / RECORD) as path:
-        path.write_text(json.dumps({"files": files}, indent=1) + "\n")
+    write_json(Path(folder) / RECORD, {"files": files}, indent=1)
 
 
 def is_recorded(folder: str | os.PathLike) -> bool:
@@ -33,9 +33,9 @@ def is_recorded(folder: str | os.PathLike) -> bool:
 
 
 def difference(folder: str | os.PathLike, part: int = 0, parts: int = 1) -> str | None:
-    """The first file below a recorded folder that is not as it was recorded and how, or None. Others are passed over.
+    """The first difference between a folder and its record, in words, or None. Files without a record are ignored.
 
-    Of several processes that share the work, each gives its own `part` of `parts`: every file is read by one of them.
+    Several processes share the reading when each gives its own `part` of `parts`.
     """
     folder = Path(folder)
     try:
@@ -61,14 +61,14 @@ def difference(folder: str | os.PathLike, part: int = 0, parts: int = 1) -> str 
 
 
 def _listing(folder: Path) -> dict[str, Path]:
-    """Relative path -> path of every file below a folder but the record."""
+    """{relative path: path} of every file below a folder, without the record."""
     paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     paths.pop(RECORD, None)
     return paths
 
 
-def _each(function, named_paths):
-    """(name, function(path)) of each, several at once: reading and summing leave Python's lock to others."""
+def _each(function: Callable, named_paths: list[tuple[str, Path]]) -> Iterator[tuple]:
+    """(name, function(path)) of each, in threads: reading and summing release the GIL."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         results = threads.map(lambda item: function(item[1]), named_paths)
         yield from zip((name for name, _ in named_paths), results, strict=True)
@@ -82,15 +82,15 @@ def digest(path: Path) -> tuple[int, str]:
     with open(path, "rb", buffering=0) as file:
         while count := _fill(file, view):
             size += count
-            rows = -(-count // (_SIDE * 8))  # the last one is filled up with zeros
+            rows = -(-count // (_SIDE * 8))  # the last one is padded with zeros
             view[count : rows * _SIDE * 8] = bytes(rows * _SIDE * 8 - count)
             total.update(words[:rows].sum(axis=1, dtype="<u8").tobytes())
             total.update(words[:rows].sum(axis=0, dtype="<u8").tobytes())
     return size, total.hexdigest()
 
 
-def _fill(file, view: memoryview) -> int:
-    """Reads until `view` is full or the file ends; the bytes read."""
+def _fill(file: BinaryIO, view: memoryview) -> int:
+    """Reads until `view` is full or the file ends; returns the number of bytes read."""
     count = 0
     while count < len(view) and (more := file.readinto(view[count:])):
         count += more

@@ -1,7 +1,7 @@
 """The inventory of a folder: size and hashes of each of its files, taken when it is written, checked when it is read.
 
-SHA-256 is what others can check; beside reading, the checksum is compared (see `checksums`), which costs a sixth of it.
-It finds damage, by disks and by copying; who wants to deceive can write another inventory.
+SHA-256 is for checks with other tools. While a folder is read, the checksum is compared (see `checksums`), at a sixth
+of the cost. Both find damage by disks and by copying, not forgery: a forger can write another inventory.
 """
 
 import contextlib
@@ -15,8 +15,8 @@ from pathlib import Path, PurePosixPath
 from unialign_jax import files
 from unialign_jax.integrity import checksums
 
-THREADS = 4  # hashing releases the GIL; four keep up with a fast disk
-SEAL = "config_sha256"  # the key of a JSON file whose value is the hash of the file itself, with zeros in its place
+THREADS = 4  # hashing releases the GIL; four threads keep up with a fast disk
+SEAL = "config_sha256"  # a key in a JSON file; its value is the file's hash, taken with zeros in place of the value
 _ZEROS = "0" * 64
 
 
@@ -29,13 +29,13 @@ def take(folder: Path, parts: Iterable[str]) -> dict[str, dict]:
     return dict(zip(names, entries, strict=True))
 
 
-def _entry(path):
+def _entry(path: Path) -> dict:
     size, checksum = checksums.digest(path)
     return {"size": size, "sha256": files.sha256(path), "checksum": checksum}
 
 
 def check_form(inventory, where: str) -> dict[str, dict]:
-    """The inventory, if it is one. Raises ValueError in one line that begins with `where`."""
+    """The inventory itself. Raises ValueError for anything else, in one line that begins with `where`."""
     if not isinstance(inventory, dict):
         raise ValueError(f"{where}: files is a JSON {type(inventory).__name__}, expected an object")
     for name, entry in inventory.items():
@@ -56,7 +56,7 @@ def is_whole(value, low: int, high: float = float("inf")) -> bool:
 
 
 def at_a_glance(folder: Path, inventory: dict, parts: Iterable[str]) -> dict[str, str]:
-    """{file: what is wrong with it} of those under `parts`, unread: missing, no file, of another size, or too many."""
+    """{file: its problem} of the files under `parts`, without reading them: missing, no file, wrong size, or extra."""
     found = {}
     for part in parts:
         for name, entry in _under(inventory, part).items():
@@ -74,21 +74,21 @@ def at_a_glance(folder: Path, inventory: dict, parts: Iterable[str]) -> dict[str
 
 
 def additional(folder: Path, inventory: dict, part: str = "") -> list[str]:
-    """Files under a part of the folder that the inventory lacks; hidden ones, such as .DS_Store, do not count."""
+    """Files under a part of the folder that the inventory lacks, except hidden ones such as .DS_Store."""
     found = (path for path in (folder / part).rglob("*") if not path.is_dir())
     names = sorted(path.relative_to(folder).as_posix() for path in found if not path.name.startswith("."))
     return [name for name in names if name not in inventory]
 
 
 def changed(folder: Path, inventory: dict, names: Iterable[str]) -> list[str]:
-    """The files of `names` whose content is not what it was, by SHA-256."""
+    """The files of `names` whose SHA-256 has changed, one line for each."""
     with ThreadPoolExecutor(THREADS) as threads:
         found = threads.map(lambda name: _changed(folder, {name: inventory[name] | {"checksum": None}}, name), names)
         return [line for line in found if line]
 
 
-def _changed(folder, inventory, name) -> str | None:
-    """What is wrong with a file by its checksum, or by SHA-256 where there is none."""
+def _changed(folder: Path, inventory: dict, name: str) -> str | None:
+    """The problem of a file, if any, by its checksum, or by SHA-256 if it has none."""
     entry, path = inventory[name], folder / name
     try:
         if (size := files.check_regular(path)) != entry["size"]:
@@ -104,18 +104,19 @@ def _changed(folder, inventory, name) -> str | None:
     return None
 
 
-def _under(inventory, part):
+def _under(inventory: dict, part: str) -> dict[str, dict]:
     return {name: entry for name, entry in inventory.items() if name.startswith(f"{part}/")}
 
 
 @contextlib.contextmanager
 def checked(folder: Path, inventory: dict, part: str, share: slice = slice(None)) -> Iterator[None]:
-    """Hashes the files of a part beside the block that reads them, and raises ValueError at its end for changed ones.
+    """Hashes the files of a part while the block reads them, and raises ValueError at its end for changed files.
 
-    The block is not begun where files are missing, cut short or too many. An error of the block itself gives way to
-    what is wrong with the files.
+    The block does not start if files are missing, truncated or extra. If the block raises an error and files have
+    changed, the error is about the files.
 
-    Args: `share` of the files that are hashed, for several processes that read the same ones.
+    Args:
+      share: the slice of the files to hash, for several processes that read the same files.
     """
     refuse(folder, list(at_a_glance(folder, inventory, [part]).values()))
     largest_first = sorted(_under(inventory, part), key=lambda name: -inventory[name]["size"])
@@ -133,7 +134,7 @@ def checked(folder: Path, inventory: dict, part: str, share: slice = slice(None)
 
 
 def refuse(folder: Path, problems: list[str], cause: BaseException | None = None) -> None:
-    """Raises ValueError with the first of the problems, where there are any."""
+    """Raises ValueError with the first of the problems, if there are any."""
     if problems:
         more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
         raise ValueError(
@@ -143,14 +144,14 @@ def refuse(folder: Path, problems: list[str], cause: BaseException | None = None
 
 
 def sealed(content: dict) -> str:
-    """JSON text of `content` and, under SEAL, the hash of that text."""
+    """JSON text of `content` with the hash of the text under SEAL."""
     text = json.dumps(content | {SEAL: _ZEROS}, indent=2) + "\n"
     head, _, tail = text.rpartition(_ZEROS)
     return head + hashlib.sha256(text.encode()).hexdigest() + tail
 
 
 def seal_is_broken(raw: bytes, content: dict) -> bool:
-    """Whether a text by `sealed` has been changed; a text without a seal has not."""
+    """Whether a text by `sealed` has been changed; False for a text without a seal."""
     if SEAL not in content:
         return False
     seal = content[SEAL]

@@ -10,7 +10,13 @@ from unialign_jax.parallel.activations import gather_rows
 
 
 @functools.partial(jax.jit, static_argnames=("direction",))
-def cross_modal_loss(image_features_BND, text_features_BLD, *, temperature=0.07, direction="symmetric"):
+def cross_modal_loss(
+    image_features_BND: jax.Array,
+    text_features_BLD: jax.Array,
+    *,
+    temperature: float | jax.Array = 0.07,
+    direction: str = "symmetric",
+) -> jax.Array:
     """InfoNCE between mean-pooled, normalised image and text features (the paper's eq. 3).
 
     The negatives of a sample are all others of the batch it is given: under jit with a sharded batch that is
@@ -50,7 +56,7 @@ def cross_modal_loss(image_features_BND, text_features_BLD, *, temperature=0.07,
     return 0.5 * (image_to_text + jax.nn.logsumexp(similarity_BB, axis=0) - own)
 
 
-def _pool_and_normalize(features):
+def _pool_and_normalize(features: jax.Array) -> jax.Array:
     pooled = jnp.mean(features.astype(jnp.float32), axis=1)
     # rsqrt of a bounded square keeps the gradient finite at zero features, where norm() would give NaN.
     return pooled * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(pooled), axis=-1, keepdims=True), 1e-24))

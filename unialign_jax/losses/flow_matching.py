@@ -8,7 +8,9 @@ import jax.numpy as jnp
 
 
 @functools.partial(jax.jit, static_argnames=("form",))
-def flow_matching_loss(predicted_velocity, target_velocity, sigma, *, form="velocity"):
+def flow_matching_loss(
+    predicted_velocity: jax.Array, target_velocity: jax.Array, sigma: jax.Array, *, form: str = "velocity"
+) -> jax.Array:
     """Squared error of the velocity, averaged over all elements of each latent.
 
     "velocity" is the paper's eq. 1. "x0" is what the released code trains: the error of the clean latent

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 
 @jax.jit
-def intrinsic_modal_loss(predicted, teacher):
+def intrinsic_modal_loss(predicted: jax.Array, teacher: jax.Array) -> jax.Array:
     """1 - cosine similarity (the paper's eq. 4 plus a constant, so that the floor is 0), for one modality.
 
     Args:
@@ -27,7 +27,7 @@ def intrinsic_modal_loss(predicted, teacher):
     return jnp.mean(1.0 - cosine.reshape(cosine.shape[0], -1), axis=1)
 
 
-def _normalize(vectors):
+def _normalize(vectors: jax.Array) -> jax.Array:
     vectors = vectors.astype(jnp.float32)
     # rsqrt of a bounded square keeps the gradient finite at a zero vector, where norm() would give NaN.
     return vectors * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(vectors), axis=-1, keepdims=True), 1e-24))

@@ -10,15 +10,15 @@ import numpy as np
 
 @functools.partial(jax.jit, static_argnames=("mask_id", "normalization"))
 def masked_text_loss(
-    logits_BLV,
-    ids_BL,
-    is_masked_BL,
-    maskable_BL,
-    mask_fraction_B,
+    logits_BLV: jax.Array,
+    ids_BL: jax.Array,
+    is_masked_BL: jax.Array,
+    maskable_BL: jax.Array,
+    mask_fraction_B: jax.Array,
     *,
-    mask_id,
-    normalization="positions",
-):
+    mask_id: int,
+    normalization: str = "positions",
+) -> jax.Array:
     """Cross-entropy of the masked tokens, weighted by 1/t (MDLM; the paper's eq. 2).
 
     SUBS parameterisation: the mask itself has probability zero, and a visible token is known, so its loss and
@@ -62,7 +62,7 @@ def masked_text_loss(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _negative_log_likelihood(logits, ids, mask_id):
+def _negative_log_likelihood(logits: jax.Array, ids: jax.Array, mask_id: int) -> jax.Array:
     """-log p(ids) [B, L] under a softmax over all ids but the mask's."""
     return _forward(logits, ids, mask_id)[0]
 
@@ -85,5 +85,5 @@ def _backward(mask_id, residuals, cotangent):
 _negative_log_likelihood.defvjp(_forward, _backward)
 
 
-def _without_mask(logits, mask_id):
+def _without_mask(logits: jax.Array, mask_id: int) -> jax.Array:
     return jnp.where(jnp.arange(logits.shape[-1]) == mask_id, -jnp.inf, logits.astype(jnp.float32))

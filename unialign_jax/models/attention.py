@@ -1,9 +1,10 @@
-"""Full (unmasked) multi-head attention behind one function, with one implementation per kind of machine.
+"""Full (unmasked) multi-head attention as one function, with an implementation for each kind of machine.
 
 Shape letters: B batch, N tokens, H heads, d head width.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +19,11 @@ SPLASH_LANES = 128  # the TPU kernel's block sizes are multiples of this
 SPLASH_MAX_BLOCK = 640  # 1,280 tokens (512 px, 256 text tokens) are two such blocks
 
 
-def resolve_implementation(name, platform, dtype="bfloat16"):
+def resolve_implementation(name: str, platform: str, dtype="bfloat16") -> str:
     """The implementation that `name` means on `platform` ("cpu", "gpu", "cuda", "rocm", "tpu").
 
-    "auto" becomes splash on TPU, cudnn on an NVIDIA GPU (xla for float32 models: cuDNN's kernel has no
-    float32) and xla elsewhere; other names are returned as they are. Raises ValueError for an unknown name.
+    "auto" becomes splash on TPU, cudnn on an NVIDIA GPU (xla for float32 models: cuDNN's kernel has no float32) and
+    xla elsewhere; other names are returned as they are. Raises ValueError for an unknown name.
     """
     if name in IMPLEMENTATIONS:
         return name
@@ -36,32 +37,32 @@ def resolve_implementation(name, platform, dtype="bfloat16"):
 
 
 def attention(
-    query,
-    key,
-    value,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
     *,
-    implementation="xla",
-    bias=None,
-    scale=None,
-    interpret=False,
-    batch_axes=BATCH_AXES,
-    head_axes=HEAD_AXES,
-):
-    """softmax(scale * query key^T + bias) value, every token reading every token.
+    implementation: str = "xla",
+    bias: jax.Array | None = None,
+    scale: float | None = None,
+    interpret: bool = False,
+    batch_axes: tuple[str, ...] = BATCH_AXES,
+    head_axes: tuple[str, ...] = HEAD_AXES,
+) -> jax.Array:
+    """softmax(scale * query key^T + bias) value, where every token reads every token.
+
+    Returns [B, N, H, d] in the dtype of the inputs. Under `jax.set_mesh(mesh)` the work is split over `batch_axes` and
+    `head_axes`; an axis that does not divide it repeats it.
 
     Args:
       query, key, value: [B, N, H, d], all of one shape and dtype.
-      implementation: "xla" (any machine; float32 softmax, no [N, N] array kept for the backward pass),
-        "cudnn" (NVIDIA GPU, 16-bit inputs) or "splash" (TPU, Pallas); `resolve_implementation` knows "auto".
+      implementation: "xla" (any machine; float32 softmax, saves no [N, N] array for the backward pass), "cudnn" (NVIDIA
+        GPU, 16-bit inputs) or "splash" (TPU, Pallas). `resolve_implementation` resolves "auto".
       bias: [H, N, N] added to the scaled scores of every sample, or None; only with "xla".
       scale: factor of the scores; None means 1 / sqrt(d).
+      interpret: runs the splash kernel in Pallas' interpreter, to test it without a TPU.
       batch_axes, head_axes: the mesh axes that split samples and heads.
-      interpret: run the splash kernel in Pallas' interpreter, which is how it is tested without a TPU.
 
-    Returns [B, N, H, d] in the dtype of the inputs. Under `jax.set_mesh(mesh)` the work is split by hand over
-    those axes (one that does not divide is left out, and repeats the work).
-
-    Raises ValueError for an unknown implementation, a bias that it cannot take, and sizes that do not fit.
+    Raises ValueError for an unknown implementation, a bias that it does not support, and sizes that do not fit.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
@@ -84,7 +85,7 @@ def attention(
     if implementation == "cudnn":
         if query.dtype.itemsize != 2:
             raise ValueError(f"attention 'cudnn' needs bfloat16 inputs, found {query.dtype}: use 'xla'")
-        # cuDNN's call carries its own partitioning rule, so a mesh needs nothing from us.
+        # cuDNN's call has its own partitioning rule, so there is nothing to split here.
         return jax.nn.dot_product_attention(query, key, value, scale=scale, implementation="cudnn")
     if implementation == "splash":
         local = functools.partial(splash_attention, scale=scale, interpret=interpret)
@@ -93,11 +94,11 @@ def attention(
     return split_over_mesh(local, query, key, value, bias, batch_axes, head_axes)
 
 
-def split_over_mesh(local, query, key, value, bias, batch_axes, head_axes):
+def split_over_mesh(local: Callable, query, key, value, bias, batch_axes, head_axes) -> jax.Array:
     """Calls `local(query, key, value, bias)` on each device's own samples and heads; directly on a single device.
 
-    A Pallas kernel and a loop over samples are both opaque to XLA's partitioner: it refuses the one, and would gather
-    everything for the other. So where no axis divides the work, every device does all of it.
+    XLA's partitioner refuses a Pallas kernel, and would gather everything for a loop over samples. So where no axis
+    divides the work, every device does all of it.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if all(mesh.shape[name] == 1 for name in mesh.auto_axes):
@@ -114,7 +115,7 @@ def split_over_mesh(local, query, key, value, bias, batch_axes, head_axes):
     )(query, key, value, bias)
 
 
-def xla_attention(query, key, value, bias, *, scale):
+def xla_attention(query, key, value, bias, *, scale: float) -> jax.Array:
     """Attention in plain XLA operations, recomputed in the backward pass: [B, N, H, d] -> [B, N, H, d]."""
 
     def heads(query, key, value, bias):
@@ -126,8 +127,8 @@ def xla_attention(query, key, value, bias, *, scale):
         return jnp.einsum("...nm,...md->...nd", weights, value)
 
     def heads_in_turn(query, key, value, bias):
-        # One head of one sample at a time keeps its [N, N] scores in the CPU's cache: at 320 tokens three to
-        # four times as fast as all at once. float32, because CPUs emulate bfloat16 matmuls.
+        # One head of one sample at a time keeps its [N, N] scores in the CPU's cache: at 320 tokens three to four
+        # times as fast as all at once. float32, because CPUs emulate bfloat16 matmuls.
         def head(operands):
             *query_key_value, bias = operands
             wide = (x.astype(jnp.float32) for x in query_key_value)
@@ -144,10 +145,10 @@ def xla_attention(query, key, value, bias, *, scale):
     return attend(query, key, value, bias)
 
 
-def splash_attention(query, key, value, bias, *, scale, interpret):
-    """Attention by JAX's Pallas kernel for TPU: [B, N, H, d] -> [B, N, H, d]; `bias` is always None.
+def splash_attention(query, key, value, bias: None, *, scale: float, interpret: bool) -> jax.Array:
+    """Attention by JAX's Pallas kernel for TPU: [B, N, H, d] -> [B, N, H, d].
 
-    The sequence is padded to a multiple of 128. Padding has a segment id of its own: tokens never read it.
+    The sequence is padded to a multiple of 128. Padding has its own segment id, so that tokens never read it.
     """
     del bias
     _, tokens, heads, _ = query.shape
@@ -160,7 +161,7 @@ def splash_attention(query, key, value, bias, *, scale, interpret):
             block_kv=block,
             block_q_dkv=block,
             block_kv_dkv=block,
-            use_fused_bwd_kernel=True,  # makes the scores once for all three gradients
+            use_fused_bwd_kernel=True,  # computes the scores once for all three gradients
         ),
         head_shards=1,
         q_seq_shards=1,
@@ -179,6 +180,6 @@ def splash_attention(query, key, value, bias, *, scale, interpret):
     return jnp.swapaxes(attended[:, :, :tokens], 1, 2)
 
 
-def splash_block(padded):
+def splash_block(padded: int) -> int:
     """The largest block that divides the padded length, in multiples of 128 up to SPLASH_MAX_BLOCK."""
     return max(b for b in range(SPLASH_LANES, SPLASH_MAX_BLOCK + 1, SPLASH_LANES) if padded % b == 0)

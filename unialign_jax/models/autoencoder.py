@@ -21,8 +21,8 @@ class AutoencoderConfig:
     """Architecture and latent statistics; the defaults are SD3's.
 
     `kind` is "kl" or "space_to_depth"; the latter has latent_channels = 3 * downsample_factor^2 and ignores the widths.
-    `blocks_per_level` is the encoder's; the decoder has one more. With 0 the encoder's strided convolutions widen.
-    `dtype` is what the convolutions compute in; group norms are float32.
+    `blocks_per_level` is the encoder's; the decoder has one more. With 0 blocks the encoder's strided convolutions
+    change the width. `dtype` is that of the convolutions; group norms are float32.
     """
 
     kind: str = "kl"
@@ -43,14 +43,14 @@ class Moments(NamedTuple):
     log_variance: jax.Array
 
 
-def make_autoencoder(config):
-    """The Linen module of `config.kind`, with the methods
+def make_autoencoder(config: AutoencoderConfig) -> "SpaceToDepth | AutoencoderKL":
+    """The Linen module of `config.kind`. Both have the methods
 
       encode(images [B, H, W, 3] in [-1, 1]) -> Moments of the raw latents [B, h, w, C]
       decode(latents [B, h, w, C], raw) -> images [B, H, W, 3] float32, near [-1, 1] but not clipped
 
     called as `module.apply({"params": params}, images, method="encode")`. `module.init(key, images)` makes the
-    parameters of both; "space_to_depth" has none, so that its params are {}.
+    parameters of both methods; those of "space_to_depth" are {}.
 
     Raises ValueError for an unknown kind or numbers that contradict each other; the methods raise it for sizes that
     do not fit.
@@ -72,17 +72,27 @@ def make_autoencoder(config):
     raise ValueError(f"unknown autoencoder kind {config.kind!r}, expected 'kl' or 'space_to_depth'")
 
 
-def normalize(latents, config):
-    """Raw latents -> the normalised ones that the MM-DiT works on, (z - shift) * scale, float32."""
+def normalize(latents: jax.Array, config: AutoencoderConfig) -> jax.Array:
+    """Raw latents z -> the MM-DiT's normalised ones, (z - shift) * scale, float32."""
     return (latents.astype(jnp.float32) - config.shift) * config.scale
 
 
-def denormalize(latents, config):
+def denormalize(latents: jax.Array, config: AutoencoderConfig) -> jax.Array:
     """The inverse of `normalize`."""
     return latents.astype(jnp.float32) / config.scale + config.shift
 
 
-def sample_latents(moments, key, config):
+def from_pixels(images) -> jax.Array:
+    """Pixels 0 to 255 of any shape and type -> float32 in [-1, 1], which `encode` takes."""
+    return jnp.float32(images) / 127.5 - 1
+
+
+def to_pixels(images) -> jax.Array:
+    """Floats near [-1, 1], which `decode` gives -> uint8, clipped and rounded to the nearest."""
+    return jnp.clip((images + 1) * 127.5 + 0.5, 0, 255).astype(jnp.uint8)
+
+
+def sample_latents(moments: Moments, key: jax.Array | None, config: AutoencoderConfig) -> jax.Array:
     """Normalised latents float32 [B, h, w, C]: a draw from the posterior, or its mean when `key` is None."""
     latents = moments.mean
     if key is not None:
@@ -91,7 +101,7 @@ def sample_latents(moments, key, config):
     return normalize(latents, config)
 
 
-def check_images(images, config):
+def check_images(images: jax.Array, config: AutoencoderConfig) -> None:
     factor = config.downsample_factor
     if images.ndim != 4 or images.shape[3] != 3 or images.shape[1] % factor or images.shape[2] % factor:
         raise ValueError(
@@ -99,7 +109,7 @@ def check_images(images, config):
         )
 
 
-def check_latents(latents, config):
+def check_latents(latents: jax.Array, config: AutoencoderConfig) -> None:
     if latents.ndim != 4 or latents.shape[3] != config.latent_channels:
         raise ValueError(
             f"latents have shape {latents.shape}, expected [batch, height, width, {config.latent_channels}]"
@@ -109,8 +119,8 @@ def check_latents(latents, config):
 class SpaceToDepth(nn.Module):
     """A stand-in for tiny runs, not a learned codec: each square of pixels becomes the channels of one latent.
 
-    Nothing is compressed or lost. Scale 2 and shift 0 bring images, whose pixels in [-1, 1] deviate by about a
-    half, to about unit variance.
+    It is lossless and does not compress. Pixels in [-1, 1] have a standard deviation of about a half, so that scale 2
+    and shift 0 give about unit variance.
     """
 
     config: AutoencoderConfig
@@ -157,7 +167,7 @@ class AutoencoderKL(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images -> mean and log variance of the latents, side by side along the channels."""
+    """Images -> mean and log variance of the latents, concatenated along the channels."""
 
     config: AutoencoderConfig
 
@@ -169,7 +179,7 @@ class Encoder(nn.Module):
             for block in range(c.blocks_per_level):
                 x = ResidualBlock(c, width, name=f"down_{level}_block_{block}")(x)
             if level < len(c.block_widths) - 1:
-                # SD pads on the right and at the bottom only.
+                # Stable Diffusion pads only on the right and at the bottom.
                 x = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))
                 x = conv(c, width, f"down_{level}_downsample", strides=2, padding="VALID")(x)
         x = middle(c, x)
@@ -178,7 +188,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Raw latents -> images. Level 0 is the coarsest, the first that the latents pass."""
+    """Raw latents -> images. Level 0 is the coarsest."""
 
     config: AutoencoderConfig
 
@@ -197,8 +207,8 @@ class Decoder(nn.Module):
         return conv(c, 3, "conv_out")(x)
 
 
-def middle(config, x):
-    """The part between down and up, at the coarsest resolution, of encoder and decoder alike."""
+def middle(config: AutoencoderConfig, x: jax.Array) -> jax.Array:
+    """The blocks at the coarsest resolution, of encoder and decoder alike. To be called in a compact method."""
     width = config.block_widths[-1]
     x = ResidualBlock(config, width, name="middle_block_0")(x)
     x = SpatialAttention(config, name="middle_attention")(x)
@@ -206,7 +216,7 @@ def middle(config, x):
 
 
 class ResidualBlock(nn.Module):
-    """Two normed convolutions added to the input, which a 1x1 convolution widens where the width changes."""
+    """Two normed convolutions with a residual connection, a 1x1 convolution where the width changes."""
 
     config: AutoencoderConfig
     width: int
@@ -222,7 +232,7 @@ class ResidualBlock(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """Attention with one head as wide as the features; every position reads every other."""
+    """Attention over all positions, with one head as wide as the features."""
 
     config: AutoencoderConfig
 
@@ -239,10 +249,10 @@ class SpatialAttention(nn.Module):
         return x + dense("out")(attended).reshape(x.shape)
 
 
-def conv(config, features, name, kernel=3, strides=1, padding="SAME"):
+def conv(config: AutoencoderConfig, features: int, name: str, kernel=3, strides=1, padding="SAME") -> nn.Conv:
     return nn.Conv(features, (kernel, kernel), strides, padding, dtype=config.dtype, name=name)
 
 
-def norm(config, name):
-    """Group norm in float32, result too: the convolution that follows casts."""
+def norm(config: AutoencoderConfig, name: str) -> nn.GroupNorm:
+    """Group norm with a float32 result, which the following convolution casts."""
     return nn.GroupNorm(config.norm_groups, epsilon=1e-6, dtype=jnp.float32, use_fast_variance=False, name=name)

@@ -1,4 +1,4 @@
-"""The SD3 MM-DiT as UniAlignment extends it: image and text stream, both alive to the end.
+"""The SD3 MM-DiT as UniAlignment extends it: an image and a text stream, both read out after the last block.
 
 Facts: Stable Diffusion 3 (arXiv 2403.03206), DualDiffusion (arXiv 2501.00289) and UniAlignment (arXiv 2509.23760).
 Against SD3: T5 tokens only (no CLIP, no pooled vector, so the modulation depends on time alone), a full context half in
@@ -10,6 +10,7 @@ D width, V vocabulary.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import chex
@@ -20,8 +21,8 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from unialign_jax.models.attention import attention
-from unialign_jax.parallel.activations import dot_general_splitting, keep_batch_sharded
-from unialign_jax.parallel.gradients import reduces_late, scan_reducing_late
+from unialign_jax.parallel.activations import keep_batch_sharded
+from unialign_jax.parallel.gradients import scan_blocks, split_dot_general
 
 XAVIER = nn.initializers.xavier_uniform()
 REMAT_POLICIES = {
@@ -40,11 +41,11 @@ REMAT_POLICIES = {
 class MMDiTConfig:
     """Architecture of the MM-DiT; the defaults are UniAlignment's 2 B model.
 
-    `remat` is what the backward pass finds instead of computing it again: "none" recomputes nothing, "dots" keeps the
-    matmul outputs, "block" only what enters a block, "offload" that too, but in the host's memory.
+    `remat` says what the forward pass saves for the backward pass: "none" saves every activation, "dots" the matmul
+    outputs, "block" the inputs of the blocks, "offload" the same in the host's memory. The rest is recomputed.
     `max_patches` is the side of SD3's positional grid, `base_patches` the side at which neighbours are one unit apart.
     `text_positions` is the number of rows of a learned table that is added to the text tokens after `text_embed`, at
-    least the text's length; 0 adds nothing, as the released model.
+    least the text's length. 0 adds nothing, as in the released model.
     """
 
     depth: int = 24
@@ -69,7 +70,7 @@ class MMDiTConfig:
 
 
 class MMDiTOutput(NamedTuple):
-    """What the network gives; features and taps belong to the target's tokens, never to the conditions'."""
+    """The network's outputs; features and taps are those of the target's tokens, never of the conditions'."""
 
     velocity: jax.Array  # [B, H, W, C] float32, the predicted noise - clean
     text_logits: jax.Array  # [B, L, V] float32
@@ -90,16 +91,16 @@ class Modulation(NamedTuple):
     gate_mlp: jax.Array
 
     @classmethod
-    def of(cls, vectors):
-        """[B, 6, D] as six named vectors."""
+    def of(cls, vectors: jax.Array) -> "Modulation":
+        """Names the six vectors of [B, 6, D]."""
         return cls(*(vectors[:, i, None] for i in range(6)))
 
 
 class Modulations(NamedTuple):
     """All adaLN vectors of the network at some noise levels; they depend on sigma alone.
 
-    Leading axes S: one row for each sigma, as `block_modulations` makes them, so that a scan over the evaluations of a
-    sampler hands `MMDiT` one row, without that axis, for all samples of a batch.
+    `block_modulations` makes one row for each of S sigmas. A scan over a sampler's evaluations hands `MMDiT` one row,
+    without the axis S, for all samples of a batch.
     """
 
     image: jax.Array  # [S, depth, 6, D] the image stream's, in the compute dtype
@@ -107,7 +108,7 @@ class Modulations(NamedTuple):
     head: jax.Array  # [S, 2, D] shift and scale of the image head, float32
 
 
-def layer_norm(x):
+def layer_norm(x: jax.Array) -> jax.Array:
     """Normalises the last axis in float32 (eps 1e-6, no learned scale), as SD3 does everywhere."""
     x = x.astype(jnp.float32)
     mean = jnp.mean(x, axis=-1, keepdims=True)
@@ -115,11 +116,11 @@ def layer_norm(x):
     return (x - mean) * jax.lax.rsqrt(variance + 1e-6)
 
 
-def modulated_norm(x, shift, scale, dtype):
+def modulated_norm(x: jax.Array, shift: jax.Array, scale: jax.Array, dtype) -> jax.Array:
     return (layer_norm(x) * (1 + scale.astype(jnp.float32)) + shift.astype(jnp.float32)).astype(dtype)
 
 
-def time_features(sigma, features=256):
+def time_features(sigma: jax.Array, features: int = 256) -> jax.Array:
     """Sinusoids of the SD3 timestep 1000 * sigma: [B] -> [B, features] float32, cosines first."""
     half = features // 2
     frequencies = jnp.exp(-np.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
@@ -128,7 +129,7 @@ def time_features(sigma, features=256):
 
 
 @functools.cache
-def position_table(rows, columns, width, max_patches, base_patches):
+def position_table(rows: int, columns: int, width: int, max_patches: int, base_patches: int) -> np.ndarray:
     """SD3's fixed 2-D sinusoids, [rows * columns, width] float32: the crop from the middle of the max_patches grid.
 
     The first half of the width encodes the column, the second the row, each as sines then cosines.
@@ -146,7 +147,7 @@ def position_table(rows, columns, width, max_patches, base_patches):
     return np.concatenate([column, row], axis=-1).reshape(rows * columns, width).astype(np.float32)
 
 
-def patchify(latents, patch):
+def patchify(latents: jax.Array, patch: int) -> jax.Array:
     """[..., H, W, C] -> [..., N, patch * patch * C], row by row, each patch flattened as (row, column, channel)."""
     *lead, height, width, channels = latents.shape
     x = latents.reshape(*lead, height // patch, patch, width // patch, patch, channels)
@@ -154,33 +155,43 @@ def patchify(latents, patch):
     return x.reshape(*lead, (height // patch) * (width // patch), patch * patch * channels)
 
 
-def unpatchify(tokens, height, width, patch):
+def unpatchify(tokens: jax.Array, height: int, width: int, patch: int) -> jax.Array:
     """The inverse of `patchify`: [B, N, patch * patch * C] -> [B, H, W, C]."""
     batch = tokens.shape[0]
     x = tokens.reshape(batch, height // patch, width // patch, patch, patch, -1)
     return jnp.swapaxes(x, 2, 3).reshape(batch, height, width, -1)
 
 
-def first_of_pairs(x):
-    """[2B, ...] -> the rows 0, 2, ...; a reshape, so that a split batch stays split."""
+def first_of_pairs(x: jax.Array) -> jax.Array:
+    """The rows 0, 2, ... of [2B, ...], by a reshape, which keeps a split batch split."""
     return x.reshape(x.shape[0] // 2, 2, *x.shape[1:])[:, 0]
 
 
-def second_of_pairs(x):
+def second_of_pairs(x: jax.Array) -> jax.Array:
+    """The rows 1, 3, ... of [2B, ...]."""
     return x.reshape(x.shape[0] // 2, 2, *x.shape[1:])[:, 1]
 
 
-def in_pairs(first, second):
-    """Two [B, ...] -> [2B, ...], row by row in turn."""
+def in_pairs(first: jax.Array, second: jax.Array) -> jax.Array:
+    """Interleaves the rows of two arrays: [B, ...] and [B, ...] -> [2B, ...]."""
     return jnp.stack([first, second], axis=1).reshape(2 * first.shape[0], *first.shape[1:])
 
 
-def dense(features, config, axis=-1, init=XAVIER, name=None, split=0):
-    """`split`: along which axis of the weight its gradient is split, that of "fsdp" in the sharding table."""
-    dot_general = dot_general_splitting(split)
-    return nn.DenseGeneral(
-        features, axis=axis, dtype=config.dtype, kernel_init=init, dot_general=dot_general, name=name
-    )
+def kernel_path(module: nn.Module, name: str) -> str:
+    """The path of the weight of a module's layer `name`, as the sharding table knows it."""
+    return "/".join((*module.path, name, "kernel"))
+
+
+def dense(module: nn.Module, name: str, features, axis=-1, init=XAVIER) -> nn.DenseGeneral:
+    """The dense layer of a module's attribute `name`."""
+    dot_general = split_dot_general(kernel_path(module, name))
+    return nn.DenseGeneral(features, axis=axis, dtype=module.config.dtype, kernel_init=init, dot_general=dot_general)
+
+
+def head(module: nn.Module, name: str, features: int, init) -> nn.Dense:
+    """The dense layer of a module's attribute `name`, with a float32 result."""
+    dot_general = functools.partial(split_dot_general(kernel_path(module, name)), preferred_element_type=jnp.float32)
+    return nn.Dense(features, dtype=module.config.dtype, kernel_init=init, dot_general=dot_general)
 
 
 class StreamHalf(nn.Module):
@@ -190,18 +201,18 @@ class StreamHalf(nn.Module):
 
     def setup(self):
         c = self.config
-        self.modulation = dense((6, c.width), c, init=nn.initializers.zeros)
-        self.qkv = dense((3, c.num_heads, c.head_width), c)
-        self.out = dense(c.width, c, axis=(-2, -1), split=-1)
-        self.mlp_in = dense(c.mlp_ratio * c.width, c)
-        self.mlp_out = dense(c.width, c, split=-1)
+        self.modulation = dense(self, "modulation", (6, c.width), init=nn.initializers.zeros)
+        self.qkv = dense(self, "qkv", (3, c.num_heads, c.head_width))
+        self.out = dense(self, "out", c.width, axis=(-2, -1))
+        self.mlp_in = dense(self, "mlp_in", c.mlp_ratio * c.width)
+        self.mlp_out = dense(self, "mlp_out", c.width)
 
     def modulate(self, time_embedding):
-        """[B, D] -> the stream's adaLN vectors, [B, 6, D]."""
+        """The stream's adaLN vectors: [B, D] -> [B, 6, D]."""
         return self.modulation(nn.silu(time_embedding))
 
     def project(self, x, m):
-        """Normed and modulated x -> queries, keys and values, each [B, tokens, heads, head width]."""
+        """Queries, keys and values of the normed and modulated x, each [B, tokens, heads, head width]."""
         qkv = self.qkv(modulated_norm(x, m.shift_attention, m.scale_attention, self.config.dtype))
         return qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
 
@@ -222,7 +233,7 @@ class JointBlock(nn.Module):
         self.text = StreamHalf(self.config)
 
     def __call__(self, image, text, time_embedding, vectors=None):
-        """`vectors`: the modulation [1, 6, D] of both streams where it is known; or else it is made of time."""
+        """`vectors`: the precomputed modulation [1, 6, D] of each stream, or None to compute it from the time."""
         image, text = checkpoint_name(image, "block input"), checkpoint_name(text, "block input")
         if vectors is None:
             vectors = self.image.modulate(time_embedding), self.text.modulate(time_embedding)
@@ -238,7 +249,7 @@ class JointBlock(nn.Module):
 
 
 class Layer(nn.Module):
-    """What the scan repeats: one block, and the tap that remembers what left block `tap_depth`."""
+    """The body of the scan: one block, and the taps, which keep the outputs of block `tap_depth`."""
 
     config: MMDiTConfig
 
@@ -249,7 +260,7 @@ class Layer(nn.Module):
         if self.config.remat != "none":
             block = nn.remat(JointBlock, prevent_cse=False, policy=REMAT_POLICIES[self.config.remat])
         image, text = block(self.config, name="joint")(image, text, time_embedding, vectors)
-        # Outside the remat: choosing needs no residual, so that the tap costs no memory per block.
+        # Outside the remat: `where` saves no residuals, so that the taps cost no memory per block.
         reached = index == self.config.tap_depth - 1
         image_tap = jnp.where(reached, image[:, : image_tap.shape[1]], image_tap)
         text_tap = jnp.where(reached, text, text_tap)
@@ -278,100 +289,97 @@ class MMDiT(nn.Module):
       sigma: [B] noise level in [0, 1], 0 is clean; the text pass runs at 0. None where `modulations` are given.
       conditions: [B, K, h, w, C] clean latents of K condition images, or None. Their tokens follow the target's in the
         image sequence, with the same patch embedding, positions and modulation.
-      modulations: one row of what `block_modulations` gives for the sigma of all samples. The weights that
-        make modulations are then not read, and may be missing: `without_modulations(params)`.
-      paired: rows 2b and 2b + 1 are the image pass and the text pass of sample b, run as one forward; the outputs
-        have a row for each sample, velocity and image side from its image pass, logits and text side from the other.
+      modulations: one row of `block_modulations`, for the sigma of all samples. The weights that compute modulations
+        are then not read, and may be missing: `without_modulations(params)`.
+      paired: rows 2b and 2b + 1 are the image pass and the text pass of sample b, run as one forward. The outputs have
+        one row per sample: the image side from its image pass, the text side from its text pass.
 
-    `lines`, of `sharding.lines`, are those axes of the mesh that are no rings; they change how gradients travel, and
-    nothing else. Raises ValueError when a size does not fit.
+    `scan_blocks` runs the blocks, and decides how the gradients of their weights are reduced (parallel/gradients.py).
+    Raises ValueError when a size does not fit.
     """
 
     config: MMDiTConfig
-    lines: tuple[str, ...] = ()
+    scan_blocks: Callable = scan_blocks
 
-    @nn.compact
-    def __call__(self, latents, text_embeddings, sigma, conditions=None, *, modulations=None, paired=False):
+    def setup(self):
+        c = self.config
+        self.patch_embed = dense(self, "patch_embed", c.width)
+        self.text_embed = dense(self, "text_embed", c.width)
+        if c.text_positions:
+            # Zero at the start: a model that was converted without the table computes the same as before.
+            self.text_positions = self.param("text_positions", nn.initializers.zeros, (c.text_positions, c.width))
+        self.time_embed = TimeEmbedder(c.width)
+        self.blocks = nn.scan(
+            Layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, 0, nn.broadcast),
+            length=c.depth,
+        )(c)
+        self.image_head_modulation = head_modulation_layer(c)
+        patch_features = c.patch_size * c.patch_size * c.latent_channels
+        self.image_head = head(self, "image_head", patch_features, init=nn.initializers.zeros)
+        self.text_head = head(self, "text_head", c.vocab_size, init=nn.initializers.normal(0.02))
+
+    def __call__(
+        self,
+        latents: jax.Array,
+        text_embeddings: jax.Array,
+        sigma: jax.Array | None,
+        conditions: jax.Array | None = None,
+        *,
+        modulations: Modulations | None = None,
+        paired: bool = False,
+    ) -> MMDiTOutput:
         c = self.config
         check_inputs(c, latents, text_embeddings, sigma, conditions, modulations)
-        height, width = latents.shape[1:3]
-
-        patch_embed = dense(c.width, c, name="patch_embed")
-
-        def embed_image(x):
-            rows, columns = x.shape[-3] // c.patch_size, x.shape[-2] // c.patch_size
-            positions = position_table(rows, columns, c.width, c.max_patches, c.base_patches)
-            return patch_embed(patchify(x, c.patch_size)) + jnp.asarray(positions, c.dtype)
-
-        image = embed_image(latents)
-        target_tokens = image.shape[1]
-        if conditions is not None:
-            condition_tokens = embed_image(conditions)
-            condition_tokens = condition_tokens.reshape(latents.shape[0], -1, c.width)
-            image = jnp.concatenate([image, condition_tokens], axis=1)
-        text = dense(c.width, c, name="text_embed")(text_embeddings)
-        if c.text_positions:
-            # Zero at the start: a model converted without the table computes what it did.
-            table = self.param("text_positions", nn.initializers.zeros, (c.text_positions, c.width))
-            text = text + table[: text.shape[1]].astype(c.dtype)
+        image, text = self.embed(latents, conditions, text_embeddings)
         time_embedding = vectors = None
         if modulations is None:
-            time_embedding = TimeEmbedder(c.width, name="time_embed")(sigma)
+            time_embedding = self.time_embed(sigma)
+            head_modulation = self.image_head_modulation(nn.silu(time_embedding))
         else:
             vectors = modulations.image[:, None], modulations.text[:, None]
-        image, text = keep_batch_sharded(image), keep_batch_sharded(text)
-
-        carry = (image, text, jnp.zeros_like(image[:, :target_tokens]), jnp.zeros_like(text))
-        mesh = jax.sharding.get_abstract_mesh()
-        training = modulations is None and not self.is_initializing()
-        if training and c.remat != "offload" and reduces_late(mesh, latents.shape[0]):
-
-            def layer(params, index, carry, time_embedding):
-                return Layer(c, parent=None).apply({"params": params}, carry, index, None, time_embedding)[0]
-
-            blocks = self.variables["params"]["blocks"]
-            image, text, image_tap, text_tap = scan_reducing_late(
-                layer, blocks, carry, time_embedding, "blocks", self.lines
-            )
-        else:
-            layers = nn.scan(
-                Layer,
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                in_axes=(0, 0, nn.broadcast),
-                length=c.depth,
-            )(c, name="blocks")
-            (image, text, image_tap, text_tap), _ = layers(carry, jnp.arange(c.depth), vectors, time_embedding)
-
-        if modulations is None:
-            head_modulation = head_modulation_layer(c, name="image_head_modulation")(nn.silu(time_embedding))
-        else:
             head_modulation = modulations.head[None]
+        image, text = keep_batch_sharded(image), keep_batch_sharded(text)
+        target_tokens = latents.shape[1] * latents.shape[2] // c.patch_size**2
+        carry = image, text, jnp.zeros_like(image[:, :target_tokens]), jnp.zeros_like(text)
+        block, late = Layer(c, parent=None), c.remat != "offload"
+        carry = self.scan_blocks(self.blocks, block, c.depth, carry, vectors, time_embedding, late=late)
+        return self.read_out(*carry, head_modulation, latents.shape[1:3], paired)
+
+    def embed(self, latents, conditions, text_embeddings):
+        """The image tokens [B, N, D], the target's before the conditions', and the text tokens [B, L, D]."""
+        c = self.config
+        image = self.embed_image(latents)
+        if conditions is not None:
+            condition_tokens = self.embed_image(conditions)
+            condition_tokens = condition_tokens.reshape(latents.shape[0], -1, c.width)
+            image = jnp.concatenate([image, condition_tokens], axis=1)
+        text = self.text_embed(text_embeddings)
+        if c.text_positions:
+            text = text + self.text_positions[: text.shape[1]].astype(c.dtype)
+        return image, text
+
+    def embed_image(self, x):
+        """Patch embedding and positions: [..., H, W, C] -> [..., N, D]."""
+        c = self.config
+        rows, columns = x.shape[-3] // c.patch_size, x.shape[-2] // c.patch_size
+        positions = position_table(rows, columns, c.width, c.max_patches, c.base_patches)
+        return self.patch_embed(patchify(x, c.patch_size)) + jnp.asarray(positions, c.dtype)
+
+    def read_out(self, image, text, image_tap, text_tap, head_modulation, latent_size, paired):
+        """The final norms and the heads, on the outputs of the last block."""
+        c = self.config
         if paired:
             head_modulation, image, image_tap = (first_of_pairs(x) for x in (head_modulation, image, image_tap))
             text, text_tap = second_of_pairs(text), second_of_pairs(text_tap)
         shift, scale = head_modulation[:, 0, None], head_modulation[:, 1, None]
-        image_features = modulated_norm(image[:, :target_tokens], shift, scale, c.dtype)
+        image_features = modulated_norm(image[:, : image_tap.shape[1]], shift, scale, c.dtype)
         text_features = layer_norm(text).astype(c.dtype)
-
-        to_float32 = functools.partial(dot_general_splitting(0), preferred_element_type=jnp.float32)
-        patch_features = c.patch_size * c.patch_size * c.latent_channels
-        velocity = nn.Dense(
-            patch_features,
-            dtype=c.dtype,
-            dot_general=to_float32,
-            kernel_init=nn.initializers.zeros,
-            name="image_head",
-        )(image_features)
-        text_logits = nn.Dense(
-            c.vocab_size,
-            dtype=c.dtype,
-            dot_general=to_float32,
-            kernel_init=nn.initializers.normal(0.02),
-            name="text_head",
-        )(text_features)
+        velocity, text_logits = self.image_head(image_features), self.text_head(text_features)
         return MMDiTOutput(
-            velocity=unpatchify(velocity, height, width, c.patch_size),
+            velocity=unpatchify(velocity, *latent_size, c.patch_size),
             text_logits=text_logits,
             image_features=image_features,
             text_features=text_features,
@@ -380,15 +388,15 @@ class MMDiT(nn.Module):
         )
 
 
-def head_modulation_layer(config, name=None):
-    return nn.DenseGeneral((2, config.width), kernel_init=nn.initializers.zeros, name=name)
+def head_modulation_layer(config: MMDiTConfig) -> nn.DenseGeneral:
+    return nn.DenseGeneral((2, config.width), kernel_init=nn.initializers.zeros)
 
 
-def block_modulations(config, params, sigma) -> Modulations:
+def block_modulations(config: MMDiTConfig, params, sigma: jax.Array) -> Modulations:
     """The adaLN vectors of every block for the noise levels sigma [S], by the network's own layers.
 
-    They are a third of the parameters and depend on sigma alone: a sampler makes them once, outside its loop, and
-    the loop reads a row of this table instead of those weights. Exact: the same numbers as inside.
+    The layers that compute them hold a third of the parameters. A sampler computes the vectors once, outside its loop,
+    and the loop reads a row of this table instead of those weights. The numbers are exactly the same.
     """
     chex.assert_rank(sigma, 1)
     embedding = TimeEmbedder(config.width).apply({"params": params["time_embed"]}, sigma)
@@ -405,15 +413,15 @@ def block_modulations(config, params, sigma) -> Modulations:
     return Modulations(image=stream(blocks["image"]), text=stream(blocks["text"]), head=head)
 
 
-def without_modulations(params):
-    """The parameters that the network still reads when it is given `modulations`: two thirds of them."""
+def without_modulations(params: dict) -> dict:
+    """The two thirds of the parameters that the network reads when it is given `modulations`."""
     streams = params["blocks"]["joint"]
     streams = {name: {k: v for k, v in half.items() if k != "modulation"} for name, half in streams.items()}
     rest = {k: v for k, v in params.items() if k not in ("time_embed", "image_head_modulation", "blocks")}
     return rest | {"blocks": {"joint": streams}}
 
 
-def check_inputs(config, latents, text_embeddings, sigma, conditions, modulations=None):
+def check_inputs(config: MMDiTConfig, latents, text_embeddings, sigma, conditions, modulations=None) -> None:
     """Raises ValueError, with the numbers, when the inputs of the MM-DiT do not fit it or each other."""
     c = config
     if not 1 <= c.tap_depth <= c.depth:
@@ -457,7 +465,10 @@ def check_inputs(config, latents, text_embeddings, sigma, conditions, modulation
 
 @dataclasses.dataclass(frozen=True)
 class AlignmentHeadsConfig:
-    """Sizes of the two projections towards the teacher; `final_silu` is for parity with the released checkpoint."""
+    """Sizes of the two projections onto the teacher's features.
+
+    `final_silu` is for parity with the released checkpoint. `pool` averages the tokens before the projection.
+    """
 
     hidden_width: int = 2048
     teacher_width: int = 3584
@@ -470,7 +481,7 @@ class AlignmentHeads(nn.Module):
 
     (image_tap [B, N, D], text_tap [B, L, D]) -> (image [B, teacher_width], text [B, teacher_width]), float32. Tokens
     are averaged first, as in the released code; with `pool=False` each is projected: [B, N or L, teacher_width].
-    Raises AssertionError for taps that are not of one batch and width.
+    Raises AssertionError when the taps differ in batch or width.
     """
 
     config: AlignmentHeadsConfig
@@ -484,9 +495,11 @@ class AlignmentHeads(nn.Module):
             x = tap.astype(jnp.float32)
             if self.config.pool:
                 x = jnp.mean(x, axis=1)
-            dense = functools.partial(nn.Dense, dot_general=dot_general_splitting(0))
-            x = nn.silu(dense(self.config.hidden_width, name=f"{name}_hidden")(x))
-            x = dense(self.config.teacher_width, name=f"{name}_out")(x)
+            x = nn.silu(dense(self.config.hidden_width, f"{name}_hidden")(x))
+            x = dense(self.config.teacher_width, f"{name}_out")(x)
             return nn.silu(x) if self.config.final_silu else x
+
+        def dense(features, name):
+            return nn.Dense(features, dot_general=split_dot_general(f"heads/{name}/kernel"), name=name)
 
         return project(image_tap, "image"), project(text_tap, "text")

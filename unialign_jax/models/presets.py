@@ -6,7 +6,7 @@ from unialign_jax.models.text_encoder import TextEncoderConfig
 
 MMDIT = {
     "unialign_2b": MMDiTConfig(),
-    # On the latents of the tiny autoencoder: 64 pixels are 4 x 4 patches, and 512 the most.
+    # On the latents of the tiny autoencoder: 64 pixels are 4 x 4 patches; images have at most 512 pixels a side.
     "tiny": MMDiTConfig(
         depth=4,
         num_heads=4,
@@ -47,7 +47,7 @@ AUTOENCODER = {
         norm_groups=2,
         dtype="float32",
     ),
-    # Not a learned codec: pixels rearranged into latents, for tests and trials without pretrained weights.
+    # Not a learned codec: it rearranges pixels into latents, for tests and trials without pretrained weights.
     "pixels": AutoencoderConfig(
         kind="space_to_depth", latent_channels=48, downsample_factor=4, scale=2.0, shift=0.0, dtype="float32"
     ),

@@ -1,7 +1,7 @@
-"""The frozen teacher of the intrinsic-modal loss: Qwen2.5-VL's vision tower, and its table of input embeddings.
+"""The frozen teacher of the intrinsic-modal loss: Qwen2.5-VL's vision tower and input embeddings.
 
-Images go through the tower, text is only looked up: no layer of the language model is run (the released UniAlignment
-code does the same). Both are then averaged over tokens, which gives one vector per image and one per text.
+The tower encodes images. Texts are only looked up in the table of embeddings: as in the released UniAlignment code, no
+layer of the language model runs. Both are averaged over tokens, which gives one vector per image and one per text.
 
 Facts: Qwen2.5-VL (arXiv 2502.13923) as the transformers library runs it: RMS norms, SwiGLU with biases, rotary
 positions of row and column, attention inside windows of 112 pixels except in four layers that see the whole image,
@@ -28,10 +28,10 @@ ROTARY_BASE = 10000.0
 
 @dataclasses.dataclass(frozen=True)
 class TeacherConfig:
-    """Architecture of the teacher; the defaults are Qwen2.5-VL-7B's. `dtype` is what the matmuls compute in.
+    """Architecture of the teacher; the defaults are Qwen2.5-VL-7B's. `dtype` is that of the matmuls.
 
-    `window_size` is in pixels of the resized image, `full_attention_layers` count from 0. `output_width` is the width
-    of the features, of images and of text. The resized image has from `min_pixels` to `max_pixels` pixels.
+    `window_size` is in pixels of the resized image; `full_attention_layers` count from 0. `output_width` is the width
+    of the image and text features. The resized image has from `min_pixels` to `max_pixels` pixels.
     """
 
     depth: int = 32
@@ -47,7 +47,7 @@ class TeacherConfig:
     vocab_size: int = 152064
     min_pixels: int = 56 * 56
     max_pixels: int = 16384 * 28 * 28
-    attention: str = "xla"  # of the layers that see the whole image; or "cudnn", "splash"
+    attention: str = "xla"  # of the full-attention layers; or "cudnn", "splash"
     dtype: str = "bfloat16"
 
     def __post_init__(self):
@@ -67,20 +67,20 @@ class TeacherConfig:
 
     @property
     def patch_values(self) -> int:
-        """P: what one patch holds, over the frames that a still image repeats."""
+        """P: the values of one patch, counting the frames that a still image repeats."""
         return 3 * self.temporal_patch_size * self.patch_size**2
 
     @property
     def window_tokens(self) -> int:
-        """Side of a window, in merged tokens."""
+        """The side of a window in merged tokens."""
         return self.window_size // self.merge_size // self.patch_size
 
 
 # Images -> patches
 
 
-def resized_size(height, width, config):
-    """(height, width) that the tower sees: the nearest multiples of 28 pixels, within min_pixels to max_pixels.
+def resized_size(height: int, width: int, config: TeacherConfig) -> tuple[int, int]:
+    """The tower's (height, width): the nearest multiples of 28 pixels, within min_pixels to max_pixels.
 
     512 becomes 504. Source: Qwen's smart_resize. Raises ValueError for an aspect ratio above 200.
     """
@@ -97,10 +97,10 @@ def resized_size(height, width, config):
     return resized
 
 
-def resize_matrix(size, new_size):
+def resize_matrix(size: int, new_size: int) -> np.ndarray:
     """The antialiased bicubic filter as a matrix: [new_size, size] float32, rows summing to one.
 
-    The convolution is Keys' with a = -0.5, widened when it shrinks: what Pillow and torchvision compute.
+    The kernel is Keys' with a = -0.5, widened when the image shrinks, as in Pillow and torchvision.
     """
     widen = max(size / new_size, 1.0)
     center = (np.arange(new_size)[:, None] + 0.5) * (size / new_size)
@@ -112,16 +112,20 @@ def resize_matrix(size, new_size):
     return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
-def preprocess_images(images, config, *, round_to_bytes=False):
-    """Images of one size -> what the tower reads: (patches [B, N, P] float32, grid (rows, columns) of patches).
+def preprocess_images(
+    images: jax.Array, config: TeacherConfig, *, round_to_bytes: bool = False
+) -> tuple[jax.Array, tuple[int, int]]:
+    """Images of one size -> the tower's input: (patches [B, N, P] float32, grid (rows, columns) of patches).
+
+    The order is Qwen2VLImageProcessor's: merged tokens row by row, the four patches of a token together, and the values
+    of a patch as (channel, frame, row, column).
 
     Args:
       images: [B, H, W, 3], uint8 or float in [-1, 1] (clipped, as the reference does).
-      round_to_bytes: resize as Pillow does, through bytes, columns first. False keeps the resized pixels exact, as the
-        reference's are (it hands torchvision floats); the two differ by a level of 255, more where bicubic overshoots.
+      round_to_bytes: resizes as Pillow does, through bytes, columns first. False keeps the resized pixels exact, as the
+        reference does (it hands torchvision floats). The two differ by a level of 255, more where bicubic overshoots.
 
-    The patches come merged token by merged token, row by row, the four of a token together; the values of a patch are
-    ordered (channel, frame, row, column): Qwen2VLImageProcessor's order. Raises ValueError for another shape.
+    Raises ValueError for another shape.
     """
     if images.ndim != 4 or images.shape[-1] != 3:
         raise ValueError(f"images have shape {list(images.shape)}, expected [batch, height, width, 3]")
@@ -132,7 +136,7 @@ def preprocess_images(images, config, *, round_to_bytes=False):
     else:
         pixels = images.astype(jnp.float32)
     to_bytes = (lambda x: jnp.clip(jnp.floor(x + 0.5), 0, 255)) if round_to_bytes else (lambda x: x)
-    # The default precision of a TPU's matmul would round every pixel to bfloat16.
+    # At a TPU's default precision a matmul would round every pixel to bfloat16.
     columns, rows = resize_matrix(width, new_width), resize_matrix(height, new_height)
     pixels = to_bytes(jnp.einsum("bhwc,vw->bhvc", to_bytes(pixels), columns, precision="highest"))
     pixels = to_bytes(jnp.einsum("bhvc,uh->buvc", pixels, rows, precision="highest"))
@@ -149,10 +153,10 @@ def preprocess_images(images, config, *, round_to_bytes=False):
 # The tower
 
 
-def rotary_table(grid, config):
+def rotary_table(grid: tuple[int, int], config: TeacherConfig) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines of each patch's rotation, both [N, head width / 2] float32, in the order of the patches.
 
-    The first half of the angles turns with the row, the second with the column.
+    The first half of the angles encodes the row, the second the column.
     """
     merge = config.merge_size
     position = np.stack(np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij"), axis=-1)
@@ -163,16 +167,16 @@ def rotary_table(grid, config):
     return np.cos(angles), np.sin(angles)
 
 
-def rotate(x, cosine, sine):
-    """Turns queries or keys [B, N, heads, head width], value i of a head paired with value i + half, in float32."""
+def rotate(x: jax.Array, cosine: np.ndarray, sine: np.ndarray) -> jax.Array:
+    """Rotates queries or keys [B, N, heads, head width] in float32; value i of a head is paired with i + half."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cosine, sine = cosine[:, None], sine[:, None]
     turned = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
     return turned.astype(x.dtype)
 
 
-def to_windows(x, grid, config):
-    """[B, N, ...] -> [B, windows, patches of a window, ...], zeros where a window reaches over the edge."""
+def to_windows(x: jax.Array, grid: tuple[int, int], config: TeacherConfig) -> jax.Array:
+    """[B, N, ...] -> [B, windows, patches of a window, ...], padded with zeros at the edges."""
     side, merge = config.window_tokens, config.merge_size
     rows, columns = grid[0] // merge, grid[1] // merge
     x = x.reshape(x.shape[0], rows, columns, merge**2, *x.shape[2:])
@@ -184,7 +188,7 @@ def to_windows(x, grid, config):
     return jnp.swapaxes(x, 2, 3).reshape(x.shape[0], down * across, side * side * merge**2, *x.shape[6:])
 
 
-def from_windows(x, grid, config):
+def from_windows(x: jax.Array, grid: tuple[int, int], config: TeacherConfig) -> jax.Array:
     """The inverse of `to_windows`."""
     side, merge = config.window_tokens, config.merge_size
     rows, columns = grid[0] // merge, grid[1] // merge
@@ -195,8 +199,8 @@ def from_windows(x, grid, config):
     return x.reshape(x.shape[0], grid[0] * grid[1], *x.shape[4:])
 
 
-def window_attention(query, key, value, grid, config):
-    """Attention among the patches of a window, [B, N, heads, head width] each; the softmax is float32."""
+def window_attention(query, key, value, grid: tuple[int, int], config: TeacherConfig) -> jax.Array:
+    """Attention inside windows, [B, N, heads, head width] each; the softmax is float32."""
     query, key, value = (to_windows(x, grid, config) for x in (query, key, value))
     inside = to_windows(jnp.ones((1, grid[0] * grid[1]), bool), grid, config)[:, :, None, None]
     scores = jnp.einsum("bwqhd,bwkhd->bwhqk", query, key, preferred_element_type=jnp.float32)
@@ -205,16 +209,16 @@ def window_attention(query, key, value, grid, config):
     return from_windows(jnp.einsum("bwhqk,bwkhd->bwqhd", weights, value), grid, config)
 
 
-def rms_norm(config, name):
+def rms_norm(config: TeacherConfig, name: str) -> nn.RMSNorm:
     return nn.RMSNorm(epsilon=1e-6, dtype=config.dtype, name=name)
 
 
-def dense(config, features, name, axis=-1, use_bias=True):
+def dense(config: TeacherConfig, features, name: str, axis=-1, use_bias=True) -> nn.DenseGeneral:
     return nn.DenseGeneral(features, axis=axis, use_bias=use_bias, dtype=config.dtype, name=name)
 
 
 class Layer(nn.Module):
-    """Attention, over the whole image or inside windows, then a gated MLP, each normed before and added after."""
+    """Attention, over the whole image or inside windows, then a gated MLP; each pre-normed, with a residual."""
 
     config: TeacherConfig
     grid: tuple[int, int]
@@ -242,7 +246,7 @@ class Layer(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """patches [B, N, P] of images with `grid` (rows, columns) of them -> merged tokens [B, M, T], M = N / 4.
+    """Patches [B, N, P] and their `grid` (rows, columns) -> merged tokens [B, M, T], M = N / 4.
 
     The layers are one scan: their parameters are stacked along a leading axis of length `depth`. Raises ValueError
     unless the patches fit the grid.
@@ -282,7 +286,7 @@ class VisionTower(nn.Module):
 # Features
 
 
-def init_teacher(key, config):
+def init_teacher(key: jax.Array, config: TeacherConfig) -> dict:
     """Random parameters {"vision": the tower's, "token_embedding": [vocab_size, T]}, float32."""
     tower_key, table_key = jax.random.split(key)
     grid = config.merge_size, config.merge_size
@@ -292,22 +296,35 @@ def init_teacher(key, config):
     return {"vision": vision, "token_embedding": table}
 
 
-def encode_images(params, images, config, *, pool=True, round_to_bytes=False):
-    """The teacher's features of images of one size [B, H, W, 3], uint8 or float in [-1, 1]: [B, T] float32.
+def encode_images(
+    params, images: jax.Array, config: TeacherConfig, *, pool: bool = True, round_to_bytes: bool = False
+) -> jax.Array:
+    """The features of images of one size, [B, H, W, 3] uint8 or float in [-1, 1] -> [B, T] float32.
 
-    `pool=False` leaves out the mean over tokens: [B, M, T]. Raises ValueError as `preprocess_images` does, whose
-    `round_to_bytes` this is.
+    `pool=False` leaves out the mean over tokens: [B, M, T]. `round_to_bytes` is that of `preprocess_images`. Raises
+    ValueError for another shape.
     """
     patches, grid = preprocess_images(images, config, round_to_bytes=round_to_bytes)
     tokens = VisionTower(config).apply({"params": params["vision"]}, patches, grid).astype(jnp.float32)
     return jnp.mean(tokens, axis=1) if pool else tokens
 
 
-def encode_texts(params, ids, is_token=None):
+def pooled_features(params: dict, batch: dict[str, jax.Array], config: TeacherConfig) -> dict[str, jax.Array]:
+    """The features of a batch as data sets keep them: teacher_image and teacher_text, both float16 [B, T].
+
+    Args:
+      batch: "image" uint8 [B, H, W, 3], "teacher_ids" int32 [B, L] and "teacher_is_token" bool [B, L].
+    """
+    image = encode_images(params, batch["image"], config)
+    text = encode_texts(params, batch["teacher_ids"], batch["teacher_is_token"])
+    return {"teacher_image": image.astype(jnp.float16), "teacher_text": text.astype(jnp.float16)}
+
+
+def encode_texts(params, ids: jax.Array, is_token: jax.Array | None = None) -> jax.Array:
     """The mean input embedding of each text: ids int32 [B, L], is_token bool [B, L] -> [B, T] float32.
 
     `is_token` is false on pads; None averages over them too, as the released code does. A text without tokens gives
-    zeros. Raises ValueError for other shapes or types. Ids must lie in the table: JAX would read NaN beyond it.
+    zeros. Ids must lie in the table: JAX reads NaN beyond it. Raises ValueError for other shapes or types.
     """
     if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(f"ids are {ids.dtype}{list(ids.shape)}, expected integers [batch, tokens]")
@@ -317,6 +334,6 @@ def encode_texts(params, ids, is_token=None):
     if is_token is None:
         return jnp.mean(embeddings, axis=1)
     weights = is_token.astype(jnp.float32)[..., None]
-    # Not a product: the embedding of an id that is no token may be anything, NaN included.
+    # Not a product: the embedding at an id that is not a token may be anything, NaN included.
     total = jnp.sum(jnp.where(weights > 0, embeddings, 0), axis=1)
     return total / jnp.maximum(jnp.sum(weights, axis=1), 1)

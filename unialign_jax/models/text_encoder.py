@@ -19,7 +19,7 @@ from unialign_jax.parallel.activations import BATCH_AXES, ENCODER_BATCH_AXES, EN
 
 @dataclasses.dataclass(frozen=True)
 class TextEncoderConfig:
-    """Architecture of the encoder; the defaults are T5 v1.1 XXL. `dtype` is what the matmuls compute in."""
+    """Architecture of the encoder; the defaults are T5 v1.1 XXL's. `dtype` is that of the matmuls."""
 
     vocab_size: int = 32128
     width: int = 4096
@@ -32,11 +32,11 @@ class TextEncoderConfig:
     dtype: str = "bfloat16"
 
 
-def relative_buckets(length, num_buckets, max_distance):
-    """Which row of the bias table each pair of positions reads: int [query, key].
+def relative_buckets(length: int, num_buckets: int, max_distance: int) -> np.ndarray:
+    """The row of the bias table that each pair of positions reads: int [query, key].
 
     Half of the buckets are for keys before the query and half for keys after it. In each half the first half
-    holds one distance per bucket; the rest grow logarithmically up to `max_distance`, then one takes all.
+    holds one distance per bucket. The rest grow logarithmically up to `max_distance`; the last takes all beyond it.
     """
     position = np.arange(length)
     offset = position[None, :] - position[:, None]
@@ -50,13 +50,13 @@ def relative_buckets(length, num_buckets, max_distance):
     return bucket + per_side * (offset > 0)
 
 
-def rms_norm(config, name):
+def rms_norm(config: TextEncoderConfig, name: str) -> nn.RMSNorm:
     """Scales by the root mean square of the width, in float32."""
     return nn.RMSNorm(epsilon=1e-6, dtype=config.dtype, name=name)
 
 
 class Layer(nn.Module):
-    """Self-attention, then a gated MLP, each normed before and added after."""
+    """Self-attention, then a gated MLP; each pre-normed, with a residual."""
 
     config: TextEncoderConfig
 
@@ -68,11 +68,12 @@ class Layer(nn.Module):
             init = nn.initializers.normal(fan**-0.5)
             return nn.DenseGeneral(features, axis=axis, use_bias=False, dtype=c.dtype, kernel_init=init, name=name)
 
-        # The weights are split over axes that elsewhere split the batch: held whole here, the tokens go to the weights.
+        # The weights are split over axes that split the batch elsewhere. Here the batch is whole along them: XLA moves
+        # the tokens and not the weights.
         x = keep_batch_sharded(x, ENCODER_BATCH_AXES)
         heads = (c.num_heads, c.head_width)
         hidden = rms_norm(c, "attention_norm")(x)
-        # The missing 1/sqrt(d) of the scores sits in the initial queries instead.
+        # The factor 1/sqrt(d) that the scores lack is in the initial query weights instead.
         query = dense(heads, "query", fan=c.width * c.head_width)(hidden)
         key, value = dense(heads, "key")(hidden), dense(heads, "value")(hidden)
         attended = attention(
@@ -125,18 +126,3 @@ class TextEncoder(nn.Module):
         )
         x, _ = layers(c, name="layers")(x, bias)
         return keep_batch_sharded(rms_norm(c, "final_norm")(x), BATCH_AXES)
-
-
-def with_mask_embedding(params, mask_embedding, mask_id):
-    """The encoder's parameters with the learned mask embedding [D] as the embedding of token `mask_id`.
-
-    Masked diffusion runs T5 on masked text, and the mask token is one of T5's sentinels, whose own embedding
-    means something else. Raises ValueError when the width or the id does not fit the table.
-    """
-    table = params["token_embedding"]
-    rows = table.shape[0]
-    if mask_embedding.shape != table.shape[1:]:
-        raise ValueError(f"the mask embedding has shape {mask_embedding.shape}, expected {table.shape[1:]}")
-    if not 0 <= mask_id < rows:
-        raise ValueError(f"mask_id is {mask_id}, expected 0 to {rows - 1}, a row of the token embedding")
-    return {**params, "token_embedding": table.at[mask_id].set(jnp.asarray(mask_embedding, table.dtype))}

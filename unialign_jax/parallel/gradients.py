@@ -1,60 +1,95 @@
-"""A scan over layers whose gradients are summed over the devices one layer late, behind the compute.
+"""How gradients are summed over the devices: of a scan of blocks (`scan_blocks`), of a weight (`split_dot_general`).
 
-Autodiff of a scan sums the gradients of a layer's weights where it makes them, and the next layer waits: the TPU's
-compiler runs reduce-scatters alone. Here the backward pass keeps a layer's gradients for one round and sums them while
-it computes those of the layer before; and as a ring of permutes, which the compiler runs beside compute. It does not
-where the ends of a ring are no neighbours, so that a line of devices sends both ways and leaves the ends apart.
+XLA on TPU does not overlap reduce-scatter with compute, so a plain scan stalls at every layer. The backward pass here
+holds layer i + 1's gradients for one iteration and reduces them while it computes layer i's, by a ring of ppermutes,
+which XLA does overlap. Without a wrap-around link a ring would cross the whole axis, so there both ends send inwards
+along an open line.
 """
 
 import functools
 import math
+from collections.abc import Callable
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unialign_jax.parallel.activations import BATCH_AXES, TILE, axes_that_divide
-from unialign_jax.parallel.sharding import partition_spec
+from unialign_jax.parallel.activations import BATCH_AXES, axes_that_divide
+from unialign_jax.parallel.sharding import partition_spec, path_string, table_spec
+
+TILE = 8 * 128  # numbers that a TPU keeps together
 
 
-def reduces_late(mesh, batch_size) -> bool:
-    """Whether `scan_reducing_late` serves: weights are whole on every device, state and batch are split."""
-    used = [name for name in BATCH_AXES if mesh.shape.get(name, 1) > 1]
-    whole = mesh.shape.get("fsdp", 1) == mesh.shape.get("tensor", 1) == 1
-    splits_state = any(name != "replica" for name in used)
-    return whole and splits_state and list(axes_that_divide(BATCH_AXES, mesh, batch_size)) == used
+def scan_blocks(
+    blocks: nn.Module, block: nn.Module, depth: int, carry, inputs, shared, *, late=True, axes_without_wraparound=()
+):
+    """Runs a network's blocks, carry, _ = block(carry, i, inputs[i], shared) for each i, and returns the last carry.
 
-
-def scan_reducing_late(layer, params, carry, shared, path, lines=()):
-    """carry = layer(params[i], i, carry, shared) for each i; see above for its gradient. To be run under a mesh.
+    The gradients of the weights are reduced one block late where `reduces_late` holds, else where autodiff makes them.
 
     Args:
-      layer: a function of one device's samples; its residuals are what it keeps for its own gradient.
+      blocks: the `nn.scan` of `block`, bound; its parameters have the block as their first axis.
+      block: a single block, unbound.
+      carry, shared: trees of arrays whose first axis is the batch.
+      inputs: a tree of arrays whose first axis is the block, for blocks that are not trained; or None.
+      late: False never reduces late, for a remat policy that offloads.
+      axes_without_wraparound: of `mesh.axes_without_wraparound`.
+    """
+    late = late and inputs is None and not blocks.is_initializing()
+    batch_size = jax.tree.leaves(carry)[0].shape[0]
+    if not late or not reduces_late(jax.sharding.get_abstract_mesh(), batch_size):
+        return blocks(carry, jnp.arange(depth), inputs, shared)[0]
+
+    def layer(params, index, carry, shared):
+        return block.apply({"params": params}, carry, index, None, shared)[0]
+
+    params = blocks.variables["params"]
+    return scan_reducing_late(layer, params, carry, shared, blocks.name, axes_without_wraparound)
+
+
+def reduces_late(mesh, batch_size: int) -> bool:
+    """Whether `scan_reducing_late` applies: every device has whole weights, and a part of the state and the batch."""
+    used, scattered = gradient_axes(mesh)
+    whole = mesh.shape.get("fsdp", 1) == mesh.shape.get("tensor", 1) == 1
+    return whole and bool(scattered) and axes_that_divide(BATCH_AXES, mesh, batch_size) == used
+
+
+def gradient_axes(mesh) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The axes of a mesh that gradients are summed over, and those among them that split the sum too."""
+    used = tuple(name for name in BATCH_AXES if mesh.shape.get(name, 1) > 1)
+    return used, tuple(name for name in used if name != "replica")
+
+
+def scan_reducing_late(
+    layer: Callable, params, carry, shared, path: str, axes_without_wraparound: tuple[str, ...] = ()
+):
+    """Computes carry = layer(params[i], i, carry, shared) for each i under a mesh, and returns the last carry.
+
+    The gradient of a leaf is split as the table splits its state.
+
+    Args:
+      layer: a function of one device's samples; it saves its own residuals (remat included).
       params: tree of [depth, ...], whole on every device.
       carry, shared: trees of arrays whose first axis is the batch, split over all axes of the mesh that split batches.
-      path: of `params` in the sharding table, which says along which axis a leaf of the state is split.
-      lines: of `sharding.lines`, the axes of the mesh that are no rings.
-
-    Returns the last carry. The gradient of a leaf comes split as the table splits the state.
+      path: of `params` in the sharding table, which gives the axis that the state of a leaf is split along.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    used = tuple(name for name in BATCH_AXES if mesh.shape.get(name, 1) > 1)
-    scattered = tuple(name for name in used if name != "replica")
+    used, scattered = gradient_axes(mesh)
     specs = jax.tree_util.tree_map_with_path(
-        lambda keys, leaf: partition_spec("/".join([path, *(key.key for key in keys)]), leaf.shape, mesh, state=True),
-        params,
+        lambda keys, leaf: partition_spec(f"{path}/{path_string(keys)}", leaf.shape, mesh, state=True), params
     )
     packing = Packing(params, specs, scattered, math.prod(mesh.shape[name] for name in scattered))
     rows, everywhere = jax.P(used), jax.P()
     by_device = functools.partial(jax.shard_map, check_vma=False)
-    kept_params = {}  # which residuals are a layer's own weights, and need not be kept a second time
+    vjp = {}  # the tree of a layer's vjp, and which of its leaves are the layer's weights: those are not saved twice
 
     def forward(params, carry, shared):
         def step(carry, inputs):
             index, weights = inputs
             carry, pull = jax.vjp(lambda w, c, s: layer(w, index, c, s), weights, carry, shared)
-            residuals, kept_params["tree"] = jax.tree.flatten(pull)
+            residuals, vjp["tree"] = jax.tree.flatten(pull)
             place = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves(weights))}
-            kept_params["places"] = [place.get(id(leaf)) for leaf in residuals]
+            vjp["weights"] = [place.get(id(leaf)) for leaf in residuals]
             return carry, [leaf for leaf in residuals if id(leaf) not in place]
 
         carry, residuals = jax.lax.scan(step, carry, (depths(params), params))
@@ -65,19 +100,19 @@ def scan_reducing_late(layer, params, carry, shared, path, lines=()):
             cotangent, of_shared, late = state
             weights, residuals = inputs
             weights, residuals = jax.tree.leaves(weights), iter(residuals)
-            leaves = [next(residuals) if i is None else weights[i] for i in kept_params["places"]]
-            of_weights, cotangent, more = jax.tree.unflatten(kept_params["tree"], leaves)(cotangent)
+            leaves = [next(residuals) if i is None else weights[i] for i in vjp["weights"]]
+            of_weights, cotangent, more = jax.tree.unflatten(vjp["tree"], leaves)(cotangent)
             of_shared = jax.tree.map(jnp.add, of_shared, more)
             packed, rest = packing.pack(of_weights)
-            return (cotangent, of_shared, packed), (reduce_scatter(late, scattered, lines), rest)
+            return (cotangent, of_shared, packed), (reduce_scatter(late, scattered, axes_without_wraparound), rest)
 
         zeros = jax.tree.map(jnp.zeros_like, shared)
         inputs = params, [leaf[0] for leaf in residuals]
         (cotangent, of_shared, last), (pieces, rest) = jax.lax.scan(
             step, (cotangent, zeros, packing.zeros()), inputs, reverse=True
         )
-        # Round i summed the gradients of layer i + 1.
-        last = reduce_scatter(last, scattered, lines)
+        # Iteration i reduced the gradients of layer i + 1; those of layer 0 are left.
+        last = reduce_scatter(last, scattered, axes_without_wraparound)
         pieces = [jnp.concatenate([first[None], later[:-1]]) for first, later in zip(last, pieces, strict=True)]
         if "replica" in used:
             pieces = [jax.lax.psum(piece, "replica") for piece in pieces]
@@ -111,10 +146,10 @@ def depths(params):
 
 
 class Packing:
-    """One layer's gradients as two arrays [parts, tiles, 8, 128], half of the bytes each, for a ring in each direction.
+    """One layer's gradients as two arrays [parts, tiles, 8, 128] of about equal size, one for each direction of a ring.
 
-    A leaf that the state splits into `parts` along one axis is cut there, and part i of all leaves stands in row i.
-    Other leaves, such as biases, stay as they are, the "rest".
+    A leaf that the state splits into `parts` along one axis is split there; row i holds part i of all leaves. The other
+    leaves, such as biases, stay as they are: the "rest".
     """
 
     def __init__(self, params, specs, axis_names, parts):
@@ -126,7 +161,7 @@ class Packing:
         split = [i for i, axis in enumerate(self.axes) if axis is not None]
         sizes = {i: math.prod(self.leaves[i].shape) for i in split}
         halves = [], []
-        for i in sorted(split, key=sizes.get, reverse=True):  # the next largest to the emptier half
+        for i in sorted(split, key=sizes.get, reverse=True):  # the next largest goes to the smaller half
             min(halves, key=lambda half: sum(sizes[j] for j in half)).append(i)
         self.halves = [half for half in halves if half]
         self.specs = jax.tree.unflatten(
@@ -151,7 +186,7 @@ class Packing:
         )
 
     def unpack(self, halves, rest):
-        """Of all layers: the pieces [depth, tiles, 8, 128] of this device, and the rest, as the tree of gradients."""
+        """The tree of gradients from this device's pieces [depth, tiles, 8, 128] of all layers, and the rest."""
         leaves, rest = [None] * len(self.axes), iter(rest)
         for half, indices in zip(halves, self.halves, strict=True):
             flat, start = half.reshape(half.shape[0], -1), 0
@@ -165,47 +200,126 @@ class Packing:
         return jax.tree.unflatten(self.tree, leaves)
 
 
-def reduce_scatter(halves, axis_names, lines=()):
-    """Up to two arrays [parts, ...] -> this device's part of their sums over the axes; round a ring one each way."""
+def reduce_scatter(halves, axis_names, axes_without_wraparound=()):
+    """This device's part of the sums over the axes of up to two arrays [parts, ...], one for each way round a ring."""
     for name in axis_names:
-        if name in lines:
-            halves = [line(half, name) for half in halves]
+        if name in axes_without_wraparound:
+            halves = [reduce_scatter_line(half, name) for half in halves]
         else:
-            halves = [ring(half, name, direction) for half, direction in zip(halves, (1, -1), strict=False)]
+            halves = [reduce_scatter_ring(half, name, way) for half, way in zip(halves, (1, -1), strict=False)]
     return [half[0] for half in halves]
 
 
-def ring(x, name, direction):
-    """reduce-scatter of the first axis over the devices of the mesh axis `name`, each sending to one neighbour."""
-    x, own = cut(x, name)
-    return travel(x, name, direction, closed=True) + own
+def reduce_scatter_ring(x, name, direction):
+    """Reduce-scatter of the first axis over the mesh axis `name`; every device sends to one neighbour."""
+    x, own = split_pieces(x, name)
+    return reduce_along(x, name, direction, closed=True) + own
 
 
-def line(x, name):
-    """The same where the ends are no neighbours: sums come from both sides, with twice the bytes of a ring."""
-    x, own = cut(x, name)
-    return travel(x, name, 1, closed=False) + travel(x, name, -1, closed=False) + own
+def reduce_scatter_line(x, name):
+    """The same without a wrap-around link: partial sums come from both sides, with twice the bytes of a ring."""
+    x, own = split_pieces(x, name)
+    return reduce_along(x, name, 1, closed=False) + reduce_along(x, name, -1, closed=False) + own
 
 
-def cut(x, name):
-    """x as [devices, ...], a piece for each device of the axis, and this device's."""
+def split_pieces(x, name):
+    """x as [devices, ...], one piece for each device of the axis, and this device's piece."""
     x = x.reshape(jax.lax.axis_size(name), -1, *x.shape[1:])
     return x, jax.lax.dynamic_index_in_dim(x, jax.lax.axis_index(name), keepdims=False)
 
 
-def travel(x, name, direction, closed):
-    """What comes to this device of its part, from all others on a closed ring, on a line from those on one side.
+def reduce_along(x, name, direction, closed):
+    """The sum of this device's piece over the other devices: all of them on a ring, on a line those on one side.
 
-    Each hop sends a sum one device on, and the part that it is of is added there. On a line nothing comes to the
-    first device, which is zeros; a sum that reaches the last without having met its device ends there.
+    At each hop a device passes its partial sum to its neighbour, which adds its own contribution to the same piece. On
+    an open line the first device receives zeros, and a partial sum that runs off the end is dropped.
     """
     size = jax.lax.axis_size(name)
     device = jax.lax.axis_index(name)
-    part = lambda hop: jax.lax.dynamic_index_in_dim(x, (device - direction * (1 + hop)) % size, keepdims=False)  # noqa: E731
+    piece = lambda hop: jax.lax.dynamic_index_in_dim(x, (device - direction * (1 + hop)) % size, keepdims=False)  # noqa: E731
     neighbours = [(i, (i + direction) % size) for i in range(size) if closed or 0 <= i + direction < size]
-    total = part(0)
+    total = piece(0)
     for hop in range(1, size):
         total = jax.lax.ppermute(total, name, neighbours)
         if hop < size - 1:
-            total += part(hop)
+            total += piece(hop)
     return total
+
+
+def split_dot_general(path: str) -> Callable:
+    """A `dot_general` of activations [B, ...] and the weight at a path, whose gradient is reduce-scattered.
+
+    The gradient of a weight is a sum over all samples, of which a device needs the piece of its part of the state: the
+    table says along which axis. By itself XLA all-reduces the whole sum, which moves twice the bytes, and then slices.
+    Without a mesh, or where the sizes do not divide, this is `jax.lax.dot_general`.
+    """
+    spec = table_spec(path)
+    if "fsdp" not in spec:
+        return jax.lax.dot_general
+    axis = list(spec).index("fsdp") - len(spec)  # from the end: the table counts the axis of blocks, a block does not
+
+    def dot_general(x, weight, dimension_numbers, precision=None, preferred_element_type=None):
+        plain = functools.partial(
+            jax.lax.dot_general,
+            dimension_numbers=dimension_numbers,
+            precision=precision,
+            preferred_element_type=preferred_element_type,
+        )
+        mesh = jax.sharding.get_abstract_mesh()
+        used, scattered = gradient_axes(mesh)
+        parts = math.prod(mesh.shape[name] for name in scattered)
+        auto = axes_that_divide(BATCH_AXES, mesh, x.shape[0])
+        if parts == 1 or len(auto) < len(used) or mesh.shape.get("tensor", 1) > 1 or weight.shape[axis] % parts:
+            return plain(x, weight)
+
+        shape = jax.ShapeDtypeStruct(weight.shape, weight.dtype)
+
+        def local_gradient(x, cotangent):
+            transpose = jax.linear_transpose(lambda weight: plain(x, weight), shape)
+            (gradient,) = transpose(cotangent)
+            gradient = scatter_sum(gradient, scattered, parts, axis)
+            return jax.lax.psum(gradient, "replica") if "replica" in used else gradient
+
+        @jax.custom_vjp
+        def dot(x, weight):
+            return plain(x, weight)
+
+        def forward(x, weight):
+            return plain(x, weight), (x, weight)
+
+        def backward(residuals, cotangent):
+            x, weight = residuals
+            _, pull = jax.vjp(lambda x: plain(x, weight), x)
+            spec = [None] * weight.ndim
+            spec[axis] = scattered
+            rows = jax.P(used)
+            gradient = jax.shard_map(
+                local_gradient,
+                in_specs=(rows, rows),
+                out_specs=jax.P(*spec),
+                axis_names=set(used),
+                check_vma=False,
+            )(x, cotangent)
+            return pull(cotangent)[0], gradient
+
+        dot.defvjp(forward, backward)
+        return dot(x, weight)
+
+    return dot_general
+
+
+def scatter_sum(x, axis_names, parts, axis):
+    """The sum of `x` over the devices of `axis_names`, inside shard_map; each gets its piece along `axis`.
+
+    XLA on TPU reduce-scatters only along one axis of the torus, and only whole tiles of 8 x 128 numbers; anything else
+    becomes an all-reduce and a slice. So this takes one mesh axis at a time, and flat pieces padded to tiles.
+    """
+    pieces = jnp.moveaxis(x, axis, 0)
+    shape = (pieces.shape[0] // parts, *pieces.shape[1:])
+    pieces = pieces.reshape(parts, -1)
+    filled = -(-pieces.shape[1] // TILE) * TILE
+    pieces = jnp.pad(pieces, ((0, 0), (0, filled - pieces.shape[1])))
+    piece = pieces.reshape(-1, 8, 128)
+    for name in axis_names:
+        piece = jax.lax.psum_scatter(piece, name, scatter_dimension=0, tiled=True)
+    return jnp.moveaxis(piece.ravel()[: math.prod(shape)].reshape(shape), 0, axis)

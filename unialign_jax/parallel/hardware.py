@@ -1,8 +1,9 @@
-"""What the accelerators are on paper: one table of peaks, memories and networks, that planning and MFU read."""
+"""The accelerators' data sheets: one table of peaks, memories and networks, for planning and MFU."""
 
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 
 SOURCES = (
     'Google Cloud\'s "TPU v4", "v5e", "v5p" and "v6e" system architecture pages (peak, memory, chips and network cards '
@@ -13,19 +14,19 @@ SOURCES = (
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One kind of device; bandwidths are bytes/s, and 0 where this project has no use for them."""
+    """One kind of device. Bandwidths are in bytes/s, and 0 where this project does not use them."""
 
     name: str
-    kinds: tuple[str, ...]  # what `jax.Device.device_kind` contains
+    kinds: tuple[str, ...]  # substrings of `jax.Device.device_kind`
     peak: float  # FLOP/s of dense bf16 matmuls
     memory: float = 0  # bytes of HBM
     memory_bandwidth: float = 0
     link: float = 0  # of one interconnect link, one way
     axes: int = 0  # of the torus; a chip has two links along each
-    wrap: int = 0  # an axis whose length is a multiple of this is a ring (where all of the slice's are, in 3-D)
-    network: float = 0  # between slices, one way, a chip's share of its host's
-    matrix_unit: int = 0  # rows of the systolic array: a matmul that sums over fewer leaves the rest idle
-    cores: int = 1  # that Google Cloud's names count: v4-8 is 4 chips
+    wrap: int = 0  # an axis has wrap-around links if its length is a multiple of this (in 3-D: if all lengths are)
+    network: float = 0  # between slices, one way, per chip: its share of the host's
+    matrix_unit: int = 0  # rows of the systolic array: a matmul that sums over fewer numbers leaves rows idle
+    cores: int = 1  # per chip, as Google Cloud's names count them: v4-8 is 4 chips
 
 
 CHIPS = (
@@ -39,7 +40,7 @@ CHIPS = (
     Chip("A100", ("A100",), 312e12),
 )
 
-MOST_CHIPS = {2: 256, 3: 8960}  # of a slice, by the axes of its torus
+MOST_CHIPS = {2: 256, 3: 8960}  # per slice, by the number of axes of its torus
 
 
 def find_chip(device_kind: str) -> Chip | None:
@@ -48,12 +49,10 @@ def find_chip(device_kind: str) -> Chip | None:
 
 
 def topology_name(name: str) -> str:
-    """A slice as the compiler names it, from that or from Google Cloud's name: "v4-128" -> "v4:4x4x4".
+    """The compiler's name of a slice, from that name or from Google Cloud's: "v4-128" -> "v4:4x4x4".
 
-    v4-N and v5p-N count cores, two a chip; v5e-N (v5litepod-N) and v6e-N count chips. The grid is the most cubic one
-    that the cloud offers by default: powers of two, the longest axis last.
-
-    Raises ValueError for anything else.
+    v4-N and v5p-N count cores, two per chip; v5e-N (v5litepod-N) and v6e-N count chips. The grid is the most cubic one
+    that the cloud offers by default: powers of two, the longest axis last. Raises ValueError for any other name.
     """
     if match := re.fullmatch(r"(v4|v5e|v5p|v6e):([0-9]{1,4}(?:x[0-9]{1,4}){1,2})", name):
         chip = next(chip for chip in CHIPS if chip.name == match[1])
@@ -81,9 +80,9 @@ def topology_name(name: str) -> str:
 
 
 def larger_slice(topology: str) -> str | None:
-    """Google Cloud's name of the slice with twice the chips, "v5e-16" or "v5e:4x4" -> "v5e-32"; None without one.
+    """Google Cloud's name of the slice with twice the chips, "v5e-16" or "v5e:4x4" -> "v5e-32"; None if there is none.
 
-    (After one chip comes a slice of four.)
+    The slice after one chip has four.
     """
     grid = topology_name(topology)
     chip = next(chip for chip in CHIPS if chip.name == grid.split(":")[0])
@@ -100,8 +99,8 @@ def chips_of(topology: str) -> int:
     return math.prod(map(int, topology.split(":")[1].split("x")))
 
 
-def rings(name: str, sides) -> list[bool]:
-    """Which axes of a slice's grid close to rings; of 3-D tori only whole cubes have the links for it."""
+def rings(name: str, sides: Sequence[int]) -> list[bool]:
+    """Whether each axis of a slice's grid has wrap-around links; of 3-D tori only whole cubes have them."""
     chip = next(chip for chip in CHIPS if chip.name == name)
     closed = [size % chip.wrap == 0 for size in sides[: chip.axes]]
     if chip.axes == 3:

@@ -1,16 +1,15 @@
-"""Several processes as one run: how they find one another, what each reads, and how they stop or fail together."""
+"""Several processes as one run: how they find one another, which rows each reads, how they stop or fail together."""
 
 import contextlib
 import faulthandler
 import importlib.util
-import inspect
 import os
 import re
 import socket
 import subprocess
 import urllib.request
 import zlib
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 
 import jax
@@ -20,8 +19,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
+from unialign_jax.files import first_line
+
 METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
-LOST = os.EX_TEMPFAIL  # 75: the exit status of a process that ends because another was lost; to be started again
+LOST = os.EX_TEMPFAIL  # 75: the exit status of a process that ends because another was lost; start it again
 AGAIN = "The same command goes on from the last checkpoint, on this or another number of processes"
 
 
@@ -31,24 +32,22 @@ def start(
     num_processes: int | None = None,
     process_id: int | None = None,
     *,
-    heartbeat_timeout=60,
-    initialization_timeout=300,
-    shutdown_timeout=300,
-) -> "LastWords | None":
-    """Joins the other processes of the run, if there are any; to be called before JAX touches a device.
+    heartbeat_timeout: int = 60,
+    initialization_timeout: int = 300,
+) -> "ExitMessage | None":
+    """Joins the other processes of the run, if there are any. Call it before JAX touches a device.
 
-    They are there when a coordinator is given, in a SLURM step of several tasks, and on a TPU slice of several hosts.
+    There are others when a coordinator is given, in a SLURM step of several tasks, and on a TPU slice of several hosts.
+    JAX's runtime ends this process from native code when another is lost or cannot be reached. So with several
+    processes this returns the message to print then, to be taken back at a normal exit; with one it returns None.
 
     Args:
       environ: the process's environment.
-      coordinator: HOST:PORT where process 0 is reached; with it go `num_processes` and `process_id`.
+      coordinator: HOST:PORT of process 0; needs `num_processes` and `process_id` too.
       heartbeat_timeout: seconds of silence after which a process counts as lost, and the others end.
       initialization_timeout: seconds to wait for the others at the start.
-      shutdown_timeout: seconds that a process which is done waits for the others.
 
-    Returns None where there is one process; else the last words of this one, to be taken back at a good end: JAX's
-    runtime ends it from within when another is lost or cannot be reached. Raises ValueError for arguments that do not
-    go together, OSError when the service cannot be started.
+    Raises ValueError for arguments that do not go together, OSError when the service cannot be started.
     """
     explicit = {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
     missing = [name for name, value in explicit.items() if value is None]
@@ -57,7 +56,7 @@ def start(
     if missing:
         if not (in_slurm_step(environ) or on_tpu_pod(environ)):
             return None
-        explicit = {}  # JAX finds them out as we have
+        explicit = {}  # JAX detects them the same way
     else:
         if not re.fullmatch(r".+:\d+", coordinator):
             raise ValueError(f"--coordinator is {coordinator!r}, expected HOST:PORT")
@@ -68,42 +67,37 @@ def start(
         if num_processes == 1:
             return None
         explicit["cluster_detection_method"] = "deactivate"
-    # JAX's own notice of a preemption would take SIGTERM away from ours, and knows nothing of Ctrl-C.
+    # JAX's preemption service would replace our handler of SIGTERM, and does not handle Ctrl-C.
     _set_if_known("jax_enable_preemption_service", False)
     _set_if_known("jax_cpu_collectives_implementation", "gloo")
-    timeouts = {
-        "heartbeat_timeout_seconds": heartbeat_timeout,
-        "initialization_timeout": initialization_timeout,
-        "shutdown_timeout_seconds": shutdown_timeout,
-    }
-    known = inspect.signature(jax.distributed.initialize).parameters
-    last_words = LastWords(
+    message = ExitMessage(
         "error: this process ended before the run did: another was lost or could not be reached (the lines above say "
         f"more), or this one was killed. {AGAIN}"
     )
     try:
-        jax.distributed.initialize(**explicit, **{name: value for name, value in timeouts.items() if name in known})
+        jax.distributed.initialize(
+            **explicit, heartbeat_timeout_seconds=heartbeat_timeout, initialization_timeout=initialization_timeout
+        )
     except RuntimeError as error:
-        last_words.take_back()
-        line = (str(error).splitlines() or [""])[0]
+        message.take_back()
         raise OSError(
-            f"the processes of the run cannot find one another ({line}): start train.py on all of them, with the same "
-            "--coordinator if it is given, and look at ports, firewalls and proxies"
+            f"the processes of the run cannot find one another ({first_line(error)}): start train.py on all of them, "
+            "with the same --coordinator if it is given, and look at ports, firewalls and proxies"
         ) from error
-    return last_words
+    return message
 
 
-def take_gpu_memory(environ: MutableMapping[str, str]):
-    """Lets JAX take 95% of a GPU's memory instead of its three quarters; to be called before it touches a device.
+def take_gpu_memory(environ: MutableMapping[str, str]) -> None:
+    """Lets JAX take 95% of a GPU's memory instead of 75%, unless the environment sets the fraction.
 
-    What the environment itself says of it holds.
+    Call it before JAX touches a device.
     """
     if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & environ.keys():  # JAX refuses both at once
         environ["XLA_CLIENT_MEM_FRACTION"] = "0.95"
 
 
 def _set_if_known(option: str, value):
-    with contextlib.suppress(AttributeError):  # what a version of JAX does not know
+    with contextlib.suppress(AttributeError):  # an option that this version of JAX lacks
         jax.config.update(option, value)
 
 
@@ -113,10 +107,12 @@ def in_slurm_step(environ: Mapping[str, str]) -> bool:
 
 
 def on_tpu_pod(environ: Mapping[str, str], attribute: Callable[[str], str] | None = None) -> bool:
-    """Whether this host is one of several of a TPU slice, or its slice one of several.
+    """Whether this host is one of several in a TPU slice, or its slice one of several.
 
-    GKE says so in the environment, a Cloud TPU VM in its metadata (`attribute` reads one of them, "" where there is
-    none). Where there is no TPU nothing is asked.
+    GKE says so in the environment, a Cloud TPU VM in its metadata. A host without a TPU does not query the metadata.
+
+    Args:
+      attribute: reads an attribute of the metadata by name, "" for one that is missing.
     """
     hosts = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES")
     if hosts or "MEGASCALE_NUM_SLICES" in environ:
@@ -143,11 +139,11 @@ def _metadata(name: str) -> str:
         return ""
 
 
-class LastWords:
-    """A line that is printed when this process ends without having taken it back.
+class ExitMessage:
+    """A line that is printed when this process ends without taking it back.
 
-    When another process is lost, JAX's runtime ends this one from native code: nothing of Python runs then, so a shell
-    that waits for our end of a pipe to close says what the user should know.
+    When another process is lost, JAX's runtime ends this one from native code, where no Python runs. So a shell waits
+    for our end of a pipe to close, and prints the line.
     """
 
     def __init__(self, text: str):
@@ -156,16 +152,16 @@ class LastWords:
             ["/bin/sh", "-c", script, text], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
         )
 
-    def take_back(self):
+    def take_back(self) -> None:
         with contextlib.suppress(OSError):
             self._shell.communicate(b"\n")
 
 
 @contextlib.contextmanager
-def ending_when_stuck(seconds: float):
-    """Gives a function to call at every sign of progress: `seconds` without one end the process, telling where it is.
+def ending_when_stuck(seconds: float) -> Iterator[Callable[[], None]]:
+    """Ends the process, with a traceback, `seconds` after the last call of the yielded function; 0 never ends it.
 
-    A host that waits for its disk for ever still sends heartbeats. It counts from the first call on; 0 never ends it.
+    The clock starts with the first call. JAX's own heartbeats do not notice a host that waits for its disk forever.
     """
     if not seconds:
         yield lambda: None
@@ -176,10 +172,10 @@ def ending_when_stuck(seconds: float):
         faulthandler.cancel_dump_traceback_later()
 
 
-class Vote:
-    """The largest number that any process gives at a step, known to all of them at the next one.
+class DelayedMax:
+    """The largest number that any process gives at a step; all processes learn it at the next step.
 
-    It is in the devices' queue before the step, so that asking for it waits for nothing that is not done.
+    The reduction is enqueued before the step, so reading the previous result never waits for the step in flight.
     """
 
     def __init__(self):
@@ -189,7 +185,7 @@ class Vote:
         self._pending = None
 
     def __call__(self, number: int) -> int:
-        """Gives this process's number (0 to 127); returns the largest of the call before."""
+        """Takes this process's number (0 to 127); returns the largest number of the previous call."""
         before = self._pending
         shape = (self._place.mesh.size,)
         numbers = jax.make_array_from_callback(shape, self._place, lambda _: np.array([number], np.int32))
@@ -198,17 +194,17 @@ class Vote:
 
 
 def local_rows(sharding: Sharding, batch_size: int) -> np.ndarray:
-    """Which rows of a global batch live on this process's devices, in order: all that it has to read.
+    """The rows of a global batch that live on this process's devices, in order: the process reads no others.
 
-    They follow from the order of devices in the mesh, which on a TPU follows the torus and not the hosts, so they need
-    be neither in the order of processes nor in one piece.
+    They follow the order of devices in the mesh, which on a TPU is that of the torus and not of the hosts. So they may
+    be neither contiguous nor in the order of processes.
     """
     pieces = sharding.addressable_devices_indices_map((batch_size,)).values()
     return np.array(sorted({row for (piece,) in pieces for row in range(*piece.indices(batch_size))}))
 
 
 def put_rows(sharding: Sharding, batch_size: int, rows: np.ndarray, values: np.ndarray) -> jax.Array:
-    """The global array of which this process has `values` [len(rows), ...], those `rows` of `local_rows`."""
+    """The global array from this process's `values` [len(rows), ...]; `rows` are those of `local_rows`."""
     shape = (batch_size, *values.shape[1:])
 
     def piece(index):
@@ -220,33 +216,33 @@ def put_rows(sharding: Sharding, batch_size: int, rows: np.ndarray, values: np.n
 
 
 def lost_another(error: BaseException) -> bool:
-    """Whether an error comes from the runtime: in a run of several processes, most likely from one that is gone.
+    """Whether an error of a run of several processes most likely means that another process is gone.
 
-    So does one of waiting in vain: a save ends in a TimeoutError when another process does not come to its barriers.
-    Not so one that would come without the others too: memory that does not suffice, and what the program itself asks.
+    True for errors of the runtime, and for a TimeoutError: a save ends in one when another process never reaches its
+    barriers. False for errors that a single process would raise too: out of memory, invalid arguments.
     """
     chain, runtime = _chain(error), jax.errors.JaxRuntimeError
     if out_of_memory(error) or any(isinstance(x, runtime) and str(x).startswith("INVALID_ARGUMENT") for x in chain):
         return False
-    # What fails while a program is started, rather than when its result is asked for, comes as a ValueError.
+    # An error at the start of a program, rather than at the fetch of its result, comes as a ValueError.
     status = re.compile("(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ")
-    # With an errno it is the disk's.
-    in_vain = any(isinstance(link, TimeoutError) and link.errno is None for link in chain)
-    return in_vain or any(isinstance(link, runtime) or status.match(str(link)) for link in chain)
+    # A TimeoutError with an errno is the disk's.
+    timed_out = any(isinstance(link, TimeoutError) and link.errno is None for link in chain)
+    return timed_out or any(isinstance(link, runtime) or status.match(str(link)) for link in chain)
 
 
 def out_of_memory(error: BaseException) -> str | None:
-    """What the runtime says, in a line, when memory did not suffice; None for every other error."""
-    told = re.compile("RESOURCE_EXHAUSTED|out of memory", re.IGNORECASE)
+    """The runtime's message, in a line, if an error is one of memory; else None."""
+    pattern = re.compile("RESOURCE_EXHAUSTED|out of memory", re.IGNORECASE)
     for link in _chain(error):
         # A full disk is RESOURCE_EXHAUSTED too, but not an error of the runtime.
-        if isinstance(link, jax.errors.JaxRuntimeError) and told.search(str(link)):
-            return str(link).strip().splitlines()[0][:300]
+        if isinstance(link, jax.errors.JaxRuntimeError) and pattern.search(str(link)):
+            return first_line(link)
     return None
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:
-    """An error, and those that it came from."""
+    """An error and its causes."""
     chain = []
     while error is not None and error not in chain:
         chain.append(error)
@@ -255,14 +251,14 @@ def _chain(error: BaseException | None) -> list[BaseException]:
 
 
 def anywhere(condition: bool) -> bool:
-    """Whether it holds in any process; all of them ask."""
+    """Whether a condition holds in any process. All of them must call this."""
     if jax.process_count() == 1:
         return condition
     return bool(np.any(multihost_utils.process_allgather(np.array(condition))))
 
 
 def from_first(numbers: list[int]) -> list[int]:
-    """The numbers of process 0, whatever the others give; all of them ask."""
+    """The numbers of process 0, whatever the others give. All of them must call this."""
     if jax.process_count() == 1:
         return numbers
     count = int(multihost_utils.broadcast_one_to_all(np.int32(len(numbers))))
@@ -271,19 +267,19 @@ def from_first(numbers: list[int]) -> list[int]:
 
 
 def text_from_first(text: str) -> str:
-    """The text of process 0, whatever the others give; all of them ask."""
+    """The text of process 0, whatever the others give. All of them must call this."""
     return bytes(from_first(list(text.encode(errors="replace")))).decode()
 
 
 def processes_on_this_host() -> int:
-    """How many processes of the run share this host; all of them ask."""
+    """How many processes of the run share this host. All of them must call this."""
     if jax.process_count() == 1:
         return 1
     own = np.uint32(zlib.crc32(socket.gethostname().encode()))
     return int(np.sum(multihost_utils.process_allgather(own) == own))
 
 
-def wait_for_all(what: str):
-    """Returns when every process has come here."""
+def wait_for_all(what: str) -> None:
+    """Returns when every process has called this."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)

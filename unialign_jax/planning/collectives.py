@@ -1,11 +1,18 @@
-"""What a compiled program sends between chips, read from its optimised HLO text (`compiled.as_text()`).
+"""The collectives of a compiled program, read from its optimised HLO text (`compiled.as_text()`).
 
-Bytes are those that one device receives, with the algorithms that move least: of n devices in a group, all-gather of
-pieces p receives (n - 1) p, reduce-scatter of s bytes (n - 1) / n s, all-reduce both, 2 (n - 1) / n s, all-to-all
-(n - 1) / n s, collective-permute s. Groups that span slices send between slices what each device then holds alone.
+Bytes are those that one device receives in a group of n, by the algorithm that moves least, from operands of s bytes:
 
-For several slices the TPU's compiler writes the program of one, in which what goes between slices is a send to the host
-and a receive from it, with a note to the runtime (megascale) of which collective over which slices that is.
+    all-gather            (n - 1) s
+    reduce-scatter        (n - 1) / n s
+    all-reduce          2 (n - 1) / n s
+    all-to-all            (n - 1) / n s
+    collective-permute    s
+
+Of a group over k slices, (k - 1) / (n - 1) of these bytes come from other slices: each piece crosses once for every
+other slice and is then passed on inside it.
+
+For several slices XLA emits the program of one slice. Traffic between slices appears as host send/recv pairs; their
+megascale attributes name the collective and its slices.
 """
 
 import dataclasses
@@ -16,7 +23,7 @@ import re
 import numpy as np
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-# What the runtime between slices calls them.
+# The names of the runtime between slices (megascale).
 _BETWEEN_SLICES = {
     "ALL_GATHER": "all-gather",
     "REDUCE_SCATTER": "reduce-scatter",
@@ -24,7 +31,7 @@ _BETWEEN_SLICES = {
     "ALL_TO_ALL": "all-to-all",
     "ONE_TO_ONE": "collective-permute",
 }
-_WIDTH = {"pred": 8, "bf16": 16, "token": 0}  # bits; of others the digits in the name say it, "f32", "s8", "f8e4m3fn"
+_WIDTH = {"pred": 8, "bf16": 16, "token": 0}  # bits; other types have them in the name: "f32", "s8", "f8e4m3fn"
 _ARRAY = re.compile(r"\b(pred|token|bf16|[fsuc]\d+\w*)\[([\d,]*)\]")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+)(?: \(.*)? \{(?: *//.*)?$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
@@ -41,24 +48,19 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective of the program, and how often a call of the program runs it.
-
-    `sent` is the bytes that go into it on one device, `groups` the devices that exchange, int [groups, size]
-    (positions in the device assignment, so in `mesh.devices.flat`), of a permute its pairs [pairs, 2]. Where it is
-    `between_slices`, each device exchanges with its like in other slices, and `groups` are these slices.
-    """
+    """One collective of the program."""
 
     kind: str
     name: str  # of the operation it comes from, such as "jvp(MMDiT)/while/body/..."
-    sent: int
-    groups: np.ndarray
-    times: int
-    overlaps: bool  # it runs beside other work: it has a start and an end, or is split over fusions
-    between_slices: bool = False
+    sent: int  # bytes of its operands on one device
+    groups: np.ndarray  # int [groups, size], positions in `mesh.devices.flat`; of a permute the pairs [pairs, 2]
+    times: int  # that one call of the program runs it
+    overlaps: bool  # the compiler made it asynchronous (start/done, or split over fusions)
+    between_slices: bool = False  # then `groups` are slices: each device exchanges with its peers in them
 
     @property
     def received(self) -> float:
-        """Bytes that a device receives, in all calls."""
+        """Bytes that a device receives, all `times` together."""
         size = self.groups.shape[1]
         factor = {
             "all-gather": size - 1,
@@ -69,11 +71,8 @@ class Collective:
         }[self.kind]
         return self.times * self.sent * factor
 
-    def received_across(self, slice_of) -> float:
-        """What of `received` comes from other slices; `slice_of` [devices] is the slice of each.
-
-        With s slices in a group, each piece crosses once for every other slice, and is passed on inside.
-        """
+    def received_across(self, slice_of: np.ndarray) -> float:
+        """The part of `received` that comes from other slices; `slice_of` [devices] is the slice of each."""
         if self.between_slices:
             return self.received
         slices = slice_of[self.groups]
@@ -83,14 +82,23 @@ class Collective:
         size = self.groups.shape[1]
         if count == 1 or size == 1:
             return 0.0
-        # The whole is n pieces; a device fetches (count - 1) pieces, the others of its slice fetch the rest for it.
         return self.received * (count - 1) / (size - 1)
 
 
-def read_collectives(text: str) -> list[Collective]:
-    """All collectives that an optimised HLO module runs, those inside loops with the number of their rounds.
+def received_bytes(collectives: list[Collective], slice_of: np.ndarray) -> tuple[dict[str, float], dict[str, float]]:
+    """Bytes that a device receives, {kind: bytes}: (from its own slice, from other slices)."""
+    inside, across = dict.fromkeys(KINDS, 0.0), dict.fromkeys(KINDS, 0.0)
+    for collective in collectives:
+        between = collective.received_across(slice_of)
+        across[collective.kind] += between
+        inside[collective.kind] += collective.received - between
+    return inside, across
 
-    Raises ValueError for a loop with collectives in it whose number of rounds is not in the text.
+
+def read_collectives(text: str) -> list[Collective]:
+    """All collectives of an optimised HLO module; those in a loop count once per iteration.
+
+    Raises ValueError for a loop with collectives in it whose trip count is not in the text.
     """
     computations, entry = parse_computations(text)
     found = {}
@@ -112,7 +120,7 @@ def read_collectives(text: str) -> list[Collective]:
                 channel = re.search(r"channel_id=(\d+)", instruction.line)
                 asynchronous = overlaps or _is_chained(instruction) or instruction.opcode != kind
                 collective = _collective(kind, instruction, computation, times, asynchronous, fused)
-                # One collective split over a chain of fusions stands in each of them, and runs as often as the rarest.
+                # A collective that is split over a chain of fusions appears in each of them; count the least frequent.
                 key = (kind, channel[1]) if channel and _is_chained(instruction) else len(found)
                 if key not in found or found[key].times > times:
                     found[key] = collective
@@ -140,7 +148,7 @@ def parse_computations(text: str) -> tuple[dict[str, dict[str, Instruction]], st
             if line and not line[0].isspace() and (match := _HEADER.match(line)) and not line.startswith("HloModule"):
                 current = computations.setdefault(match[2], {})
                 entry = match[2] if match[1] else entry
-        elif line.split(" //")[0].rstrip() == "}":  # a line of an attribute may begin with a brace, too
+        elif line.split(" //")[0].rstrip() == "}":  # a line of an attribute may begin with a brace too
             current = None
         elif match := _INSTRUCTION.match(line):
             instruction = _parse_instruction(match[1], match[2])
@@ -150,15 +158,15 @@ def parse_computations(text: str) -> tuple[dict[str, dict[str, Instruction]], st
     return computations, entry
 
 
-def _parse_instruction(name, rest):
+def _parse_instruction(name: str, rest: str) -> Instruction:
     end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
     opcode, _, tail = rest[end:].lstrip().partition("(")
     inside = tail[: _closing("(" + tail, 0) - 1]
     return Instruction(name, rest[:end], opcode.strip(), tuple(re.findall(r"%([\w.\-]+)", inside)), rest)
 
 
-def _closing(text, start):
-    """Where the parenthesis at `start` closes."""
+def _closing(text: str, start: int) -> int:
+    """The position at which the parenthesis at `start` closes."""
     depth = 0
     for i in range(start, len(text)):
         depth += (text[i] == "(") - (text[i] == ")")
@@ -168,7 +176,7 @@ def _closing(text, start):
 
 
 def type_bytes(text: str) -> int:
-    """The bytes of all arrays in an HLO type: "bf16[4,2]{1,0}" is 16."""
+    """Bytes of all arrays in an HLO type: "bf16[4,2]{1,0}" is 16."""
     total = 0
     for kind, sizes in _ARRAY.findall(text):
         bits = _WIDTH[kind] if kind in _WIDTH else int(re.search(r"\d+", kind)[0])
@@ -187,10 +195,10 @@ def called_computations(instruction: Instruction) -> list[str]:
     return names
 
 
-def trip_count(loop: Instruction, computations) -> int:
-    """The rounds of a while loop: what the compiler notes, or the constant that its condition compares with.
+def trip_count(loop: Instruction, computations: dict[str, dict[str, Instruction]]) -> int:
+    """The iterations of a while loop: the compiler's known_trip_count, or the constant in the loop's condition.
 
-    Raises ValueError when neither says it.
+    Raises ValueError when the program has neither.
     """
     if match := re.search(r'known_trip_count"?\s*[:=]\s*\{"?n"?[:=]"?(\d+)', loop.line):
         return int(match[1])
@@ -209,16 +217,16 @@ def trip_count(loop: Instruction, computations) -> int:
     return constants[0]
 
 
-def _is_chained(instruction) -> bool:
+def _is_chained(instruction: Instruction) -> bool:
     return "chain_id=" in instruction.line
 
 
-def _crosses(instruction) -> bool:
+def _crosses(instruction: Instruction) -> bool:
     return instruction.opcode == "send" and "_xla_megascale_transfer_type=" in instruction.line
 
 
-def _transfer(instruction, computation, times):
-    """The collective between slices that a send begins; its receive says the same."""
+def _transfer(instruction: Instruction, computation: dict[str, Instruction], times: int) -> Collective:
+    """The collective between slices that a send belongs to. The receive has the same attributes and is not read."""
     kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.line)[1]
     target = re.search(r'_xla_megascale_target="\{([\d,:]+)\}', instruction.line)
     if kind not in _BETWEEN_SLICES or not target:
@@ -228,24 +236,26 @@ def _transfer(instruction, computation, times):
         first, _, last = part.partition(":")
         slices += range(int(first), int(last or first) + 1)
     if kind == "ONE_TO_ONE":
-        slices = slices[:1] * 2  # from one, to another
+        slices = slices[:1] * 2  # a group of two: from one slice to another
     name = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', instruction.line)
     sent = type_bytes(computation[instruction.operands[0]].type)
     groups = np.array([slices])
     return Collective(_BETWEEN_SLICES[kind], name[1] if name else "", sent, groups, times, True, between_slices=True)
 
 
-def _collective(kind, instruction, computation, times, overlaps, fused):
+def _collective(
+    kind: str, instruction: Instruction, computation: dict[str, Instruction], times: int, overlaps: bool, fused: bool
+) -> Collective:
     sent = sum(type_bytes(computation[name].type) for name in instruction.operands if name in computation)
     sliced = (user for user in computation.values() if user.opcode == "dynamic-slice")
     if kind == "all-reduce" and fused and any(instruction.name in user.operands[:1] for user in sliced):
-        kind = "reduce-scatter"  # how the TPU's compiler writes it: a fusion of the two
+        kind = "reduce-scatter"  # on TPU it is a fusion of all-reduce and dynamic-slice
     name = re.search(r'op_name="([^"]*)"', instruction.line)
     return Collective(kind, name[1] if name else "", sent, read_groups(instruction.line), times, overlaps)
 
 
 def read_groups(line: str) -> np.ndarray:
-    """The groups of a collective's text, int [groups, size]: lists, an iota, a mesh with axes, or a permute's pairs."""
+    """The groups in a collective's text, int [groups, size]: lists, an iota, a mesh with axes, or a permute's pairs."""
     if match := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", line):
         return _lists(match[1])
     if match := re.search(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}", line):
@@ -260,7 +270,7 @@ def read_groups(line: str) -> np.ndarray:
         raise ValueError(f"this collective's groups cannot be read: {line[:200]}")
     axes = {name: int(size) for name, size in re.findall(r"'([\w.\-]+)'=(\d+)", match[1])}
     ids = _iota(match[2]) if match[2] else np.arange(math.prod(axes.values()))
-    # An axis may be split: 'x':(2)4 is the part of size 4 that comes after a part of size 2.
+    # An axis may be split: 'x':(2)4 is the part of size 4 after a part of size 2.
     shape, chosen = [], []
     wanted = {
         name: (int(before or 1), int(size or 0))
@@ -277,15 +287,15 @@ def read_groups(line: str) -> np.ndarray:
     return grid.transpose(others + chosen).reshape(-1, math.prod(grid.shape[axis] for axis in chosen))
 
 
-def _lists(text):
+def _lists(text: str) -> np.ndarray:
     return np.array([[int(number) for number in row.split(",")] for row in re.findall(r"\{([\d,]+)\}", text)])
 
 
-def _numbers(text):
+def _numbers(text: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", text)]
 
 
-def _iota(text):
+def _iota(text: str) -> np.ndarray:
     """ "[64,4]T(1,0)" -> the device numbers in that order."""
     dimensions, _, order = text.partition("T")
     ids = np.arange(math.prod(_numbers(dimensions))).reshape(_numbers(dimensions))

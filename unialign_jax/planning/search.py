@@ -1,7 +1,8 @@
-"""The fastest way to run a step that fits: how many micro-batches, and what the backward pass recomputes.
+"""Search for the fastest micro-batches and remat policy that fit.
 
-A compilation takes minutes, so arithmetic says where to begin: all choices in the order of their time on paper, each
-with the bytes that it should need. What the compiler answers corrects the arithmetic, and so says where to go on.
+A compilation takes minutes, so arithmetic orders the candidates: each has an estimate of its time and of its memory
+(`training.meshes.estimate`). Whether a candidate fits is the compiler's answer (`step.CompiledMemory`); the ratio of
+the two corrects the estimates of the others.
 """
 
 import dataclasses
@@ -9,123 +10,129 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+from ml_collections import ConfigDict
 
+from unialign_jax.data.kinds import has_image_pass
 from unialign_jax.parallel import hardware
-from unialign_jax.planning.sampling_plan import GIB
-from unialign_jax.planning.step_plan import DoesNotFit, StepPlan, compute_seconds, group_bandwidth, step_work
+from unialign_jax.planning.roofline import compute_seconds, group_bandwidth, step_work
+from unialign_jax.planning.step import StepPlan
+from unialign_jax.planning.topology import GIB, DoesNotFit
 from unialign_jax.training import meshes
-from unialign_jax.training.config import active_streams, batch_shards, build_configs, config_problems, listed
-from unialign_jax.training.state import Networks
-from unialign_jax.training.step import has_image_pass
+from unialign_jax.training.config import active_streams, batch_shards
+from unialign_jax.training.program import make_networks
 
 POLICIES = ("none", "dots", "block")
-LAST = ("offload",)  # tried where none of those fits: what it costs to go to the host's memory and back is not known
-DOUBT = 1.1  # needs by corrected arithmetic that are worth a compilation, of what there is
+FALLBACK_POLICIES = ("offload",)  # tried when none of those fits: the cost of transfers to the host is not known
+COMPILE_MARGIN = 1.1  # compile a candidate if its corrected estimate is below COMPILE_MARGIN x usable memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One way to run a step, on paper: `need` in bytes, `seconds` of a step."""
+    """One way to run a step, with estimates by arithmetic: memory of a chip in bytes, seconds of a step."""
 
     accumulation: int
     remat: str
-    need: float
+    estimate: float
     seconds: float
 
-    def applied_to(self, config):
+    def applied_to(self, config: ConfigDict) -> ConfigDict:
         trial = config.copy_and_resolve_references()
         trial.accumulation, trial.model.remat = self.accumulation, self.remat
         return trial
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """The result of a search: the plan that was chosen, or None, and all that was compiled.
+class Trial:
+    """One compilation of a search; `bytes` is None where the compiler gave no number."""
 
-    `tried` has for each compilation {"accumulation", "remat", "bytes", "fits"}, in order; bytes are None where the
-    compiler gave no number. `misfit` is the compiler's last refusal.
-    """
+    accumulation: int
+    remat: str
+    bytes: int | None
+    fits: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchResult:
+    """The fastest plan that fits, or None with the compiler's last error; and all compilations in order."""
 
     plan: StepPlan | None
-    tried: list[dict]
-    misfit: str | None
+    tried: list[Trial]
+    out_of_memory: str | None
 
 
-def heaviest_stream(config, names) -> str:
-    """Of some streams the one that takes the most memory: with the most condition images, or else an image pass."""
-    streams = config.streams
+def heaviest_stream(config: ConfigDict, names: list[str]) -> str:
+    """The stream that takes the most memory: most condition images first, then an image pass."""
+    streams = active_streams(config)
     return max(names, key=lambda name: (streams[name].num_conditions, has_image_pass(streams[name].kind), name))
 
 
-def candidates(config, devices, name: str) -> list[Candidate]:
-    """All ways to run the stream `name`, the fastest on paper first, those of LAST at the end.
+def candidates(config: ConfigDict, devices: list, name: str) -> list[Candidate]:
+    """All ways to run the stream `name`, the fastest estimate first, those of FALLBACK_POLICIES last.
 
-    A step's time is its compute, recomputation included, and for each micro-batch what moves the weights and does not
-    run beside compute: gathering them once, or under fsdp twice and reducing their gradients.
+    The estimated time of a step is its compute, with recomputation, plus for each micro-batch the transfers of weights
+    that do not overlap: one gather, or under fsdp two gathers and the reduction of the gradients.
 
-    Raises ValueError for a configuration that cannot run there in any number of micro-batches.
+    Raises ValueError for a configuration that cannot run on the devices in any number of micro-batches.
     """
     whole = config.copy_and_resolve_references()
     whole.accumulation = 1
-    if problems := config_problems(whole, len(devices)):
-        raise ValueError(listed("the configuration cannot run", problems))
-    networks = Networks.create(*build_configs(config, devices[0].platform))
+    networks = make_networks(whole, devices)
     stream = active_streams(config)[name]
-    needs = meshes.read_needs(config, networks)
+    needs = meshes.step_memory(config, networks)
     chip = hardware.find_chip(devices[0].device_kind)
     places = np.array([getattr(device, "coords", (0, 0, 0)) for device in devices])
     bandwidth = group_bandwidth(chip, places, places.max(axis=0) + 1)
     rows = config.batch_size // batch_shards(config.mesh, len(devices))  # of one chip
     result = []
     for count in (count for count in range(1, rows + 1) if rows % count == 0):
-        for remat in (*POLICIES, *LAST):
-            candidate = Candidate(count, remat, 0.0, 0.0)
+        for remat in (*POLICIES, *FALLBACK_POLICIES):
+            candidate = Candidate(count, remat, estimate=0.0, seconds=0.0)
             trial = candidate.applied_to(config)
             sizes = meshes.mesh_for(trial, devices, networks, needs).sizes
             moved = needs.weights * (3 if sizes["fsdp"] > 1 else 1) * (len(devices) > 1)
             work = step_work(trial, networks, stream, len(devices))
             seconds = compute_seconds(work, chip, config.model.head_width) + count * moved / bandwidth
-            need = meshes.estimate(needs, sizes, rows / count, remat)
-            result.append(dataclasses.replace(candidate, need=need, seconds=seconds))
-    return sorted(result, key=lambda candidate: (candidate.remat in LAST, candidate.seconds))
+            estimate = meshes.estimate(needs, sizes, rows / count, remat)
+            result.append(dataclasses.replace(candidate, estimate=estimate, seconds=seconds))
+    return sorted(result, key=lambda candidate: (candidate.remat in FALLBACK_POLICIES, candidate.seconds))
 
 
-def search(ordered: list[Candidate], usable: int, compile_step: Callable[[Candidate], StepPlan]) -> Found:
+def search(ordered: list[Candidate], usable: float, compile_step: Callable[[Candidate], StepPlan]) -> SearchResult:
     """The first of `ordered` that fits, with few compilations.
 
-    It begins with the first that fits by arithmetic. Once a plan fits, those before it are compiled too, unless they
-    need more than one that did not fit, or by the corrected arithmetic DOUBT times more than there is. Where arithmetic
-    leaves nothing, the one that needs least is compiled, so that a misfit has the compiler's numbers.
+    The first candidate whose estimate fits is compiled first. After a candidate fits, faster ones are compiled too,
+    except those estimated above one that already failed, or above COMPILE_MARGIN x usable after correction. If no
+    estimate fits, the smallest candidate is compiled, so that the error can quote the compiler.
 
     Args:
       usable: bytes that the compiler may use.
       compile_step: gives the plan of a candidate, or raises DoesNotFit.
     """
-    best, plan, misfit = len(ordered), None, None
+    best, plan, out_of_memory = len(ordered), None, None
     tried, done = [], set()
-    correction, refused = 1.0, math.inf  # measured over estimated, and the least estimate of those that did not fit
+    correction, failed = 1.0, math.inf  # compiled over estimated bytes; the least estimate of those that did not fit
     while True:
-        room = usable * (DOUBT if plan else 1)
-        left = [c for c in ordered[:best] if c not in done and c.need < refused]
-        chosen = next((c for c in left if c.need * correction <= room), None)
+        room = usable * (COMPILE_MARGIN if plan else 1)
+        left = [c for c in ordered[:best] if c not in done and c.estimate < failed]
+        chosen = next((c for c in left if c.estimate * correction <= room), None)
         if chosen is None and plan is None and left:
-            chosen = min(left, key=lambda c: c.need)
+            chosen = min(left, key=lambda c: c.estimate)
         if chosen is None:
-            return Found(plan, tried, None if plan else misfit)
+            return SearchResult(plan, tried, None if plan else out_of_memory)
         done.add(chosen)
         try:
             answer = compile_step(chosen)
-            measured, fits = answer.peak, answer.fits
+            compiled, fits = answer.memory.peak, answer.memory.fits
         except DoesNotFit as error:
-            misfit, measured, fits = str(error), error.needed, False
+            out_of_memory, compiled, fits = str(error), error.needed, False
         else:
             if not fits:
-                numbers = f"{answer.peak / GIB:.2f} of {usable / GIB:.2f} GiB"
-                misfit = f"the step of {answer.stream} does not fit: it needs {numbers}"
-        tried.append({"accumulation": chosen.accumulation, "remat": chosen.remat, "bytes": measured, "fits": fits})
+                numbers = f"{compiled / GIB:.2f} of {usable / GIB:.2f} GiB"
+                out_of_memory = f"the step of {answer.stream} does not fit: it needs {numbers}"
+        tried.append(Trial(chosen.accumulation, chosen.remat, compiled, fits))
         if fits:
             best, plan = ordered.index(chosen), answer
         else:
-            refused = min(refused, chosen.need)
-        if measured:
-            correction = measured / chosen.need
+            failed = min(failed, chosen.estimate)
+        if compiled:
+            correction = compiled / chosen.estimate

@@ -3,13 +3,16 @@
 Arrays that do not fit each other raise AssertionError with their shapes.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from unialign_jax.diffusion import flow
+from unialign_jax.sampling.solvers import SolverTable
 
 
 class SamplerState(NamedTuple):
@@ -20,24 +23,24 @@ class SamplerState(NamedTuple):
     previous: jax.Array  # the one before it
 
 
-def start(noise) -> SamplerState:
+def start(noise: jax.Array) -> SamplerState:
     """The state before the first evaluation; noise [B, H, W, C] is standard normal (sigma 1)."""
     noise = jnp.asarray(noise, jnp.float32)
     return SamplerState(noise, jnp.zeros_like(noise), jnp.zeros_like(noise))
 
 
-def advance(velocity_fn, state, rows) -> SamplerState:
+def advance(velocity_fn: Callable, state: SamplerState, rows: tuple) -> SamplerState:
     """The state after the evaluations of `rows`: one scan, whatever the solver.
 
-    The rows may be cut into pieces, one call each. Call it under jax.jit with the rows as arguments (and
-    velocity_fn closing over traced parameters): other noise levels, and another solver with as many evaluations,
-    compile nothing new.
+    The rows may be cut into pieces, one call each. Call it under jax.jit with the rows as arguments (and velocity_fn
+    closing over traced parameters): then other noise levels, and another solver with as many evaluations, compile
+    nothing new.
 
     Args:
-      velocity_fn: (latents float32 [B, H, W, C], sigma float32 scalar, a row of the inputs) -> velocity
-        [B, H, W, C], already guided, of any float type.
-      rows: (SolverTable, inputs), pytrees with a leading axis of evaluations; `inputs` is what else changes from
-        one evaluation to the next, or None.
+      velocity_fn: (latents float32 [B, H, W, C], sigma float32 scalar, a row of the inputs) -> velocity [B, H, W, C],
+        already guided, of any float type.
+      rows: (SolverTable, inputs), pytrees with a leading axis of evaluations; `inputs` holds whatever else changes from
+        one evaluation to the next, or is None.
     """
 
     chex.assert_equal_shape(state)
@@ -59,17 +62,7 @@ def advance(velocity_fn, state, rows) -> SamplerState:
     return state
 
 
-def latents(state):
-    """Where the next evaluation happens, [B, H, W, C]; after the last row, the sample."""
-    return state.latents
-
-
-def clean(state):
-    """The clean latents that the last evaluation predicts, [B, H, W, C]: a preview of the sample."""
-    return state.clean
-
-
-def sample_image_latents(velocity_fn, noise, table, inputs=None):
+def sample_image_latents(velocity_fn: Callable, noise: jax.Array, table: SolverTable, inputs=None) -> jax.Array:
     """Latents float32 [B, H, W, C] integrated from noise (sigma 1) to clean (sigma 0).
 
     Args:
@@ -78,11 +71,13 @@ def sample_image_latents(velocity_fn, noise, table, inputs=None):
       table: `solvers.solver_table` over `diffusion.flow.sampling_sigmas`.
       inputs: a pytree with a leading axis of evaluations, given to velocity_fn row by row.
     """
-    return latents(advance(velocity_fn, start(noise), (table, inputs)))
+    return advance(velocity_fn, start(noise), (table, inputs)).latents
 
 
-def text_guidance(unconditional, conditional, scale, rescale=0.0):
-    """Classifier-free guidance of velocities: unconditional + scale * (conditional - unconditional).
+def text_guidance(
+    unconditional: jax.Array, conditional: jax.Array, scale: ArrayLike, rescale: ArrayLike = 0.0
+) -> jax.Array:
+    """Classifier-free guidance of velocities, float32: unconditional + scale * (conditional - unconditional).
 
     A scale of 1 is the conditional model alone. To guide only at some noise levels (arXiv 2404.07724), use the
     conditional velocity at the others.
@@ -91,8 +86,6 @@ def text_guidance(unconditional, conditional, scale, rescale=0.0):
       unconditional, conditional: velocities [B, ...].
       scale: a scalar, or [B].
       rescale: a scalar or [B] in [0, 1]; see `rescale_guidance`.
-    Returns:
-      float32 [B, ...].
     """
     chex.assert_equal_shape([unconditional, conditional])
     unconditional, conditional = unconditional.astype(jnp.float32), conditional.astype(jnp.float32)
@@ -100,18 +93,23 @@ def text_guidance(unconditional, conditional, scale, rescale=0.0):
     return rescale_guidance(guided, conditional, rescale)
 
 
-def two_scale_guidance(neither, image_only, both, image_scale, text_scale, rescale=0.0):
-    """Guidance with a scale for the condition images and one for the text (InstructPix2Pix, arXiv 2211.09800, eq. 3):
+def two_scale_guidance(
+    neither: jax.Array,
+    image_only: jax.Array,
+    both: jax.Array,
+    image_scale: ArrayLike,
+    text_scale: ArrayLike,
+    rescale: ArrayLike = 0.0,
+) -> jax.Array:
+    """Guidance with a scale for the condition images and one for the text, float32:
 
         neither + image_scale * (image_only - neither) + text_scale * (both - image_only)
 
-    An image_scale of 1 is `text_guidance` from image_only to both.
+    (InstructPix2Pix, arXiv 2211.09800, eq. 3). An image_scale of 1 is `text_guidance` from image_only to both.
 
     Args:
       neither, image_only, both: velocities [B, ...] without conditions, with the images, with images and text.
       image_scale, text_scale, rescale: scalars, or [B]; rescale as in `rescale_guidance`, towards `both`.
-    Returns:
-      float32 [B, ...].
     """
     chex.assert_equal_shape([neither, image_only, both])
     neither, image_only, both = (velocity.astype(jnp.float32) for velocity in (neither, image_only, both))
@@ -120,12 +118,13 @@ def two_scale_guidance(neither, image_only, both, image_scale, text_scale, resca
     return rescale_guidance(guided, both, rescale)
 
 
-def rescale_guidance(guided, conditional, rescale):
+def rescale_guidance(guided: jax.Array, conditional: jax.Array, rescale: ArrayLike) -> jax.Array:
     """Takes back the contrast that guidance adds (Lin et al., arXiv 2305.08891, eq. 15 and 16).
 
-    The guided velocity times std(conditional) / std(guided), mixed with the guided one by `rescale` (0 leaves it,
-    1 is the rescaled one; the paper uses 0.7). The deviations are each sample's own, over all its elements, and of
-    the velocities: like diffusers, it is applied to what the network predicts.
+        guided * (rescale * std(conditional) / std(guided) + 1 - rescale)
+
+    The paper uses 0.7. The deviations are those of a sample's velocities, over all elements: like diffusers, it
+    rescales the network's prediction.
     """
     chex.assert_equal_shape([guided, conditional])
     axes = tuple(range(1, guided.ndim))
@@ -135,7 +134,7 @@ def rescale_guidance(guided, conditional, rescale):
     return guided * (rescale * factor + (1 - rescale))
 
 
-def _per_sample(value, array):
+def _per_sample(value: ArrayLike, array: jax.Array) -> jax.Array:
     """A scalar or [B] as float32, with trailing axes of size 1 so that it multiplies array [B, ...]."""
     value = jnp.asarray(value, jnp.float32)
     if value.ndim == 0:

@@ -1,76 +1,103 @@
-"""The pure functions that inference and the samples of training compile: networks, encoders and samplers put together.
+"""The programs that inference and the samples of training compile: networks, encoders and samplers put together.
 
-Each takes a module and its parameters first, then arrays; seeds, guidance and noise levels are arrays too, so that
-other values of them compile nothing. A sample's random numbers depend on its own seed alone, never on its batch.
-Under `jax.set_mesh(mesh)` samples are split over the mesh where it divides them. Arrays of the wrong rank or shape
-raise AssertionError with both shapes.
+The functions are pure. Each takes a module and its parameters first, then arrays. Seeds, guidance and noise levels are
+arrays too, so other values of them compile nothing. `Programs` holds the functions of one model, compiled.
+
+A sample's random numbers depend on its own seed alone, never on its batch. Under `jax.set_mesh(mesh)` samples are split
+over the mesh where it divides them. Arrays of the wrong rank or shape raise AssertionError with both shapes.
 
 Shape letters: B batch, H W image height and width, h w latent height and width, C latent channels, K conditions,
 L text tokens, D width of the text embeddings, E evaluations of the network.
 """
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from unialign_jax.models.autoencoder import Moments, denormalize
+from unialign_jax.models.autoencoder import Moments, denormalize, from_pixels, to_pixels
 from unialign_jax.models.autoencoder import sample_latents as latents_of
 from unialign_jax.models.mmdit import block_modulations, first_of_pairs, in_pairs, second_of_pairs, without_modulations
 from unialign_jax.parallel.activations import BATCH_AXES, axes_that_divide
+from unialign_jax.parallel.sharding import batch_sharding, replicated
 from unialign_jax.sampling import image as image_sampler
-from unialign_jax.sampling.text import SINGLE_STEPS, sample_text
-
-# How the unconditional prediction enters: not at all; through the text at every noise level, or only where
-# `Guidance.active` says so; through the text and the condition images, each with a scale of its own.
-GUIDANCE_MODES = ("none", "text", "interval", "text_and_image")
+from unialign_jax.sampling.image import SamplerState
+from unialign_jax.sampling.solvers import SolverTable
+from unialign_jax.sampling.text import SINGLE_STEPS, TextSample, sample_text
 
 
 class Guidance(NamedTuple):
-    """What steers an image; the modes that do not use a field ignore it."""
+    """How images are guided. What is None takes no part, and so belongs to the shape of the program."""
 
     scale: jax.Array  # [B] float32, of the text; 1 is the conditional model alone
-    image_scale: jax.Array  # [B] float32, of the condition images
-    rescale: jax.Array  # [B] float32 in [0, 1], how far the result gets the conditional prediction's contrast back
-    active: jax.Array  # [E] bool, the evaluations that are guided in the mode "interval"
+    rescale: jax.Array  # [B] float32 in [0, 1], how much of the conditional prediction's contrast comes back
+    active: jax.Array | None = None  # [E] bool, the evaluations that are guided; None guides all
+    image_scale: jax.Array | None = None  # [B] float32, of the condition images, apart from the text's
 
 
-def encode_prompts(text_encoder, params, ids):
+def make_guidance(
+    batch: int,
+    table: SolverTable,
+    *,
+    scale: float,
+    rescale: float = 0.0,
+    interval: tuple[float, float] = (0.0, 1.0),
+    image_scale: float | None = None,
+) -> Guidance | None:
+    """The guidance of `batch` samples alike; None for a scale of 1 that has no scale of the images beside it.
+
+    Raises ValueError for an interval other than (0, 1) beside a scale of the images.
+    """
+    if image_scale is None and scale == 1:
+        return None
+    guidance = Guidance(np.full(batch, scale, np.float32), np.full(batch, rescale, np.float32))
+    low, high = interval
+    if image_scale is not None:
+        if (low, high) != (0, 1):
+            raise ValueError("guidance_interval goes with text guidance only: leave out image_guidance_scale")
+        return guidance._replace(image_scale=np.full(batch, image_scale, np.float32))
+    return guidance if (low, high) == (0, 1) else guidance._replace(active=(table.sigma >= low) & (table.sigma <= high))
+
+
+def encode_prompts(text_encoder, params, ids: jax.Array) -> jax.Array:
     """Token ids int32 [B, L] -> T5 embeddings [B, L, D]."""
     return text_encoder.apply({"params": params}, ids)
 
 
-def encode_images(autoencoder, params, images):
-    """uint8 [B, H, W, 3] -> normalised latents float32 [B, h, w, C]: the mean of the posterior, nothing drawn."""
-    chex.assert_shape(images, (None, None, None, 3))
+def encode_images(autoencoder, params, images: jax.Array) -> jax.Array:
+    """uint8 [B, H, W, 3] or [B, K, H, W, 3] -> normalised latents float32: the mean of the posterior, nothing drawn."""
+    chex.assert_rank(images, {4, 5})
+    chex.assert_shape(images, (..., 3))
     chex.assert_type(images, jnp.uint8)
 
     def encode(params, image):
-        pixels = image[None].astype(jnp.float32) / 127.5 - 1
-        moments = autoencoder.apply({"params": params}, pixels, method="encode")
+        moments = autoencoder.apply({"params": params}, from_pixels(image[None]), method="encode")
         return latents_of(Moments(*moments), None, autoencoder.config)[0]
 
-    return one_by_one(encode, params, images)
+    latents = one_by_one(encode, params, images.reshape(-1, *images.shape[-3:]))
+    return latents.reshape(*images.shape[:-3], *latents.shape[1:])
 
 
-def decode_images(autoencoder, params, latents):
+def decode_images(autoencoder, params, latents: jax.Array) -> jax.Array:
     """Normalised latents [B, h, w, C] -> uint8 [B, H, W, 3]."""
     chex.assert_shape(latents, (None, None, None, autoencoder.config.latent_channels))
 
     def decode(params, latent):
         raw = denormalize(latent[None], autoencoder.config)
-        pixels = autoencoder.apply({"params": params}, raw, method="decode")[0]
-        return jnp.clip((pixels + 1) * 127.5 + 0.5, 0, 255).astype(jnp.uint8)
+        return to_pixels(autoencoder.apply({"params": params}, raw, method="decode")[0])
 
     return one_by_one(decode, params, latents)
 
 
-def one_by_one(function, params, samples):
+def one_by_one(function: Callable, params, samples: jax.Array) -> jax.Array:
     """`function(params, sample)` of each sample [B, ...] in turn; under a mesh each device does its own.
 
-    One image fills a device, and so memory does not grow with the batch. XLA's partitioner cannot split a loop over
+    One image fills a device, and memory does not grow with the batch. XLA's partitioner cannot split a loop over
     samples: every device would do all of them.
     """
 
@@ -84,31 +111,40 @@ def one_by_one(function, params, samples):
     return jax.shard_map(local, in_specs=(jax.P(), rows), out_specs=rows, check_vma=False)(params, samples)
 
 
-def initial_noise(seeds, shape):
+def initial_noise(seeds: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Standard normal float32 [B, *shape], each sample's from its own seed (uint32 [B])."""
     return jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape, jnp.float32))(seeds)
 
 
-def advance_images(transformer, params, state, table, prompt, negative, guidance, conditions=None, *, mode):
-    """Some evaluations of the image sampler: a state of `sampling.image` -> the state after the rows of `table`.
+def advance_images(
+    transformer,
+    params,
+    state: SamplerState,
+    table: SolverTable,
+    prompt: jax.Array,
+    negative: jax.Array,
+    guidance: Guidance | None,
+    conditions: jax.Array | None = None,
+) -> SamplerState:
+    """The state of the image sampler after the evaluations of `table`.
 
-    The adaLN modulations of all rows are made first, and the loop does not read the weights that made them.
+    The adaLN modulations of all rows are made first; the loop does not read the weights that made them.
 
     Args:
-      table: SolverTable rows, float32 [E, ...].
+      table: rows of a SolverTable, float32 [E, ...].
       prompt, negative: text embeddings [B, L, D].
-      conditions: latents [B, K, h, w, C] or None; the unconditional half sees them too, except that
-        "text_and_image" also asks for a prediction without them.
-      mode: one of GUIDANCE_MODES.
-    Raises:
-      ValueError: an unknown mode.
+      guidance: None is the prediction under the prompt alone, which does not read `negative`.
+      conditions: latents [B, K, h, w, C]. The unconditional half of the guidance sees them too; with an `image_scale`
+        there is a third prediction without them.
     """
-    if mode not in GUIDANCE_MODES:
-        raise ValueError(f"mode is {mode!r}; expected one of {', '.join(GUIDANCE_MODES)}")
     evaluations, batch = len(table.sigma), len(state.latents)
     chex.assert_equal_shape([prompt, negative])
-    chex.assert_shape([guidance.scale, guidance.image_scale, guidance.rescale], (batch,))
-    chex.assert_shape([*table, guidance.active], (evaluations,))
+    chex.assert_shape([*table], (evaluations,))
+    active = None if guidance is None else guidance.active
+    if guidance is not None:
+        chex.assert_shape([x for x in guidance._replace(active=None) if x is not None], (batch,))
+    if active is not None:
+        chex.assert_shape(active, (evaluations,))
     rows = block_modulations(transformer.config, params, jnp.asarray(table.sigma, jnp.float32))
     lean = without_modulations(params)
 
@@ -119,37 +155,46 @@ def advance_images(transformer, params, state, table, prompt, negative, guidance
     def both(latents, modulations):
         """The predictions under the negative and under the given prompt, in one forward of twice the batch.
 
-        The two rows of a sample are neighbours, so that a batch that is split over devices stays so.
+        The two rows of a sample are neighbours, so a batch that is split over devices stays split.
         """
         twice = None if conditions is None else in_pairs(conditions, conditions)
         velocities = network(in_pairs(latents, latents), in_pairs(negative, prompt), twice, modulations)
         return first_of_pairs(velocities), second_of_pairs(velocities)
 
     def velocity(latents, sigma, row):
-        modulations, active = row
-        conditional = lambda: network(latents, prompt, conditions, modulations)  # noqa: E731
-        guided = lambda: image_sampler.text_guidance(  # noqa: E731
-            *both(latents, modulations), guidance.scale, guidance.rescale
-        )
-        if mode == "none":
-            return conditional()
-        if mode == "text":
-            return guided()
-        if mode == "interval":
-            return jax.lax.cond(active, guided, conditional)
-        neither = network(latents, negative, None, modulations)
-        image_only, full = both(latents, modulations)
-        return image_sampler.two_scale_guidance(
-            neither, image_only, full, guidance.image_scale, guidance.scale, guidance.rescale
-        )
+        modulations, is_active = row
 
-    return image_sampler.advance(velocity, state, (table, (rows, guidance.active)))
+        def conditional():
+            return network(latents, prompt, conditions, modulations)
+
+        def guided():
+            return image_sampler.text_guidance(*both(latents, modulations), guidance.scale, guidance.rescale)
+
+        if guidance is None:
+            return conditional()
+        if guidance.image_scale is not None:
+            neither = network(latents, negative, None, modulations)
+            return image_sampler.two_scale_guidance(
+                neither, *both(latents, modulations), guidance.image_scale, guidance.scale, guidance.rescale
+            )
+        return guided() if is_active is None else jax.lax.cond(is_active, guided, conditional)
+
+    return image_sampler.advance(velocity, state, (table, (rows, active)))
 
 
 def sample_images(
-    transformer, params, seeds, table, prompt, negative, guidance, conditions=None, *, mode, latent_shape
-):
-    """Latents [B, h, w, C] from noise, all evaluations in one scan; the arguments are those of `advance_images`.
+    transformer,
+    params,
+    seeds: jax.Array,
+    table: SolverTable,
+    prompt: jax.Array,
+    negative: jax.Array,
+    guidance: Guidance | None,
+    conditions: jax.Array | None = None,
+    *,
+    latent_shape: tuple[int, int, int],
+) -> jax.Array:
+    """Latents [B, h, w, C] from noise, all evaluations in one scan; the other arguments are those of `advance_images`.
 
     Args:
       seeds: uint32 [B].
@@ -157,35 +202,33 @@ def sample_images(
     """
     chex.assert_shape(seeds, (len(prompt),))
     state = image_sampler.start(initial_noise(seeds, latent_shape))
-    state = advance_images(transformer, params, state, table, prompt, negative, guidance, conditions, mode=mode)
-    return image_sampler.latents(state)
+    return advance_images(transformer, params, state, table, prompt, negative, guidance, conditions).latents
 
 
 def describe(
     transformer,
     text_encoder,
     params,
-    latents,
-    ids,
-    is_target,
-    seeds,
-    num_steps,
-    temperature,
-    threshold,
-    entropy_bound,
+    latents: jax.Array,
+    ids: jax.Array,
+    is_target: jax.Array,
+    seeds: jax.Array,
+    num_steps: jax.Array,
+    temperature: jax.Array,
+    threshold: jax.Array,
+    entropy_bound: jax.Array,
     *,
-    mask_id,
-    eos_id,
-    decoding,
-):
+    mask_id: int,
+    eos_id: int,
+    decoding: str,
+) -> TextSample:
     """The text of an image: T5 and the network fill the masked positions of ids (see `sampling.text.sample_text`).
 
     Args:
       params: {"transformer": ..., "text_encoder": ...}.
       latents: [B, h, w, C] of the images, clean.
-      ids, is_target: [B, L]; what is no target stays, such as a question.
+      ids, is_target: [B, L]; positions that are no target, such as a question's, stay.
       seeds: uint32 [B].
-    Returns: TextSample.
     """
     chex.assert_rank(latents, 4)
     chex.assert_equal_shape([ids, is_target])
@@ -213,3 +256,44 @@ def describe(
         threshold=threshold,
         entropy_bound=entropy_bound,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The functions above of one model, under their names: jitted, without the modules and the tokenizer's ids.
+
+    `dataclasses.replace` puts another callable in the place of one, such as a timed one.
+    """
+
+    encode_prompts: Callable[..., jax.Array]
+    encode_images: Callable[..., jax.Array]
+    sample_images: Callable[..., jax.Array]  # static: latent_shape
+    advance_images: Callable[..., SamplerState]
+    decode_images: Callable[..., jax.Array]
+    describe: Callable[..., TextSample]  # static: decoding
+
+    @classmethod
+    def of(cls, transformer, text_encoder, autoencoder, *, mask_id: int, eos_id: int, mesh=None) -> "Programs":
+        """The programs of three modules. A module may be None; its programs cannot be called then.
+
+        Args:
+          mask_id, eos_id: of the tokenizer.
+          mesh: when given, every result is split over the axes that split a batch; call them under `jax.set_mesh`.
+        """
+        split = text = None
+        if mesh is not None:
+            split, text = batch_sharding(mesh), TextSample(batch_sharding(mesh), replicated(mesh))
+        jit = functools.partial(jax.jit, out_shardings=split)
+        ids = {"mask_id": mask_id, "eos_id": eos_id}
+        return cls(
+            encode_prompts=jit(functools.partial(encode_prompts, text_encoder)),
+            encode_images=jit(functools.partial(encode_images, autoencoder)),
+            sample_images=jit(functools.partial(sample_images, transformer), static_argnames="latent_shape"),
+            advance_images=jit(functools.partial(advance_images, transformer)),
+            decode_images=jit(functools.partial(decode_images, autoencoder)),
+            describe=jax.jit(
+                functools.partial(describe, transformer, text_encoder, **ids),
+                static_argnames="decoding",
+                out_shardings=text,
+            ),
+        )

@@ -19,10 +19,10 @@ UNIPC_FIRST = np.float32(1 - 1e-6)
 
 
 class SolverTable(NamedTuple):
-    """What to do at each of E evaluations of the network; float32 [E] each.
+    """The coefficients of E evaluations of the network, float32 [E] each.
 
-    With v the velocity at (x, sigma), x - sigma * v the clean prediction that it implies, and the clean predictions
-    of the last evaluation and of the one before it, the latents of the next evaluation are
+    Let x be the latents and v the velocity at sigma. The clean prediction of an evaluation is x - sigma * v; `last` and
+    `before` are those of the last evaluation and of the one before it. The latents of the next evaluation are
         latents * x + velocity * v + clean * last + previous * before.
     """
 
@@ -33,7 +33,7 @@ class SolverTable(NamedTuple):
     previous: np.ndarray
 
 
-def solver_table(name, sigmas) -> SolverTable:
+def solver_table(name: str, sigmas: np.ndarray) -> SolverTable:
     """The table of a solver over the given noise levels.
 
     - "euler": order 1, N evaluations. FlowMatchEulerDiscreteScheduler, which SD3 is sampled by.
@@ -44,15 +44,15 @@ def solver_table(name, sigmas) -> SolverTable:
     - "unipc": order 2, N evaluations. UniPC-2 (arXiv 2302.04867) with B(h) = e^h - 1, predictor and corrector; the
       predictor of the first step and of that to sigma 0 is of order 1.
 
-    The last two agree with diffusers' DPMSolverMultistepScheduler and UniPCMultistepScheduler under
-    `use_flow_sigmas` over the same noise levels. (Those that diffusers would choose for them are, nearly, the
-    schedule "shifted_linear".) At sigma 1 DPM-Solver++ takes the limit of its formula, UniPC starts at 1 - 1e-6.
+    The last two agree with diffusers' DPMSolverMultistepScheduler and UniPCMultistepScheduler under `use_flow_sigmas`
+    over the same noise levels. (diffusers' own choice for them is nearly a line from 1 to 0, shifted once.) At sigma 1
+    DPM-Solver++ takes the limit of its formula; UniPC starts at 1 - 1e-6.
 
     Args:
       name: one of SOLVERS.
       sigmas: [N + 1], strictly decreasing from at most 1 to exactly 0; `diffusion.flow.sampling_sigmas` gives them.
-    Raises:
-      ValueError: an unknown name, or noise levels that are not so.
+
+    Raises ValueError for an unknown name and for other noise levels.
     """
     if name not in _MAKERS:
         raise ValueError(f"solver is {name!r}; expected one of {', '.join(SOLVERS)}")
@@ -98,7 +98,7 @@ def _dpmpp_2m(sigmas):
 def _unipc(sigmas):
     sigmas, steps = _log_snr_steps(np.minimum(sigmas, UNIPC_FIRST))
     rows, last = [], len(steps) - 1
-    # What the step that led here added for the slope of the clean predictions, to be taken back by its corrector.
+    # Arguments of the corrector of the last step: it replaces what the predictor added for the slope.
     arrived = None
     for i, (s, t, h) in enumerate(zip(sigmas[:-1], sigmas[1:], steps, strict=True)):
         # x as corrected, in terms of x, the clean prediction made now, the last one and the one before it.
@@ -114,10 +114,14 @@ def _unipc(sigmas):
 
 
 def _unipc_correction(weight, h, ratio):
-    """UniC: what to add to the latents that a step of `weight` and length h predicted, once the clean prediction
-    there is known, as coefficients of (it, the one at the step's start, the one before).
+    """UniC: the correction of the latents that a step predicted, once the clean prediction at its end is known.
 
-    ratio: where the one before lies, in units of h from the step's start (negative); None after a first-order step.
+    It is given as coefficients of the clean predictions (at the step's end, at its start, before that).
+
+    Args:
+      weight, h: of the step; h is its length.
+      ratio: place of the prediction before, in units of h from the step's start (negative); None after a first-order
+        step.
     """
     if ratio is None:
         return weight / 2, -weight / 2, 0.0

@@ -1,13 +1,15 @@
-"""The text sampler: masked diffusion from all masked to all decided, batched and with static shapes."""
+"""The text sampler: masked diffusion from all tokens masked to none, batched and with static shapes."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from unialign_jax.diffusion import masking
+from unialign_jax.sampling import DECODINGS
 
-DECODINGS = ("ancestral", "confidence", "entropy", "top_k")
 SINGLE_STEPS = 4  # of "top_k" for a model without text positions
 
 
@@ -17,51 +19,51 @@ class TextSample(NamedTuple):
 
 
 def sample_text(
-    logits_fn,
-    ids_BL,
-    is_target_BL,
-    keys_B,
+    logits_fn: Callable[[jax.Array], jax.Array],
+    ids_BL: jax.Array,
+    is_target_BL: jax.Array,
+    keys_B: jax.Array,
     *,
-    num_steps,
-    mask_id,
-    eos_id=None,
-    single_steps=0,
-    decoding="ancestral",
-    temperature=1.0,
-    threshold=0.9,
-    entropy_bound=0.1,
+    num_steps: ArrayLike,
+    mask_id: int,
+    eos_id: int | None = None,
+    single_steps: ArrayLike = 0,
+    decoding: str = "ancestral",
+    temperature: ArrayLike = 1.0,
+    threshold: ArrayLike = 0.9,
+    entropy_bound: ArrayLike = 0.1,
 ) -> TextSample:
     """Fills the target positions, starting from all of them masked.
 
     Each step runs the network on the batch, draws a token for every masked position, and reveals some of them:
 
-    - "ancestral", the reference's process (MDLM) over t = 1, 1 - 1/N, ..., 0: a masked token is revealed between t
-      and s with probability (t - s) / t. Here each token's time is drawn up front instead (uniform and independent,
-      which is the same distribution), so that steps at which nothing happens in the whole batch cost no forward
-      pass: at most min(num_steps, targets in the batch) are run. (The reference ends at t = 1e-5 and takes the most
-      likely token for the one in 1e5 left; ours ends at 0.)
-    - "top_k" (LLaDA's low-confidence remasking, arXiv 2502.09992): the ceil(masked / steps left) positions of a
-      sample whose prediction is surest, so that num_steps steps are enough.
-    - "confidence": every position whose likeliest token has probability `threshold` or more, and at least the
-      surest. num_steps does not matter.
-    - "entropy" (EB-sampler, arXiv 2505.24857): positions in the order of their entropy, for as long as the sum of
-      the entropies revealed, less the largest, is at most `entropy_bound` (nats); at least one. It bounds what
-      drawing them independently can lose. num_steps does not matter.
+    - "ancestral", the reference's process (MDLM) over t = 1, 1 - 1/N, ..., 0: a masked token is revealed between t and
+      s with probability (t - s) / t. Here each token's time is drawn up front, uniform and independent, which is the
+      same distribution. So steps that reveal nothing in the whole batch cost no forward pass: at most min(num_steps,
+      targets in the batch) are run. (The reference ends at t = 1e-5 and takes the likeliest token for the one in 1e5
+      left; ours ends at 0.)
+    - "top_k" (LLaDA's low-confidence remasking, arXiv 2502.09992): the ceil(masked / steps left) surest positions of a
+      sample, so that num_steps steps are enough.
+    - "confidence": every position whose likeliest token has probability `threshold` or more, and at least the surest.
+      num_steps does not matter.
+    - "entropy" (EB-sampler, arXiv 2505.24857): positions in the order of their entropy, as long as the sum of the
+      entropies revealed, less the largest, is at most `entropy_bound` (nats); at least one. This bounds the loss from
+      drawing them independently. num_steps does not matter.
 
-    Probability and entropy are the model's own, before temperature, so that the choice of positions does not lean on
-    the tokens drawn. (LLaDA takes the probability of the drawn token, which is the same at temperature 0.)
+    Probability and entropy are the model's own, before temperature: the choice of positions does not depend on the
+    tokens drawn. (LLaDA takes the probability of the drawn token, which is the same at temperature 0.)
 
     Two rules protect texts in all decodings but "ancestral", which stays the reference's:
 
-    - With `eos_id`, end-of-text comes last. Sentences of all lengths agree on end-of-text where they are over, and
-      differ in their words, so that the surest position would often end the text too early. A position whose likeliest
-      token is end-of-text waits while another hidden one of its sample has a word there; top_k spreads the words over
-      its steps. When only ends are left, the rightmost come first: an end there says least about the length.
+    - With `eos_id`, end-of-text comes last. Sentences of all lengths agree on end-of-text after their end and differ in
+      their words, so the surest position would often end the text too early. A position whose likeliest token is
+      end-of-text waits while another hidden position of its sample predicts a word; top_k spreads the words over its
+      steps. When only ends are left, the rightmost come first: an end there says least about the length.
     - In the first `single_steps` steps top_k reveals one token. A model without text positions predicts the same word
       at every masked position until it sees a first one.
 
-    A sample's outcome depends on its own key and row, not on its neighbours, as long as logits_fn keeps rows
-    apart. Call it under jax.jit: all but decoding and mask_id may be traced.
+    A sample's outcome depends on its own key and row, not on its neighbours, if logits_fn keeps rows apart. Call it
+    under jax.jit: everything but decoding and mask_id may be traced.
 
     Args:
       logits_fn: ids [B, L] -> logits [B, L, V], any float type; unrevealed positions of ids hold mask_id.
@@ -76,8 +78,8 @@ def sample_text(
       temperature: of the draw, a scalar or [B]; 1 draws from the model, 0 takes the likeliest token.
       threshold: of "confidence", a scalar or [B]; above 1 it reveals one token a step.
       entropy_bound: of "entropy", a scalar or [B]; 0 or less reveals one token a step, or those that are certain.
-    Raises:
-      ValueError: an unknown decoding, num_steps below 1 (where it is not traced), or shapes that do not fit.
+
+    Raises ValueError for an unknown decoding, num_steps below 1 (where it is not traced), and shapes that do not fit.
     """
     if decoding not in DECODINGS:
         raise ValueError(f"decoding is {decoding!r}; expected one of {', '.join(DECODINGS)}")

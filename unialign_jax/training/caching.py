@@ -6,44 +6,26 @@ processes each takes every n-th part of a cache, so they need no communication.
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tokenizers import Tokenizer as Backend
 
 from unialign_jax.data import caches
 from unialign_jax.data.records import RecordError
-from unialign_jax.data.streams import Stream, taught_text
-from unialign_jax.models import teacher as teachers
+from unialign_jax.data.streams import Stream
+from unialign_jax.models.autoencoder import from_pixels
 from unialign_jax.parallel import sharding
-
-TEXT_TOKENS = 512  # of the teacher's tokenizer: longer texts are cut
-PAD_TOKEN = "<|endoftext|>"
+from unialign_jax.parallel.mesh import make_mesh
 
 
 def local_mesh() -> jax.sharding.Mesh:
     """This process's devices, over which both weights and batches are split."""
     devices = jax.local_devices()
-    return sharding.make_mesh(fsdp=len(devices), devices=devices)
-
-
-def teacher_tokens(tokenizer: Backend, text: str, length: int = TEXT_TOKENS) -> dict[str, np.ndarray]:
-    """A text as the teacher reads it: ids int32 [length] and where they are tokens, bool [length]."""
-    found = tokenizer.encode(text).ids[:length]
-    ids = np.full(length, tokenizer.token_to_id(PAD_TOKEN) or 0, np.int32)
-    ids[: len(found)] = found
-    return {"teacher_ids": ids, "teacher_is_token": np.arange(length) < len(found)}
-
-
-def teacher_features(params, config: teachers.TeacherConfig, batch) -> dict[str, jax.Array]:
-    """The pooled features of a batch, both float16 [B, T], from its "image", "teacher_ids" and "teacher_is_token"."""
-    image = teachers.encode_images(params, batch["image"], config)
-    text = teachers.encode_texts(params, batch["teacher_ids"], batch["teacher_is_token"])
-    return {"teacher_image": image.astype(jnp.float16), "teacher_text": text.astype(jnp.float16)}
+    return make_mesh(fsdp=len(devices), devices=devices)
 
 
 def image_moments(autoencoder, params, batch) -> dict[str, jax.Array]:
@@ -51,8 +33,8 @@ def image_moments(autoencoder, params, batch) -> dict[str, jax.Array]:
     images = batch["image"][:, None]
     if "conditions" in batch:
         images = jnp.concatenate([images, batch["conditions"]], axis=1)
-    flat = images.reshape(-1, *images.shape[2:]).astype(jnp.float32) / 127.5 - 1
-    moments = autoencoder.apply({"params": params}, flat, method="encode")
+    pixels = from_pixels(images.reshape(-1, *images.shape[2:]))
+    moments = autoencoder.apply({"params": params}, pixels, method="encode")
     moments = jnp.concatenate([moments.mean, moments.log_variance], axis=-1).astype(jnp.float16)
     moments = moments.reshape(*images.shape[:2], *moments.shape[1:])
     found = {"image_moments": moments[:, 0]}
@@ -65,33 +47,18 @@ def row_shapes(function: Callable, example: dict[str, np.ndarray]) -> dict[str, 
     return {name: value.shape[1:] for name, value in jax.eval_shape(function, batch).items()}
 
 
-class TeacherRecords:
-    """The records of a stream as the teacher reads them, by index; None for one that cannot be decoded."""
+class Examples:
+    """Some arrays of a stream's examples, by index; None for a record that cannot be decoded."""
 
-    def __init__(self, stream: Stream, tokenizer: Backend):
-        self._stream, self._tokenizer = stream, tokenizer
-
-    def __call__(self, index: int) -> dict[str, np.ndarray] | None:
-        try:
-            text = taught_text(self._stream.records[index], self._stream.config.kind)
-            image = self._stream.load(index)["image"]
-        except RecordError:
-            return None
-        return {"image": image} | teacher_tokens(self._tokenizer, text)
-
-
-class ImageRecords:
-    """The images of a stream's records, by index; None for one that cannot be decoded."""
-
-    def __init__(self, stream: Stream):
-        self._stream = stream
+    def __init__(self, stream: Stream, names: Sequence[str]):
+        self._stream, self._names = stream, names
 
     def __call__(self, index: int) -> dict[str, np.ndarray] | None:
         try:
             example = self._stream.load(index)
         except RecordError:
             return None
-        return {name: example[name] for name in ("image", "conditions") if name in example}
+        return {name: example[name] for name in self._names if name in example}
 
 
 def fill_cache(

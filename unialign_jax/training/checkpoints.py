@@ -1,18 +1,17 @@
 """Checkpoints of a run: saved in the background, whole or ignored, and restored onto any mesh.
 
-A folder `checkpoints/<step>/state` per save, written by Orbax under a name of its own until it is whole. Restoring
-either gives the state or raises: a checkpoint of another architecture is refused with the leaves that differ, for a
-damaged one the one before it is taken. Nothing is ever deleted but by the rule on how many to keep.
+Each save is a folder `checkpoints/<step>/state`; Orbax writes it under another name until it is whole. Restoring gives
+the state or raises: a checkpoint of another architecture is refused with the leaves that differ, and in place of a
+damaged one the one before it is restored. Only the rule on how many to keep deletes anything.
 
-Orbax writes no checksums, so they are recorded when it is done, in the background too, and compared before a
-checkpoint is used: a single flipped bit counts as damage. A checkpoint without them (written by an earlier version, or
-cut off between the save and the record) is used when its files are there and in their whole length.
+Orbax writes no checksums, so we record them after each save, in the background too, and compare them before a
+checkpoint is used: a single flipped bit counts as damage. A checkpoint without them (of an earlier version, or of a run
+that was killed between the save and the record) is used when its files are there in their whole length.
 """
 
 import contextlib
 import json
 import logging
-import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,7 +31,7 @@ log = logging.getLogger(__name__)
 class Checkpoints:
     """The checkpoints of one run's folder, which is made; all hosts take part in every call."""
 
-    def __init__(self, workdir, *, keep_last=2, keep_every=0):
+    def __init__(self, workdir: str | Path, *, keep_last: int = 2, keep_every: int = 0):
         self.directory = Path(workdir).absolute() / "checkpoints"
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -71,7 +70,7 @@ class Checkpoints:
                 "keeps listings for a while (NFS), start again"
             )
 
-    def save(self, state: TrainState, step: int):
+    def save(self, state: TrainState, step: int) -> None:
         """Starts saving and returns once the arrays are copied; writing and checksums go on in the background.
 
         Waits for the save before it first. Raises OSError when this save, or the one before it, cannot be written, and
@@ -101,7 +100,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _writing(self):
-        """Turns what Orbax raises while it writes into one line about the disk."""
+        """Turns any error of Orbax's into one line about the disk."""
         try:
             yield
         except Exception as error:
@@ -114,10 +113,9 @@ class Checkpoints:
     def restore_latest(self, abstract_state: TrainState) -> TrainState | None:
         """The newest whole checkpoint on the shardings of `abstract_state`, or None when there is none at all.
 
-        A damaged one is passed over, said so, and renamed to damaged-<step> once an older one has taken its place.
-        Raises ValueError when a checkpoint has other leaves than `abstract_state`, is of another step than its name
-        says, or when every one is damaged, and OSError when the processes see different ones; then nothing has been
-        touched.
+        A damaged one is passed over with a warning, and renamed to damaged-<step> once an older one is restored.
+        Raises ValueError when a checkpoint has other leaves than `abstract_state` or another step than its name, or
+        when all are damaged, and OSError when the processes see different ones; then nothing has been changed.
         """
         unfinished = sorted(path.name for path in self.directory.glob("*orbax-checkpoint-tmp*"))
         if unfinished:
@@ -129,10 +127,9 @@ class Checkpoints:
             if reason is None:
                 if not checksums.is_recorded(directory):
                     log.warning("%s has no checksums, so flipped bits in it would not be found", directory)
-                differences = _differences(_leaf_shapes(abstract_state._asdict()), _stored_shapes(directory))
-                if differences:
+                if lines := differences(leaf_shapes(abstract_state._asdict()), stored_shapes(directory)):
                     raise ValueError(
-                        f"{directory} holds another architecture than this configuration: {'; '.join(differences)}. "
+                        f"{directory} holds another architecture than this configuration: {'; '.join(lines)}. "
                         "Choose another --workdir, or the configuration that the run was started with"
                     )
                 try:
@@ -161,7 +158,7 @@ class Checkpoints:
         return None
 
     def _set_aside(self, steps):
-        """Makes room for these steps to be saved again, and keeps what is there."""
+        """Renames the checkpoints of these steps, so that the steps can be saved again."""
         for step in steps if jax.process_index() == 0 else ():
             kept, number = self.directory / f"damaged-{step}", 1
             while kept.exists():
@@ -173,8 +170,8 @@ class Checkpoints:
             processes.wait_for_all("damaged checkpoints set aside")
             self._checkpointer.reload()
 
-    def close(self):
-        """Waits for the save under way, so that it is whole. Raises OSError when it cannot be written."""
+    def close(self) -> None:
+        """Waits until the save under way is whole. Raises OSError when it cannot be written."""
         try:
             self._wait()
         finally:
@@ -185,7 +182,7 @@ class Checkpoints:
 
 
 def agreed(directory: Path, reason: str | None) -> str | None:
-    """Why a checkpoint cannot be read, in this process or another: all must take the same one."""
+    """The reason why a checkpoint cannot be read, here or in another process: all must restore the same one."""
     if reason and jax.process_count() > 1:  # the others may be waiting for this process inside Orbax
         log.warning(
             "%s: process %d cannot read it (%s); agreeing with the others may take 5 minutes",
@@ -198,11 +195,11 @@ def agreed(directory: Path, reason: str | None) -> str | None:
 
 
 def damage(directory: Path) -> str | None:
-    """What is not as it was in a checkpoint that was once whole, or None. Several processes share the reading.
+    """The damage to a checkpoint that was once whole, in words, or None. Several processes share the reading.
 
-    Without recorded checksums the arrays are not read through. Looked at are then the marker, the metadata, which must
-    name the arrays that are stored, and the last byte of every stored value, which a file cut short no longer has.
-    Orbax itself gives up on such a checkpoint in ways that look like an empty one.
+    Without recorded checksums the arrays are not read through. We check the marker, that the metadata name the arrays
+    that are stored, and the last byte of every stored value, which a truncated file lacks. Orbax itself reads some of
+    such checkpoints as empty.
     """
     if checksums.is_recorded(directory):
         return checksums.difference(directory, jax.process_index(), jax.process_count())
@@ -221,7 +218,7 @@ def damage(directory: Path) -> str | None:
         keys = store.list().result()
         for last_byte in [store.read(key, byte_range=slice(-1, None)) for key in keys]:
             last_byte.result()
-        named = {path.replace("/", ".") for path in _stored_shapes(directory)}
+        named = {path.replace("/", ".") for path in stored_shapes(directory)}
     except Exception as error:  # tensorstore's errors are ValueErrors of many kinds, Orbax's of every kind
         return _start(error)
     folders = (key.decode().rpartition("/") for key in keys)
@@ -230,66 +227,19 @@ def damage(directory: Path) -> str | None:
     return None
 
 
-def checkpoints_of(run) -> Path:
-    """The folder of the checkpoints of the run that init_from names. Raises FileNotFoundError where there is none."""
-    directory = Path(run).absolute() / "checkpoints"
-    if not os.path.isdir(directory):
-        raise FileNotFoundError(f"init_from: {run} is no run's folder, it has no checkpoints/ inside")
-    return directory
+def stored_shapes(directory: Path) -> dict[str, tuple]:
+    """{path: shape} of the arrays in a checkpoint."""
+    return leaf_shapes(ocp.checkpointables_metadata(directory).metadata["state"])
 
 
-def load_params(run, abstract, weights="raw"):
-    """Trained parameters of another run, onto the shardings of `abstract` ({"transformer": ..., "heads": ...}).
-
-    Args:
-      run: the other run's folder.
-      weights: "raw", or "ema" for the averaged transformer.
-
-    Returns the tree; a table of text positions that the run does not have is left out.
-    Raises ValueError when the folder has no checkpoint or its leaves differ, FileNotFoundError when it is not there.
-    """
-    directory = checkpoints_of(run)
-    with ocp.training.Checkpointer(directory) as checkpointer:
-        if checkpointer.latest is None:
-            raise ValueError(f"init_from: {directory} holds no whole checkpoint")
-        step = checkpointer.latest.step
-    if reason := agreed(directory / str(step), damage(directory / str(step))):
-        raise ValueError(
-            f"init_from: {directory}/{step} cannot be read: {reason}. Remove it to start from the checkpoint before it"
-        )
-    found = _stored_shapes(directory / str(step))
-    if "params/transformer/text_positions" not in found:
-        transformer = {name: leaf for name, leaf in abstract["transformer"].items() if name != "text_positions"}
-        abstract = abstract | {"transformer": transformer}
-    wanted = {"params": dict(abstract)}
-    if weights == "ema":
-        if not any(path.startswith("ema/") for path in found):
-            raise ValueError(f"init_from: {directory}/{step} keeps no EMA; use init_weights=raw")
-        wanted = {"params": {"heads": abstract["heads"]}, "ema": abstract["transformer"]}
-    expected = _leaf_shapes(wanted)
-    branches = ("params/",) if weights == "raw" else ("params/heads/", "ema/")
-    differences = _differences(expected, {path: s for path, s in found.items() if path.startswith(branches)})
-    if differences:
-        raise ValueError(f"init_from: {directory}/{step} does not fit this configuration: {'; '.join(differences)}")
-    options = ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=True))
-    with ocp.Context(pytree_options=options):
-        loaded = ocp.load_checkpointables(directory / str(step), {"state": wanted})["state"]
-    if weights == "ema":
-        return {"transformer": loaded["ema"], "heads": loaded["params"]["heads"]}
-    return loaded["params"]
-
-
-def _stored_shapes(directory: Path) -> dict[str, tuple]:
-    return _leaf_shapes(ocp.checkpointables_metadata(directory).metadata["state"])
-
-
-def _leaf_shapes(tree) -> dict[str, tuple]:
+def leaf_shapes(tree) -> dict[str, tuple]:
+    """{path: shape} of a tree's arrays, or of their metadata."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {path_string(path): tuple(leaf.shape) for path, leaf in leaves if hasattr(leaf, "shape")}
 
 
-def _differences(expected: dict, found: dict, most=8) -> list[str]:
-    """What two sets of leaf shapes disagree on, at most `most` lines and a count of the rest."""
+def differences(expected: dict, found: dict, most: int = 8) -> list[str]:
+    """Lines on the leaves in which two sets of shapes differ: at most `most`, and a count of the rest."""
     lines = []
     for path in sorted(expected.keys() | found.keys()):
         if expected.get(path) != found.get(path):

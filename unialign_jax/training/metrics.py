@@ -1,19 +1,23 @@
-"""What a run measures and where it goes: metrics.jsonl (one JSON object a line) and TensorBoard events."""
+"""The metrics of a run: metrics.jsonl (one JSON object a line), TensorBoard events, progress bar, throughput."""
 
 import bisect
 import json
 import logging
+import math
 import os
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 from tensorboardX import SummaryWriter
+from tqdm import tqdm
 
 from unialign_jax.files import check_regular, parse_json, replacing_file
+from unialign_jax.models.flops import peak_flops
 
 log = logging.getLogger(__name__)
 
@@ -21,11 +25,11 @@ log = logging.getLogger(__name__)
 class MetricsWriter:
     """Appends rows to `workdir/metrics.jsonl` and to TensorBoard; on hosts other than the first it does nothing.
 
-    On opening, rows after `start_step` are dropped: the steps they tell of are about to be done again, with the same
-    numbers, so that the file of an interrupted run reads like that of an uninterrupted one.
+    On opening it drops the rows after `start_step`: those steps are done again, with the same numbers. So the file of
+    an interrupted run reads like that of an uninterrupted one.
     """
 
-    def __init__(self, workdir, start_step: int):
+    def __init__(self, workdir: str | Path, start_step: int):
         self._active = jax.process_index() == 0
         if not self._active:
             return
@@ -34,23 +38,23 @@ class MetricsWriter:
         self._file = open(path, "a", buffering=1)
         self._board = SummaryWriter(str(workdir), purge_step=start_step + 1, flush_secs=30)
 
-    def write(self, step: int, stream: str, values: dict[str, float]):
+    def write(self, step: int, stream: str, values: dict[str, float]) -> None:
         if not self._active:
             return
         self._file.write(json.dumps({"step": step, "stream": stream} | values) + "\n")
         for name, value in values.items():
             self._board.add_scalar(f"{stream}/{name}", value, step)
 
-    def close(self):
+    def close(self) -> None:
         if self._active:
             self._file.close()
             self._board.close()
 
 
-def keep_rows_until(path: Path, step: int):
+def keep_rows_until(path: Path, step: int) -> None:
     """Rewrites a metrics file without the rows after `step` and without a torn last line; a missing file is fine.
 
-    A row before those that cannot be read is moved to a file beside it (".broken" after the name), with a warning that
+    A row up to `step` that cannot be read is moved to a file beside it (".broken" after the name), with a warning that
     names the line. Raises ValueError when `path` is no file.
     """
     if not os.path.lexists(path):
@@ -80,7 +84,7 @@ def keep_rows_until(path: Path, step: int):
 
 
 def _longest_rise(steps: list[int | None]) -> list[int]:
-    """Numbers of the rows whose steps never fall, as many as there can be: a row out of that order is damaged."""
+    """The longest subsequence of rows whose steps never fall, as row numbers: a row out of that order is damaged."""
     tails, ends, before = [], [], {}  # the least last step of a rise of each length, its row, and the row before a row
     for number, step in enumerate(steps):
         if step is None:
@@ -104,7 +108,7 @@ def _row_step(line: bytes) -> int | None:
     return step if type(step) is int else None
 
 
-def read_metrics(workdir) -> list[dict]:
+def read_metrics(workdir: str | Path) -> list[dict]:
     """The rows of a run's metrics.jsonl, oldest first. Raises ValueError that names the line that is no row."""
     path = Path(workdir) / "metrics.jsonl"
     lines = path.read_bytes().splitlines()
@@ -112,29 +116,32 @@ def read_metrics(workdir) -> list[dict]:
 
 
 def to_means(metrics: dict[str, np.ndarray]) -> dict[str, float]:
-    """The step's sums and counts -> means, without those that nothing fell into."""
+    """The step's sums and counts -> means; a metric of count 0 is left out."""
     return {name: float(total / count) for name, (total, count) in metrics.items() if count > 0}
 
 
 class Throughput:
-    """Steps, samples and FLOPs since the last report, and the share of the time that went into waiting for data."""
+    """Steps, samples and FLOPs since the last report, and the share of the time that went into waiting for data.
+
+    Args:
+      num_devices: those of the mesh, which need not be all that JAX sees.
+    """
 
     def __init__(self, num_devices: int, peak_flops_per_device: float | None):
-        """Args: `num_devices` of the mesh that the steps run on, which need not be all that JAX sees."""
         self._devices, self._peak = num_devices, peak_flops_per_device
         self.restart()
 
-    def restart(self):
+    def restart(self) -> None:
         self._start, self._waited, self._steps, self._samples, self._flops = time.perf_counter(), 0.0, 0, 0, 0.0
 
-    def add_wait(self, seconds: float):
+    def add_wait(self, seconds: float) -> None:
         self._waited += seconds
 
-    def add_step(self, samples: int, flops: float):
+    def add_step(self, samples: int, flops: float) -> None:
         self._steps, self._samples, self._flops = self._steps + 1, self._samples + samples, self._flops + flops
 
     def report(self) -> dict[str, float]:
-        """What happened since the last call; empty when no step did."""
+        """The rates since the last call; empty when there was no step."""
         seconds = time.perf_counter() - self._start
         if not self._steps:
             return {}
@@ -152,12 +159,116 @@ class Throughput:
 
 
 def memory_use() -> dict[str, float]:
-    """Peak memory in GB (1e9 bytes): of the first local device where the backend tells, and of this process."""
+    """Peak memory in GB (1e9 bytes): of the first local device, where the backend reports it, and of this process."""
     stats = jax.local_devices()[0].memory_stats() or {}
     device = {"device_peak_gb": stats["peak_bytes_in_use"] / 1e9} if "peak_bytes_in_use" in stats else {}
     return device | {"host_peak_gb": peak_bytes(resource.getrusage(resource.RUSAGE_SELF)) / 1e9}
 
 
 def peak_bytes(usage: resource.struct_rusage) -> int:
-    """The most memory that a process has had, of what `resource` or `os.wait4` tells: bytes on macOS, elsewhere KiB."""
+    """The peak memory of a process in bytes, from `resource` or `os.wait4`: they give bytes on macOS, elsewhere KiB."""
     return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Recorder:
+    """Records each step's metrics one step late: whether they are finite, progress bar, files, throughput."""
+
+    def __init__(self, trainer, workdir: Path, start: int, progress: bool):
+        """Opens the files. `start` is the step that the run goes on from; a bar is drawn on a terminal alone."""
+        self._trainer, self._writer = trainer, MetricsWriter(workdir, start)
+        self._pending = None
+        self._losses = {}
+        self._bad = BadRecords(trainer.config.data.max_bad_fraction)
+        device = trainer.mesh.devices.flat[0]
+        self.throughput = Throughput(trainer.mesh.size, peak_flops(device.device_kind))
+        self._bar = tqdm(
+            total=trainer.config.num_steps,
+            initial=start,
+            unit="step",
+            disable=None if progress and jax.process_index() == 0 else True,  # None: not into files and pipes
+            dynamic_ncols=True,
+        )
+
+    def next_batch(self, batches: Iterator[tuple[int, str, dict]]) -> tuple[str, dict[str, np.ndarray]]:
+        """(stream's name, the next batch); the time until it is there counts as waiting for data."""
+        began = time.perf_counter()
+        _, name, batch = next(batches)
+        self.throughput.add_wait(time.perf_counter() - began)
+        return name, batch
+
+    def add(self, step: int, stream: str, metrics: dict[str, jax.Array]) -> None:
+        """Keeps the metrics of the step that was just started, and records those of the step before."""
+        self.flush()
+        self._pending = (step, stream, metrics)
+
+    def flush(self) -> None:
+        """Waits for the step under way and records its metrics.
+
+        Raises FloatingPointError when one is not finite, ValueError when too many records could not be decoded.
+        """
+        if self._pending is None:
+            return
+        step, stream, metrics = self._pending
+        self._pending = None
+        values = to_means(jax.device_get(metrics))
+        config = self._trainer.config
+        self.throughput.add_step(config.batch_size, config.batch_size * self._trainer.sample_flops[stream])
+        for name in ("loss", "gradient_norm", "parameter_norm"):
+            if not math.isfinite(values[name]):
+                raise FloatingPointError(
+                    f"{name} is {values[name]} at step {step + 1} in stream {stream}; losses: "
+                    + ", ".join(f"{key} {values[key]:.4g}" for key in config.loss_weights if key in values)
+                    + ". The last checkpoint is from before; lower optimizer.learning_rate or look at that batch"
+                )
+        self._bad.count(int(values["replaced_records"]), config.batch_size)
+        self._losses[stream] = values["loss"]
+        self._bar.update()
+        self._show()
+        _, index = self._trainer.mixture.schedule(step)
+        # Rows of steps with replaced records are never left out, so that the file's sum is their number.
+        if index % config.log_every == 0 or step + 1 == config.num_steps or values["replaced_records"]:
+            self._writer.write(step + 1, stream, values | self.throughput.report())
+
+    def add_validation(self, step: int, rows: dict[str, dict[str, float]], shown: dict[str, float]) -> None:
+        """Records the rows of a validation after `step` steps; its time does not count as training.
+
+        Raises FloatingPointError for a loss that is not finite.
+
+        Args:
+          shown: the figures for the progress bar.
+        """
+        for name, values in rows.items():
+            if not math.isfinite(values.get("loss", 0)):
+                raise FloatingPointError(
+                    f"the validation loss is {values['loss']} at step {step} in stream {name}. The last checkpoint is "
+                    "from before; lower optimizer.learning_rate"
+                )
+            self._writer.write(step, f"validation/{name}", values)
+        self._losses |= shown
+        self._show()
+        self.throughput.restart()
+
+    def _show(self) -> None:
+        self._bar.set_postfix({name: f"{value:.3f}" for name, value in self._losses.items()}, refresh=False)
+
+    def close(self) -> None:
+        self._bar.close()
+        self._writer.close()
+
+
+class BadRecords:
+    """Counts the records that could not be decoded. Raises ValueError when they become too many."""
+
+    def __init__(self, max_fraction: float, patience: int = 1000):
+        self._max_fraction, self._patience = max_fraction, patience
+        self._bad = self._seen = 0
+
+    def count(self, replaced: int, samples: int) -> None:
+        self._bad += replaced
+        self._seen += samples
+        # A few early ones say nothing about the share; from `patience` samples on they do.
+        if self._bad > self._max_fraction * max(self._seen, self._patience):
+            raise ValueError(
+                f"{self._bad} of {self._seen} records could not be decoded, more than data.max_bad_fraction "
+                f"{self._max_fraction} allows; the log names them. Mend the data, or raise data.max_bad_fraction"
+            )

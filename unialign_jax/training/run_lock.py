@@ -1,8 +1,8 @@
-"""One run at a time in a folder: a lock on a file in it, which ends with the process that holds it, however that ends.
+"""One run at a time in a folder: a lock on a file in it, which the kernel releases when its process ends.
 
-The kernel keeps it, so a process leaves nothing behind to clean up, not even by `kill -9`. Between hosts it works where
-the file system passes locks on (NFS, Lustre mounted with -o flock, CephFS); elsewhere it holds on each host by itself.
-The locks of a lost host end on NFSv4 by their lease; on NFSv3 they stay until it starts again, or the file is removed.
+So nothing is left to clean up, not even after `kill -9`. Between hosts it works where the file system shares locks
+(NFS, Lustre mounted with -o flock, CephFS); elsewhere it excludes only runs on the same host. When a host is lost,
+NFSv4 releases its locks after their lease; NFSv3 keeps them until the host starts again, or the file is removed.
 """
 
 import contextlib
@@ -25,20 +25,19 @@ from unialign_jax.parallel import processes
 log = logging.getLogger(__name__)
 
 FILE = "run.lock"  # holds who has it; empty when nobody does
-LEASE = 120  # seconds; a host that was cut off keeps its locks on an NFSv4 server for about 90, on NFSv3 for ever
+LEASE = 120  # seconds; an NFSv4 server keeps the locks of a lost host for about 90, NFSv3 for ever
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @contextlib.contextmanager
 def only_run_in(workdir: Path, patience: float = LEASE) -> Iterator[None]:
-    """Makes the run's folder, and keeps other runs out of it while the block lasts. All processes of the run take part.
+    """Makes the run's folder, and keeps other runs out of it in the block. All processes of the run take part.
+
+    Raises OSError, in all processes, when another run is in the folder, or the folder cannot be written; then nothing
+    in it has been changed.
 
     Args:
-      workdir: the run's folder.
-      patience: seconds to wait for a holder on another host, which may be gone. One on this host is refused at once.
-
-    Raises OSError, in all processes, when another run is in the folder, or the folder cannot be written; nothing in it
-    has then been changed.
+      patience: seconds to wait for a holder on another host, which may be gone. With one on this host there is no wait.
     """
     file, refusal = None, ""
     if jax.process_index() == 0:
@@ -104,7 +103,7 @@ def _locked(file, workdir) -> bool:
 
 
 def _holder(file) -> tuple[str, str]:
-    """(host, who it is in words) of the process that has the lock."""
+    """(host, description) of the process that holds the lock."""
     for _ in range(20):  # it writes its name once it has the lock
         file.seek(0)
         with contextlib.suppress(ValueError):

@@ -1,29 +1,148 @@
-"""A training run's folder as a model: its configuration, the weights of its newest whole checkpoint, its frozen parts.
+"""A training run's folder: its configuration, its newest whole checkpoint, and the model that both make.
 
-What a run was trained with is read where the run read it: the encoders from the bundle `frozen_from`, or drawn from
-their fixed seed; the tokenizer from its folder, or the one of the shapes world.
+A reader finds the parts of the model where the run found them: the encoders in the bundle `frozen_from`, or drawn from
+their fixed seed; the tokenizer in its folder, or as the one of the shapes world.
 """
 
 import dataclasses
 import hashlib
+import json
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 
 from unialign_jax import bundle, bundle_config, files
 from unialign_jax.data.kinds import KINDS
 from unialign_jax.data.tokenizer import Tokenizer, load_tokenizer
+from unialign_jax.training.checkpoints import agreed, damage, differences, leaf_shapes, stored_shapes
+from unialign_jax.training.config import build_configs, with_new_names
+from unialign_jax.training.state import Networks, init_frozen
 
 log = logging.getLogger(__name__)
 
 WEIGHTS = ("raw", "ema")
 _KEYS = {"transformer": "model", "heads": "heads", "text_encoder": "text_encoder", "autoencoder": "autoencoder"}
 _MOST_STAGES = 16  # that are followed back from run to run
+
+
+# --- config.json ---
+
+
+def is_run(directory: str | Path) -> bool:
+    """Whether the folder looks like a training run's."""
+    directory = Path(directory)
+    return (directory / "config.json").is_file() and (directory / "checkpoints").is_dir()
+
+
+def read_settings(run: str | Path) -> dict:
+    """The configuration that a run's config.json holds. Raises ValueError in one line when it is none."""
+    texts, groups = ("frozen_from", "tokenizer", "init_from"), ("streams", "samples", "loss_weights", *_KEYS.values())
+    return _read_settings(run, dict.fromkeys(texts, str) | dict.fromkeys(groups, dict), needed=tuple(_KEYS.values()))
+
+
+def settings_before(run: str | Path) -> dict | None:
+    """The configuration of a run that is resumed or started from, None without a config.json.
+
+    Raises ValueError when it cannot be read.
+    """
+    path = Path(run) / "config.json"
+    if not os.path.lexists(path):
+        return None
+    try:
+        return _read_settings(run, {"frozen_from": str, "tokenizer": str})
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"{path} is damaged ({files.first_line(error)}); bring it back, or remove it and name frozen_from and "
+            "tokenizer yourself"
+        ) from error
+
+
+def _read_settings(run, kinds: dict[str, type], needed: tuple[str, ...] = ()) -> dict:
+    path = Path(run) / "config.json"
+    settings = with_new_names(files.read_json(path))
+    for key, kind in kinds.items():
+        if key in needed and key not in settings:
+            raise ValueError(f"{path} lacks {key}: expected the configuration of a training run")
+        if not isinstance(settings.get(key, kind()), kind):
+            expected = {str: "a text", dict: "an object"}[kind]
+            raise ValueError(f"{path}: {key} is a {type(settings[key]).__name__}, expected {expected}")
+    return settings
+
+
+def write_config(config: ConfigDict, workdir: Path) -> None:
+    """Keeps the run's configuration in `config.json`; a resumed run logs what has changed since."""
+    current = json.loads(config.to_json_best_effort())
+    for line in _changes(settings_before(workdir) or current, current):
+        log.warning("configuration changed since the run began: %s", line)
+    if jax.process_index() == 0:
+        files.write_json(workdir / "config.json", current)
+
+
+def _changes(before: dict, after: dict, prefix: str = "") -> Iterator[str]:
+    for key in sorted(before.keys() | after.keys()):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _changes(old, new, f"{prefix}{key}.")
+        elif old != new:
+            yield f"{prefix}{key} from {_shown(old)} to {_shown(new)}"
+
+
+def _shown(value) -> str:
+    """A value of a configuration in a line; where no configuration can hold it, its type."""
+    values = value if isinstance(value, list) else [value]
+    plain = all(isinstance(each, str | int | float | None) for each in values)
+    return repr(value)[:300] if plain else f"a {type(value).__name__}"
+
+
+def inherit_sources(config: ConfigDict, workdir: Path) -> ConfigDict:
+    """The configuration with an empty `frozen_from` and `tokenizer` filled in, so that config.json names the sources.
+
+    A resumed run keeps its own; a new one takes those of `init_from`, which is a bundle or a run. Where the tokenizer
+    is still not named, it is that of the bundle `frozen_from`, for which its text encoder was made. A bundle of the
+    package is kept by its name, for the package may move; its tokenizer is "", that of the shapes world. As a stage's
+    default it yields to those of `init_from` or of the run.
+    """
+    config = config.copy_and_resolve_references()
+    is_new = not (workdir / "config.json").is_file()
+    default = config.frozen_from if bundle.is_packaged(config.frozen_from) else ""
+    if default:
+        config.frozen_from = ""
+    if is_new and bundle.is_bundle(bundle.locate(config.init_from)):
+        before = {"frozen_from": _lasting(config.init_from), "tokenizer": _tokenizer_of(config.init_from)}
+    else:
+        start = settings_before(config.init_from) if config.init_from else None
+        before = settings_before(workdir)
+        if before is None and config.init_from:
+            _checkpoints_of(config.init_from)  # a new run needs them; better told now than after it is compiled
+        before = before or start or {}
+    for key in ("frozen_from", "tokenizer"):
+        config[key] = config[key] or before.get(key, "")
+    if is_new:
+        config.frozen_from = config.frozen_from or default
+    if is_new and not config.tokenizer and bundle.is_bundle(bundle.locate(config.frozen_from)):
+        config.tokenizer = _tokenizer_of(config.frozen_from)
+    return config
+
+
+def _lasting(source: str) -> str:
+    """The name of a bundle that a run can be resumed with from another folder."""
+    return source if bundle.is_packaged(source) else str(Path(source).absolute())
+
+
+def _tokenizer_of(source: str) -> str:
+    return "" if bundle.is_packaged(source) else str(bundle.tokenizer_path(Path(source).absolute()) or "")
+
+
+# --- Checkpoints ---
 
 
 class StoredTree(NamedTuple):
@@ -35,41 +154,23 @@ class StoredTree(NamedTuple):
     leaves: Callable[[list[str]], Iterator[tuple[str, np.ndarray]]]
 
 
-def is_run(directory) -> bool:
-    """Whether the folder looks like a training run's."""
-    directory = Path(directory)
-    return (directory / "config.json").is_file() and (directory / "checkpoints").is_dir()
+def saved_steps(checkpoints: Path) -> list[int]:
+    """The steps of the checkpoints in a folder, the newest first: Orbax names one by its step once it is whole."""
+    names = (path.name for path in checkpoints.iterdir())
+    return sorted((int(name) for name in names if re.fullmatch(r"\d{1,18}", name)), reverse=True)
 
 
-def read_settings(run) -> dict:
-    """The configuration that a run's config.json holds. Raises ValueError in one line when it is none."""
-    path = Path(run) / "config.json"
-    settings = files.read_json(path)
-    kinds = {"frozen_from": str, "tokenizer": str, "init_from": str, "streams": dict, "samples": dict}
-    kinds |= {"loss_weights": dict} | dict.fromkeys(_KEYS.values(), dict)
-    for key, kind in kinds.items():
-        if key in _KEYS.values() and key not in settings:
-            raise ValueError(f"{path} lacks {key}: expected the configuration of a training run")
-        if not isinstance(settings.get(key, kind()), kind):
-            expected = {str: "a text", dict: "an object"}[kind]
-            raise ValueError(f"{path}: {key} is a {type(settings[key]).__name__}, expected {expected}")
-    return settings
-
-
-def latest_step(run, *, verify: bool = False) -> int:
+def latest_step(run: str | Path, *, verify: bool = False) -> int:
     """The step of a run's newest whole checkpoint.
 
     With `verify` its files are compared with their checksums, and a damaged one is passed over with a warning.
     Raises FileNotFoundError when the folder is no run's, ValueError when it has no whole checkpoint.
     """
-    from unialign_jax.training.checkpoints import damage
-
     run = Path(run)
     if not is_run(run):
         raise FileNotFoundError(f"{run} is no run's folder: expected config.json and checkpoints/ inside")
     checkpoints = run.absolute() / "checkpoints"
-    steps = [int(path.name) for path in checkpoints.iterdir() if re.fullmatch(r"\d{1,18}", path.name)]
-    for step in sorted(steps, reverse=True):
+    for step in saved_steps(checkpoints):
         reason = damage(checkpoints / str(step)) if verify else None
         if reason is None:
             return step
@@ -77,11 +178,62 @@ def latest_step(run, *, verify: bool = False) -> int:
     raise ValueError(f"{checkpoints} holds no whole checkpoint")
 
 
-def open_run(run, weights: str = "raw", step: int | None = None) -> dict[str, StoredTree]:
-    """The transformer ("raw", or "ema" for its average) and the heads of a run's checkpoint.
+def _checkpoints_of(run: str) -> Path:
+    """The folder of the checkpoints of the run that init_from names. Raises FileNotFoundError where there is none."""
+    directory = Path(run).absolute() / "checkpoints"
+    if not os.path.isdir(directory):
+        raise FileNotFoundError(f"init_from: {run} is no run's folder, it has no checkpoints/ inside")
+    return directory
 
-    Args: `step`; the newest, and its files are compared with their checksums, when None.
+
+def load_params(run: str, abstract: dict, weights: str = "raw") -> dict:
+    """The parameters that another run has trained, onto the shardings of `abstract`.
+
+    A table of text positions that the other run does not have is left out.
+    Raises ValueError when the folder has no checkpoint or its leaves differ, FileNotFoundError when it is not there.
+
+    Args:
+      abstract: {"transformer": ..., "heads": ...}.
+      weights: "raw", or "ema" for the averaged transformer.
+    """
+    directory = _checkpoints_of(run)
+    steps = saved_steps(directory)
+    if not steps:
+        raise ValueError(f"init_from: {directory} holds no whole checkpoint")
+    folder = directory / str(steps[0])
+    if reason := agreed(folder, damage(folder)):
+        raise ValueError(
+            f"init_from: {folder} cannot be read: {reason}. Remove it to start from the checkpoint before it"
+        )
+    found = stored_shapes(folder)
+    if "params/transformer/text_positions" not in found:
+        transformer = {name: leaf for name, leaf in abstract["transformer"].items() if name != "text_positions"}
+        abstract = abstract | {"transformer": transformer}
+    wanted, branches = {"params": dict(abstract)}, ("params/",)
+    if weights == "ema":
+        if not _has_average(found):
+            raise ValueError(f"init_from: {folder} keeps no EMA; use init_weights=raw")
+        wanted, branches = (
+            {"params": {"heads": abstract["heads"]}, "ema": abstract["transformer"]},
+            ("params/heads/", "ema/"),
+        )
+    found = {path: shape for path, shape in found.items() if path.startswith(branches)}
+    if lines := differences(leaf_shapes(wanted), found):
+        raise ValueError(f"init_from: {folder} does not fit this configuration: {'; '.join(lines)}")
+    options = ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=True))
+    with ocp.Context(pytree_options=options):
+        loaded = ocp.load_checkpointables(folder, {"state": wanted})["state"]
+    return loaded["params"] | ({"transformer": loaded["ema"]} if weights == "ema" else {})
+
+
+def open_run(run: str | Path, weights: str = "raw", step: int | None = None) -> dict[str, StoredTree]:
+    """The transformer and the heads of a run's checkpoint.
+
     Raises FileNotFoundError when the folder is no run's, ValueError when it has no whole checkpoint or no average.
+
+    Args:
+      weights: "raw", or "ema" for the averaged transformer.
+      step: the newest when None, and then its files are compared with their checksums.
     """
     run = Path(run).absolute()
     folder = run / "checkpoints" / str(latest_step(run, verify=True) if step is None else step)
@@ -104,12 +256,12 @@ def open_run(run, weights: str = "raw", step: int | None = None) -> dict[str, St
     return trees
 
 
-def has_average(run, step: int) -> bool:
+def has_average(run: str | Path, step: int) -> bool:
     """Whether a run's checkpoint keeps an average of the weights."""
     return _has_average(_metadata(Path(run).absolute() / "checkpoints" / str(step)))
 
 
-def _has_average(metadata):
+def _has_average(metadata: dict) -> bool:
     return any(path.startswith("ema/") for path in metadata)
 
 
@@ -118,7 +270,7 @@ def _metadata(folder):
         if not path.is_dir():
             files.check_regular(path)
     try:
-        return bundle.flatten(ocp.checkpointables_metadata(folder).metadata["state"])
+        return flatten_dict(ocp.checkpointables_metadata(folder).metadata["state"] or {}, sep="/")
     except Exception as error:
         raise ValueError(f"{folder} cannot be read: {files.first_line(error, 200)}") from error
 
@@ -137,7 +289,10 @@ def _read(folder, metadata, prefix, paths):
         del leaf
 
 
-def component_configs(run, settings: dict) -> dict:
+# --- The model ---
+
+
+def component_configs(run: str | Path, settings: dict) -> dict:
     """{component: its configuration} of a run's settings."""
     configs = {
         name: bundle_config.parse_component(bundle.COMPONENTS[name], settings[key], f"{run}/config.json: {key}")
@@ -148,8 +303,8 @@ def component_configs(run, settings: dict) -> dict:
     return configs
 
 
-def describe(run, settings: dict) -> dict:
-    """What a bundle of the run says of itself beside its components: sizes, tasks, sampling."""
+def describe(run: str | Path, settings: dict) -> dict:
+    """The entries of a bundle of the run beside its components: sizes, tasks, sampling."""
     samples = settings.get("samples", {})
     found = {"steps": "steps", "edit_steps": "steps", "caption_steps": "caption_steps"}
     found |= {"guidance_scale": "guidance_scale", "shift": "shift"}
@@ -163,7 +318,7 @@ def describe(run, settings: dict) -> dict:
 
 
 def trained_tasks(settings: dict, stages: int = _MOST_STAGES) -> list[str]:
-    """The tasks that a run trained, and those that what it started from was trained for, as far as that is there."""
+    """The tasks that a run and the stages before it trained, as far back as they can be read."""
     weights = {"image": "flow_matching", "text": "masked_text"}
     weights = {side: settings.get("loss_weights", {}).get(name, 1) for side, name in weights.items()}
     own = set()
@@ -183,7 +338,7 @@ def trained_tasks(settings: dict, stages: int = _MOST_STAGES) -> list[str]:
     return [task for task in bundle_config.TASKS if task in own]
 
 
-def read_run_tokenizer(settings: dict, run) -> Tokenizer:
+def read_run_tokenizer(settings: dict, run: str | Path) -> Tokenizer:
     """The tokenizer that the run was trained with."""
     try:
         return load_tokenizer(settings.get("tokenizer") or None)
@@ -195,11 +350,6 @@ def read_run_tokenizer(settings: dict, run) -> Tokenizer:
 
 def draw_frozen(settings: dict) -> dict:
     """{component: (config, parameters)} of the encoders that a run without a bundle draws from their fixed seed."""
-    from ml_collections import ConfigDict
-
-    from unialign_jax.training.config import build_configs
-    from unialign_jax.training.state import Networks, init_frozen
-
     networks = Networks.create(*build_configs(ConfigDict(settings), "cpu"))
     params = init_frozen(networks)
     modules = {"text_encoder": networks.text_encoder, "autoencoder": networks.autoencoder}
@@ -210,12 +360,12 @@ class Run(NamedTuple):
     """A run, opened to sample from.
 
     Attributes:
-      name: of its folder, for messages.
-      config: as that of a bundle.
-      tokenizer: the run's.
+      name: its folder's, for messages.
+      config: as a bundle's.
       leaves: component -> its (path, array) pairs on the host.
-      weights, step: which of its weights these are.
-      digest: of all that tells them from others.
+      weights: "raw" or "ema".
+      digest: a hash by which these weights are told from others.
+      frozen_from: the bundle of the encoders; None where they are drawn.
     """
 
     name: str
@@ -225,15 +375,20 @@ class Run(NamedTuple):
     weights: str
     step: int
     digest: str
+    frozen_from: Path | None
 
 
-def open_to_sample(run, weights: str | None = None, *, verify: bool = True) -> Run:
+def open_to_sample(
+    run: str | Path, weights: str | None = None, *, frozen_from: str | Path | None = None, verify: bool = True
+) -> Run:
     """A run's newest whole checkpoint, with the frozen parts that it was trained with.
 
-    Args:
-      weights: "raw" or "ema"; when None the average where the run keeps one, as its own samples.
-      verify: whether the checkpoint and the bundle of the frozen parts are checked against their checksums.
     Raises FileNotFoundError or ValueError, in one line, for a run that cannot be read.
+
+    Args:
+      weights: "raw" or "ema"; when None the average where the run keeps one, as for the run's own samples.
+      frozen_from: the bundle of the text encoder and the autoencoder, in place of the run's own.
+      verify: whether the checkpoint and the bundle of the frozen parts are compared with their checksums.
     """
     if weights not in (None, *WEIGHTS):
         raise ValueError(f"weights is {weights!r}, expected one of {', '.join(WEIGHTS)}")
@@ -242,7 +397,7 @@ def open_to_sample(run, weights: str | None = None, *, verify: bool = True) -> R
     weights = weights or ("ema" if has_average(run, step) else "raw")
     trees = open_run(run, weights, step)
     configs = component_configs(run, settings)
-    source, drawn = settings.get("frozen_from"), {}
+    source, drawn = frozen_from or settings.get("frozen_from"), {}
     if source:
         source = bundle.locate(source)
         frozen = bundle.read_config(source, verify=verify)
@@ -255,7 +410,7 @@ def open_to_sample(run, weights: str | None = None, *, verify: bool = True) -> R
             return frozen_leaves(name)
         if not drawn:
             drawn.update(draw_frozen(settings))
-        return ((path, np.asarray(leaf)) for path, leaf in bundle.flatten(drawn[name][1]).items())
+        return ((path, np.asarray(leaf)) for path, leaf in flatten_dict(drawn[name][1], sep="/").items())
 
     def frozen_leaves(name):
         yield from bundle.read_leaves(source, name, verify=name in to_verify)
@@ -265,4 +420,4 @@ def open_to_sample(run, weights: str | None = None, *, verify: bool = True) -> R
     described = [Path(folder) / "config.json" for folder in (run, source) if folder]
     told = b"".join(path.read_bytes() for path in described) + f" {step} {weights}".encode()
     digest = hashlib.sha256(told).hexdigest()
-    return Run(str(run), config, read_run_tokenizer(settings, run), leaves, weights, step, digest)
+    return Run(str(run), config, read_run_tokenizer(settings, run), leaves, weights, step, digest, source or None)

@@ -1,13 +1,11 @@
-"""Pictures and captions of a run under way: real beside generated, real beside predicted."""
+"""Images and captions that a run samples while it trains: real beside generated, real beside predicted."""
 
-import functools
 import hashlib
 import math
 import textwrap
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -17,7 +15,7 @@ from unialign_jax.diffusion.flow import sampling_sigmas
 from unialign_jax.models.parameters import storage_dtype
 from unialign_jax.parallel import sharding
 from unialign_jax.parallel.activations import BATCH_AXES
-from unialign_jax.sampling import programs
+from unialign_jax.sampling.programs import Programs, make_guidance
 from unialign_jax.sampling.solvers import solver_table
 from unialign_jax.training.state import Networks
 
@@ -26,7 +24,7 @@ EXAMPLE_KEYS = ("image", "conditions", "prompt_ids", "text_ids", "text_is_target
 
 
 def sample_seeds(seed: int, step: int, count: int) -> np.ndarray:
-    """The seeds uint32 [count] of a run's samples at a step: as `Pipeline` takes them, a new one for each."""
+    """The seeds of a run's samples at a step, uint32 [count], each a new one; `Pipeline` takes them too."""
     digests = (hashlib.sha256(f"{seed}/{step}/{number}".encode()).digest() for number in range(count))
     return np.array([int.from_bytes(digest[:4], "little") for digest in digests], np.uint32)
 
@@ -34,9 +32,9 @@ def sample_seeds(seed: int, step: int, count: int) -> np.ndarray:
 class Sampler:
     """Writes `samples/<stream>_<step>.png` and `.md` for the first records of every stream.
 
-    The programs are those of inference (`sampling.programs`), compiled at the first use, and run on the run's mesh:
-    weights lie as in the train step, and the samples are split over all axes that split a batch. All hosts take part;
-    the first one writes.
+    The programs are those of inference (`sampling.programs.Programs`), compiled at the first use, on the run's mesh:
+    weights lie as in the train step, and samples are split over all axes that split a batch. All hosts take part; the
+    first one writes.
     """
 
     def __init__(self, config, networks: Networks, mesh, streams, tokenizer, workdir):
@@ -45,52 +43,17 @@ class Sampler:
         self._streams = streams
         settings = config.samples
         self._table = solver_table("euler", sampling_sigmas(settings.steps, shift=settings.shift))
-        transformer, text_encoder, autoencoder = networks.transformer, networks.text_encoder, networks.autoencoder
+        transformer = networks.transformer
+        # Answers too are written by the program of captions.
+        self._own = BundleConfig(transformer=transformer.config).sampling_defaults
 
         def compute(params):
-            return sharding.computing(params, lambda path: storage_dtype(path, transformer.config.dtype))
+            return sharding.params_for_compute(params, lambda path: storage_dtype(path, transformer.config.dtype))
 
-        def encode_images(params, images):
-            """uint8 [B, K, H, W, 3] -> latents [B, K, h, w, C]."""
-            latents = programs.encode_images(autoencoder, params, images.reshape(-1, *images.shape[2:]))
-            return latents.reshape(*images.shape[:2], *latents.shape[1:])
-
-        def sample_images(params, seeds, prompt, negative, conditions, *, latent_shape):
-            guidance = programs.Guidance(
-                scale=jnp.full(seeds.shape, settings.guidance_scale, jnp.float32),
-                image_scale=jnp.zeros(seeds.shape),
-                rescale=jnp.zeros(seeds.shape),
-                active=jnp.ones(self._table.sigma.shape, bool),
-            )
-            mode = "none" if settings.guidance_scale == 1 else "text"
-            return programs.sample_images(
-                transformer, params, seeds, self._table, prompt, negative, guidance, conditions,
-                mode=mode, latent_shape=latent_shape,
-            )  # fmt: skip
-
-        def decode_images(params, latents, count):
-            return programs.decode_images(autoencoder, params, latents)[:count]
-
-        # Answers too, by the program of captions.
-        own = BundleConfig(transformer=transformer.config).sampling_defaults
-
-        def describe(params, latents, ids, is_target, seeds, count):
-            sample = programs.describe(
-                transformer, text_encoder, params, latents, ids, is_target, seeds,
-                settings.caption_steps, own["caption_temperature"], 0.9, 0.1,
-                mask_id=tokenizer.mask_id, eos_id=tokenizer.eos_id, decoding=own["caption_decoding"],
-            )  # fmt: skip
-            return sample.ids[:count]
-
-        split, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-        on_batch = functools.partial(jax.jit, out_shardings=split)
-        to_hosts = functools.partial(jax.jit, static_argnames="count", out_shardings=everywhere)
         self._compute = jax.jit(compute)
-        self._encode_prompts = on_batch(functools.partial(programs.encode_prompts, text_encoder))
-        self._encode_images = on_batch(encode_images)
-        self._sample_images = on_batch(sample_images, static_argnames="latent_shape")
-        self._decode_images = to_hosts(decode_images)
-        self._describe = to_hosts(describe)
+        ids = {"mask_id": tokenizer.mask_id, "eos_id": tokenizer.eos_id}
+        self._programs = Programs.of(transformer, networks.text_encoder, networks.autoencoder, **ids, mesh=mesh)
+        self._replicate = jax.jit(lambda array: array, out_shardings=sharding.replicated(mesh))
         # How many samples the mesh takes at once: a row for each of its parts.
         self._parts = math.prod(mesh.shape[name] for name in BATCH_AXES)
 
@@ -115,47 +78,60 @@ class Sampler:
         return paths
 
     def sample(self, stream, step: int, params, frozen):
-        """The stream's first examples, the images made of their prompts and the texts read off their images.
+        """(examples, images, ids): the stream's first examples, images from their prompts and texts from their images.
+
+        The examples are one batch; images are uint8 [count, H, W, 3], None for a kind without image pass; ids are int32
+        [count, L].
 
         Args:
           step: gives the samples their seeds, together with the run's (`sample_seeds`).
           params: the transformer's, as the state holds them.
-        Returns:
-          The examples as one batch, uint8 [count, H, W, 3] (None for a kind without image pass), int32 [count, L].
         """
         with jax.set_mesh(self._mesh):
             return self._sample(stream, step, self._compute(params), frozen)
 
     def _sample(self, stream, step, params, frozen):
         count = min(self._config.samples.count, len(stream))
+        stream = stream.with_images()
         examples = [stream[index] for index in range(count)]
         batch = {key: np.stack([example[key] for example in examples]) for key in EXAMPLE_KEYS if key in examples[0]}
         # Rows beyond the count only fill the mesh: copies of the last one, with nothing to decide.
         rows = np.minimum(np.arange(-(-count // self._parts) * self._parts), count - 1)
         is_target = batch["text_is_target"][rows] & (np.arange(len(rows)) < count)[:, None]
         seeds = self._put(sample_seeds(self._config.seed, step, count), rows)
-        latents = self._encode_images(frozen["autoencoder"], self._put(batch["image"][:, None], rows))[:, 0]
-        ids = self._describe(
+        programs, settings = self._programs, self._config.samples
+        latents = programs.encode_images(frozen["autoencoder"], self._put(batch["image"], rows))
+        ids = programs.describe(
             {"transformer": params, "text_encoder": frozen["text_encoder"]},
             latents,
             self._put(batch["text_ids"], rows),
             self._put(is_target, np.arange(len(rows))),
             seeds,
-            count,
-        )
+            settings.caption_steps,
+            temperature=self._own["caption_temperature"],
+            threshold=0.9,
+            entropy_bound=0.1,
+            decoding=self._own["caption_decoding"],
+        ).ids
         generated = None
         if has_image_pass(stream.config.kind):
             conditions = None
             if "conditions" in batch:
-                conditions = self._encode_images(frozen["autoencoder"], self._put(batch["conditions"], rows))
+                conditions = programs.encode_images(frozen["autoencoder"], self._put(batch["conditions"], rows))
             empty = np.full_like(batch["prompt_ids"], self._tokenizer.eos_id)
             prompt, negative = (
-                self._encode_prompts(frozen["text_encoder"], self._put(texts, rows))
+                programs.encode_prompts(frozen["text_encoder"], self._put(texts, rows))
                 for texts in (batch["prompt_ids"], empty)
             )
-            made = self._sample_images(params, seeds, prompt, negative, conditions, latent_shape=latents.shape[1:])
-            generated = np.asarray(self._decode_images(frozen["autoencoder"], made, count))
-        return batch, generated, np.asarray(ids)
+            guidance = make_guidance(len(rows), self._table, scale=settings.guidance_scale)
+            given = seeds, self._table, prompt, negative, guidance, conditions
+            made = programs.sample_images(params, *given, latent_shape=latents.shape[1:])
+            generated = self._on_host(programs.decode_images(frozen["autoencoder"], made), count)
+        return batch, generated, self._on_host(ids, count)
+
+    def _on_host(self, array, count):
+        """The first `count` rows of a split array, on every process."""
+        return np.asarray(self._replicate(array))[:count]
 
     def _put(self, values, rows):
         """values[rows] as a global array; every process has all of `values`, and puts what its devices hold."""
@@ -183,17 +159,18 @@ class Sampler:
         return [sheet, captions]
 
 
-def cell(text):
+def cell(text: str) -> str:
+    """A text that fits a cell of a Markdown table."""
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def draw_sheet(cards, columns=2, smallest=96) -> Image.Image:
-    """A sheet of cards, each a prompt above its labelled pictures.
+def draw_sheet(cards: list[tuple], columns: int = 2, smallest: int = 96) -> Image.Image:
+    """A sheet of cards, each a prompt above its labelled images.
 
     Args:
       cards: pairs of prompt and [(label, uint8 [H, W, 3])].
       columns: cards side by side.
-      smallest: pictures narrower than this are enlarged by whole pixels.
+      smallest: images narrower than this are enlarged by a whole factor.
     """
     font = ImageFont.load_default(TEXT_SIZE)
     height, width = cards[0][1][0][1].shape[:2]

@@ -1,28 +1,41 @@
-"""What a run is made of: the networks, the frozen encoders' weights, and the state that a step turns into the next."""
+"""The networks of a run, their first weights, and the state that an optimizer step updates."""
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
 
+from unialign_jax.models import parameters
 from unialign_jax.models.autoencoder import AutoencoderConfig, make_autoencoder
 from unialign_jax.models.mmdit import AlignmentHeads, AlignmentHeadsConfig, MMDiT, MMDiTConfig
+from unialign_jax.models.teacher import TeacherConfig
 from unialign_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 from unialign_jax.parallel import sharding
+from unialign_jax.parallel.gradients import scan_blocks
+from unialign_jax.parallel.mesh import axes_without_wraparound
 
-# The frozen encoders of a run without converted weights are drawn from this seed, whatever the run's own: the stages of
-# one training must agree on them.
+# Without converted weights the frozen encoders are drawn from this seed, whatever the run's own: the stages of one
+# training must agree on them.
 FROZEN_SEED = 20250928
+Optimizer = optax.GradientTransformation
 RELATIVE_BIAS_SPREAD = 4.0  # standard deviation, over distances, of a random encoder's attention bias
 
 
 class Networks(NamedTuple):
-    """The modules of a run; `transformer` and `heads` are trained, the encoders are frozen."""
+    """The modules of a run; `transformer` and `heads` are trained, the others are frozen.
+
+    `teacher` is the architecture of a teacher that runs in the train step; None where its features are stored.
+    """
 
     transformer: MMDiT
     heads: AlignmentHeads
     text_encoder: TextEncoder
     autoencoder: Any
+    teacher: TeacherConfig | None = None
 
     @classmethod
     def create(
@@ -34,16 +47,17 @@ class Networks(NamedTuple):
     ) -> "Networks":
         return cls(MMDiT(model), AlignmentHeads(heads), TextEncoder(text_encoder), make_autoencoder(autoencoder))
 
-    def on(self, mesh) -> "Networks":
-        """The same networks, which know how a mesh lies in its torus: for a training step that is fast there."""
-        return self._replace(transformer=self.transformer.clone(lines=sharding.lines(mesh)))
+    def on(self, mesh: Mesh) -> "Networks":
+        """The same networks, whose blocks' gradients are reduced as fits the mesh's place in its torus."""
+        scan = functools.partial(scan_blocks, axes_without_wraparound=axes_without_wraparound(mesh))
+        return self._replace(transformer=self.transformer.clone(scan_blocks=scan))
 
 
 class TrainState(NamedTuple):
-    """All that an optimizer step changes, and so all that a checkpoint holds.
+    """Everything that an optimizer step changes, and so everything that a checkpoint holds.
 
-    `params` and `ema` are float32 trees; `params` has the branches "transformer" and "heads", `ema` averages the
-    transformer alone (the heads are not used after training) and is empty when switched off.
+    `params` and `ema` are float32 trees. `params` has the branches "transformer" and "heads"; `ema` averages the
+    transformer alone (the heads are not used after training), and is empty when switched off.
     """
 
     step: jax.Array  # int32 scalar: optimizer steps done, which is also the position in the data
@@ -52,31 +66,27 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
-def init_params(networks: Networks, key) -> dict:
+def init_params(networks: Networks, key: jax.Array) -> dict:
     """Random trained parameters: {"transformer": ..., "heads": ...}, float32."""
-    c = networks.transformer.config
-    latents = jnp.zeros((1, c.patch_size, c.patch_size, c.latent_channels))
-    text = jnp.zeros((1, 1, c.text_width))
-    tap = jnp.zeros((1, 1, c.width))
+    config = networks.transformer.config
     transformer_key, heads_key = jax.random.split(key)
     return {
-        "transformer": networks.transformer.init(transformer_key, latents, text, jnp.zeros((1,)))["params"],
-        "heads": networks.heads.init(heads_key, tap, tap)["params"],
+        "transformer": parameters.init(config, transformer_key),
+        "heads": parameters.init(networks.heads.config, heads_key, tap_width=config.width),
     }
 
 
 def init_frozen(networks: Networks) -> dict:
     """Random frozen encoders: {"text_encoder": ..., "autoencoder": ...}, each in its compute dtype."""
     text_key, image_key = jax.random.split(jax.random.key(FROZEN_SEED))
-    text = dict(networks.text_encoder.init(text_key, jnp.zeros((1, 1), jnp.int32))["params"])
-    # Nothing but this bias tells a token of the text stream where it is, and T5's own start leaves it near zero, which
-    # would make a random encoder a bag of words. Spread out, each head looks at distances of its own.
+    text = parameters.init(networks.text_encoder.config, text_key)
+    # Only this bias gives the text stream positions. T5's own initialisation leaves it near zero, which would make a
+    # random encoder a bag of words. With a wide spread each head attends to distances of its own.
     text["relative_bias"] *= RELATIVE_BIAS_SPREAD * networks.text_encoder.config.width**0.5
-    side = networks.autoencoder.config.downsample_factor
-    image = networks.autoencoder.init(image_key, jnp.zeros((1, side, side, 3)))
+    image = parameters.init(networks.autoencoder.config, image_key)
     return {
         "text_encoder": _cast(text, networks.text_encoder.config.dtype),
-        "autoencoder": _cast(image.get("params", {}), networks.autoencoder.config.dtype),
+        "autoencoder": _cast(image, networks.autoencoder.config.dtype),
     }
 
 
@@ -84,25 +94,29 @@ def _cast(tree, dtype):
     return jax.tree.map(lambda x: x.astype(dtype), tree)
 
 
-def init_state(networks: Networks, tx, ema_decay, key) -> TrainState:
+def init_state(networks: Networks, tx: Optimizer, ema_decay: float, key: jax.Array) -> TrainState:
+    """A state of random parameters at step 0."""
     params = init_params(networks, key)
-    # A copy, since the step donates the state and one buffer cannot be given away twice.
+    # A copy, since the step donates the state, and no buffer can be donated twice.
     ema = jax.tree.map(jnp.copy, params["transformer"]) if ema_decay else {}
     return TrainState(jnp.zeros((), jnp.int32), params, ema, tx.init(params))
 
 
-def create_sharded(init, mesh, *args, state=False):
-    """Runs `init(*args)` so that every leaf is made where the sharding table puts it, never whole on one device."""
+def create_sharded(init: Callable, mesh: Mesh, *args, state: bool = False):
+    """`init(*args)` with every leaf made where the sharding table puts it, never whole on one device."""
     shardings = sharding.tree_shardings(jax.eval_shape(init, *args), mesh, state=state)
     return jax.jit(init, out_shardings=shardings)(*args)
 
 
-def abstract_state(networks: Networks, tx, ema_decay, mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the state, with nothing allocated."""
+def abstract_state(networks: Networks, tx: Optimizer, ema_decay: float, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state; nothing is allocated."""
     shapes = jax.eval_shape(lambda: init_state(networks, tx, ema_decay, jax.random.key(0)))
     return sharding.with_shardings(shapes, sharding.tree_shardings(shapes, mesh, state=True))
 
 
-def abstract_frozen(networks: Networks, mesh) -> dict:
+def abstract_frozen(networks: Networks, mesh: Mesh) -> dict:
+    """Shapes, dtypes and shardings of the frozen encoders; nothing is allocated."""
     shapes = jax.eval_shape(lambda: init_frozen(networks))
+    if (teacher := networks.teacher) is not None:
+        shapes["teacher"] = jax.eval_shape(lambda: _cast(parameters.init(teacher, jax.random.key(0)), teacher.dtype))
     return sharding.with_shardings(shapes, sharding.tree_shardings(shapes, mesh))

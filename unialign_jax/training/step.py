@@ -1,59 +1,74 @@
 """One optimizer step of one stream: encode, two passes of the one network, four losses, one update.
 
-The step is a pure function (state, frozen, batch) -> (state, metrics). Its randomness is a function of the seed, the
-step number, the micro-batch and a name, so that it is the same on any number of devices and hosts.
+The step is a pure function (state, frozen, batch) -> (state, metrics). Its random numbers are a function of the seed,
+the step number, the micro-batch and a name, so they are the same on any number of devices and hosts.
 """
 
 import zlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from unialign_jax.data.kinds import has_image_pass
+from unialign_jax.data.streams import TEACHER_TOKENS
 from unialign_jax.diffusion import flow, masking
 from unialign_jax.losses.cross_modal import cross_modal_loss
 from unialign_jax.losses.flow_matching import flow_matching_loss
 from unialign_jax.losses.intrinsic_modal import intrinsic_modal_loss
 from unialign_jax.losses.masked_text import masked_text_loss
-from unialign_jax.models.autoencoder import Moments, sample_latents
+from unialign_jax.models.autoencoder import Moments, from_pixels, sample_latents
 from unialign_jax.models.mmdit import in_pairs
 from unialign_jax.models.parameters import storage_dtype
+from unialign_jax.models.teacher import pooled_features
 from unialign_jax.parallel import sharding
 from unialign_jax.training.optimizer import ema_update
-from unialign_jax.training.state import Networks, TrainState
+from unialign_jax.training.state import Networks, Optimizer, TrainState
 
 BUCKETS = 4  # the flow loss is reported by quarter of sigma, the text loss by quarter of the mask fraction
 
 
 class Levels(NamedTuple):
-    """How much is hidden from the network, sample by sample."""
+    """The noise and the masking of each sample."""
 
     sigma: jax.Array  # [B] float32, noise of the image pass
     mask_fraction: jax.Array  # [B] float32, of the text pass
 
 
-def named_key(key, name: str):
-    """A key of its own for every use in a step: adding a use changes no other use's numbers."""
+def named_key(key: jax.Array, name: str) -> jax.Array:
+    """A key for each use in a step. A new use leaves the random numbers of the others as they were."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
-def encode_images(networks: Networks, frozen, batch, key):
-    """uint8 images and conditions -> normalised latents [B, h, w, C] and [B, K, h, w, C] or None; one draw each."""
+def encode_images(networks: Networks, frozen: dict, batch: dict, key: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """Images and conditions, or their cached moments -> latents [B, h, w, C], and [B, K, h, w, C] or None.
+
+    The latents are sampled and normalised.
+    """
+    if "image_moments" in batch:
+        moments = batch["image_moments"][:, None]
+        if "condition_moments" in batch:
+            moments = jnp.concatenate([moments, batch["condition_moments"]], axis=1)
+        moments = Moments(*jnp.split(moments.astype(jnp.float32), 2, axis=-1))
+        latents = sample_latents(moments, key, networks.autoencoder.config)
+        return latents[:, 0], latents[:, 1:] if "condition_moments" in batch else None
     images = batch["image"][:, None]
     if "conditions" in batch:
         images = jnp.concatenate([images, batch["conditions"]], axis=1)
     batch_size, count = images.shape[:2]
-    pixels = images.reshape(batch_size * count, *images.shape[2:]).astype(jnp.float32) / 127.5 - 1
+    pixels = from_pixels(images.reshape(batch_size * count, *images.shape[2:]))
     moments = networks.autoencoder.apply({"params": frozen["autoencoder"]}, pixels, method="encode")
     latents = sample_latents(Moments(*moments), key, networks.autoencoder.config)
     latents = latents.reshape(batch_size, count, *latents.shape[1:])
     return latents[:, 0], latents[:, 1:] if count > 1 else None
 
 
-def encode_texts(networks: Networks, frozen, *ids):
-    """T5 over several [B, L] id arrays in one call; the rows are interleaved so that a split batch stays split."""
+def encode_texts(networks: Networks, frozen: dict, *ids: jax.Array) -> tuple[jax.Array, ...]:
+    """T5 over several [B, L] id arrays in one call. Their rows are interleaved, so that a split batch stays split."""
     stacked = jnp.stack(ids, axis=1)
     batch_size, count, length = stacked.shape
     embeddings = networks.text_encoder.apply(
@@ -63,13 +78,13 @@ def encode_texts(networks: Networks, frozen, *ids):
     return tuple(embeddings[:, i] for i in range(count))
 
 
-def sum_and_count(values, where=None):
-    """[2] float32: what a mean needs, in a form that adds up over micro-batches."""
+def sum_and_count(values: jax.Array, where: jax.Array | None = None) -> jax.Array:
+    """[sum, count] float32 of the values: these add up over micro-batches, as means do not."""
     where = jnp.ones(values.shape, bool) if where is None else where
     return jnp.stack([jnp.sum(jnp.where(where, values, 0.0)), jnp.sum(where)]).astype(jnp.float32)
 
 
-def bucketed(name, values, positions):
+def bucketed(name: str, values: jax.Array, positions: jax.Array) -> dict[str, jax.Array]:
     """The metrics of `values` [B] in each quarter of `positions` [B] in [0, 1]."""
     bucket = jnp.clip((positions * BUCKETS).astype(jnp.int32), 0, BUCKETS - 1)
     edges = [f"{i / BUCKETS:.2f}-{(i + 1) / BUCKETS:.2f}" for i in range(BUCKETS)]
@@ -84,13 +99,12 @@ def compute_losses(
     Image pass: noisy target and clean conditions, clean prompt, sigma. Text pass: clean target, masked text, sigma 0.
 
     Args:
-      key: of all that is drawn.
-      levels: for validation, sigma and mask fractions (`Levels`) instead of drawn ones. No prompt is dropped then, and
-        the cross-modal loss is told even where its weight is 0.
+      levels: for validation, sigma and mask fractions instead of drawn ones. No prompt is dropped then, and the
+        cross-modal loss is reported even where its weight is 0.
     """
     transformer = networks.transformer
-    params = sharding.computing(params, lambda path: storage_dtype(path, transformer.config.dtype))
-    batch_size = batch["image"].shape[0]
+    params = sharding.params_for_compute(params, lambda path: storage_dtype(path, transformer.config.dtype))
+    batch_size = batch["text_ids"].shape[0]
     latents, conditions = encode_images(networks, frozen, batch, named_key(key, "latents"))
 
     if levels is None:
@@ -122,7 +136,7 @@ def compute_losses(
         (masked_text,) = encode_texts(networks, frozen, masked_ids)
 
     weights, text_sigma = {"params": params["transformer"]}, jnp.zeros((batch_size,))
-    if has_image_pass(kind) and conditions is None and config.one_forward:
+    if has_image_pass(kind) and conditions is None:
         # Both passes have the same shapes: as one forward, each weight is read (and under FSDP gathered) once.
         pairs = (in_pairs(noisy, latents), in_pairs(prompt, masked_text), in_pairs(sigma, text_sigma))
         image_pass = text_pass = transformer.apply(weights, *pairs, paired=True)
@@ -133,7 +147,7 @@ def compute_losses(
 
     if has_image_pass(kind):
         losses["flow_matching"] = flow_matching_loss(
-            image_pass.velocity, flow.velocity(latents, noise), sigma, form=config.flow_matching_form
+            image_pass.velocity, flow.velocity(latents, noise), sigma, form=config.parity.flow_matching_form
         )
         metrics |= bucketed("flow_matching_by_sigma", losses["flow_matching"], sigma)
     losses["masked_text"] = masked_text_loss(
@@ -143,7 +157,7 @@ def compute_losses(
         maskable,
         mask_fraction,
         mask_id=mask_id,
-        normalization=config.masked_text_normalization,
+        normalization=config.parity.masked_text_normalization,
     )
     metrics |= bucketed("masked_text_by_mask_fraction", losses["masked_text"], mask_fraction)
 
@@ -152,9 +166,11 @@ def compute_losses(
             image_pass.image_features,
             text_pass.text_features,
             temperature=config.cross_modal.temperature,
-            direction=config.cross_modal.direction,
+            direction=config.parity.cross_modal_direction,
         )
     if config.loss_weights.intrinsic_modal:
+        if networks.teacher is not None:
+            batch = batch | pooled_features(frozen["teacher"], batch, networks.teacher)
         image_tap = image_pass.image_tap if has_image_pass(kind) else text_pass.image_tap
         to_image, to_text = networks.heads.apply({"params": params["heads"]}, image_tap, text_pass.text_tap)
         losses["intrinsic_modal"] = intrinsic_modal_loss(to_text, batch["teacher_text"])
@@ -167,23 +183,24 @@ def compute_losses(
     return total, metrics
 
 
-def sigma_settings(config) -> dict:
+def sigma_settings(config: ConfigDict) -> dict:
     """The distribution of the noise levels, as arguments of `flow.sample_sigma`."""
     c = config.sigma
-    return {"mean": c.mean, "std": c.std, "shift": c.shift, "levels": c.levels or None}
+    return {"mean": c.mean, "std": c.std, "shift": c.shift, "levels": config.parity.sigma_levels or None}
 
 
-def micro_batches(batch, count: int):
+def micro_batches(batch: dict[str, jax.Array], count: int) -> dict[str, jax.Array]:
     """Arrays [B, ...] -> [count, B / count, ...]: each has every count-th row, so that no row changes device."""
     return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1), batch)
 
 
-def make_train_step(config, networks: Networks, tx, schedule, kind: str, mask_id: int, eos_id: int):
+def make_train_step(
+    config, networks: Networks, tx: Optimizer, schedule: optax.Schedule, kind: str, mask_id: int, eos_id: int
+) -> Callable:
     """The step of one stream: (TrainState, frozen, batch) -> (TrainState, metrics).
 
-    Metrics are arrays [2] of sum and count (the mean is their quotient). Gradients are averaged over
-    `config.accumulation` micro-batches (`micro_batches`).
-    "replaced_records" counts the batch's stand-ins for undecodable records, over all hosts.
+    Gradients are averaged over `config.accumulation` micro-batches. Metrics are arrays [2]: mean = sum / count.
+    "replaced_records" counts the records of the batch that could not be decoded, over all hosts.
     """
 
     def loss_and_gradients(params, frozen, batch, key):
@@ -222,41 +239,53 @@ def make_train_step(config, networks: Networks, tx, schedule, kind: str, mask_id
     return train_step
 
 
-def update_state(config, tx, state: TrainState, gradients):
-    """The end of a step: the state after it, and the norms of gradients, updates and new parameters by name."""
+def update_state(config: ConfigDict, tx: Optimizer, state: TrainState, gradients: dict) -> tuple[TrainState, dict]:
+    """Optimizer and average: the new state, and the norms of gradients, updates and new parameters by name."""
     updates, opt_state = tx.update(gradients, state.opt_state, state.params)
     params, ema = optax.apply_updates(state.params, updates), state.ema
     if config.ema_decay:
-        # A shorter memory at first: the average of a short run must not be full of its random start.
+        # A shorter memory at first: in a short run the random start would dominate the average.
         ramp = (1 + state.step) / (10 + state.step)
-        ema = ema_update(ema, params["transformer"], jnp.minimum(config.ema_decay, ramp), state.step)
+        ema = ema_update(ema, params["transformer"], jnp.minimum(config.ema_decay, ramp))
     trees = {"gradient_norm": gradients, "update_norm": updates, "parameter_norm": params}
     norms = {name: optax.global_norm(tree) for name, tree in trees.items()}
     return TrainState(state.step + 1, params, ema, opt_state), norms
 
 
-def batch_shapes(config, stream) -> dict[str, jax.ShapeDtypeStruct]:
-    """The global batch of a stream as `data.streams.Stream` describes it, from the configuration alone."""
-    side, length, width = config.image_size, config.text_length, config.heads.teacher_width
+def batch_shapes(config: ConfigDict, stream: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
+    """The global batch of a stream (see `data.streams.Stream`), from the configurations of the run and the stream."""
+    size = tuple(stream.get("bucket", ())) or (config.image_size, config.image_size)
+    length, width, factor = config.text_length, config.heads.teacher_width, config.autoencoder.downsample_factor
+    moments = (size[0] // factor, size[1] // factor, 2 * config.autoencoder.latent_channels)
+    cached = config.data.cached_latents
     example = {
-        "image": ((side, side, 3), jnp.uint8),
+        "image_moments" if cached else "image": (moments, jnp.float16) if cached else ((*size, 3), jnp.uint8),
         "prompt_ids": ((length,), jnp.int32),
         "text_ids": ((length,), jnp.int32),
         "text_is_target": ((length,), jnp.bool_),
         "replaced": ((), jnp.bool_),
     }
-    if stream.num_conditions:
-        example["conditions"] = ((stream.num_conditions, side, side, 3), jnp.uint8)
-    if config.loss_weights.intrinsic_modal:
+    if stream.num_conditions and cached:
+        example["condition_moments"] = ((stream.num_conditions, *moments), jnp.float16)
+    elif stream.num_conditions:
+        example["conditions"] = ((stream.num_conditions, *size, 3), jnp.uint8)
+    if config.loss_weights.intrinsic_modal and config.teacher.online:
+        example["teacher_ids"] = ((TEACHER_TOKENS,), jnp.int32)
+        example["teacher_is_token"] = ((TEACHER_TOKENS,), jnp.bool_)
+    elif config.loss_weights.intrinsic_modal:
         example |= {name: ((width,), jnp.float16) for name in ("teacher_image", "teacher_text")}
     return {name: jax.ShapeDtypeStruct((config.batch_size, *shape), kind) for name, (shape, kind) in example.items()}
 
 
-def lower_train_step(step, mesh, state, frozen, batch, platforms=None):
-    """A train step for the shapes and shardings of its arguments, ready to compile; the state is donated.
+def lower_train_step(
+    step: Callable, mesh: Mesh, state: TrainState, frozen: dict, batch: dict, platforms: tuple[str, ...] | None = None
+) -> jax.stages.Lowered:
+    """A train step, ready to compile; the state is donated.
 
-    Args: `state` and `frozen` are abstract and carry their shardings, `batch` is shapes, split here. `platforms`, such
-      as ("tpu",), are those to lower for instead of the one of the mesh's devices.
+    Args:
+      state, frozen: shapes, dtypes and shardings.
+      batch: shapes and dtypes; it is split over the mesh's batch axes.
+      platforms: to lower for, such as ("tpu",); that of the mesh's devices when None.
     """
     place = sharding.batch_sharding(mesh)
     batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for name, x in batch.items()}

@@ -1,30 +1,27 @@
 """Losses on held-out records, and accuracies on held-out scenes, at intervals of a run.
 
-Nothing is drawn anew from one validation to the next: records, noise, masks, sigma and mask fractions stay, and no
-prompt is dropped. So the points of a curve can be compared, and the curves of runs of the same batch size and
-accumulation, whatever their seeds.
+Records, noise, masks, sigma and mask fractions are the same in every validation, and no prompt is dropped. So the
+points of a curve compare, and so do the curves of runs of the same batch size and accumulation, whatever their seeds.
 """
 
 import dataclasses
-import json
 import logging
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import ndtri
+from ml_collections import ConfigDict
 
-from unialign_jax import bundle
 from unialign_jax.data.streams import Stream
+from unialign_jax.data.tokenizer import Tokenizer
 from unialign_jax.diffusion import flow, masking
-from unialign_jax.evaluation import shapes, shapes_run
-from unialign_jax.inference.pipeline import Pipeline
 from unialign_jax.parallel import sharding
-from unialign_jax.training import runs
-from unialign_jax.training.config import listed
+from unialign_jax.training.config import active_streams, listed
 from unialign_jax.training.metrics import to_means
 from unialign_jax.training.state import Networks
 from unialign_jax.training.step import Levels, compute_losses, micro_batches, sigma_settings
@@ -34,30 +31,32 @@ log = logging.getLogger(__name__)
 SEED = 20260711  # of noise and masks, whatever the run's own
 # Steps of a sequence that fills the unit square evenly (the powers of 1 / 1.3247..., the root of x^3 = x + 1).
 SIGMA_STRIDE, MASK_STRIDE = 0.7548776662466927, 0.5698402909980532
-SCENES_AT_ONCE = 32
 
 
-def held_out_count(config) -> int:
+def held_out_count(config: ConfigDict) -> int:
     """Held-out records of each stream: `validation.records`, rounded up to whole batches."""
     return -(-config.validation.records // config.batch_size) * config.batch_size
 
 
-def hold_out(config, streams: dict[str, Stream], tokenizer) -> tuple[dict[str, Stream], dict[str, Stream]]:
+def hold_out(
+    config: ConfigDict, streams: dict[str, Stream], tokenizer: Tokenizer
+) -> tuple[dict[str, Stream], dict[str, Stream]]:
     """(the streams without their held-out records, the held-out records of each as a stream).
 
-    Those are the first of the folder `validation_path`, or without one the last of the stream's own.
+    Held out are the first records of the folder `validation_path`, or without one the last of the stream's own.
     Raises ValueError with all streams that have too few records, or a folder that does not fit.
     """
     count, kept, held_out, problems = held_out_count(config), {}, {}, []
     rounded = f"validation.records {config.validation.records}, in whole batches of {config.batch_size}"
+    settings = active_streams(config)
     for name, stream in streams.items():
         key = f"streams.{name}.validation_path"
-        path, own = config.streams[name].validation_path, stream.config.path
+        path, own = settings[name].validation_path, stream.config.path
         if path and os.path.realpath(path) == os.path.realpath(own):
             problems.append(f"{key} is the stream's own folder {own}: leave it empty to hold out its last records")
         elif path:
             try:
-                other = Stream(dataclasses.replace(stream.config, path=path), tokenizer)
+                other = Stream(dataclasses.replace(stream.config, path=path), tokenizer, stream.teacher_tokenizer)
             except (ValueError, OSError) as error:
                 problems.append(f"{key}: {error}")
                 continue
@@ -91,7 +90,7 @@ def strata(count: int, stride: float) -> np.ndarray:
     return places
 
 
-def fixed_levels(config, count: int) -> Levels:
+def fixed_levels(config: ConfigDict, count: int) -> Levels:
     """The levels of `count` held-out records, float32 [count] each: evenly spaced quantiles of training's own."""
     normal = ndtri(jnp.asarray(strata(count, SIGMA_STRIDE), jnp.float32))
     fractions = masking.mask_fraction_at(strata(count, MASK_STRIDE), min_fraction=config.min_mask_fraction)
@@ -99,11 +98,11 @@ def fixed_levels(config, count: int) -> Levels:
     return Levels(np.asarray(sigma), fractions.astype(np.float32))
 
 
-def make_validation_step(config, networks: Networks, kind: str, mask_id: int, eos_id: int):
+def make_validation_step(config: ConfigDict, networks: Networks, kind: str, mask_id: int, eos_id: int):
     """The losses of a stream's batch: (params, frozen, batch, its number) -> metrics, arrays [2] of sum and count.
 
-    `batch` has the levels of its records beside what a training batch has: "sigma" and "mask_fraction", float32 [B].
-    It is cut into `config.accumulation` micro-batches as in training, whose samples are each other's negatives.
+    `batch` is a training batch with the levels of its records: "sigma" and "mask_fraction", float32 [B]. It is cut
+    into `config.accumulation` micro-batches as in training, whose samples are each other's negatives.
     """
 
     def losses(params, frozen, batch, key):
@@ -129,12 +128,16 @@ class Validator:
     All processes take part, and get the same numbers. Programs are compiled here and at the first scenes, never again.
     """
 
-    def __init__(self, trainer, alive=lambda: None):
-        """Args: `trainer`, whose `held_out` streams are read; `alive` is called before each program is compiled.
+    def __init__(self, trainer, make_scorer: Callable | None = None, alive: Callable[[], None] = lambda: None):
+        """Raises ValueError for sampling settings that no pipeline takes.
 
-        Raises ValueError for sampling settings that no pipeline takes.
+        Args:
+          trainer: the run's; its `held_out` streams are read.
+          make_scorer: trainer -> the scorer for `validation.scenes`, or None where there are none to score. A scorer is
+            `scorer(transformer, frozen, alive)` -> {task: {figure: its mean}}, and has `leading`, {task: figure}.
+          alive: called before each program is compiled, and before each batch.
         """
-        self._trainer = trainer
+        self._trainer, self._alive = trainer, alive
         self._levels = fixed_levels(trainer.config, held_out_count(trainer.config))
         self._replicated = sharding.replicated(trainer.mesh)
         self._programs = {}
@@ -143,45 +146,52 @@ class Validator:
             began = time.perf_counter()
             self._programs[name] = self._compile(name)
             log.info("compiled the validation of %s in %.1f s", name, time.perf_counter() - began)
-        self._scenes = Scenes.of(trainer)
+        self._scorer = None
+        if trainer.config.validation.scenes and make_scorer is None:
+            log.warning("validation.scenes is passed over: train() was given no make_scorer")
+        elif trainer.config.validation.scenes:
+            self._scorer = make_scorer(trainer)
 
-    def _compile(self, name):
-        trainer, stream = self._trainer, self._trainer.held_out[name]
-        ids = trainer.tokenizer.mask_id, trainer.tokenizer.eos_id
-        step = make_validation_step(trainer.config, trainer.networks, stream.config.kind, *ids)
-        state, place = trainer.abstract_state, sharding.batch_sharding(trainer.mesh)
-        params = {"transformer": state.params["transformer"], "heads": state.params["heads"]}
-        example = stream[0] | {key: values[0] for key, values in self._levels._asdict().items()}
-        size = trainer.config.batch_size
-        batch = {k: jax.ShapeDtypeStruct((size, *v.shape), v.dtype, sharding=place) for k, v in example.items()}
+    @property
+    def leading(self) -> dict[str, str]:
+        """{task: the figure that a progress bar shows} of the held-out scenes."""
+        return self._scorer.leading if self._scorer else {}
+
+    def _compile(self, name: str) -> jax.stages.Compiled:
+        trainer, place = self._trainer, sharding.batch_sharding(self._trainer.mesh)
+        kind = trainer.settings[name].kind
+        step = make_validation_step(trainer.config, trainer.networks, kind, *trainer.token_ids)
+        params = {part: trainer.abstract_state.params[part] for part in ("transformer", "heads")}
+        level = jax.ShapeDtypeStruct((trainer.config.batch_size,), jnp.float32)
+        shapes = trainer.batch_shapes(name) | dict.fromkeys(Levels._fields, level)
+        batch = {key: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for key, x in shapes.items()}
         number = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._replicated)
         with jax.set_mesh(trainer.mesh):
             jitted = jax.jit(step, out_shardings=self._replicated)
             return jitted.lower(params, trainer.abstract_frozen, batch, number).compile()
 
-    def __call__(self, params, frozen, alive=lambda: None) -> dict[str, dict[str, float]]:
+    def __call__(self, params: dict, frozen: dict) -> dict[str, dict[str, float]]:
         """The means over the held-out records of every stream, and the accuracies of every task on held-out scenes.
 
         Args:
-          params: {"transformer", "heads"}, which are read, not donated.
-          alive: called before each batch.
+          params: {"transformer", "heads"}; not donated.
         """
         rows = {}
         for name in self._trainer.held_out:
             totals = {}
             for number in range(held_out_count(self._trainer.config) // self._trainer.config.batch_size):
-                alive()
+                self._alive()
                 index = jax.make_array_from_callback((), self._replicated, lambda _, n=number: np.int32(n))
                 batch = self._trainer.put_batch(self._read(name, number))
                 found = jax.device_get(self._programs[name](params, frozen, batch, index))
                 totals = {key: totals.get(key, 0) + value.astype(np.float64) for key, value in found.items()}
             rows[name] = to_means(totals)
-        if self._scenes:
-            for task, values in self._scenes(params["transformer"], frozen, alive).items():
+        if self._scorer:
+            for task, values in self._scorer(params["transformer"], frozen, self._alive).items():
                 rows[task] = rows.get(task, {}) | values
         return rows
 
-    def _read(self, name, number) -> dict[str, np.ndarray]:
+    def _read(self, name: str, number: int) -> dict[str, np.ndarray]:
         """This host's rows of held-out batch `number`, with their levels."""
         rows = number * self._trainer.config.batch_size + self._trainer.rows
         with ThreadPoolExecutor(max(1, self._trainer.config.data.num_threads)) as pool:
@@ -190,69 +200,6 @@ class Validator:
         return batch | {key: values[rows] for key, values in self._levels._asdict().items()}
 
 
-class Scenes:
-    """The accuracies of a model under training on held-out scenes of the shapes world, as launch/evaluate.py has them.
-
-    Images by the run's own sampling settings, texts by the most likely tokens first (top_k at temperature 0), all on
-    the mesh's first device.
-    """
-
-    @classmethod
-    def of(cls, trainer) -> "Scenes | None":
-        """Those that the run asks for; None, and a warning, where there are none to have."""
-        if not trainer.config.validation.scenes:
-            return None
-        kinds = {
-            stream.config.kind
-            for stream in trainer.streams.values()
-            if stream.records.metadata.parameters.get("source") == "shapes"
-        }
-        reason = "no stream has records of the shapes world" if not kinds else ""
-        if jax.process_count() > 1:
-            reason = f"they run in a single process, and there are {jax.process_count()}"
-        if reason and jax.process_index() == 0:
-            log.warning("validation.scenes is passed over: %s", reason)
-        if reason:
-            return None
-        return cls(trainer, [task for task in shapes_run.TASKS if shapes_run.stream_of(task) in kinds])
-
-    def __init__(self, trainer, tasks):
-        config, networks = trainer.config, trainer.networks
-        self._count, self._tasks, self._params = config.validation.scenes, tasks, {}
-        settings = json.loads(config.to_json_best_effort())
-        model = bundle.BundleConfig(
-            transformer=networks.transformer.config,
-            text_encoder=networks.text_encoder.config,
-            autoencoder=networks.autoencoder.config,
-            **runs.describe("this run", settings | {"init_from": ""}),
-        )
-        leaves = lambda name: bundle.flatten(self._params[name]).items()  # noqa: E731
-        run = runs.Run("this run", model, trainer.tokenizer, leaves, "", 0, "")
-        self._pipeline = Pipeline.from_run(run, max_batch=SCENES_AT_ONCE, device=trainer.mesh.devices.flat[0])
-
-    def __call__(self, transformer, frozen, alive) -> dict[str, dict[str, float]]:
-        """{task: {figure: its mean}}; `alive` is called before each batch of scenes."""
-        self._params = frozen | {"transformer": transformer}
-        try:
-            return {task: self._score(task, alive) for task in self._tasks}
-        finally:
-            self._pipeline.unload("transformer")  # the next step gives these buffers away
-            self._params = {}
-
-    def _score(self, task, alive):
-        alive()
-        results = shapes_run.run_task(
-            self._pipeline,
-            task,
-            self._count,
-            text_options={"decoding": "top_k", "temperature": 0.0},
-            batch=SCENES_AT_ONCE,
-            progress=lambda _: alive(),
-        )
-        return {name: figure["mean"] for name, figure in shapes.summary([r.scores for r in results]).items()}
-
-
-def headlines(rows: dict[str, dict[str, float]]) -> dict[str, float]:
-    """What a progress bar shows of a validation: the loss of each stream and the leading figure of each task."""
-    leading = {name: ("loss", shapes_run.LEADING.get(name)) for name in rows}
-    return {f"val/{name}/{key}": rows[name][key] for name in rows for key in leading[name] if key in rows[name]}
+def headlines(rows: dict[str, dict[str, float]], leading: dict[str, str]) -> dict[str, float]:
+    """The figures of a validation for the progress bar: the loss of each stream, the leading figure of each task."""
+    return {f"val/{n}/{key}": row[key] for n, row in rows.items() for key in ("loss", leading.get(n)) if key in row}

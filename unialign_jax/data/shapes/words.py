@@ -12,7 +12,6 @@ from unialign_jax.data.shapes.tasks import relations
 
 NUMBERS = {"one": 1, "two": 2, "three": 3}
 RELATIONS = ("left of", "right of", "above", "below")
-MAPS = ("canny", "depth", "pose")
 
 
 class Named(NamedTuple):

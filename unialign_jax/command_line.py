@@ -1,0 +1,78 @@
+"""The part of the command line that the commands share.
+
+It needs the standard library alone, and commands import it before anything else: so --help needs no package, and a
+missing package gives one line.
+"""
+
+import argparse
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message):
+        self.exit(2, f"error: {message}; --help explains\n")
+
+
+def split_changes(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
+    """A command line -> (its other arguments, the changes of a stage's keys as "KEY=VALUE").
+
+    A change is `--config.KEY=VALUE` or `--config.KEY VALUE`, or `--set KEY=VALUE`, an older spelling. One without a
+    value comes back as "KEY".
+    """
+    others, changes, arguments = [], [], [str(argument) for argument in arguments]
+    while arguments:
+        argument = arguments.pop(0)
+        match = re.fullmatch(r"(--?config\.|--set=|--set$)(.*)", argument, re.DOTALL)
+        if match is None:
+            others.append(argument)
+            continue
+        change = match[2]
+        if "=" not in change and arguments and not arguments[0].startswith("--"):
+            change = "=".join(filter(None, (change, arguments.pop(0))))
+        changes.append(change)
+    return others, changes
+
+
+def explain_missing_packages() -> None:
+    """From now on a missing package ends the process with one line that says what to install."""
+    sys.excepthook = _report
+
+
+def missing_package(error: BaseException, root: Path = ROOT, prefix: str = sys.prefix) -> str | None:
+    """The message for an error that ended a command, or None when the error is not a missing package.
+
+    Args:
+      root: the folder of the code, where the launch scripts create .venv.
+      prefix: the running environment's `sys.prefix`.
+    """
+    name = (getattr(error, "name", None) or "").partition(".")[0]
+    if not isinstance(error, ModuleNotFoundError) or name in ("", "unialign_jax"):
+        return None
+    made = root / ".venv"
+    activate = shlex.quote(os.path.relpath(made / "bin" / "activate"))
+    if (root / "unialign_jax_commands").is_dir():  # installed, and `root` is site-packages
+        do = "`pip install '.[train]'` in the folder of the code installs all that commands need"
+    elif not (made / "bin" / "python").exists():
+        do = "`bash launch/quickstart.sh` makes an environment, `pip install -r requirements.txt` fills this one"
+    elif made.resolve() != Path(prefix).resolve():
+        do = f"the environment that has it is not active: source {activate}"
+    else:
+        do = "`pip install -r requirements.txt -r requirements-test.txt` installs what this environment lacks"
+    return f"error: {sys.executable} has no package {name}; {do}"
+
+
+def _report(kind: type[BaseException], error: BaseException, trace) -> None:
+    line = missing_package(error)
+    if line is None:
+        sys.__excepthook__(kind, error, trace)
+    else:
+        print(line, file=sys.stderr)

@@ -1,0 +1,82 @@
+"""A model by the name that a command line gives it: checked at once, opened as a `Pipeline` when it is needed."""
+
+import hashlib
+import logging
+from pathlib import Path
+
+import jax
+
+from unialign_jax import __version__, bundle
+from unialign_jax.inference.job_runner import check_writable
+from unialign_jax.inference.pipeline import Pipeline
+from unialign_jax.training import runs
+
+log = logging.getLogger(__name__)
+
+
+class ModelSource:
+    """A bundle, or the newest checkpoint of a training run, by name.
+
+    Attributes:
+      folder, config: of the bundle or the run.
+      run: the opened `runs.Run`; None for a bundle.
+      digest: 16 hexadecimal digits that tell its weights from others.
+    """
+
+    def __init__(self, name: str | Path, *, weights: str | None = None, verify: bool = True):
+        """Args:
+          weights, verify: as in `Pipeline.from_bundle`.
+
+        Raises FileNotFoundError or ValueError, in one line, for what cannot be opened.
+        """
+        self._verify, self.run = verify, None
+        folder = self.folder = bundle.locate(name)
+        if not bundle.is_bundle(folder) and runs.is_run(folder):
+            self.run = runs.open_to_sample(folder, weights, verify=verify)
+            self.config, self.digest = self.run.config, self.run.digest[:16]
+            return
+        if weights:
+            raise ValueError(f"--weights goes with a run's folder, and {folder} is none")
+        self.config = bundle.read_config(folder, verify=verify)
+        # config.json has the hashes of all other files.
+        self.digest = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()[:16]
+
+    def check_complete(self) -> None:
+        """Raises ValueError when a component is missing that one of the tasks needs."""
+        missing = {"transformer", "text_encoder", "autoencoder"}.difference(self.config.components)
+        if missing:
+            raise ValueError(
+                f"{self.folder} lacks {', '.join(sorted(missing))}, it has {', '.join(self.config.components)}: "
+                "convert the model again with all parts (python launch/convert.py --help)"
+            )
+
+    def stamp(self, dtype: str | None, quantize: str | None) -> dict:
+        """The facts about the model that go into the parameters of an image."""
+        stamp = {"bundle": self.folder.resolve().name}
+        if self.run:
+            stamp |= {"step": self.run.step, "weights": self.run.weights}
+        stamp |= {"bundle_hash": self.digest, "dtype": dtype or "default", "quantize": quantize}
+        return stamp | {"unialign_jax": __version__}
+
+    def open(self, **options) -> Pipeline:
+        """The pipeline; `options` are those of `Pipeline.from_bundle`."""
+        if self.run:
+            return Pipeline.from_run(self.run, **options)
+        return Pipeline.from_bundle(self.folder, verify=self._verify, **options)
+
+
+def keep_compiled(directory: str) -> None:
+    """Keeps compiled programs between processes in a folder, which is made; "none" keeps nothing.
+
+    Logs a warning, and keeps nothing, where the folder cannot be written.
+    """
+    if directory == "none":
+        return
+    folder = Path(directory).expanduser()
+    try:
+        check_writable(folder)
+    except OSError as error:
+        log.warning("compiled programs are not kept: %s", error)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

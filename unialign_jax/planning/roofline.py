@@ -1,0 +1,222 @@
+"""The time of a training step on paper: a roofline. Arithmetic from the compiled program, not measured.
+
+    time = max(compute, HBM, overlapped ICI) + exposed ICI + DCN
+
+compute   FLOPs of the model and of recomputation, at MATMUL_SHARE of the peak. Attention reaches head_width /
+          matrix_unit of that, because its sums over the head width fill only that share of the matrix unit; its
+          backward kernels compute the scores again
+HBM       compute weights read by each pass, gradients written and read, the state read and written, temporaries
+          written and read once. Intermediate results that are written and read again are not counted
+ICI       bytes that a chip receives in each collective, over the links of its group: every axis of the torus that
+          the group spans, in both directions where the axis closes to a ring. Permutes take the shortest route.
+          Concurrent permutes in one direction share links; the two directions of an axis run in parallel. A collective
+          is overlapped if the compiler made it asynchronous (start/done, or split over fusions), otherwise exposed. The
+          gradient reductions of parallel/gradients.py are overlapped up to the length of the blocks' backward pass;
+          the excess, and the last block's reduction, are exposed
+DCN       bytes between slices over a chip's share of its host's network, never overlapped
+"""
+
+import dataclasses
+import math
+import re
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from unialign_jax.data.kinds import has_image_pass
+from unialign_jax.models import flops
+from unialign_jax.parallel import hardware
+from unialign_jax.planning.collectives import Collective
+from unialign_jax.training.state import Networks
+
+MATMUL_SHARE = 0.85  # of the peak that large matmuls reach, an assumption
+# Matmuls of the backward kernel in units of the forward's two: the scores again, and four gradients.
+ATTENTION_BACKWARD = 2.5
+# Forward passes that a remat policy repeats in the backward pass: (of the blocks' matmuls, of attention).
+RECOMPUTED = {"none": (0, 0), "dots": (0, 1), "block": (1, 1), "offload": (1, 1)}
+
+# The permutes inside the scan of parallel/gradients.py; the reduction of the last block comes after the scan.
+IN_BLOCKS = re.compile(r"shard_map/while/body/.*ppermute$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """One step on one chip: `flops` of the model itself, without recomputation; the other parts in seconds."""
+
+    flops: float
+    peak_flops: float  # of the chip, per second
+    compute: float
+    hbm: float
+    ici_overlapped: float
+    ici_exposed: float
+    dcn: float
+
+    @property
+    def seconds(self) -> float:
+        return max(self.compute, self.hbm, self.ici_overlapped) + self.ici_exposed + self.dcn
+
+    @property
+    def mfu(self) -> float:
+        return self.flops / self.seconds / self.peak_flops
+
+    @property
+    def mfu_overlapped(self) -> float:
+        """The MFU if all communication overlapped with compute: the bound of better overlap."""
+        seconds = max(self.compute, self.hbm, self.ici_overlapped + self.ici_exposed, self.dcn)
+        return self.flops / seconds / self.peak_flops
+
+
+def step_work(config: ConfigDict, networks: Networks, stream: ConfigDict, chips: int) -> dict:
+    """FLOPs of a step per chip: of the "model", and with recomputation those in "matmul" and in "attention".
+
+    "backward" has "matmul" and "attention" of the blocks' backward pass alone.
+    """
+    model, text_encoder = networks.transformer.config, networks.text_encoder.config
+    image_pass = has_image_pass(stream.kind)
+    size = tuple(stream.get("bucket", ())) or (config.image_size, config.image_size)
+    sample = flops.training_sample_flops(
+        model,
+        text_encoder,
+        networks.autoencoder.config,
+        networks.heads.config if config.loss_weights.intrinsic_modal else None,
+        image_size=size,
+        text_length=config.text_length,
+        num_conditions=stream.num_conditions,
+        image_pass=image_pass,
+        cached_latents=config.data.cached_latents,
+    )
+    latents = [side // networks.autoencoder.config.downsample_factor for side in size]
+    passes = [stream.num_conditions, 0] if image_pass else [0]  # condition images of each pass
+    tokens = [(1 + conditions) * math.prod(latents) / model.patch_size**2 + config.text_length for conditions in passes]
+    forward_attention = sum(model.depth * flops.attention(n, model.width) for n in tokens)
+    forward = sum(
+        flops.mmdit_forward(
+            model,
+            latent_size=latents,
+            text_length=config.text_length,
+            num_conditions=conditions,
+            velocity_head=False,
+        )
+        for conditions in passes
+    )
+    blocks, attention = RECOMPUTED[config.model.remat]
+    samples = config.batch_size / chips
+    forward_matmul = forward - forward_attention
+    return {
+        "model": samples * sample,
+        "matmul": samples * (sample - 3 * forward_attention + blocks * forward_matmul),
+        "attention": samples * forward_attention * (1 + ATTENTION_BACKWARD + attention),
+        "backward": {
+            "matmul": samples * (2 + blocks) * forward_matmul,
+            "attention": samples * forward_attention * (ATTENTION_BACKWARD + attention),
+        },
+    }
+
+
+def compute_seconds(work: dict[str, float], chip: hardware.Chip, head_width: int) -> float:
+    filled = min(1.0, head_width / chip.matrix_unit) if chip.matrix_unit else 1.0
+    return (work["matmul"] + work["attention"] / filled) / (chip.peak * MATMUL_SHARE)
+
+
+def held_bytes(tree) -> int:
+    """Bytes per device of a tree of ShapeDtypeStructs with shardings, without padding."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def hbm_bytes(config: ConfigDict, state, frozen, mesh: jax.sharding.Mesh, temporaries: int) -> float:
+    """Bytes that a chip reads and writes of its memory in a step; see the module's formula."""
+    weights = 2 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params)) / mesh.shape["tensor"]
+    passes = 2 + RECOMPUTED[config.model.remat][0]
+    repeated = config.accumulation * (passes * weights + held_bytes(frozen))
+    return repeated + 2 * weights + 2 * held_bytes(state) + 2 * temporaries
+
+
+def ici_seconds(
+    collectives: list[Collective], chip: hardware.Chip, devices: list, slice_of: np.ndarray, backward: float
+) -> tuple[float, float]:
+    """Seconds on the interconnect of a slice: (overlapped, exposed).
+
+    Args:
+      slice_of: [devices], the slice of each.
+      backward: seconds of compute in the blocks' backward pass, which overlaps with their gradient reductions.
+    """
+    coordinates = np.array([getattr(device, "coords", (0, 0, 0)) for device in devices])
+    shape = coordinates.max(axis=0) + 1
+    overlapped, exposed = 0.0, 0.0
+    in_blocks, after_blocks, other = {}, {}, {}  # overlapped permutes, {(axis, direction): seconds}
+    for collective in collectives:
+        if collective.between_slices:
+            continue
+        if collective.kind == "collective-permute":
+            inside = slice_of[collective.groups[:, 0]] == slice_of[collective.groups[:, 1]]
+            flows = link_flows(chip, coordinates[collective.groups[inside]], shape)
+            busy = {way: collective.times * collective.sent * count / chip.link for way, count in flows.items()}
+            if not collective.overlaps:
+                exposed += max(busy.values(), default=0.0)
+                continue
+            is_reduction = collective.name.endswith("/ppermute")
+            together = other if not is_reduction else in_blocks if IN_BLOCKS.search(collective.name) else after_blocks
+            for way, seconds in busy.items():
+                together[way] = together.get(way, 0.0) + seconds
+            continue
+        inside = collective.received - collective.received_across(slice_of)
+        if inside > 0:
+            # A group over several slices exchanges inside each of them: take the first group's part in its first slice.
+            group = collective.groups[0]
+            group = group[slice_of[group] == slice_of[group[0]]]
+            seconds = inside / group_bandwidth(chip, coordinates[group], shape)
+            overlapped += seconds if collective.overlaps else 0.0
+            exposed += 0.0 if collective.overlaps else seconds
+    reducing = both_ways(in_blocks)
+    hidden = min(reducing, backward)
+    return overlapped + both_ways(other) + hidden, exposed + both_ways(after_blocks) + reducing - hidden
+
+
+def both_ways(busy: dict[tuple[int, int], float]) -> float:
+    """Seconds of permutes {(axis, +1 or -1): seconds}: one axis after the other, both directions of it in parallel."""
+    axes = {axis for axis, _ in busy}
+    return sum(max(busy.get((axis, way), 0.0) for way in (1, -1)) for axis in axes)
+
+
+def group_bandwidth(chip: hardware.Chip, coordinates: np.ndarray, shape) -> float:
+    """Bytes/s that each chip of a group receives over the axes of the torus that the group spans.
+
+    An axis gives a link in one direction, or in both where the group is a whole axis that closes to a ring. A group
+    that takes every n-th chip shares its links with n - 1 other groups.
+
+    Args:
+      coordinates: int [members, axes], the places of the group's chips.
+      shape: chips of the slice along each axis.
+    """
+    rings = hardware.rings(chip.name, shape)
+    total = 0.0
+    for axis in range(chip.axes):
+        places = np.unique(coordinates[:, axis])
+        if len(places) > 1:
+            stride = (places[-1] - places[0]) / (len(places) - 1)
+            ring = rings[axis] and len(places) * stride == shape[axis]
+            total += chip.link * (2 if ring else 1) / stride
+    return total or chip.link
+
+
+def link_flows(chip: hardware.Chip, pairs: np.ndarray, shape) -> dict[tuple[int, int], int]:
+    """Messages on the busiest link of each direction, {(axis, +1 or -1): count}, on the shortest routes.
+
+    Args:
+      pairs: int [pairs, 2, axes], from where to where; a message travels along one axis after the other.
+      shape: chips of the slice along each axis.
+    """
+    rings = hardware.rings(chip.name, shape)
+    links = {}
+    for start, end in np.asarray(pairs):
+        place = start.copy()
+        for axis in range(chip.axes):
+            steps = int(end[axis] - start[axis])
+            if rings[axis] and 2 * abs(steps) > shape[axis]:
+                steps -= int(np.sign(steps)) * int(shape[axis])
+            for _ in range(abs(steps)):
+                link = (axis, int(np.sign(steps)), *place)
+                links[link] = links.get(link, 0) + 1
+                place[axis] = (place[axis] + np.sign(steps)) % shape[axis]
+    return {way: max(n for link, n in links.items() if link[:2] == way) for way in {link[:2] for link in links}}

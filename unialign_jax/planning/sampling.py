@@ -1,0 +1,223 @@
+"""The memory of a sampling task on a chip that is not here: the pipeline's own programs, compiled ahead of time.
+
+Parameters are shapes only, so a laptop plans the full model (7 B parameters) in a few minutes.
+"""
+
+import dataclasses
+import sys
+import types
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unialign_jax.bundle import BundleConfig
+from unialign_jax.data.kinds import task_name
+from unialign_jax.diffusion.flow import sampling_sigmas
+from unialign_jax.inference import weights
+from unialign_jax.inference.options import check_whole
+from unialign_jax.inference.pipeline import Pipeline
+from unialign_jax.inference.quantization import abstract_quantized, tree_bytes
+from unialign_jax.models import presets
+from unialign_jax.models.sizes import ImageSizes
+from unialign_jax.parallel import hardware
+from unialign_jax.planning import topology
+from unialign_jax.planning.topology import GIB
+from unialign_jax.sampling.programs import make_guidance
+from unialign_jax.sampling.solvers import solver_table
+
+TASKS = ("text_to_image", "edit", "caption")
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One compiled program of a task: `function(params, *inputs, **static)`, all arguments ShapeDtypeStructs."""
+
+    name: str
+    components: tuple[str, ...]  # that it reads the parameters of
+    function: Callable  # jitted
+    params: dict
+    inputs: tuple
+    static: dict = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgramMemory:
+    """A compiled program's memory on the device in bytes, without its parameters."""
+
+    name: str
+    components: tuple[str, ...]
+    inputs: int
+    outputs: int
+    temporaries: int
+    code: int
+
+
+def published_config() -> BundleConfig:
+    """The released model's sizes."""
+    return BundleConfig(
+        transformer=presets.MMDIT["unialign_2b"],
+        text_encoder=presets.TEXT_ENCODER["t5_xxl"],
+        autoencoder=presets.AUTOENCODER["sd3"],
+    )
+
+
+def check_sampling(config: BundleConfig, size: int, batch: int) -> None:
+    """Raises ValueError for a size in pixels or a batch that the pipeline of such a model refuses."""
+    ImageSizes.of(config.transformer, config.autoencoder).check("size", size)
+    check_whole("batch", batch, 1, 2**16)
+
+
+def sampling_programs(
+    task: str,
+    device: jax.Device,
+    *,
+    config: BundleConfig | None = None,
+    size: int = 512,
+    batch: int = 1,
+    steps: int | None = None,
+    dtype: str = "bfloat16",
+    quantize: str | None = None,
+) -> tuple[list[Program], dict[str, dict]]:
+    """The programs of a task in the order in which `Pipeline` runs them, and {component: abstract parameters}.
+
+    Args:
+      task: "text_to_image" or "edit" (guided; one condition image), or "caption" (of `config.text_length` tokens).
+      device: holds the arguments; one of `topology_devices`, or a real one.
+      config: the published sizes when None.
+      size: height and width of the images in pixels.
+      batch: images at a time.
+      steps: of the sampler; the pipeline's default when None.
+      quantize: a mode of `quantization`, or None.
+
+    Raises ValueError for an unknown task, and for a size or batch that the pipeline refuses.
+    """
+    task = task_name(task)
+    if task not in TASKS:
+        raise ValueError(f"unknown task {task!r}, expected one of {', '.join(TASKS)}")
+    config = config or published_config()
+    check_sampling(config, size, batch)
+    place = jax.sharding.SingleDeviceSharding(device)
+
+    def on_device(tree):
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype, sharding=place), tree)
+
+    def array(shape, kind):
+        return jax.ShapeDtypeStruct(shape, kind, sharding=place)
+
+    params = {name: weights.abstract_component(config, name, dtype) for name in ("transformer", "text_encoder")}
+    if quantize:
+        params = {name: abstract_quantized(tree, quantize) for name, tree in params.items()}
+    params["autoencoder"] = weights.abstract_component(config, "autoencoder", dtype)
+    params = on_device(params)
+    tokenizer = types.SimpleNamespace(mask_id=config.transformer.vocab_size - 1, eos_id=1)  # any ids: of no size
+    pipeline = Pipeline(config, params.__getitem__, tokenizer, dtype=dtype, quantize=quantize, device=device)
+
+    compiled = pipeline.programs
+    factor, channels = config.autoencoder.downsample_factor, config.autoencoder.latent_channels
+    latent_shape = (size // factor, size // factor, channels)
+    images, latents = array((batch, size, size, 3), np.uint8), array((batch, *latent_shape), np.float32)
+    seeds = array((batch,), np.uint32)
+    encode = Program("encode images", ("autoencoder",), compiled.encode_images, params["autoencoder"], (images,))
+    if task == "caption":
+        both = {name: params[name] for name in ("transformer", "text_encoder")}
+        ids, targets = (array((batch, config.text_length), kind) for kind in (np.int32, np.bool_))
+        numbers = [array((), np.float32)] * 3  # temperature, threshold, entropy bound
+        inputs = (latents, ids, targets, seeds, array((), np.int32), *numbers)
+        describe = Program("write text", tuple(both), compiled.describe, both, inputs, {"decoding": "ancestral"})
+        return [encode, describe], params
+
+    table = solver_table("euler", sampling_sigmas(steps or {"text_to_image": 28, "edit": 50}[task], shift=3.0))
+    guidance = make_guidance(batch, table, scale=7.0)
+    text = array((batch, config.text_length, config.text_encoder.width), jnp.dtype(dtype))
+    conditions = array((batch, 1, *latent_shape), np.float32) if task == "edit" else None
+    inputs = (seeds, on_device(table), text, text, on_device(guidance), conditions)
+    # The prompts of the batch and the negative one, filled up to a power of two.
+    prompts = array((min(pipeline.max_batch, 1 << batch.bit_length()), config.text_length), np.int32)
+    static = {"latent_shape": latent_shape}
+    programs = [
+        Program("encode prompts", ("text_encoder",), compiled.encode_prompts, params["text_encoder"], (prompts,)),
+        Program("sample", ("transformer",), compiled.sample_images, params["transformer"], inputs, static),
+        Program("decode images", ("autoencoder",), compiled.decode_images, params["autoencoder"], (latents,)),
+    ]
+    return ([programs[0], encode, *programs[1:]] if task == "edit" else programs), params
+
+
+def measure(program: Program) -> ProgramMemory:
+    """Compiles a program and reads its memory. Raises DoesNotFit when it does not fit the device by itself."""
+    lowered = program.function.lower(program.params, *program.inputs, **program.static)
+    found = topology.compile_program(lowered, program.name).memory_analysis()
+    return ProgramMemory(
+        name=program.name,
+        components=program.components,
+        inputs=tree_bytes(program.inputs),
+        outputs=found.output_size_in_bytes - found.alias_size_in_bytes,
+        temporaries=found.temp_size_in_bytes,
+        code=found.generated_code_size_in_bytes,
+    )
+
+
+def resident_bytes(params: dict) -> int:
+    """Bytes of parameters on their device, in the compiler's layout (which may pad them)."""
+    program = jax.jit(lambda params: jnp.zeros(()), keep_unused=True)
+    return program.lower(params).compile().memory_analysis().argument_size_in_bytes
+
+
+def peaks(measured: list[ProgramMemory], resident: dict[str, int], *, low_memory: bool) -> list[int]:
+    """Bytes on the device while each program of a task runs.
+
+    They are the parameters of every component of the task (with `low_memory` only of the program's own), the program's
+    inputs, outputs and temporaries, the outputs of earlier programs, and the code of all programs.
+    """
+    code = sum(program.code for program in measured)
+    result, held = [], 0
+    for program in measured:
+        names = program.components if low_memory else {name for other in measured for name in other.components}
+        parameters = sum(resident[name] for name in names)
+        result.append(parameters + held + program.inputs + program.outputs + program.temporaries + code)
+        held += program.outputs
+    return result
+
+
+def memory_rows(measured: list[ProgramMemory], resident: dict[str, int]) -> list[dict]:
+    """One row for each program, in GiB, and a last one for the whole task."""
+    whole, lean = (peaks(measured, resident, low_memory=low) for low in (False, True))
+    columns = ("inputs", "outputs", "temporaries", "code")
+    rows = [
+        {"program": program.name, "parameters": sum(resident[name] for name in program.components) / GIB}
+        | {column: getattr(program, column) / GIB for column in columns}
+        | {"peak": peak / GIB, "peak_low_memory": lean_peak / GIB}
+        for program, peak, lean_peak in zip(measured, whole, lean, strict=True)
+    ]
+    used = {name for program in measured for name in program.components}
+    total = {"program": "whole task", "parameters": sum(resident[name] for name in used) / GIB}
+    total |= {column: max(row[column] for row in rows) for column in rows[0] if column not in total}
+    return [*rows, total | {"code": sum(row["code"] for row in rows)}]
+
+
+def plan_sampling(
+    task: str, topology_name: str, *, size: int, batch: int, quantize: str | None, low_memory: bool
+) -> dict:
+    """The memory of a task with the published model on one chip, as JSON: rows in GiB, and whether it fits.
+
+    Raises ValueError for a size, batch or topology that cannot be, DoesNotFit when one program alone finds no room.
+    """
+    check_sampling(published_config(), size, batch)
+    chips = hardware.chips_of(hardware.topology_name(topology_name))
+    if chips > 1:
+        raise ValueError(f"topology {topology_name} has {chips} chips, sampling runs on one: v5e:1x1")
+    device = topology.topology_devices(topology_name)[0]
+    usable = topology.usable_bytes(device)
+    programs, params = sampling_programs(task, device, size=size, batch=batch, quantize=quantize)
+    names = {name for program in programs for name in program.components}
+    resident = {name: resident_bytes(params[name]) for name in sorted(names)}
+    measured = []
+    for program in programs:
+        print(f"compiling: {program.name}", file=sys.stderr)
+        measured.append(measure(program))
+    rows = memory_rows(measured, resident)
+    peak = rows[-1]["peak_low_memory" if low_memory else "peak"]
+    figures = {"task": task, "topology": topology_name, "size": size, "batch": batch, "quantize": quantize}
+    figures |= {"low_memory": low_memory, "usable": usable and usable / GIB}
+    return figures | {"fits": usable is None or peak * GIB <= usable, "rows": rows}
