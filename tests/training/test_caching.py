@@ -1,6 +1,7 @@
 """Teacher features and latents of a data folder, computed once, against the networks called directly."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,7 @@ TEACHER = teachers.TeacherConfig(
     dtype="float32",
 )
 COUNT = 10
+FEATURES = functools.partial(teachers.pooled_features, config=TEACHER)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def taught(stream):
     return caching.Examples(stream, TEACHER_INPUTS)
 
 
-def fill(folder, kind, function, read, name, rows=4, conditions=0, batch_size=4, mesh=None):
+def fill(folder, kind, function, params, read, name, rows=4, conditions=0, batch_size=4, mesh=None):
     mesh = mesh or make_mesh(devices=jax.devices()[:1])
     description = caches.Description(
         name=name,
@@ -70,19 +72,19 @@ def fill(folder, kind, function, read, name, rows=4, conditions=0, batch_size=4,
         num_records=COUNT,
         size=(32, 32),
         network="x",
-        arrays=caching.row_shapes(function, read(0)),
+        arrays=caching.row_shapes(function, params, read(0)),
         rows=rows,
         options={},
     )
     writer = caches.Writer(folder / kind, description)
-    return caching.fill_cache(writer, read, function, mesh, batch_size=batch_size)
+    return caching.fill_cache(writer, read, function, params, mesh, batch_size=batch_size)
 
 
 @pytest.mark.parametrize("kind", ["text_to_image", "vqa"])
 def test_cached_features_are_the_teachers(world, params, words, kind):
     source = open_stream(world, kind, use_teacher=False)
     read = taught(open_stream(world, kind, teacher_tokenizer=words))
-    assert fill(world, kind, lambda batch: teachers.pooled_features(params, batch, TEACHER), read, "teacher") == 0
+    assert fill(world, kind, FEATURES, params, read, "teacher") == 0
 
     cached = open_stream(world, kind)
     assert cached.teacher_width == 8
@@ -102,10 +104,10 @@ def test_any_batch_size_and_mesh_give_the_same_cache(world, params, words):
     if len(jax.devices()) < 2:
         pytest.skip("needs two devices")
     read = taught(open_stream(world, "text_to_image", teacher_tokenizer=words))
-    function = lambda batch: teachers.pooled_features(params, batch, TEACHER)  # noqa: E731
+    function = FEATURES
     found = []
     for batch_size, mesh in ((4, None), (2, make_mesh(fsdp=2, devices=jax.devices()[:2]))):
-        fill(world, "text_to_image", function, read, "teacher", rows=7, batch_size=batch_size, mesh=mesh)
+        fill(world, "text_to_image", function, params, read, "teacher", rows=7, batch_size=batch_size, mesh=mesh)
         cache = caches.Cache(world / "text_to_image", "teacher")
         found.append(np.stack([cache[index]["teacher_image"] for index in range(COUNT)]))
         for file in (world / "text_to_image" / "teacher").iterdir():
@@ -118,8 +120,8 @@ def test_cached_latents_are_the_autoencoders_moments(world):
     autoencoder = make_autoencoder(config)
     params = jax.jit(autoencoder.init)(jax.random.key(1), jnp.zeros((1, 32, 32, 3)))["params"]
     source = open_stream(world, "edit", 2, use_teacher=False)
-    function = lambda batch: caching.image_moments(autoencoder, params, batch)  # noqa: E731
-    fill(world, "edit", function, caching.Examples(source, ("image", "conditions")), "latents")
+    function = functools.partial(caching.image_moments, autoencoder=autoencoder)
+    fill(world, "edit", function, params, caching.Examples(source, ("image", "conditions")), "latents")
 
     cached = open_stream(world, "edit", 2, use_latents=True)
     side, channels = 32 // config.downsample_factor, config.latent_channels
@@ -140,7 +142,7 @@ def test_a_damaged_record_is_marked_and_its_neighbour_stands_in(world, params, w
     records[5] = dataclasses.replace(records[5], image=records[5].image[:40])
     write_records(folder, records, kind="text_to_image", overwrite=True)
     read = taught(open_stream(world, "text_to_image", teacher_tokenizer=words))
-    bad = fill(world, "text_to_image", lambda batch: teachers.pooled_features(params, batch, TEACHER), read, "teacher")
+    bad = fill(world, "text_to_image", FEATURES, params, read, "teacher")
     assert bad == 1
     cached = open_stream(world, "text_to_image")
     assert bool(cached[5]["replaced"])

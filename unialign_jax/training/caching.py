@@ -1,7 +1,7 @@
 """Runs frozen networks over a data folder and keeps what they give in its caches (`data.caches`).
 
-Parameters are split over this process's devices by the sharding table, batches over the same devices. Of several
-processes each takes every n-th part of a cache, so they need no communication.
+Parameters are split over this process's devices by the sharding table, batches over the same devices. Several machines
+take shares of the parts, so they need no communication.
 """
 
 import json
@@ -28,7 +28,7 @@ def local_mesh() -> jax.sharding.Mesh:
     return make_mesh(fsdp=len(devices), devices=devices)
 
 
-def image_moments(autoencoder, params, batch) -> dict[str, jax.Array]:
+def image_moments(params: dict, batch: dict[str, jax.Array], autoencoder) -> dict[str, jax.Array]:
     """The moments of a batch's raw latents, float16 [B, h, w, 2C], and those of its conditions [B, K, h, w, 2C]."""
     images = batch["image"][:, None]
     if "conditions" in batch:
@@ -41,10 +41,10 @@ def image_moments(autoencoder, params, batch) -> dict[str, jax.Array]:
     return found | ({"condition_moments": moments[:, 1:]} if "conditions" in batch else {})
 
 
-def row_shapes(function: Callable, example: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
-    """The shapes of what `function` gives for one example."""
+def row_shapes(function: Callable, params: dict, example: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
+    """The shapes of `function`'s arrays for one example."""
     batch = {name: jax.ShapeDtypeStruct((1, *value.shape), value.dtype) for name, value in example.items()}
-    return {name: value.shape[1:] for name, value in jax.eval_shape(function, batch).items()}
+    return {name: value.shape[1:] for name, value in jax.eval_shape(function, params, batch).items()}
 
 
 class Examples:
@@ -65,10 +65,12 @@ def fill_cache(
     writer: caches.Writer,
     read: Callable[[int], dict[str, np.ndarray] | None],
     function: Callable,
+    params: dict,
     mesh: jax.sharding.Mesh,
     *,
     batch_size: int,
     num_threads: int = 0,
+    share: tuple[int, int] = (0, 1),
     progress: Callable[[int], None] = lambda count: None,
 ) -> int:
     """Computes the parts that are missing and writes them. Returns the number of records that cannot be decoded.
@@ -76,14 +78,16 @@ def fill_cache(
     Args:
       writer: of the cache.
       read: index -> the arrays of one record, or None.
-      function: a batch of such arrays -> the cache's arrays; it is compiled once, for `batch_size` rows.
+      function: (params, batch of such arrays) -> the cache's arrays. It is compiled once, for `batch_size` rows.
+      params: on the mesh.
       mesh: over which the batch is split; its size divides `batch_size`.
       num_threads: that read records; one for each core when 0.
+      share: (i, n), to take every n-th missing part from the i-th on.
       progress: is told of the records done.
     """
     compiled = jax.jit(function, out_shardings=sharding.replicated(mesh))
     place = sharding.batch_sharding(mesh)
-    parts = writer.missing()[jax.process_index() :: jax.process_count()]
+    parts = writer.missing()[share[0] :: share[1]]
     bad = 0
     with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool, jax.set_mesh(mesh):
         for part in parts:
@@ -94,7 +98,7 @@ def fill_cache(
                 given = None
                 if any(there):
                     batch = _stack(examples, batch_size)
-                    given = compiled({name: jax.device_put(value, place) for name, value in batch.items()})
+                    given = compiled(params, {name: jax.device_put(value, place) for name, value in batch.items()})
                 if pending is not None:  # one batch late: the device computes while this thread copies
                     rows.append(_rows(writer, *pending))
                 pending = there, given
