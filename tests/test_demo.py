@@ -26,6 +26,7 @@ def test_it_is_whole_small_and_of_the_tiny_stages():
     assert set(config.tasks) == {"t2i", "edit", "perceive", "personalize", "caption", "vqa"}
 
 
+@pytest.mark.slow
 def test_it_does_every_task():
     """Far below its figures (docs/learning.md), and far above chance."""
     pipeline = Pipeline.from_bundle("demo")

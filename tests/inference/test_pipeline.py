@@ -253,6 +253,7 @@ def test_a_callback_sees_every_step_and_changes_nothing(pipeline):
     assert difference(steps[-1].images()[0], image) <= 1
 
 
+@pytest.mark.slow
 def test_low_memory_holds_one_component_and_changes_nothing(pipeline, tiny_bundle):
     lean = Pipeline.from_bundle(tiny_bundle, low_memory=True)
     assert difference(lean.generate("a red circle", steps=3)[0], pipeline.generate("a red circle", steps=3)[0]) == 0
@@ -526,6 +527,7 @@ def test_a_task_or_a_size_beyond_training_is_warned_of_once(tiny_bundle, tmp_pat
     ]
 
 
+@pytest.mark.slow
 def test_components_are_hashed_once(tiny_bundle, monkeypatch):
     hashed = []
     digest = checksums.digest

@@ -25,6 +25,7 @@ def test_intervals_are_students(ablate):
     assert ablate.interval([3.0]) == (3.0, float("inf"))
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_it_stopped_and_writes_table_and_picture(ablate, monkeypatch, tmp_path, capsys):
     trained = []
 

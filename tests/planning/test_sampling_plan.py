@@ -52,6 +52,7 @@ def test_table_ends_with_the_whole_task():
     assert len(header) == len(last)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", sampling_plan.TASKS)
 def test_the_pipelines_own_programs_are_lowered(task, positioned_bundle):
     """The tiny model's, on this machine's device: what is asked for in shapes is what the pipeline's functions take."""
@@ -76,6 +77,7 @@ def test_the_pipelines_own_programs_are_lowered(task, positioned_bundle):
     assert params["transformer"]["text_positions"].dtype == np.float32
 
 
+@pytest.mark.slow
 def test_measuring_on_this_machine(tiny_bundle):
     """T5 of the tiny bundle on three texts, filled up to four: [4, 24] ids in, [4, 24, 32] out, all float32."""
     config = bundle.read_config(tiny_bundle)
@@ -197,6 +199,7 @@ def test_the_next_larger_slice():
     assert larger("v5e-256") is larger("v5p-8192") is larger("v4:4x4x6") is None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(HAS_LIBTPU, reason="the TPU compiler is here")
 def test_without_the_compiler_the_command_says_what_to_install():
     command = [sys.executable, ROOT / "launch/plan.py", "--task=t2i"]
