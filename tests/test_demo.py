@@ -27,6 +27,7 @@ def test_it_is_whole_small_and_of_the_tiny_stages():
     assert set(config.tasks) == set(TASKS)
 
 
+@pytest.mark.slow
 def test_it_does_every_task():
     """Far below its figures (docs/learning.md), and far above chance."""
     pipeline = Pipeline.from_bundle("demo")

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PHOTOGRAPHS = ROOT.parent / "shared" / "data"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not PHOTOGRAPHS.is_dir(), reason="the photographs are not here (../shared/data)")
 @pytest.mark.parametrize(
     ("file", "kind", "stage"), [("photos_t2i", "text_to_image", "stage1"), ("photos_edit", "edit", "stage2")]

@@ -18,6 +18,7 @@ def run(*options):
     return subprocess.run([*COMMAND, *options], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_figures_of_a_tiny_run_add_up(tmp_path):
     output = tmp_path / "figures.json"
     done = run("--random=tiny", *SMALL, f"--output={output}")
@@ -56,6 +57,7 @@ def test_the_figures_of_a_tiny_run_add_up(tmp_path):
     assert all("device's bf16 peak" in name for name in missing - always)
 
 
+@pytest.mark.slow
 def test_a_forward_of_ours_and_of_diffusers(tiny_bundle, monkeypatch):
     pytest.importorskip("diffusers")
     from unialign_jax.benchmarks import diffusers as theirs

@@ -59,6 +59,7 @@ def zeros(setup):
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (setup.state, setup.frozen, setup.batch))
 
 
+@pytest.mark.slow
 def test_a_small_step_and_its_parts(step, quick_compiler, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(step.Setup, "make", zeros)  # spares compiling what makes them at random

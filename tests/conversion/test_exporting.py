@@ -436,6 +436,7 @@ def test_a_runs_bundle_keeps_its_text_positions(run, tmp_path):
         export(tmp_path / "out", format="unialign", run=tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["raw", "ema"])
 def test_a_runs_newest_checkpoint_is_exported(weights, run, tmp_path):
     workdir, state = run

@@ -18,6 +18,7 @@ def scored(launch_command, tiny_bundle, tmp_path_factory):
     return output
 
 
+@pytest.mark.slow
 def test_every_task_has_its_figures_and_its_sheet(scored):
     content = json.loads((scored / "scores.json").read_text())
     assert list(content["scores"]) == list(TASKS)
@@ -35,6 +36,7 @@ def test_every_task_has_its_figures_and_its_sheet(scored):
     assert sheets == {f"worst_{task}.{'md' if task in ('caption', 'vqa') else 'png'}" for task in TASKS}
 
 
+@pytest.mark.slow
 def test_scores_that_are_there_are_not_replaced_unasked(scored, tiny_bundle, command_refuses):
     before = (scored / "scores.json").read_text()
     arguments = ["shapes", f"--bundle={tiny_bundle}", f"--output={scored}", "--scenes=2"]

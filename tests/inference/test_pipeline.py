@@ -264,6 +264,7 @@ def test_a_callback_sees_every_step_and_changes_nothing(pipeline):
     assert difference(steps[-1].images()[0], image) <= 1
 
 
+@pytest.mark.slow
 def test_low_memory_frees_a_component_before_the_next_is_read_and_changes_nothing(pipeline, tiny_bundle):
     config, read, held = bundle.read_config(tiny_bundle), {}, []
     loader = bundle_loader(tiny_bundle, config, dtype="float32", device=jax.devices()[0])
@@ -561,6 +562,7 @@ def test_a_task_or_a_size_beyond_training_is_warned_of_once(tiny_bundle, tmp_pat
     ]
 
 
+@pytest.mark.slow
 def test_components_are_hashed_once(tiny_bundle, monkeypatch):
     hashed = []
     digest = checksums.digest

@@ -138,6 +138,7 @@ def test_int8_model_is_the_float_model_of_the_rounded_weights(component, params,
         assert relative_error(ours, theirs) < 1e-4  # a tie rounded the other way is 1e-5 here, a wrong scale is 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("component", MODULES)
 def test_close_to_the_float_model(component, mode, params, inputs):
@@ -173,6 +174,7 @@ def test_w8a8_multiplies_whole_numbers():
     assert "(tensor<2x3x4x8xi8>, tensor<4x8x6xi8>) -> tensor<2x3x6xi32>" in jax.jit(run).lower(x).as_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_a_scanned_layer_dequantises_its_own_slice(mode, params, inputs):
     """The stacked kernels enter the program as int8, and no array of their size is ever made of floats."""

@@ -17,6 +17,7 @@ def figures(value):
     return {name: value for _, name, _, _ in ablation.FIGURES}
 
 
+@pytest.mark.slow
 def test_it_resumes_and_writes_table_and_picture(ablate, monkeypatch, tmp_path, capsys):
     trained = []
 

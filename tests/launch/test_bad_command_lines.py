@@ -122,7 +122,7 @@ BENCHMARK = [
     (["sample", "--random=tiny", "--caption-steps=0"], "--caption-steps is 0"),
     (["sample", "--random=tiny", "--caption-tokens=0"], "--caption-tokens is 0"),
     (["sample", "--random=tiny", "--rounds=0"], "--rounds is 0"),
-    (["sample", "--random=tiny", "--guidance-scale=nan"], "--guidance-scale is nan, expected 0 to 100"),
+    (["sample", "--random=tiny", "--guidance-scale=nan"], "--guidance-scale is nan, expected a number from 0 to 100"),
     (["sample", "--random=tiny", "--guidance-scale=-1"], "--guidance-scale is -1.0"),
     (["sample", "--random=tiny", "--batch=1,none"], "--batch is '1,none', expected batch sizes such as 1,8"),
     (["sample", "--random=tiny", "--batch="], "--batch is ''"),

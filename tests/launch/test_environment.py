@@ -79,6 +79,16 @@ def test_what_is_imported_is_required():
     assert not missing
 
 
+def test_test_files_import_without_the_packages_of_the_whole_suite():
+    """--fast imports them where only requirements-fast.txt is installed."""
+    whole = {requirement.name for requirement in requirements("requirements-test.txt")}
+    for path in (ROOT / "tests").rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert whole.isdisjoint(name.partition(".")[0] for name in names), path
+
+
 def test_the_lock_holds_a_version_for_everything_that_is_required():
     for requirement in LOCKED.values():
         assert re.fullmatch(r"==[\w.]+", str(requirement.specifier)), requirement  # no local version: as on PyPI

@@ -122,6 +122,7 @@ def test_jobs_of_every_task(command, opened, tiny_bundle, photo, tmp_path, capsy
     assert "7 of 8 jobs are done already" in said and "7 of 8 jobs are done, 1 failed" in said
 
 
+@pytest.mark.slow
 def test_one_call_makes_what_a_job_makes(command, tiny_bundle, opened, tmp_path, capsys):
     arguments = [f"--bundle={tiny_bundle}", "--task=t2i", "--prompt=a red circle", "--seed=4", "--steps=2", "--count=2"]
     assert run(command, *arguments, f"--output={tmp_path}/new/fox.png") == 0

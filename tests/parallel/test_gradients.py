@@ -51,6 +51,7 @@ def loss(scan):
     return lambda *arguments: sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(scan(*arguments)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "width", "without_wraparound"),
     [
@@ -82,6 +83,7 @@ def test_gradients_are_those_of_one_device(shape, width, without_wraparound):
     assert kernel.sharding.shard_shape(kernel.shape) == (DEPTH, width // parts, 2 * width)
 
 
+@pytest.mark.slow
 def test_weights_are_not_kept_a_second_time_for_the_backward_pass():
     params, carry, shared = inputs(32)
     mesh = make_mesh(data=8, fsdp=1)
@@ -97,6 +99,7 @@ def test_weights_are_not_kept_a_second_time_for_the_backward_pass():
     assert not any(shape[:2] == (8, DEPTH) and shape[1:] in weights for shape in residuals)
 
 
+@pytest.mark.slow
 def test_sums_in_bfloat16_stay_near_one_devices():
     """Both round activations alike; a sum over 4 x 2 devices is then rounded at 4 hops more, by 2^-9 of it at most."""
     low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), inputs(32))

@@ -26,6 +26,7 @@ def in_the_repository(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's count of a process's memory is Linux's")
 def test_the_plan_is_what_a_run_takes(monkeypatch):
     # Half the time of compiling; where buffers lie is decided before.

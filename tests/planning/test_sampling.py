@@ -52,6 +52,7 @@ def test_table_ends_with_the_whole_task():
     assert len(header) == len(last)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", sampling.TASKS)
 def test_the_pipelines_own_programs_are_lowered(task, positioned_bundle):
     """The tiny model's, on this machine's device: the pipeline's functions accept the planned shapes."""
@@ -76,6 +77,7 @@ def test_the_pipelines_own_programs_are_lowered(task, positioned_bundle):
     assert params["transformer"]["text_positions"].dtype == np.float32
 
 
+@pytest.mark.slow
 def test_measuring_on_this_machine(tiny_bundle):
     """T5 of the tiny bundle on three texts, filled up to four: [4, 24] ids in, [4, 24, 32] out, all float32."""
     config = bundle.read_config(tiny_bundle)
@@ -180,6 +182,7 @@ def test_a_sampling_that_does_not_fit_is_told_what_may(plan_command, monkeypatch
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(HAS_LIBTPU, reason="the TPU compiler is here")
 def test_without_the_compiler_the_command_says_what_to_install():
     command = [sys.executable, ROOT / "launch/plan.py", "--task=t2i"]

@@ -143,6 +143,7 @@ def small_autoencoder():
     return module, params, jnp.float32(images) / 127.5 - 1, things
 
 
+@pytest.mark.slow
 def test_the_decoder_learns_on_alone_and_through_noise(small_autoencoder, monkeypatch):
     module, params, pixels, things = small_autoencoder
 
@@ -156,6 +157,7 @@ def test_the_decoder_learns_on_alone_and_through_noise(small_autoencoder, monkey
     assert abs(loss(params) - value) > 1e-4
 
 
+@pytest.mark.slow
 def test_the_loss_that_asks_what_is_there_is_the_sum_of_its_parts(small_autoencoder, monkeypatch):
     """Without noise in the decoder's latents the picture's part is that of the means and the variances' own draw."""
     module, params, pixels, things = small_autoencoder
@@ -195,6 +197,7 @@ def test_scale_and_shift_bring_latents_to_mean_0_and_deviation_1():
     assert abs(latents.mean()) < 1e-3 and abs(latents.std() - 1) < 1e-3
 
 
+@pytest.mark.slow
 def test_both_learn_and_the_same_seed_gives_the_same_numbers():
     seen = []
     log = lambda step, values, params: seen.append((step, values))  # noqa: E731

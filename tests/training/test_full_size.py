@@ -27,7 +27,8 @@ def test_recipe_is_the_papers(stage):
     assert config.model.tap_depth == 8
 
 
-def test_the_step_of_every_stream_fits_together_at_load_stage(tmp_path, caplog):
+@pytest.mark.slow
+def test_the_step_of_every_stream_fits_together_at_full_size(tmp_path, caplog):
     write_shapes(tmp_path, num_records=2, teacher_width=3584)
     config = load_stage("stage3")
     config.model.attention = "xla"

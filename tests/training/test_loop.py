@@ -44,6 +44,7 @@ def test_a_bar_is_not_drawn_into_a_pipe(small_config, tmp_path, capfd):
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_the_readme_promises(finished):
     rows = read_metrics(finished)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
@@ -69,6 +70,7 @@ def test_a_run_leaves_what_the_readme_promises(finished):
     assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["3", "6"]
 
 
+@pytest.mark.slow
 def test_a_finished_run_started_again_does_nothing(finished, small_config):
     before = (finished / "metrics.jsonl").read_text()
     state = run(small_config("stage2"), finished)
@@ -76,6 +78,7 @@ def test_a_finished_run_started_again_does_nothing(finished, small_config):
     assert (finished / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.slow
 def test_a_run_in_two_halves_has_the_numbers_of_one(finished, small_config, tmp_path):
     run(small_config("stage2", num_steps=3), tmp_path)
     state = run(small_config("stage2"), tmp_path)
@@ -83,6 +86,7 @@ def test_a_run_in_two_halves_has_the_numbers_of_one(finished, small_config, tmp_
     assert int(state.step) == 6
 
 
+@pytest.mark.slow
 def test_killed_at_any_point_and_started_again_the_numbers_are_the_same(
     small_config, changes_of, shapes_dir, compilation_cache, tmp_path
 ):
@@ -142,6 +146,7 @@ def on_one_device(small_config, tmp_path_factory):
     return config, read_metrics(workdir)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh",
     [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"replica": 2, "data": 2, "encoder": 2, "fsdp": 1}],
@@ -158,6 +163,7 @@ def test_every_mesh_gives_the_losses_of_one_device(mesh, on_one_device, tmp_path
             np.testing.assert_allclose(many[name], one[name], rtol=1e-5, atol=1e-5, err_msg=message)
 
 
+@pytest.mark.slow
 def test_one_compilation_per_stream_and_none_after(small_config, tmp_path, monkeypatch):
     chex.clear_trace_counter()
     step_function = Trainer.step_function
@@ -179,6 +185,7 @@ def without_positions(transformer):
     return {name: leaf for name, leaf in transformer.items() if name != "text_positions"}
 
 
+@pytest.mark.slow
 def test_the_three_stages_follow_one_another(small_config, tmp_path):
     """From the second on with text positions, which start at zero and are kept."""
     states = {}
@@ -203,6 +210,7 @@ def test_the_three_stages_follow_one_another(small_config, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_ema_weights_of_another_run_can_be_the_start(finished, small_config):
     config = small_config("stage2", init_from=str(finished), init_weights="ema")
     start = Trainer(config, jax.devices()[:1]).init_state()
@@ -213,6 +221,7 @@ def test_ema_weights_of_another_run_can_be_the_start(finished, small_config):
     assert np.abs(kernel(start) - kernel(raw)).max() < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["average", "bundle"])
 def test_text_positions_start_at_zero_where_the_start_has_none(source, finished, small_config, tiny_bundle):
     start = {"init_from": str(tiny_bundle)}
@@ -235,6 +244,7 @@ def test_a_start_with_other_text_positions_is_refused(positioned_bundle, small_c
         refuses(lambda c=config: Trainer(c, jax.devices()[:1]).init_state(), "transformer/text_positions", words)
 
 
+@pytest.mark.slow
 def test_a_bundle_can_be_the_start_and_gives_the_frozen_encoders_too(small_config, finished, tmp_path):
     source = Trainer(small_config("stage2", init_from=str(finished)), jax.devices()[:1])
     params, frozen = source.init_state().params, source.init_frozen()

@@ -54,6 +54,7 @@ def difference(a, b):
     return np.abs(np.asarray(a, np.int32) - np.asarray(b, np.int32)).max()
 
 
+@pytest.mark.slow
 def test_a_mesh_gives_the_samples_of_one_device(sampled, on_one_device):
     _, expected = on_one_device
     _, found = sampled(jax.devices(), ("edit", "vqa"), data=2, fsdp=2, tensor=2)
@@ -66,6 +67,7 @@ def test_a_mesh_gives_the_samples_of_one_device(sampled, on_one_device):
             assert np.std(images) > 20  # not a flat or saturated field, in which anything would agree
 
 
+@pytest.mark.slow
 def test_samples_are_those_of_the_pipeline(small_config, random_params, on_one_device, tmp_path):
     trainer, samples = on_one_device
     config, networks = trainer.config, trainer.networks
@@ -101,6 +103,7 @@ def test_samples_are_those_of_the_pipeline(small_config, random_params, on_one_d
             assert found == pipeline.caption(pictures, **texts), name
 
 
+@pytest.mark.slow
 def test_samples_of_later_steps_trace_nothing(small_config, random_params, monkeypatch, tmp_path):
     chex.clear_trace_counter()
     for name in ("encode_images", "sample_images", "decode_images", "describe"):

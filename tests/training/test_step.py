@@ -171,6 +171,7 @@ def toy_networks(autoencoder):
     return Networks(*stubs, autoencoder), {"transformer": transformer, "heads": {"head": draw(3, 10, 16)}}
 
 
+@pytest.mark.slow
 def test_accumulation_is_the_mean_of_its_micro_batches(trainer):
     """Micro-batch i has every second row from i on, and the key folded with i."""
     config = trainer.config.copy_and_resolve_references()
@@ -207,6 +208,7 @@ def test_accumulation_is_the_mean_of_its_micro_batches(trainer):
     assert means["replaced_records"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_is_learnt_by_heart(trainer, frozen, programs, kind):
     """300 steps on four records, noise and masks drawn anew at each.

@@ -320,6 +320,7 @@ def test_undecodable_records_are_replaced_counted_and_logged(config, shapes_dir,
     assert not list((tmp_path / "strict" / "checkpoints").glob("5"))
 
 
+@pytest.mark.slow
 def test_a_folder_of_nothing_but_damaged_records(config, shapes_dir, tmp_path):
     damaged_copy(shapes_dir / "vqa", tmp_path / "data", range(40))
     with pytest.raises(ValueError, match="stream vqa: record .* cannot be decoded: write the folder again") as error:
@@ -343,6 +344,7 @@ def test_a_half_written_checkpoint_and_the_run_goes_on_as_it_would_have(config, 
     jax.tree.map(np.testing.assert_array_equal, state, whole)
 
 
+@pytest.mark.slow
 def test_when_all_checkpoints_are_damaged_the_folder_stays_as_it_is(config, finished):
     for path in (finished / "checkpoints").glob("*/state/**/d/*"):
         os.truncate(path, path.stat().st_size // 2)
@@ -353,6 +355,7 @@ def test_when_all_checkpoints_are_damaged_the_folder_stays_as_it_is(config, fini
         assert contents(finished) == before
 
 
+@pytest.mark.slow
 def test_a_changed_configuration_is_said(config, finished, caplog):
     with caplog.at_level(logging.WARNING, "unialign_jax"):
         run(config(seed=7, optimizer__learning_rate=0.5, samples__count=0), finished)
@@ -364,6 +367,7 @@ def test_a_changed_configuration_is_said(config, finished, caplog):
     assert not list(finished.glob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_a_torn_config_json_is_not_written_over(config, finished):
     """It names the encoders and the tokenizer that the run was made with."""
     (finished / "config.json").write_bytes((finished / "config.json").read_bytes()[:100])
@@ -373,6 +377,7 @@ def test_a_torn_config_json_is_not_written_over(config, finished):
     assert contents(finished) == before
 
 
+@pytest.mark.slow
 def test_a_second_run_in_a_folder_is_refused_and_changes_nothing(config, finished, refuses):
     with only_run_in(finished):
         before = contents(finished)
@@ -509,6 +514,7 @@ def test_every_stage_has_the_whole_time_before_a_run_counts_as_stuck(config, tmp
     assert told == ["begin 7", alive, *prepared, *steps, *ended]
 
 
+@pytest.mark.slow
 def test_pictures_that_one_process_does_not_see_are_written_by_all(config, finished, monkeypatch):
     written = []
     monkeypatch.setattr(processes, "anywhere", lambda condition: True)  # as when another process has found it so

@@ -122,6 +122,7 @@ def test_the_losses_are_those_of_the_given_levels(edits):
     assert np.abs(other - again).max() > 0.1  # each batch has noise of its own
 
 
+@pytest.mark.slow
 def test_micro_batches_are_those_of_training(edits):
     """Each has every second record, and the key of its number."""
     trainer, batch = edits
@@ -257,6 +258,7 @@ def prepared(small_config):
     return prepare
 
 
+@pytest.mark.slow
 def test_the_same_weights_give_the_same_numbers_and_compile_nothing(prepared):
     validator, params, frozen = prepared(jax.devices()[:1], "edit", "vqa")
     first = validator(params, frozen)
@@ -301,6 +303,7 @@ def numbers(rows):
     return [{key: value for key, value in row.items() if key not in CLOCK} for row in rows]
 
 
+@pytest.mark.slow
 def test_a_validated_run_has_rows_of_its_own(validated):
     _, workdir, _ = validated
     rows = read_metrics(workdir)
@@ -318,6 +321,7 @@ def test_a_validated_run_has_rows_of_its_own(validated):
     assert list(shown) == ["val/text_to_image/loss", "val/text_to_image/exact", "val/caption/true"]
 
 
+@pytest.mark.slow
 def test_scenes_are_those_of_the_saved_run(validated):
     """The weights of every validation are the run's at that step: of the last, what its checkpoint gives."""
     config, workdir, (early, _, late, captions) = validated
@@ -334,6 +338,7 @@ def test_scenes_are_those_of_the_saved_run(validated):
     assert [result.made for result in captions] == [result.made for result in texts]
 
 
+@pytest.mark.slow
 def test_a_run_in_two_halves_is_validated_as_one(validated, tmp_path):
     config, workdir, _ = validated
     half = config.copy_and_resolve_references()
@@ -343,6 +348,7 @@ def test_a_run_in_two_halves_is_validated_as_one(validated, tmp_path):
     assert numbers(read_metrics(tmp_path)) == numbers(read_metrics(workdir))
 
 
+@pytest.mark.slow
 def test_validation_changes_no_step(validated, small_config, tmp_path):
     """The losses of a run without it, on a folder that has the records that were left."""
     config, workdir, _ = validated

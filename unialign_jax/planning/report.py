@@ -71,7 +71,7 @@ def stage_figures(plan: StagePlan) -> dict:
         whole = stage_total(weighted, config.num_steps * config.batch_size)
         tables["the stage"] = [{config.name or "stage": f"{config.num_steps} steps"} | whole]
     steps = [dataclasses.asdict(step) | {"peak": step.memory.peak} for step in plan.steps]
-    steps = [figures | figures.pop("memory") | figures.pop("roofline") for figures in steps]
+    steps = [{**figures.pop("memory"), **figures.pop("roofline"), **figures} for figures in steps]
     return {
         "tables": tables,
         "steps": steps,
