@@ -349,7 +349,7 @@ def checked_text(value, where: str) -> str:
     if half:
         raise BadRow("text is not Unicode", f"{where} has half of a character at position {half.start()}")
     if "\0" in value:
-        raise BadRow("text is not Unicode", f"{where} has a NUL at position {value.index(chr(0))}")
+        raise BadRow("text holds a NUL", f"{where} has one at position {value.index(chr(0))}")
     return value.strip()
 
 
