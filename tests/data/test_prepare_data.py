@@ -86,7 +86,9 @@ def test_many_files_by_pattern(command, source, tmp_path):
         (["--format=jsonl", "--stream=edit"], "--format=jsonl needs --source and --stream"),
         (["--format=shapes", "--source=x"], "takes no --source"),
         (["--format=shapes", "--num-records=0"], "--num-records is 0, expected 1 to 1000000000"),
-        (["--format=parquet"], "invalid choice: 'parquet'"),
+        (["--format=csv"], "invalid choice: 'csv'"),
+        (["--format=parquet"], "--format=parquet needs --source and --stream"),
+        (["--stream=edit"], "needs --source and --stream"),
     ],
 )
 def test_bad_arguments(command, tmp_path, capsys, arguments, message):
@@ -229,7 +231,7 @@ def test_bad_command_lines(command_refuses, tmp_path, arguments, words):
         (["--source={}/*"], ["a.png is a PNG image"]),
         (["--source=/dev/zero"], ["/dev/zero", "device"]),
         (["--source={}/rows.jsonl/rows.jsonl"], ["rows.jsonl/rows.jsonl"]),
-        (["--source=s3://bucket/rows.jsonl"], ["s3://bucket/rows.jsonl is a URL"]),
+        (["--source=s3://bucket/rows.jsonl"], ["s3://bucket/rows.jsonl cannot be opened", "s3fs"]),
         (["--source="], ["needs --source"]),
         (["--source={}/rows.jsonl", "--text-length=32"], ["--text-length needs --tokenizer"]),
         (["--source={}/rows.jsonl", "--tokenizer=shapes", "--text-length=1"], ["--text-length is 1"]),

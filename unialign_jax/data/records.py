@@ -322,9 +322,9 @@ def _features(tfds):
     )
 
 
-def to_example(record: Record, kind: str, teacher_width: int) -> dict:
+def to_example(record: Record, kind: str, teacher_width: int, optional: tuple[str, ...] = ()) -> dict:
     """The record as TFDS's encoder takes it. Raises ValueError for a field of its kind that is missing."""
-    missing = [name for name in find_kind(kind).fields if not getattr(record, name)]
+    missing = [name for name in find_kind(kind).fields if name not in optional and not getattr(record, name)]
     if missing:
         raise ValueError(f"record {record.key!r} has no {', '.join(missing)}: a {kind} record needs it")
     example = {name: getattr(record, name) for name in _TEXT_FIELDS}

@@ -51,8 +51,7 @@ def read_part(part: Part, options: SourceOptions) -> Iterator[Row]:
     if part.path.endswith(".csv"):
         yield from _read_csv(part)
     elif part.path.endswith(".jsonl") and locations.name_of(part.path) in METADATA:
-        for row in json_lists.read_part(part, options):
-            yield row
+        yield from json_lists.read_part(part, options)
     else:
         for _, image, text in part.rows:
             yield _beside(part, image, text)

@@ -17,8 +17,8 @@ _INSTRUCTION = (
 )
 _TARGET_CAPTION = "caption target_caption edited_caption output_caption target_prompt edited_prompt output"
 _CHANGED = {
-    "image": "target_img edited_img edited_image edited_file target_image output_image target after target_path image output",
-    "source": "source_img src_img source_image input_image original_image image_file source before source_path input",
+    "image": "target_img edited_img edited_image edited_file target_image output_image target after image output",
+    "source": "source_img src_img source_image input_image original_image image_file source before input",
     "instruction": _INSTRUCTION,
     "caption": _TARGET_CAPTION,
 }
@@ -28,7 +28,8 @@ FIELDS = {
     for kind, fields in {
         "text_to_image": {"image": _IMAGE, "caption": _CAPTION},
         "edit": _CHANGED,
-        "perception": _CHANGED | {"image": f"map conditioning_image {_CHANGED['image']}"},
+        "perception": _CHANGED
+        | {"image": f"map conditioning_image {_CHANGED['image']}", "source": f"{_CHANGED['source']} image"},
         "personalization": {
             "image": "generated_images target_img target_image output_image target image",
             "source": "original_images references reference_images input_images subject_images source input_image",
