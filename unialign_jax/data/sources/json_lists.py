@@ -87,24 +87,25 @@ def _elements(path: str) -> Iterator[tuple[int, bytes]]:
         while True:
             while at < len(buffer) and buffer[at] in " \t\r\n,":
                 at += 1
-            if at < len(buffer) and buffer[at] == "]":
+            if buffer[at : at + 1] == "]":
                 return
             end = None
             try:
                 if at < len(buffer):
                     end = scan(buffer, at)[1]
-            except ValueError:
+            except ValueError:  # cut by the end of the buffer, or broken
                 pass
             except RecursionError:
                 ended = True
             if end is not None and (end < len(buffer) or ended):
                 yield number, buffer[at:end].encode("latin-1")
                 at, number = end, number + 1
-                continue
-            more = "" if ended or len(buffer) - at > MAX_LINE else file.read(_CHUNK).decode("latin-1")
-            if not more:
+            elif ended or len(buffer) - at > MAX_LINE:
                 rest = buffer[at : at + 200].encode("latin-1")
                 # Not an object, so that it is told as a bad row.
                 yield number, b"the array is cut short or broken here, and what follows is lost: " + rest
                 return
-            buffer, at = buffer[at:] + more, 0
+            else:
+                more = file.read(_CHUNK).decode("latin-1")
+                ended = not more
+                buffer, at = buffer[at:] + more, 0

@@ -9,11 +9,24 @@ from unialign_jax.data.images import MAX_BYTES
 from unialign_jax.data.jsonl import MAX_LINE, BadRow
 from unialign_jax.data.sources import locations
 from unialign_jax.data.sources.parts import Part, Row, SourceOptions, make_key
+from unialign_jax.data.sources.rows import FIELDS
 from unialign_jax.files import first_line, one_line, parse_json
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 TEXTS = ("txt", "caption", "cls")
 MAX_MEMBERS = 64  # of one row
+
+
+class _Header(tarfile.TarInfo):
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        """As tarfile's own, which takes a header that is cut short for the end."""
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.TruncatedHeaderError as error:
+            raise tarfile.ReadError(str(error)) from None
+        except tarfile.EmptyHeaderError:
+            raise tarfile.ReadError("it has no end mark") from None
 
 
 def list_parts(path: str, label: str, options: SourceOptions) -> Iterator[Part]:
@@ -40,7 +53,7 @@ def read_part(part: Part, options: SourceOptions) -> Iterator[Row]:
     """A tar that is cut short gives the rows before, and one bad row for the rest."""
     count = 0
     try:
-        with locations.open_file(part.path) as file, tarfile.open(fileobj=file, mode="r|*") as tar:
+        with locations.open_file(part.path) as file, tarfile.open(fileobj=file, mode="r|*", tarinfo=_Header) as tar:
             for name, members in itertools.groupby(_members(tar), key=lambda member: member[0]):
                 count += 1
                 yield _row(part, name, members)
@@ -103,7 +116,9 @@ def _row(part: Part, name: str, members) -> Row:
                 fields[ending] = content
         except BadRow as error:
             fault = fault or error
-    # An image's path in the JSON is that on the machine that wrote the tar, so the members come first.
+    if any(isinstance(value, bytes) for value in fields.values()):
+        # An image's path in the JSON is one on the machine that wrote the tar.
+        loose = {field: value for field, value in loose.items() if field not in FIELDS["text_to_image"]["image"]}
     return Row(
         key,
         {**loose, **fields} if fault is None else {},
