@@ -1,11 +1,12 @@
 """A part of a source becomes a piece: its records in one file, what is known of each, and what was rejected and why.
 
-`make_piece` is what a process, or a worker of Beam, does with one part. A piece is three files, of which the last one
+`make_piece` is what a process, or a worker of Beam, does with one part. A piece is four files, of which the last one
 written says that it is whole:
 
     NAME.array_record   the records, as they are stored, in the source's order
     NAME.npz            an array for each column of `COLUMNS`, an entry a record, and tokens of texts
-    NAME.json           counts, reasons of rejection, texts' lengths, a few samples
+    NAME.samples        a few records to look at, for the report
+    NAME.json           counts, reasons of rejection, texts' lengths
 """
 
 import base64
@@ -40,8 +41,8 @@ COLUMNS = {  # of a record: its key's and its row's key's hash, that of its pict
     "num_bytes": np.uint64,
 }
 SHOWN_BAD_ROWS = 5
-_SAMPLES = 4  # of a piece
-_THUMBNAIL = 192  # pixels
+_SAMPLES = (0, 1, 2, 3, 8, 16, 32, 64, 128, 192)  # numbers of records
+_THUMBNAIL = 160  # pixels
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,6 @@ class Counts:
       first_bad: the first of them as "place: reason: detail".
       notes: how often something else happened that the user should know.
       texts: the tally of each text field, see `text_lengths.TextLengths`.
-      samples: a few records to look at: the key, the texts, and JPEGs in base64.
     """
 
     num_rows: int = 0
@@ -92,7 +92,6 @@ class Counts:
     first_bad: list[str] = field(default_factory=list)
     notes: collections.Counter = field(default_factory=collections.Counter)
     texts: dict[str, dict] = field(default_factory=dict)
-    samples: list[dict] = field(default_factory=list)
 
     def add_bad(self, place: str, error: BadRow) -> None:
         self.num_bad += 1
@@ -101,7 +100,7 @@ class Counts:
             self.first_bad.append(f"{place}: {error}")
 
     def add(self, other: "Counts") -> None:
-        """Adds the numbers of another piece; its texts and samples are left to the report."""
+        """Adds the numbers of another piece; its texts are left to `TextLengths.merge`."""
         self.num_rows += other.num_rows
         self.num_bad += other.num_bad
         self.num_records += other.num_records
@@ -123,6 +122,11 @@ def read_counts(work: str, name: str) -> Counts:
     values = json.loads(locations.read_bytes(piece_path(work, name, "json"), 2**28))
     values["reasons"], values["notes"] = map(collections.Counter, (values["reasons"], values["notes"]))
     return Counts(**values)
+
+
+def read_samples(work: str, name: str) -> list[dict]:
+    """Records of a piece to look at: their keys, their texts, and JPEGs in base64."""
+    return json.loads(locations.read_bytes(piece_path(work, name, "samples"), 2**28))
 
 
 def read_table(work: str, name: str) -> dict[str, np.ndarray]:
@@ -161,11 +165,8 @@ def make_piece(job: Job, name: str, part: Part) -> Counts:
 
     if locations.exists(piece_path(job.work, name, "json")):
         return read_counts(job.work, name)
-    counts, lengths, encode = (
-        Counts(),
-        text_lengths(job),
-        _encoder(job.kind, ("caption",) * job.source.caption_optional),
-    )
+    counts, lengths, samples = Counts(), text_lengths(job), []
+    encode = _encoder(job.kind, ("caption",) * job.source.caption_optional)
     table = {column: [] for column in COLUMNS}
     tokens = {text: [] for text in lengths.fields}
     with locations.writing(piece_path(job.work, name, "array_record")) as scratch:
@@ -198,8 +199,8 @@ def make_piece(job: Job, name: str, part: Part) -> Counts:
                     column.append(value)
                 for column, size in zip(tokens.values(), sizes, strict=True):
                     column.append(size)
-                if counts.num_records in (0, 15, 63, 255):
-                    counts.samples.append(_sample(record))
+                if counts.num_records in _SAMPLES:
+                    samples.append(_sample(record))
                 counts.num_records += 1
         writer.close()
     counts.texts = {text: dataclasses.asdict(tally) for text, tally in lengths.fields.items()}
@@ -207,6 +208,8 @@ def make_piece(job: Job, name: str, part: Part) -> Counts:
     arrays |= {f"tokens_{text}": np.array(sizes, np.int32).reshape(-1, 2) for text, sizes in tokens.items()}
     with locations.writing(piece_path(job.work, name, "npz")) as scratch, open(scratch, "wb") as file:
         np.savez(file, **arrays)
+    with locations.writing(piece_path(job.work, name, "samples")) as scratch, open(scratch, "w") as file:
+        json.dump(samples, file)
     with locations.writing(piece_path(job.work, name, "json")) as scratch, open(scratch, "w") as file:
         json.dump(vars(counts), file)
     return counts

@@ -5,7 +5,7 @@ import html
 import numpy as np
 
 from unialign_jax.data.preparation.packing import Choice
-from unialign_jax.data.preparation.pieces import Counts, Job, read_counts, read_table
+from unialign_jax.data.preparation.pieces import Counts, Job, read_samples, read_table
 from unialign_jax.data.text_lengths import TextLengths
 
 NUM_SAMPLES = 24
@@ -74,7 +74,7 @@ def _samples(job: Job, names: list[str]) -> list[dict]:
     """Samples of pieces that are evenly spaced, one or more of each."""
     count = min(len(names), NUM_SAMPLES)
     chosen = [names[number * len(names) // count] for number in range(count)]
-    found = [read_counts(job.work, name).samples for name in chosen]
+    found = [read_samples(job.work, name) for name in chosen]
     each = max(1, NUM_SAMPLES // max(1, count))
     return [sample for samples in found for sample in samples[:each]]
 

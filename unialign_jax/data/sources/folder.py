@@ -23,8 +23,7 @@ def list_parts(path: str, label: str, options: SourceOptions) -> Iterator[Part]:
     if not locations.is_folder(path):
         raise ValueError(f"source {path} is no folder")
     found = False
-    for place, names in locations.walk(path):
-        inside = place.rstrip("/")[len(path.rstrip("/")) :].strip("/")
+    for place, inside, names in locations.walk(path):
         inner = f"{label}/{inside}" if inside else label
         listed = [name for name in METADATA if name in names]
         if listed:

@@ -156,22 +156,26 @@ def read_bytes(path: str, most: int) -> bytes:
     return data
 
 
-def walk(folder: str) -> Iterator[tuple[str, list[str]]]:
-    """Each folder below `folder`, itself first, and the sorted names of its files; hidden ones are left out.
+def walk(folder: str) -> Iterator[tuple[str, str, list[str]]]:
+    """Each folder below `folder`, itself first: its path, that from `folder` on, and the sorted names of its files.
 
-    Links to folders are not followed.
+    What is hidden is left out, and links to folders are not followed.
     """
     if is_url(folder):
         fs, inner = filesystem(folder)
         for place, folders, files in fs.walk(inner):
-            shown = sorted(name for name in files if not name.startswith("."))
-            yield fs.unstrip_protocol(place), shown
+            inside = place[len(inner.rstrip("/")) :].strip("/")
+            yield join(folder, inside) if inside else folder, inside, _shown(files)
             if isinstance(folders, list):
                 folders.sort()
         return
     for place, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield place, sorted(name for name in files if not name.startswith("."))
+        folders[:] = _shown(folders)
+        yield place, os.path.relpath(place, folder) if place != folder else "", _shown(files)
+
+
+def _shown(names) -> list[str]:
+    return sorted(name for name in names if not name.startswith("."))
 
 
 def listing(folder: str) -> list[str]:
