@@ -81,11 +81,11 @@ def images(picture):
     }
 
 
-NAMES = (
-    "truncated.jpg half.png zero.jpg page.jpg drawing.svg script.jpg noise.jpg one_pixel.png small.png long.png "
-    "strip.png bomb.png big_bomb.png animated.gif animated.webp animated.png pages.tiff still.gif cmyk.jpg palette.png alpha.png "
-    "sixteen.png grey.jpg rotated.jpg"
-).split()
+NAMES = """
+    truncated.jpg half.png zero.jpg page.jpg drawing.svg script.jpg noise.jpg one_pixel.png small.png long.png strip.png
+    bomb.png big_bomb.png animated.gif animated.webp animated.png pages.tiff still.gif cmyk.jpg palette.png alpha.png
+    sixteen.png grey.jpg rotated.jpg
+""".split()
 
 
 @pytest.mark.bad_input
