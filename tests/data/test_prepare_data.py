@@ -238,13 +238,21 @@ def test_bad_command_lines(command_refuses, tmp_path, arguments, words):
         (["--source={}/rows.jsonl", "--tokenizer=shapes", "--text-length=100000"], ["--text-length is 100000"]),
         (["--source={}/rows.jsonl", "--tokenizer={}/nowhere"], ["nowhere holds no tokenizer"]),
         (["--source={}/rows.jsonl", "--tokenizer={}"], ["holds no tokenizer"]),
+        (["--source={}/rows.jsonl", "--holdout=0.9"], ["--holdout is 0.9", "0 to 0.5"]),
+        (["--source={}/rows.jsonl", "--min-side=0"], ["--min-side is 0"]),
+        (["--source={}/rows.jsonl", "--max-aspect=nan"], ["--max-aspect is nan"]),
+        (["--source={}/rows.jsonl", "--processes=0"], ["--processes is 0"]),
+        (["--source={}/rows.jsonl", "--near-duplicates=64"], ["--near-duplicates is 64"]),
+        (["--source={}/rows.jsonl", "--runner-options=--x"], ["--runner-options needs --runner"]),
+        (["--source={}/rows.jsonl", "--class-names={}/none"], ["none"]),
+        (["--source={}/rows.jsonl", "--animated=maybe"], ["--animated", "maybe"]),
         (["--source={}/rows.jsonl", "--output={}/a.png"], ["a.png is there and is not a folder"]),
         (["--source={}/rows.jsonl", "--output={}/a.png/o"], ["cannot write", "a.png/o"]),
         (["--source={}/rows.jsonl", "--output={}"], ["not written by this command (a.png"]),
         (["--source={}/rows.jsonl", "--output={}", "--overwrite"], ["not written by this command (a.png"]),
         (["--source={}/rows.jsonl", "--output=/proc/nowhere/o"], ["cannot write /proc/nowhere/o"]),
     ],
-    ids=range(18),
+    ids=range(26),
 )
 def test_bad_sources_and_outputs(command_refuses, source, tmp_path, arguments, words):
     before = {path: path.read_bytes() for path in tmp_path.rglob("*")}

@@ -7,13 +7,16 @@ import shlex
 import tarfile
 from pathlib import Path
 
+import jax
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from unialign_jax.data.records import open_records
+from unialign_jax.training.loop import train
 from unialign_jax.training.metrics import read_metrics
+from unialign_jax.training.stages import read_config
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r"<!-- walks: .*?-->\n```bash\n(.*?)```", re.DOTALL)
@@ -25,7 +28,7 @@ COMMANDS = [
 ]
 PREPARE = [command for command in COMMANDS if "prepare_data.py" in command]
 # What each makes of the data below: records of the folder, those held out besides.
-EXPECTED = {"pictures": 12, "pairs": 3, "alt": 3, "llava": 3, "edits": 2, "cc": 6, "ultraedit": 4, "saved": 3}
+EXPECTED = {"pictures": 160, "pairs": 3, "alt": 3, "llava": 3, "edits": 2, "cc": 6, "ultraedit": 4, "saved": 3}
 
 
 @pytest.fixture
@@ -35,7 +38,7 @@ def home(tmp_path, monkeypatch, picture):
     large = {"size": (320, 256)}
     for folder in ("pictures", "images/coco", "released", "shards", "parquet"):
         (tmp_path / folder).mkdir(parents=True)
-    for number in range(12):
+    for number in range(160):
         Path(f"pictures/{number}.jpg").write_bytes(picture(number, **large))
         Path(f"pictures/{number}.txt").write_text(f"picture {number}")
     Path("images/coco/a.jpg").write_bytes(picture(1))
@@ -96,16 +99,17 @@ def test_a_source_becomes_a_stream(home, launch_command, command):
     assert (home / folder / "report.html").is_file()
 
 
-def test_a_stream_trains_a_stage(home, launch_command):
-    """The stage of the walk, two steps of it: the loss is finite, and the held-out records were validated on."""
+def test_a_stream_trains_a_stage(home, launch_command, small_config):
+    """The configuration of the walk, at the suite's size: it trains, and validates on what was held out."""
     main, arguments = run(launch_command, PREPARE[0])
     main([*arguments, "--processes=1"])
-    main, arguments = run(launch_command, COMMANDS[-1])
-    arguments = [
-        argument.replace("configs/", f"{ROOT}/configs/").replace("num_steps=200", "num_steps=2")
-        for argument in arguments
-    ]
-    small = ["--config.batch_size=8", "--config.model.depth=2", "--config.model.tap_depth=1", "--config.log_every=1"]
-    main([*arguments, *small, "--config.validation.every=2", "--config.samples.every=0"])
-    rows = read_metrics(home / "runs" / "pictures")
+    _, arguments = run(launch_command, COMMANDS[-1])
+    arguments = [argument.replace("configs/", f"{ROOT}/configs/") for argument in arguments]
+    options, changes = launch_command("train").parse(arguments)
+    asked = read_config(options.config, changes)
+    config = small_config("stage1", num_steps=2, validation__every=2, validation__records=8)
+    config.loss_weights.intrinsic_modal = asked.loss_weights.intrinsic_modal
+    config.streams = asked.streams
+    train(config, home / options.workdir, progress=False, devices=jax.devices()[:1])
+    rows = read_metrics(home / options.workdir)
     assert rows and all(0 < row["loss"] < 100 for row in rows if "loss" in row)
