@@ -26,6 +26,10 @@ _ORIENTATION = 0x0112  # EXIF's tag of the camera's rotation
 _DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
 
+class BadShape(ValueError):
+    """An image of too many pixels, or of a shape that cannot be used."""
+
+
 def read_bytes(path: str | os.PathLike) -> bytes:
     """The bytes of an image file. Raises FileNotFoundError or ValueError, see `files.check_regular`."""
     check_regular(path, MAX_BYTES)
@@ -52,7 +56,7 @@ def open_image(data: bytes, name: str) -> Image.Image:
         begins = f"; it begins like {found}" if found else ""
         reason = f"it is no image of a known format ({', '.join(FORMATS)}){begins}" if data else "it is empty"
     except Image.DecompressionBombError:
-        reason = f"it has more than {MAX_PIXELS:,} pixels"
+        raise BadShape(f"{name} cannot be decoded: it has more than {MAX_PIXELS:,} pixels") from None
     except Exception as error:  # PIL's readers raise many kinds on damaged bytes
         reason = first_line(error)
     else:
@@ -67,9 +71,9 @@ def check_shape(image: Image.Image, name: str) -> None:
     if not width or not height:
         raise ValueError(f"{name} is {width:,} x {height:,} pixels, expected at least one")
     if width * height > MAX_PIXELS:
-        raise ValueError(f"{name} is {width:,} x {height:,} pixels, expected at most {MAX_PIXELS:,} in all")
+        raise BadShape(f"{name} is {width:,} x {height:,} pixels, expected at most {MAX_PIXELS:,} in all")
     if max(image.size) > MAX_ASPECT * min(image.size):
-        raise ValueError(
+        raise BadShape(
             f"{name} is {width:,} x {height:,} pixels, expected sides that differ by a factor of {MAX_ASPECT} at most"
         )
 

@@ -22,6 +22,7 @@ from unialign_jax.files import check_regular, first_line, read_json, replacing_f
 
 SCHEMA_VERSION = 1
 METADATA_FILE = "records.json"
+REPORT_FILES = ("report.json", "report.html")  # beside the records, of `preparation`
 PREPARE_COMMAND = "python launch/prepare_data.py --help"
 
 _SPLIT = "train"
@@ -104,7 +105,7 @@ def write_records(
 
 def foreign_names(directory: Path) -> list[str]:
     """The names in a folder that `write_records` does not write. A folder with any is not replaced."""
-    own = (METADATA_FILE, "dataset_info.json", "features.json")
+    own = (METADATA_FILE, "dataset_info.json", "features.json", *REPORT_FILES)
     return sorted(
         entry.name
         for entry in directory.iterdir()
@@ -244,7 +245,29 @@ def _write_folder(
 
     # TFDS's writer for data of unknown length. (Its GeneratorBasedBuilder first holds up to 1 GB of examples in
     # memory to shuffle them and needs TensorFlow beyond that; the order on disk does not matter to us.)
-    info = tfds.core.DatasetInfo(
+    info = dataset_info(directory, kind)
+    writer = tfds.core.SequentialWriter(
+        info, max_examples_per_shard=max(1, round(shard_bytes / mean_bytes)), file_format="array_record"
+    )
+    writer.initialize_splits([_SPLIT])
+    while chunk:
+        writer.add_examples({_SPLIT: [to_example(record, kind, teacher_width) for record in chunk]})
+        chunk = list(itertools.islice(records, _CHUNK))
+    writer.close_all()
+
+    split = info.splits[_SPLIT]
+    shards = tuple(
+        {"file": path.name, "num_records": length, "num_bytes": path.stat().st_size}
+        for path, length in zip(map(Path, split.filepaths), split.shard_lengths, strict=True)
+    )
+    return write_metadata(directory, kind, shards, parameters, teacher_width)
+
+
+def dataset_info(directory: str | os.PathLike, kind: str):
+    """TFDS's description of a data folder of that kind."""
+    import tensorflow_datasets as tfds
+
+    return tfds.core.DatasetInfo(
         builder=tfds.core.DatasetIdentity(
             name=f"unialign_{kind}",
             version=tfds.core.Version(f"{SCHEMA_VERSION}.0.0"),
@@ -254,20 +277,12 @@ def _write_folder(
         description=f"UniAlignment records of kind {kind}.",
         features=_features(tfds),
     )
-    writer = tfds.core.SequentialWriter(
-        info, max_examples_per_shard=max(1, round(shard_bytes / mean_bytes)), file_format="array_record"
-    )
-    writer.initialize_splits([_SPLIT])
-    while chunk:
-        writer.add_examples({_SPLIT: [_to_example(record, kind, teacher_width) for record in chunk]})
-        chunk = list(itertools.islice(records, _CHUNK))
-    writer.close_all()
 
-    split = info.splits[_SPLIT]
-    shards = tuple(
-        {"file": path.name, "num_records": length, "num_bytes": path.stat().st_size}
-        for path, length in zip(map(Path, split.filepaths), split.shard_lengths, strict=True)
-    )
+
+def write_metadata(
+    directory: Path, kind: str, shards: tuple[dict, ...], parameters: dict, teacher_width: int = 0
+) -> Metadata:
+    """Writes `records.json`. A shard has `file`, `num_records` and `num_bytes`."""
     metadata = Metadata(
         kind=kind,
         num_records=sum(shard["num_records"] for shard in shards),
@@ -303,8 +318,9 @@ def _features(tfds):
     )
 
 
-def _to_example(record: Record, kind: str, teacher_width: int) -> dict:
-    missing = [name for name in find_kind(kind).fields if not getattr(record, name)]
+def to_example(record: Record, kind: str, teacher_width: int, optional: tuple[str, ...] = ()) -> dict:
+    """The record as TFDS's encoder takes it. Raises ValueError for a field of its kind that is missing."""
+    missing = [name for name in find_kind(kind).fields if name not in optional and not getattr(record, name)]
     if missing:
         raise ValueError(f"record {record.key!r} has no {', '.join(missing)}: a {kind} record needs it")
     example = {name: getattr(record, name) for name in _TEXT_FIELDS}
