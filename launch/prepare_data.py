@@ -1,18 +1,20 @@
 """Writes a data folder for training: python launch/prepare_data.py --help"""
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from unialign_jax.command_line import explain_missing_packages
+from unialign_jax.command_line import Parser, explain_missing_packages
 
 explain_missing_packages()
 
 from tqdm import tqdm
 
 from unialign_jax.data import jsonl, records
+from unialign_jax.data.captioning import Refused
 from unialign_jax.data.kinds import KINDS
 from unialign_jax.data.preparation import beam, options, runner
 from unialign_jax.data.preparation.pieces import Counts
@@ -54,6 +56,10 @@ examples
   python launch/prepare_data.py --source='edits/*.jsonl' --stream=edit --max-side=768 --output=data/edits
   python launch/prepare_data.py --source=my_pictures --stream=text_to_image --holdout=0.01 --output=data/mine
   python launch/prepare_data.py --source='cc12m-{{000..999}}.tar' --stream=text_to_image --output=data/cc12m
+
+two more commands, for a folder that was written (--help after the name says more)
+  python launch/prepare_data.py caption --input=data/edits --endpoint=URL --model=NAME   captions of target images
+  python launch/prepare_data.py encode --input=data/edits --teacher=DIR --bundle=DIR     teacher features, latents
 
 A folder appears only when it is whole. After a kill the same command goes on where it was. A second run with the same
 shapes parameters finds the folders there and ends well; any other existing output is refused unless --overwrite is
@@ -175,7 +181,33 @@ def _print_counts(counts: Counts) -> None:
         print(f"{count} {note}")
 
 
+def run_part(name: str, argv: list[str]) -> None:
+    """`caption` or `encode`, which imports JAX."""
+    if name == "encode":
+        from unialign_jax.training import encode as part
+    else:
+        from unialign_jax.data.preparation import captions as part
+    parser = Parser(
+        prog=f"prepare_data.py {name}",
+        description=part.DESCRIPTION,
+        epilog=part.EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    part.add_arguments(parser)
+    arguments = parser.parse_args(argv)
+    try:
+        part.run(arguments, os.environ.get("OPENAI_API_KEY", "")) if name == "caption" else part.run(arguments)
+    except (ValueError, OSError, Refused) as error:
+        sys.exit(f"error: {one_line(str(error), 1000)}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the same command resumes")
+
+
 def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else [str(argument) for argument in argv]
+    if argv and argv[0] in ("caption", "encode"):
+        return run_part(argv[0], argv[1:])
     arguments = parse_arguments(argv)
     began = time.monotonic()
     try:

@@ -2,6 +2,10 @@
 
 import math
 import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from unialign_jax.data.records import METADATA_FILE
 
 STEP = 64  # both sides are multiples of it
 MAX_ASPECT = 2.5  # longer side to shorter
@@ -45,3 +49,12 @@ def parse_bucket(name: str) -> tuple[int, int] | None:
     """(height, width) of a bucket's folder by its name; None for another name."""
     match = _NAME.fullmatch(name)
     return (int(match[1]), int(match[2])) if match else None
+
+
+def data_folders(directory: Path) -> Iterator[tuple[Path, tuple[int, ...]]]:
+    """(folder, bucket) of a data folder, whose bucket is (), or of the aspect buckets inside of a folder."""
+    found = []
+    if directory.is_dir() and not (directory / METADATA_FILE).exists():
+        found = sorted(path for path in directory.iterdir() if parse_bucket(path.name) and path.is_dir())
+    for folder in found or [directory]:
+        yield folder, parse_bucket(folder.name) or ()

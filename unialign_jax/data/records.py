@@ -80,6 +80,7 @@ def write_records(
     kind: str,
     parameters: dict | None = None,
     overwrite: bool = False,
+    optional: tuple[str, ...] = (),
     shard_bytes: int = 256 << 20,
 ) -> Metadata:
     """Writes `records` in their order as one data folder. One chunk of records is in memory at a time.
@@ -93,6 +94,7 @@ def write_records(
       kind: a key of `kinds.KINDS`, which tells the fields that must be filled.
       parameters: JSON-able facts on how the data were made.
       overwrite: whether to replace an existing data folder, if it contains nothing else.
+      optional: fields of the kind that may be empty.
       shard_bytes: bytes of records in one file, about.
 
     Raises FileExistsError when the folder exists and may not be replaced, OSError when it cannot be written, and
@@ -100,7 +102,7 @@ def write_records(
     """
     find_kind(kind)
     with replacing_folder(directory, overwrite=overwrite, foreign=foreign_names) as unfinished:
-        return _write_folder(unfinished, iter(records), kind, parameters or {}, shard_bytes)
+        return _write_folder(unfinished, iter(records), kind, parameters or {}, shard_bytes, optional)
 
 
 def foreign_names(directory: Path) -> list[str]:
@@ -233,7 +235,12 @@ def open_records(directory: str | os.PathLike) -> RecordSource:
 
 
 def _write_folder(
-    directory: Path, records: Iterator[Record], kind: str, parameters: dict, shard_bytes: int
+    directory: Path,
+    records: Iterator[Record],
+    kind: str,
+    parameters: dict,
+    shard_bytes: int,
+    optional: tuple[str, ...],
 ) -> Metadata:
     import tensorflow_datasets as tfds
 
@@ -251,7 +258,7 @@ def _write_folder(
     )
     writer.initialize_splits([_SPLIT])
     while chunk:
-        writer.add_examples({_SPLIT: [to_example(record, kind, teacher_width) for record in chunk]})
+        writer.add_examples({_SPLIT: [to_example(record, kind, teacher_width, optional) for record in chunk]})
         chunk = list(itertools.islice(records, _CHUNK))
     writer.close_all()
 

@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from unialign_jax import bundle
 from unialign_jax.data import caches
-from unialign_jax.data.buckets import parse_bucket
+from unialign_jax.data.buckets import data_folders
 from unialign_jax.data.kinds import KINDS
-from unialign_jax.data.records import METADATA_FILE, read_metadata
+from unialign_jax.data.records import read_metadata
 from unialign_jax.data.streams import Stream, StreamConfig
 from unialign_jax.data.tokenizer import load_backend, load_tokenizer
 from unialign_jax.models.autoencoder import make_autoencoder
@@ -66,15 +66,6 @@ def run(arguments: argparse.Namespace) -> None:
     for job in _jobs(arguments, mesh):
         for folder in folders:
             _fill(arguments, folder, job, mesh, batch_size, (part, parts))
-
-
-def data_folders(directory: Path) -> Iterator[tuple[Path, tuple[int, ...]]]:
-    """(folder, bucket) of a data folder, whose bucket is (), or of the aspect buckets inside of a folder."""
-    found = []
-    if directory.is_dir() and not (directory / METADATA_FILE).exists():
-        found = sorted(path for path in directory.iterdir() if parse_bucket(path.name) and path.is_dir())
-    for folder in found or [directory]:
-        yield folder, parse_bucket(folder.name) or ()
 
 
 def _share(text: str) -> tuple[int, int]:
