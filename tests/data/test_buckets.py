@@ -2,7 +2,7 @@
 
 import pytest
 
-from unialign_jax.data.buckets import bucket_name, bucket_sizes, cropped_share, nearest_bucket, parse_bucket
+from unialign_jax.data.buckets import bucket_name, bucket_sizes, cropped_share, nearest_buckets, parse_bucket
 
 
 def test_the_table_of_512():
@@ -25,7 +25,7 @@ def test_buckets_have_about_the_same_number_of_tokens(side):
 )
 def test_an_image_goes_to_the_nearest_shape(image, bucket):
     sizes = bucket_sizes(512)
-    assert nearest_bucket(*image, sizes) == bucket
+    assert sizes[nearest_buckets([image[0]], [image[1]], sizes)[0]] == bucket
     assert cropped_share(*image, bucket) == min(cropped_share(*image, size) for size in sizes)
 
 

@@ -2,8 +2,10 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from unialign_jax.data.records import METADATA_FILE
 
@@ -28,10 +30,10 @@ def bucket_sizes(image_size: int, step: int = STEP, max_aspect: float = MAX_ASPE
     return sorted(found, key=lambda size: size[0] / size[1])
 
 
-def nearest_bucket(height: int, width: int, sizes: list[tuple[int, int]]) -> tuple[int, int]:
-    """The bucket whose aspect ratio is nearest to an image's, in logarithms: the least is cropped away."""
-    aspect = math.log(width / height)
-    return min(sizes, key=lambda size: (abs(math.log(size[1] / size[0]) - aspect), size))
+def nearest_buckets(heights: np.ndarray, widths: np.ndarray, sizes: Sequence[tuple[int, int]]) -> np.ndarray:
+    """The numbers of the buckets nearest to images by the logarithm of the aspect ratio: the least is cropped away."""
+    aspects = np.log(np.asarray(widths, np.float64) / np.asarray(heights, np.float64))
+    return np.abs(aspects[:, None] - np.array([math.log(width / height) for height, width in sizes])).argmin(axis=1)
 
 
 def cropped_share(height: int, width: int, size: tuple[int, int]) -> float:

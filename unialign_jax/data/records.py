@@ -115,6 +115,11 @@ def foreign_names(directory: Path) -> list[str]:
     )
 
 
+def is_data_folder(directory: str | os.PathLike) -> bool:
+    """Whether a folder has the metadata of a data folder, sound or not."""
+    return (Path(directory) / METADATA_FILE).is_file()
+
+
 def read_metadata(directory: str | os.PathLike) -> Metadata:
     """The content of a folder's `records.json`.
 

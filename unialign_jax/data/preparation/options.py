@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import os
 
+from unialign_jax.data.buckets import STEP, bucket_sizes
 from unialign_jax.data.preparation.pieces import Job
 from unialign_jax.data.preparation.runner import Plan
 from unialign_jax.data.sources import ALIASES, guess_format, json_lists, locations
@@ -11,6 +12,7 @@ from unialign_jax.data.sources.parts import SourceOptions
 from unialign_jax.data.sources.pictures import FORMAT_RULES
 from unialign_jax.data.sources.rows import FIELDS, check_kind
 
+PLAN_OPTIONS = ("holdout", "near_duplicates", "buckets", "max_bad_fraction", "overwrite")
 COLUMN_FIELDS = ("image", "source", "caption", "instruction", "question", "answer")
 LIMITS = {  # of the options that are numbers: the least and the most
     "max_side": (1, 2**16),
@@ -19,6 +21,7 @@ LIMITS = {  # of the options that are numbers: the least and the most
     "min_words": (0, 10**6),
     "max_words": (1, 10**6),
     "near_duplicates": (0, 16),
+    "buckets": (STEP, 2**13),
     "holdout": (0, 0.5),
     "threads": (1, 256),
     "processes": (1, 1024),
@@ -58,6 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-side", type=int, metavar="N", help="shrink images to at most N pixels a side")
     add("--min-words", type=int, default=0, metavar="N", help="leave out captions and answers of fewer words")
     add("--max-words", type=int, metavar="N", help="leave out captions and answers of more words")
+    add(
+        "--buckets",
+        type=int,
+        metavar="N",
+        help="a folder for each aspect ratio, with about N x N pixels (a multiple of 64): data.buckets of a run",
+    )
     add("--near-duplicates", type=int, metavar="N", help="keep one of pictures whose 64-bit hashes differ in N bits")
     add("--tokenizer", metavar="DIR", help='count tokens with this one (a folder, or "shapes")')
     add("--text-length", type=int, metavar="N", help="count the texts that N tokens would cut")
@@ -79,6 +88,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def make_plan(arguments: argparse.Namespace) -> Plan:
     """The preparation that the command line asks for. Raises OSError or ValueError for a source that cannot be one."""
     check_kind(arguments.stream)
+    if arguments.buckets:
+        bucket_sizes(arguments.buckets)  # raises for what is no multiple
     format = ALIASES.get(arguments.format, arguments.format)
     is_name = format == "hf" and not os.path.lexists(arguments.source)
     paths = [arguments.source] if is_name else locations.expand(arguments.source)
@@ -117,5 +128,8 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
         job,
         paths,
         locations.local(arguments.output),
-        **{name: getattr(arguments, name) for name in ("holdout", "near_duplicates", "max_bad_fraction", "overwrite")},
+        **{
+            name: getattr(arguments, name)
+            for name in ("holdout", "near_duplicates", "buckets", "max_bad_fraction", "overwrite")
+        },
     )

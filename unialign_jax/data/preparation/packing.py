@@ -1,18 +1,20 @@
 """From pieces to a data folder: duplicates dropped, a part held out, shards of an even size, the whole published."""
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from unialign_jax.data import records as records_lib
+from unialign_jax.data.buckets import bucket_name, nearest_buckets
 from unialign_jax.data.preparation.pieces import Job, piece_path, read_table
 from unialign_jax.data.sources import locations
 from unialign_jax.files import replacing_folder
@@ -28,11 +30,13 @@ class Shard:
 
     Attributes:
       split: "train" or "holdout".
-      number: of the shard in its split.
+      bucket: the name of its aspect bucket; "" without buckets.
+      number: of the shard in its split and bucket.
       pieces: the name of each piece, and the numbers of its records as the bytes of an int32 array.
     """
 
     split: str
+    bucket: str
     number: int
     pieces: tuple[tuple[str, bytes], ...]
 
@@ -109,27 +113,38 @@ def near_duplicates(hashes: np.ndarray, among: np.ndarray, distance: int) -> np.
     return np.flatnonzero(dropped)
 
 
-def plan_shards(job: Job, names: list[str], choice: Choice, shard_bytes: int) -> Iterator[Shard]:
-    """The shards of both splits, each of whole pieces until it has `shard_bytes`; the same for the same pieces."""
-    for code, split in enumerate(SPLITS):
+def plan_shards(
+    job: Job, names: list[str], choice: Choice, shard_bytes: int, buckets: Sequence[tuple[int, int]] = ()
+) -> Iterator[Shard]:
+    """The shards of both splits, each of whole pieces until it has `shard_bytes`; the same for the same pieces.
+
+    Args:
+      buckets: (height, width) of the aspect buckets; each has shards of its own. Empty for none.
+    """
+    for (code, split), bucket in itertools.product(enumerate(SPLITS), range(max(1, len(buckets)))):
+        label = bucket_name(buckets[bucket]) if buckets else ""
         pieces, held, number, start = [], 0, 0, 0
         for name in names:
-            sizes = read_table(job.work, name)["num_bytes"]
-            mine = np.flatnonzero(choice.split[start : start + len(sizes)] == code).astype(np.int32)
+            table = read_table(job.work, name)
+            sizes = table["num_bytes"]
+            chosen = choice.split[start : start + len(sizes)] == code
+            if buckets:
+                chosen = chosen & (nearest_buckets(table["height"], table["width"], buckets) == bucket)
+            mine = np.flatnonzero(chosen).astype(np.int32)
             start += len(sizes)
             if not len(mine):
                 continue
             pieces.append((name, mine.tobytes()))
             held += int(sizes[mine].sum())
             if held >= shard_bytes:
-                yield Shard(split, number, tuple(pieces))
+                yield Shard(split, label, number, tuple(pieces))
                 pieces, held, number = [], 0, number + 1
         if pieces:
-            yield Shard(split, number, tuple(pieces))
+            yield Shard(split, label, number, tuple(pieces))
 
 
 def shard_path(work: str, shard: Shard) -> str:
-    return locations.join(work, "shards", f"{shard.split}-{shard.number:05d}-{shard.fingerprint()}")
+    return locations.join(work, "shards", f"{shard.split}{shard.bucket}-{shard.number:05d}-{shard.fingerprint()}")
 
 
 def pack_shard(job: Job, shard: Shard) -> int:

@@ -12,8 +12,10 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from unialign_jax.data import records as records_lib
+from unialign_jax.data.buckets import bucket_name, bucket_sizes
 from unialign_jax.data.preparation import packing, report
 from unialign_jax.data.preparation.pieces import Counts, Job, make_piece, read_counts, text_lengths
 from unialign_jax.data.sources import list_parts, locations
@@ -35,6 +37,8 @@ class Plan:
       output: the folder, or URL, to write.
       holdout: the share of records that goes into a folder of its own, `OUTPUT-holdout`.
       near_duplicates: bits that the hashes of two pictures may differ in to count as one; None keeps all.
+      buckets: side of the square whose pixels each aspect bucket has about; the output then holds a data folder for
+        each bucket. None for no buckets.
       max_bad_fraction: the largest share of bad rows that is still a success.
       shard_bytes: about how many bytes of records go into one file.
       overwrite: replace an existing data folder, and drop the unfinished work of another command.
@@ -45,6 +49,7 @@ class Plan:
     output: str
     holdout: float = 0.0
     near_duplicates: int | None = None
+    buckets: int | None = None
     max_bad_fraction: float = 0.1
     shard_bytes: int = 256 << 20
     overwrite: bool = False
@@ -88,14 +93,19 @@ def prepare(
       ValueError: too many bad rows, or none; nothing is left behind then.
       OSError: something cannot be reached or written. The same command then goes on.
     """
-    outputs = dict(zip(packing.SPLITS, [plan.output, holdout_folder(plan.output)], strict=True))
-    if not plan.holdout:
-        del outputs["holdout"]
+    sizes = bucket_sizes(plan.buckets) if plan.buckets else []
+    outputs = {}  # (split, bucket) -> folder
+    for split, output in zip(packing.SPLITS, [plan.output, holdout_folder(plan.output)], strict=True):
+        if split == "train" or plan.holdout:
+            names = [bucket_name(size) for size in sizes]
+            outputs |= {(split, name): locations.join(output, name) for name in names} or {(split, ""): output}
     work = work_folder(plan.output)
     job = dataclasses.replace(plan.job, work=work)
     own = {split: _is_ours(plan, split, output) for split, output in outputs.items()}
     for split, output in outputs.items():
         _refuse_output(output, plan.overwrite or own[split])
+    if sizes and not locations.is_url(plan.output) and records_lib.is_data_folder(plan.output):
+        raise FileExistsError(f"{plan.output} is a data folder without buckets; choose another --output")
     with _claimed(work, plan.output):
         try:
             _begin(plan, work)
@@ -112,7 +122,7 @@ def prepare(
                 lengths.merge(found.texts)
             _check_counts(counts, plan)
             choice = packing.choose(job, names, holdout=plan.holdout, near=plan.near_duplicates)
-            shards = list(packing.plan_shards(job, names, choice, plan.shard_bytes))
+            shards = list(packing.plan_shards(job, names, choice, plan.shard_bytes, sizes))
             pack(shards)
         except BaseException as error:
             started = any(name.endswith(".json") for name in locations.listing(locations.join(work, "pieces")))
@@ -124,30 +134,33 @@ def prepare(
             (choice.near_duplicates, "record(s) with almost the picture of an earlier one dropped"),
         ):
             counts.notes.update({what: number} if number else {})
-        splits = {split: [shard for shard in shards if shard.split == split] for split in outputs}
+        splits = {split: [shard for shard in shards if (shard.split, shard.bucket) == split] for split in outputs}
         folders = {outputs[split]: sum(shard.num_records for shard in mine) for split, mine in splits.items() if mine}
         content = report.make(job, names, counts, choice, lengths, _describe(plan), folders)
         pages = {"report.json": json.dumps(content, indent=1) + "\n", "report.html": report.as_html(content)}
-        for split in reversed(packing.SPLITS):  # what is held out first, so that the main folder says that all is there
-            if splits.get(split):
+        for split in reversed(outputs):  # what is held out first, so that the main folder says that all is there
+            if splits[split]:
                 packing.publish(
                     job,
                     outputs[split],
                     splits[split],
-                    parameters=_describe(plan) | {"split": split},
+                    parameters=_describe(plan, split),
                     overwrite=plan.overwrite or own[split],
-                    extra=pages if split == "train" else {},
+                    extra=pages if split == ("train", "") else {},
                 )
+        for name, text in pages.items() if sizes else ():
+            with locations.writing(locations.join(plan.output, name)) as scratch:
+                Path(scratch).write_text(text, encoding="utf-8")
         locations.remove_folder(work)
     return Result(folders, counts, lengths, resumed)
 
 
-def _is_ours(plan: Plan, split: str, output: str) -> bool:
+def _is_ours(plan: Plan, split: tuple[str, str], output: str) -> bool:
     """Whether an earlier run of this plan wrote the folder and was then killed."""
     if locations.is_url(output) or not os.path.isdir(work_folder(plan.output)):
         return False
     try:
-        return records_lib.read_metadata(output).parameters == _describe(plan) | {"split": split}
+        return records_lib.read_metadata(output).parameters == _describe(plan, split)
     except (OSError, ValueError):
         return False
 
@@ -184,13 +197,15 @@ def _make_folders(work: str) -> None:
         locations.make_folder(locations.join(work, inner))
 
 
-def _describe(plan: Plan) -> dict:
-    """What decides which records are written, as JSON."""
+def _describe(plan: Plan, part: tuple[str, str] | None = None) -> dict:
+    """What decides which records are written, as JSON; of one folder, with its split and bucket."""
     job = dataclasses.asdict(plan.job)
     del job["work"], job["threads"]
     values = job | {"rows": job["source"]}
     values["source"] = [locations.shown(path) for path in plan.paths]
-    values |= {"holdout": plan.holdout, "near_duplicates": plan.near_duplicates}
+    values |= {"holdout": plan.holdout, "near_duplicates": plan.near_duplicates, "buckets": plan.buckets}
+    if part:
+        values |= {"split": part[0]} | ({"bucket": part[1]} if part[1] else {})
     return json.loads(json.dumps(values))
 
 
