@@ -11,6 +11,11 @@ import os
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
+try:
+    import simplejpeg
+except ModuleNotFoundError:  # of use for training data, and not needed
+    simplejpeg = None
+
 from unialign_jax.data import signatures
 from unialign_jax.files import check_regular, first_line
 
@@ -99,6 +104,36 @@ def loaded_rgb(image: Image.Image, name: str) -> Image.Image:
 def load_rgb(path: str | os.PathLike) -> Image.Image:
     """An image file as an upright RGB image. Raises FileNotFoundError or ValueError that names it."""
     return decode_rgb(read_bytes(path), str(path))
+
+
+def decode_filled(data: bytes, name: str, height: int, width: int) -> np.ndarray:
+    """`fill_size` of `decode_rgb`, as uint8 [height, width, 3].
+
+    JPEGs that need no turning are decoded by simplejpeg where it is installed: libjpeg-turbo as in Pillow, and the same
+    pixels, without Pillow's copies. Raises ValueError as `decode_rgb` and `fill_size`.
+    """
+    with open_image(data, name) as image:
+        pixels = _decode_jpeg(data, image)
+        if pixels is not None and pixels.shape[0] >= height and pixels.shape[1] >= width:
+            top, left = (
+                round((size - wanted) / 2) for size, wanted in zip(pixels.shape, (height, width), strict=False)
+            )
+            if pixels.shape[0] == height or pixels.shape[1] == width:  # it just covers the size
+                return np.ascontiguousarray(pixels[top : top + height, left : left + width])
+        image = loaded_rgb(image, name) if pixels is None else Image.fromarray(pixels)
+        return np.asarray(fill_size(image, width, height))
+
+
+def _decode_jpeg(data: bytes, image: Image.Image) -> np.ndarray | None:
+    """The pixels of an upright JPEG in RGB or grey; None for another image, or one that Pillow is to judge."""
+    if simplejpeg is None or image.format != "JPEG" or image.mode not in ("RGB", "L"):
+        return None
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        return None
+    try:
+        return simplejpeg.decode_jpeg(data, "RGB", strict=True)
+    except ValueError:
+        return None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

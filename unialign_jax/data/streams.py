@@ -9,7 +9,7 @@ import numpy as np
 from tokenizers import Tokenizer as Backend
 
 from unialign_jax.data.caches import ENCODE_COMMAND, Cache, find_cache, size_name
-from unialign_jax.data.images import decode_rgb, fill_size
+from unialign_jax.data.images import decode_filled
 from unialign_jax.data.kinds import find_kind
 from unialign_jax.data.records import Record, RecordError, open_records
 from unialign_jax.data.tokenizer import Tokenizer, tokenize
@@ -261,10 +261,9 @@ def decode_image(data: bytes, height: int, width: int) -> np.ndarray:
     bytes are not a whole image.
     """
     try:
-        image = fill_size(decode_rgb(data, f"image of {len(data)} bytes"), width, height)
+        return decode_filled(data, f"image of {len(data)} bytes", height, width)
     except ValueError as error:
         raise RecordError(str(error)) from None
-    return np.asarray(image)
 
 
 def encode_texts(record: Record, kind: str, tokenizer: Tokenizer, length: int) -> dict[str, np.ndarray]:
