@@ -98,6 +98,7 @@ def test_patches_are_read_in_rows_and_put_back():
     np.testing.assert_array_equal(unpatchify(patches, 4, 6, 2), image)
 
 
+@pytest.mark.slow
 def test_taps_are_what_leaves_block_tap_depth():
     params, args = random_params(SMALL), inputs(SMALL)
     whole = run(SMALL, params, *args)
