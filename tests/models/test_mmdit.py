@@ -173,6 +173,7 @@ def test_remat_changes_no_gradient(remat):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.abs(a).max()))
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_near_float32():
     params, args = random_params(SMALL, scale=0.1), inputs(SMALL)
     exact = run(SMALL, params, *args)

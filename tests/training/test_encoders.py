@@ -188,6 +188,7 @@ def test_the_loss_that_asks_what_is_there_is_the_sum_of_its_parts(small_autoenco
     np.testing.assert_allclose([parts["error"], parts["kl"], parts["view"]], [error.mean(), kl, view], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_scale_and_shift_bring_latents_to_mean_0_and_deviation_1():
     module = make_autoencoder(SMALL_IMAGES)
     params = module.init(jax.random.key(1), jnp.zeros((1, 16, 16, 3)))["params"]
