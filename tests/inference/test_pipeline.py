@@ -154,6 +154,7 @@ def likeliest(directory, image, ids):
     return np.where(ids == mask_id, logits.argmax(axis=-1), ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cap", [None, 5])
 def test_captions_are_read_off_the_image_by_the_text_pass(cap, pipeline, tiny_bundle):
     # Temperature 0 in a single step: the likeliest token at every position, all of them masked.

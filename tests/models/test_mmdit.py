@@ -125,6 +125,7 @@ def test_patches_are_read_in_rows_and_put_back():
     np.testing.assert_array_equal(unpatchify(patches, 4, 6, 2), image)
 
 
+@pytest.mark.slow
 def test_taps_are_what_leaves_block_tap_depth():
     params, args = random_params(SMALL), inputs(SMALL)
     whole = run(SMALL, params, *args)
@@ -208,6 +209,7 @@ def test_the_gradient_of_every_weight_is_reduce_scattered():
     assert text.count("stablehlo.reduce_scatter") == 2 * 5 + 4
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_near_float32():
     params, args = random_params(SMALL, scale=0.1), inputs(SMALL)
     exact = run(SMALL, params, *args)

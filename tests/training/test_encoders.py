@@ -109,6 +109,7 @@ def test_what_the_loss_of_reading_counts():
     np.testing.assert_allclose(total, hidden + encoders.VISIBLE_WEIGHT * visible + answered, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_whitened_latents_are_uncorrelated_and_the_pictures_stay():
     module = make_autoencoder(SMALL_IMAGES)
     params = module.init(jax.random.key(1), jnp.zeros((1, 16, 16, 3)))["params"]
@@ -187,6 +188,7 @@ def test_the_loss_that_asks_what_is_there_is_the_sum_of_its_parts(small_autoenco
     np.testing.assert_allclose([parts["error"], parts["kl"], parts["view"]], [error.mean(), kl, view], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_scale_and_shift_bring_latents_to_mean_0_and_deviation_1():
     module = make_autoencoder(SMALL_IMAGES)
     params = module.init(jax.random.key(1), jnp.zeros((1, 16, 16, 3)))["params"]
@@ -222,6 +224,7 @@ def test_texts_are_those_that_the_model_reads():
     assert any(text.startswith("Q: ") for text in texts) and any("background" in text for text in texts)
 
 
+@pytest.mark.slow
 def test_the_packaged_encoders_are_those_of_the_preset():
     """Training reads scale and shift from the preset, sampling from the bundle: they are one and measured."""
     config, params = bundle.load(bundle.locate("demo"), components=("autoencoder",), dtype="float32")

@@ -237,6 +237,7 @@ def test_text_positions_start_at_zero_where_the_start_has_none(source, finished,
         jax.tree.map(np.testing.assert_array_equal, others, other)
 
 
+@pytest.mark.slow
 @pytest.mark.bad_input
 def test_a_start_with_other_text_positions_is_refused(positioned_bundle, small_config, refuses):
     for rows, words in ((0, "wanted nothing"), (32, "wanted (32, 32)")):

@@ -74,6 +74,7 @@ def test_the_average_is_the_default(run):
         np.testing.assert_array_equal(found["text_head/kernel"], tree["text_head"]["kernel"])
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(copy, caplog):
     largest = max((copy / "checkpoints/12").rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
     data = bytearray(largest.read_bytes())

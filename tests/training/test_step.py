@@ -288,6 +288,7 @@ def recorder(trainer, kind, **changes):
     return lambda batch: jax.device_get(run(batch, jax.random.key(3)))
 
 
+@pytest.mark.slow
 def test_the_passes_read_what_they_should(trainer):
     batch = records(trainer, "personalization")
     (image_pass, text_pass), ids = recorder(trainer, "personalization")(batch)
@@ -320,6 +321,7 @@ def test_the_passes_read_what_they_should(trainer):
     np.testing.assert_array_equal(text_pass["text"][..., 0], ids[1::2])
 
 
+@pytest.mark.slow
 def test_a_dropped_prompt_is_the_empty_prompt(trainer):
     passes_of = recorder(trainer, "edit", prompt_dropout=1.0)
     batch = records(trainer, "edit")
@@ -331,6 +333,7 @@ def test_a_dropped_prompt_is_the_empty_prompt(trainer):
     jax.tree.map(np.testing.assert_array_equal, (passes, ids), (other_passes, other_ids))
 
 
+@pytest.mark.slow
 def test_prompts_are_dropped_by_sample_and_in_their_share(trainer):
     batch = {name: np.repeat(value, 250, axis=0) for name, value in made_up_batch().items()}
     _, ids = recorder(trainer, "edit", prompt_dropout=0.25)(batch)
@@ -340,6 +343,7 @@ def test_prompts_are_dropped_by_sample_and_in_their_share(trainer):
     assert 0.2 < dropped.mean() < 0.3  # of 1000; the standard deviation is 0.014
 
 
+@pytest.mark.slow
 def test_of_a_question_only_the_answer_is_masked(trainer):
     batch = records(trainer, "vqa", count=40)
     (text_pass,), ids = recorder(trainer, "vqa")(batch)
@@ -352,6 +356,7 @@ def test_of_a_question_only_the_answer_is_masked(trainer):
     assert text_pass["conditions"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [("noise", "sigma"), ("mask", "mask fraction")])
 def test_the_two_passes_draw_by_names_of_their_own(trainer, monkeypatch, names):
     """Other noise leaves the text pass as it was, other masks the image pass."""
