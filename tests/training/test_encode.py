@@ -124,7 +124,7 @@ def test_features_of_another_teacher_are_told(small_config, data, teacher, encod
     other = make_teacher(tmp_path / "other", seed=1)
     for name, source in (("text_to_image", teacher), ("edit", other), ("vqa", teacher)):
         encode(f"--input={data / name}", f"--teacher={source}")
-    with pytest.raises(ValueError, match="edit/teacher was made by another network"):
+    with pytest.raises(ValueError, match="text_to_image/teacher was made by another network"):
         train(settings(small_config, data), tmp_path / "run", progress=False)
     with pytest.raises(SystemExit, match="error: .*was made by another network .*--overwrite replaces it"):
         encode(f"--input={data / 'edit'}", f"--teacher={teacher}")
