@@ -134,9 +134,11 @@ class Writer:
         with replacing_file(path) as scratch:
             scratch.write_text(json.dumps(content, indent=1) + "\n")
 
-    def missing(self) -> list[int]:
-        """The numbers of the parts that are not there."""
-        return [number for number in range(self.description.num_parts) if not self._is_there(number)]
+    def missing(self, share: tuple[int, int] = (0, 1)) -> list[int]:
+        """The numbers of the parts that are not there, of every n-th part from the i-th on: `share` is (i, n)."""
+        return [
+            number for number in range(share[0], self.description.num_parts, share[1]) if not self._is_there(number)
+        ]
 
     def _is_there(self, number):
         return all(_file(self.directory, name, number).is_file() for name in self.description.arrays)

@@ -82,12 +82,12 @@ def fill_cache(
       params: on the mesh.
       mesh: over which the batch is split; its size divides `batch_size`.
       num_threads: that read records; one for each core when 0.
-      share: (i, n), to take every n-th missing part from the i-th on.
+      share: (i, n), to fill every n-th part from the i-th on.
       progress: is told of the records done.
     """
     compiled = jax.jit(function, out_shardings=sharding.replicated(mesh))
     place = sharding.batch_sharding(mesh)
-    parts = writer.missing()[share[0] :: share[1]]
+    parts = writer.missing(share)
     bad = 0
     with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool, jax.set_mesh(mesh):
         for part in parts:

@@ -140,7 +140,7 @@ def _fill(arguments, folder, job: _Job, mesh, batch_size, share) -> None:
         options={},
     )
     writer = caches.Writer(directory, description, overwrite=arguments.overwrite)
-    total = sum(len(description.part(number)) for number in writer.missing()[share[0] :: share[1]])
+    total = sum(len(description.part(number)) for number in writer.missing(share))
     if not total:
         print(f"{writer.directory}: already there")
         return
