@@ -32,13 +32,15 @@ from unialign_jax.data.text_lengths import TextLengths
 from unialign_jax.data.tokenizer import Tokenizer, load_tokenizer
 from unialign_jax.files import one_line
 
-COLUMNS = {  # of a record: its key's and its row's key's hash, that of its picture, size of the picture, bytes
+# of a record: its key's and its row's key's hash, that of its picture, size of the picture, bytes, has it a caption
+COLUMNS = {
     "key": np.uint64,
     "row": np.uint64,
     "picture": np.uint64,
     "width": np.uint32,
     "height": np.uint32,
     "num_bytes": np.uint64,
+    "captioned": np.bool_,
 }
 SHOWN_BAD_ROWS = 5
 _SAMPLES = (0, 1, 2, 3, 8, 16, 32, 64, 128, 192)  # numbers of records
@@ -194,7 +196,7 @@ def make_piece(job: Job, name: str, part: Part) -> Counts:
             for record, picture, sizes in kept:
                 data = encode(record)
                 writer.write(data)
-                values = (record.key, row_key, picture, len(data))
+                values = (record, row_key, picture, len(data))
                 for column, value in zip(table.values(), _facts(*values), strict=True):
                     column.append(value)
                 for column, size in zip(tokens.values(), sizes, strict=True):
@@ -215,8 +217,9 @@ def make_piece(job: Job, name: str, part: Part) -> Counts:
     return counts
 
 
-def _facts(key: str, row_key: str, picture: Picture, num_bytes: int) -> tuple[int, ...]:
-    return hash_text(key), hash_text(row_key), picture.hash, picture.width, picture.height, num_bytes
+def _facts(record: Record, row_key: str, picture: Picture, num_bytes: int) -> tuple[int, ...]:
+    hashes = hash_text(record.key), hash_text(row_key), picture.hash
+    return *hashes, picture.width, picture.height, num_bytes, bool(record.caption)
 
 
 def _read_rows(job: Job, part: Part) -> Iterator[tuple]:
