@@ -23,6 +23,7 @@ import numpy as np
 
 from unialign_jax.data import records as records_lib
 from unialign_jax.data.jsonl import BadRow
+from unialign_jax.data.preparation.maps import map_records
 from unialign_jax.data.records import Record
 from unialign_jax.data.sources import FORMATS, locations
 from unialign_jax.data.sources.parts import Part, SourceOptions
@@ -61,6 +62,8 @@ class Job:
       tokenizer: the folder of a tokenizer, "shapes" for the packaged one, None for none.
       text_length: the model's, to count what it cuts.
       threads: rows read at the same time by one process.
+      maps: which maps of each image become perception records; empty where rows are the records.
+      map_models: map -> "package.module:function" that makes it.
     """
 
     kind: str
@@ -73,6 +76,8 @@ class Job:
     tokenizer: str | None = None
     text_length: int | None = None
     threads: int = 1
+    maps: tuple[str, ...] = ()
+    map_models: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -223,11 +228,17 @@ def _facts(record: Record, row_key: str, picture: Picture, num_bytes: int) -> tu
 
 
 def _read_rows(job: Job, part: Part) -> Iterator[tuple]:
-    """Each row of a part with what `read_row` gives, or the BadRow that it raises, in order."""
+    """Each row of a part with what `read_row` gives, or the maps of that, or the BadRow that was raised, in order."""
 
     def read(row):
         try:
-            return row, read_row(row, job.source, job.images)
+            records, notes, key = read_row(row, job.source, job.images)
+            if job.maps:
+                made = [
+                    map_records(record, job.maps, job.map_models, hashed=job.images.hashed) for record, _ in records
+                ]
+                records = [pair for pairs in made for pair in pairs]
+            return row, (records, notes, key)
         except BadRow as error:
             return row, error
 
