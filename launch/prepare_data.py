@@ -56,6 +56,7 @@ examples
   python launch/prepare_data.py --source='edits/*.jsonl' --stream=edit --max-side=768 --output=data/edits
   python launch/prepare_data.py --source=my_pictures --stream=text_to_image --holdout=0.01 --output=data/mine
   python launch/prepare_data.py --source='cc12m-{{000..999}}.tar' --stream=text_to_image --output=data/cc12m
+  python launch/prepare_data.py --source=my_pictures --stream=perception --maps=canny --max-side=768 --output=data/edges
 
 two more commands, for a folder that was written (--help after the name says more)
   python launch/prepare_data.py caption --input=data/edits --endpoint=URL --model=NAME   captions of target images
@@ -176,7 +177,7 @@ def _print_counts(counts: Counts) -> None:
         for line in counts.first_bad:
             print(f"  {line}")
     if counts.num_records > counts.num_rows - counts.num_bad:
-        print(f"{counts.num_rows - counts.num_bad} rows of one or several turns gave {counts.num_records} records")
+        print(f"{counts.num_rows - counts.num_bad} rows gave {counts.num_records} records")
     for note, count in counts.notes.most_common():
         print(f"{count} {note}")
 

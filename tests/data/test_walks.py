@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from unialign_jax.training.stages import read_config
 
 from unialign_jax.data.records import open_records
+from unialign_jax.training.config import read_config
 from unialign_jax.training.loop import train
 from unialign_jax.training.metrics import read_metrics
 

@@ -24,6 +24,7 @@ SCHEMA_VERSION = 1
 METADATA_FILE = "records.json"
 REPORT_FILES = ("report.json", "report.html")  # beside the records, of `preparation`
 PREPARE_COMMAND = "python launch/prepare_data.py --help"
+CAPTION_COMMAND = "python launch/prepare_data.py caption"
 
 _SPLIT = "train"
 _SHARD = re.compile(r"unialign_\w+-train\.array_record-[\w-]+")
@@ -94,7 +95,8 @@ def write_records(
       kind: a key of `kinds.KINDS`, which tells the fields that must be filled.
       parameters: JSON-able facts on how the data were made.
       overwrite: whether to replace an existing data folder, if it contains nothing else.
-      optional: fields of the kind that may be empty.
+      optional: fields of the kind that may be empty. With "caption", the parameter `without_caption` becomes the
+        number of records that have none.
       shard_bytes: bytes of records in one file, about.
 
     Raises FileExistsError when the folder exists and may not be replaced, OSError when it cannot be written, and
@@ -262,7 +264,9 @@ def _write_folder(
         info, max_examples_per_shard=max(1, round(shard_bytes / mean_bytes)), file_format="array_record"
     )
     writer.initialize_splits([_SPLIT])
+    without_caption = 0
     while chunk:
+        without_caption += sum(not record.caption for record in chunk)
         writer.add_examples({_SPLIT: [to_example(record, kind, teacher_width, optional) for record in chunk]})
         chunk = list(itertools.islice(records, _CHUNK))
     writer.close_all()
@@ -272,6 +276,8 @@ def _write_folder(
         {"file": path.name, "num_records": length, "num_bytes": path.stat().st_size}
         for path, length in zip(map(Path, split.filepaths), split.shard_lengths, strict=True)
     )
+    if "caption" in optional:
+        parameters = parameters | {"without_caption": without_caption}
     return write_metadata(directory, kind, shards, parameters, teacher_width)
 
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Backend
 from unialign_jax.data.caches import ENCODE_COMMAND, Cache, find_cache, size_name
 from unialign_jax.data.images import decode_filled
 from unialign_jax.data.kinds import find_kind
-from unialign_jax.data.records import Record, RecordError, open_records
+from unialign_jax.data.records import CAPTION_COMMAND, Record, RecordError, open_records
 from unialign_jax.data.tokenizer import Tokenizer, tokenize
 
 _log = logging.getLogger(__name__)
@@ -103,7 +103,8 @@ class Stream:
         Args:
           teacher_tokenizer: for a teacher that runs in the train step; examples then have the text as its ids.
 
-        Raises as `records.read_metadata` does, and ValueError for records of another kind; messages name the stream.
+        Raises as `records.read_metadata` does, and ValueError for records of another kind or without captions; messages
+        name the stream.
         """
         self.config = config
         self.tokenizer = tokenizer
@@ -116,6 +117,12 @@ class Stream:
         if found != config.kind:
             raise ValueError(
                 f"stream {config.name}: {config.path} holds {found} records, the stream's kind is {config.kind}"
+            )
+        missing = self.records.metadata.parameters.get("without_caption")
+        if missing and "caption" in find_kind(config.kind).fields:
+            raise ValueError(
+                f"stream {config.name}: {missing} of the {len(self.records)} records of {config.path} have no caption: "
+                f"write them by `{CAPTION_COMMAND} --input={config.path} --endpoint=URL --model=NAME`"
             )
         self.teacher_tokenizer = teacher_tokenizer
         use_features = config.use_teacher and teacher_tokenizer is None

@@ -60,6 +60,7 @@ RANGES = (
             *("optimizer.warmup_steps", "optimizer.cooldown_start", "optimizer.cooldown_steps"),
             *("optimizer.weight_decay", "validation.every", "validation.records", "validation.scenes"),
             *("model.text_positions", "data.num_threads", "data.prefetch", "parity.sigma_levels"),
+            "data.max_epochs_warning",
             *(f"loss_weights.{name}" for name in ("flow_matching", "masked_text", "cross_modal", "intrinsic_modal")),
         ),
     ),
@@ -77,6 +78,7 @@ RANGES = (
 )
 CHOICES = {
     "init_weights": ("raw", "ema"),
+    "tracker": ("", "wandb"),
     "model.remat": ("none", *REMAT_POLICIES),
     "model.attention": ("auto", *IMPLEMENTATIONS),
     "autoencoder.kind": ("kl", "space_to_depth"),
@@ -85,6 +87,8 @@ CHOICES = {
     "parity.masked_text_normalization": ("positions", "maskable"),
     "parity.cross_modal_direction": ("symmetric", "image_to_text"),
 }
+
+_STREAM_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,99}")
 
 
 # Reading
@@ -145,8 +149,12 @@ def _place(file: str, error: BaseException) -> str:
 
 
 def make_changes(config: ConfigDict, changes: list[str]) -> list[str]:
-    """Sets every "key=value" whose key is known and whose value has its type; returns the others as problems."""
-    problems, known = [], dict(flat_items(config))
+    """Sets every "key=value" whose key is known and whose value has its type; returns the others as problems.
+
+    "streams.NAME.kind=KIND" with a new NAME adds a stream with the defaults of its kind.
+    """
+    problems = _add_streams(config, changes)
+    known = dict(flat_items(config))
     for change in changes:
         key, equals, text = change.partition("=")
         if key in known and not equals:
@@ -160,6 +168,21 @@ def make_changes(config: ConfigDict, changes: list[str]) -> list[str]:
             problems.append(f"{key} is a group of keys: set one of {', '.join(inside)}")
         else:
             problems.append(_unknown(one_line(key, 100), known))
+    return problems
+
+
+def _add_streams(config: ConfigDict, changes: list[str]) -> list[str]:
+    """Adds the streams of which the changes name the kind; returns the names that cannot be one as problems."""
+    problems = []
+    for change in changes:
+        match = re.fullmatch(r"streams\.([^=]*)\.kind=(.*)", change, re.DOTALL)
+        if not match or match[1] in config.streams:
+            continue
+        name, kind = match.groups()
+        if _STREAM_NAME.fullmatch(name):
+            config.streams[name] = stream(kind, "")
+        else:
+            problems.append(f"{one_line(name, 100)!r} is no name for a stream: use letters, digits, _ and -")
     return problems
 
 
@@ -253,6 +276,9 @@ def _unknown(key: str, known: Iterable[str]) -> str:
     near += [other for other in sorted(known) if other.split(".")[-1] == key.split(".")[-1]]
     if key in RENAMED and not RENAMED[key]:
         return f"unknown key {key} (it is always on)"
+    if key.startswith("streams.") and not any(other.startswith(f"{key.rpartition('.')[0]}.") for other in known):
+        near = [*near[:1], f"streams.{key.split('.')[1]}.kind=KIND makes a new stream"]
+        return f"unknown key {key} (nearest: {'; '.join(near)})"
     return f"unknown key {key}" + (f" (nearest: {near[0]})" if near else "")
 
 
@@ -299,7 +325,8 @@ def _value_problems(config: ConfigDict) -> Iterator[str]:
         yield f"{key} is {values[key]}, expected a finite number"
     for key, allowed in CHOICES.items():
         if values[key] not in allowed:
-            yield f"{key} is {values[key]!r}, expected one of {', '.join(allowed)}"
+            names = ", ".join(name or "''" for name in allowed)
+            yield f"{key} is {values[key]!r}, expected one of {names}"
     for pattern in config.optimizer.freeze:
         try:
             re.compile(pattern)

@@ -33,6 +33,7 @@ from unialign_jax.training.runs import inherit_sources, load_params, write_confi
 from unialign_jax.training.samples import Sampler
 from unialign_jax.training.state import TrainState, create_sharded, init_frozen, init_state
 from unialign_jax.training.step import has_image_pass
+from unialign_jax.training.trackers import check_tracker, open_tracker
 from unialign_jax.training.validation import Validator, headlines, hold_out
 
 log = logging.getLogger(__name__)
@@ -60,8 +61,22 @@ class Trainer(StepProgram):
         self.mixture = Mixture(
             list(self.streams.values()), seed=config.seed, global_batch=config.batch_size, rows=self.rows
         )
+        if jax.process_index() == 0:
+            for line in self._repetitions():
+                log.warning("%s", line)
         self.sample_flops = {name: self._sample_flops(stream) for name, stream in self.streams.items()}
         log.info("%s", self.mesh_choice)
+
+    def _repetitions(self) -> Iterator[str]:
+        """A line for each stream whose records the run reads more than `data.max_epochs_warning` times."""
+        most = self.config.data.max_epochs_warning
+        for name, epochs in self.mixture.epochs(self.config.num_steps).items():
+            if 0 < most < epochs:
+                count = len(self.streams[name])
+                yield (
+                    f"stream {name}: {count} records are read {epochs:.3g} times each, more than "
+                    f"data.max_epochs_warning {most}: lower its weight or num_steps, or add records"
+                )
 
     def _sample_flops(self, stream: Stream) -> float:
         return flops.training_sample_flops(
@@ -304,6 +319,7 @@ def train(
         raise ValueError(f"the run's folder is {str(workdir)!r}, expected a path; object stores must be mounted first")
     workdir = Path(workdir).absolute()
     check_config(config, len(jax.devices() if devices is None else devices))
+    check_tracker(config)
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
 
@@ -332,7 +348,7 @@ def train(
             log.info("starting %s from %s", workdir, config.init_from or "random weights")
         else:
             log.info("resuming %s at step %d", workdir, int(state.step))
-        write_config(config, workdir)
+        write_config(config, workdir, int(state.step))
         frozen = in_time(trainer.init_frozen)
         sampler = Sampler(config, trainer.networks, trainer.mesh, trainer.streams, trainer.tokenizer, workdir)
 
@@ -341,7 +357,7 @@ def train(
         if step < config.num_steps:
             programs = trainer.compile_steps(alive)
             validator = Validator(trainer, make_scorer, alive) if config.validation.every else None
-            recorder = Recorder(trainer, workdir, step, progress)
+            recorder = Recorder(trainer, workdir, step, progress, open_tracker(config, workdir))
             steps = run_steps(trainer, programs, state, frozen, recorder, stop)
             stack.enter_context(contextlib.closing(steps))
             alive()
@@ -357,6 +373,9 @@ def train(
                     params = {"transformer": sampled_params(state), "heads": state.params["heads"]}
                     rows = validator(params, frozen)
                     recorder.add_validation(step, rows, headlines(rows, validator.leading))
+                    if state.ema:  # beside the average's rows those of the weights that are trained
+                        rows = validator({name: state.params[name] for name in params}, frozen, scenes=False)
+                        recorder.add_validation(step, rows, prefix="validation_raw")
                 if save:
                     in_time(checkpoints.save, state, step)
                 if sample:

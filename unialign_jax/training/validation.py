@@ -170,11 +170,12 @@ class Validator:
             jitted = jax.jit(step, out_shardings=self._replicated)
             return jitted.lower(params, trainer.abstract_frozen, batch, number).compile()
 
-    def __call__(self, params: dict, frozen: dict) -> dict[str, dict[str, float]]:
+    def __call__(self, params: dict, frozen: dict, *, scenes: bool = True) -> dict[str, dict[str, float]]:
         """The means over the held-out records of every stream, and the accuracies of every task on held-out scenes.
 
         Args:
           params: {"transformer", "heads"}; not donated.
+          scenes: whether the held-out scenes are scored, if the run has any.
         """
         rows = {}
         for name in self._trainer.held_out:
@@ -186,7 +187,7 @@ class Validator:
                 found = jax.device_get(self._programs[name](params, frozen, batch, index))
                 totals = {key: totals.get(key, 0) + value.astype(np.float64) for key, value in found.items()}
             rows[name] = to_means(totals)
-        if self._scorer:
+        if self._scorer and scenes:
             for task, values in self._scorer(params["transformer"], frozen, self._alive).items():
                 rows[task] = rows.get(task, {}) | values
         return rows

@@ -108,7 +108,7 @@ def test_images(prepare, tmp_path, picture, name):
     if reason:
         assert f"b_{name}: {reason}: " in found.said
         return
-    shown = decode_image(found.records[1].image, 32)
+    shown = decode_image(found.records[1].image, 32, 32)
     middle = {"cmyk.jpg": (255, 0, 0), "palette.png": 255, "alpha.png": 255, "grey.jpg": 128, "still.gif": 0}
     if name in middle:
         np.testing.assert_allclose(shown, np.broadcast_to(middle[name], shown.shape), atol=3)

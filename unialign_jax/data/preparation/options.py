@@ -5,6 +5,7 @@ import dataclasses
 import os
 
 from unialign_jax.data.buckets import STEP, bucket_sizes
+from unialign_jax.data.preparation.maps import check_maps
 from unialign_jax.data.preparation.pieces import Job
 from unialign_jax.data.preparation.runner import Plan
 from unialign_jax.data.sources import ALIASES, guess_format, json_lists, locations
@@ -48,6 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--split", help="hf: the split (default train)")
     add("--class-names", metavar="FILE", help="a name per line, which stands for the class of that number")
     add("--missing-captions", action="store_true", help="keep records of images without a caption, to be captioned")
+
+    add = parser.add_argument_group("perception from plain images").add_argument
+    add("--maps", metavar="A,B", help="canny, depth, pose: a record for each map of each image")
+    for name in ("depth", "pose"):
+        add(f"--{name}-model", metavar="MODULE:FUNCTION", help=f"makes the {name} map of an image: docs/data.md")
 
     add = parser.add_argument_group("filters (defaults by format: docs/data.md)").add_argument
     add("--min-side", type=int, metavar="N", help="leave out images whose shorter side has fewer pixels")
@@ -101,15 +107,20 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     names = ()
     if arguments.class_names:
         names = tuple(locations.read_bytes(arguments.class_names, 2**26).decode("utf-8").splitlines())
+    maps = tuple(name.strip() for name in (arguments.maps or "").split(",") if name.strip())
+    models = {name: model for name in ("depth", "pose") if (model := getattr(arguments, f"{name}_model"))}
+    if maps and arguments.stream != "perception":
+        raise ValueError(f"--maps makes perception records, but --stream is {arguments.stream}")
+    check_maps(maps, models)
     source = SourceOptions(
-        kind=arguments.stream,
+        kind="text_to_image" if maps else arguments.stream,
         columns={field: name for field, name in columns.items() if name},
         key=arguments.key,
         image_root=arguments.image_root and locations.local(arguments.image_root),
         free_paths=format == "json",
         split=arguments.split,
         class_names=names,
-        caption_optional=arguments.missing_captions,
+        caption_optional=arguments.missing_captions or bool(maps),
     )
     rules = {name: getattr(arguments, name) for name in ("min_side", "max_aspect", "max_side")}
     rules["animated"] = arguments.animated and arguments.animated == "first"
@@ -123,6 +134,8 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
         **{
             name: getattr(arguments, name) for name in ("min_words", "max_words", "tokenizer", "text_length", "threads")
         },
+        maps=maps,
+        map_models=models,
     )
     return Plan(
         job,

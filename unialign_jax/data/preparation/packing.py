@@ -143,6 +143,15 @@ def plan_shards(
             yield Shard(split, label, number, tuple(pieces))
 
 
+def count_without_caption(job: Job, shards: list[Shard]) -> int:
+    """The records of some shards that have no caption."""
+    return sum(
+        int((~read_table(job.work, name)["captioned"][np.frombuffer(numbers, np.int32)]).sum())
+        for shard in shards
+        for name, numbers in shard.pieces
+    )
+
+
 def shard_path(work: str, shard: Shard) -> str:
     return locations.join(work, "shards", f"{shard.split}{shard.bucket}-{shard.number:05d}-{shard.fingerprint()}")
 

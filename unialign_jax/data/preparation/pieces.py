@@ -23,6 +23,7 @@ import numpy as np
 
 from unialign_jax.data import records as records_lib
 from unialign_jax.data.jsonl import BadRow
+from unialign_jax.data.preparation.maps import map_records
 from unialign_jax.data.records import Record
 from unialign_jax.data.sources import FORMATS, locations
 from unialign_jax.data.sources.parts import Part, SourceOptions
@@ -32,13 +33,15 @@ from unialign_jax.data.text_lengths import TextLengths
 from unialign_jax.data.tokenizer import Tokenizer, load_tokenizer
 from unialign_jax.files import one_line
 
-COLUMNS = {  # of a record: its key's and its row's key's hash, that of its picture, size of the picture, bytes
+# of a record: its key's and its row's key's hash, that of its picture, size of the picture, bytes, has it a caption
+COLUMNS = {
     "key": np.uint64,
     "row": np.uint64,
     "picture": np.uint64,
     "width": np.uint32,
     "height": np.uint32,
     "num_bytes": np.uint64,
+    "captioned": np.bool_,
 }
 SHOWN_BAD_ROWS = 5
 _SAMPLES = (0, 1, 2, 3, 8, 16, 32, 64, 128, 192)  # numbers of records
@@ -59,6 +62,8 @@ class Job:
       tokenizer: the folder of a tokenizer, "shapes" for the packaged one, None for none.
       text_length: the model's, to count what it cuts.
       threads: rows read at the same time by one process.
+      maps: which maps of each image become perception records; empty where rows are the records.
+      map_models: map -> "package.module:function" that makes it.
     """
 
     kind: str
@@ -71,6 +76,8 @@ class Job:
     tokenizer: str | None = None
     text_length: int | None = None
     threads: int = 1
+    maps: tuple[str, ...] = ()
+    map_models: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -194,7 +201,7 @@ def make_piece(job: Job, name: str, part: Part) -> Counts:
             for record, picture, sizes in kept:
                 data = encode(record)
                 writer.write(data)
-                values = (record.key, row_key, picture, len(data))
+                values = (record, row_key, picture, len(data))
                 for column, value in zip(table.values(), _facts(*values), strict=True):
                     column.append(value)
                 for column, size in zip(tokens.values(), sizes, strict=True):
@@ -215,16 +222,23 @@ def make_piece(job: Job, name: str, part: Part) -> Counts:
     return counts
 
 
-def _facts(key: str, row_key: str, picture: Picture, num_bytes: int) -> tuple[int, ...]:
-    return hash_text(key), hash_text(row_key), picture.hash, picture.width, picture.height, num_bytes
+def _facts(record: Record, row_key: str, picture: Picture, num_bytes: int) -> tuple[int, ...]:
+    hashes = hash_text(record.key), hash_text(row_key), picture.hash
+    return *hashes, picture.width, picture.height, num_bytes, bool(record.caption)
 
 
 def _read_rows(job: Job, part: Part) -> Iterator[tuple]:
-    """Each row of a part with what `read_row` gives, or the BadRow that it raises, in order."""
+    """Each row of a part with what `read_row` gives, or the maps of that, or the BadRow that was raised, in order."""
 
     def read(row):
         try:
-            return row, read_row(row, job.source, job.images)
+            records, notes, key = read_row(row, job.source, job.images)
+            if job.maps:
+                made = [
+                    map_records(record, job.maps, job.map_models, hashed=job.images.hashed) for record, _ in records
+                ]
+                records = [pair for pairs in made for pair in pairs]
+            return row, (records, notes, key)
         except BadRow as error:
             return row, error
 

@@ -140,11 +140,14 @@ def prepare(
         pages = {"report.json": json.dumps(content, indent=1) + "\n", "report.html": report.as_html(content)}
         for split in reversed(outputs):  # what is held out first, so that the main folder says that all is there
             if splits[split]:
+                parameters = _describe(plan, split)
+                if job.source.caption_optional:
+                    parameters["without_caption"] = packing.count_without_caption(job, splits[split])
                 packing.publish(
                     job,
                     outputs[split],
                     splits[split],
-                    parameters=_describe(plan, split),
+                    parameters=parameters,
                     overwrite=plan.overwrite or own[split],
                     extra=pages if split == ("train", "") else {},
                 )
@@ -160,7 +163,8 @@ def _is_ours(plan: Plan, split: tuple[str, str], output: str) -> bool:
     if locations.is_url(output) or not os.path.isdir(work_folder(plan.output)):
         return False
     try:
-        return records_lib.read_metadata(output).parameters == _describe(plan, split)
+        found = records_lib.read_metadata(output).parameters
+        return {key: value for key, value in found.items() if key != "without_caption"} == _describe(plan, split)
     except (OSError, ValueError):
         return False
 
