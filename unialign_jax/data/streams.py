@@ -282,7 +282,7 @@ def encode_texts(record: Record, kind: str, tokenizer: Tokenizer, length: int) -
     else:
         text_ids = tokenizer.encode(record.caption, length)
         is_target = np.ones(length, dtype=bool)
-        prompt_ids = tokenizer.encode(getattr(record, asked), length)
+        prompt_ids = text_ids.copy() if asked == "caption" else tokenizer.encode(getattr(record, asked), length)
     return {"prompt_ids": prompt_ids, "text_ids": text_ids, "text_is_target": is_target}
 
 

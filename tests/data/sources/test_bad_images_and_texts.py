@@ -115,7 +115,7 @@ def test_images(prepare, tmp_path, picture, name):
     if name == "sixteen.png":
         assert shown[0].mean() < 15 and shown[-1].mean() > 240
     if name == "rotated.jpg":
-        expected = decode_image(saved(Image.open(io.BytesIO(picture(5))).rotate(270, expand=True), "PNG"), 32)
+        expected = decode_image(saved(Image.open(io.BytesIO(picture(5))).rotate(270, expand=True), "PNG"), 32, 32)
         assert np.abs(shown.astype(int) - expected).mean() < 12
 
 
@@ -248,3 +248,18 @@ def test_references(prepare, tmp_path, picture, count, reason):
     assert json.loads((found.folder / "report.json").read_text())["reasons"] == ({reason: 1} if reason else {})
     if not reason:
         assert len(found.records[1].conditions) == 2
+
+
+def test_images_shrunk_to_the_side_of_training(prepare, tmp_path, picture):
+    """A larger JPEG is encoded anew at that shorter side; a smaller one stays as it is, byte for byte."""
+    sizes = {"a": (90, 60), "b": (50, 80), "c": (40, 30)}
+    for name, size in sizes.items():
+        (tmp_path / f"{name}.jpg").write_bytes(picture(7, size=size))
+        (tmp_path / f"{name}.txt").write_text("x")
+    found = {record.key[-5]: record.image for record in prepare(tmp_path, "text_to_image", "--side=40").records}
+    shown = {name: Image.open(io.BytesIO(data)) for name, data in found.items()}
+    assert {name: image.size for name, image in shown.items()} == {"a": (60, 40), "b": (40, 64), "c": (40, 30)}
+    assert {image.format for image in shown.values()} == {"JPEG"}
+    assert found["c"] == (tmp_path / "c.jpg").read_bytes()
+    resized = Image.fromarray(decode_image((tmp_path / "a.jpg").read_bytes(), 40, 60))
+    assert found["a"] == saved(resized, "JPEG", quality=95), "training's own resizing"

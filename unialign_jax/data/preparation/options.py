@@ -17,6 +17,7 @@ PLAN_OPTIONS = ("holdout", "near_duplicates", "buckets", "max_bad_fraction", "ov
 COLUMN_FIELDS = ("image", "source", "caption", "instruction", "question", "answer")
 LIMITS = {  # of the options that are numbers: the least and the most
     "max_side": (1, 2**16),
+    "side": (1, 2**16),
     "min_side": (1, 2**16),
     "max_aspect": (1, 100),
     "min_words": (0, 10**6),
@@ -65,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--animated", choices=["first", "refuse"], help="of an animated image: the first frame, or none")
     add("--max-side", type=int, metavar="N", help="shrink images to at most N pixels a side")
+    add("--side", type=int, metavar="N", help="shrink images to N pixels at the shorter side, as training reads them")
     add("--min-words", type=int, default=0, metavar="N", help="leave out captions and answers of fewer words")
     add("--max-words", type=int, metavar="N", help="leave out captions and answers of more words")
     add(
@@ -122,7 +124,7 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
         class_names=names,
         caption_optional=arguments.missing_captions or bool(maps),
     )
-    rules = {name: getattr(arguments, name) for name in ("min_side", "max_aspect", "max_side")}
+    rules = {name: getattr(arguments, name) for name in ("min_side", "max_aspect", "max_side", "side")}
     rules["animated"] = arguments.animated and arguments.animated == "first"
     given = {name: value for name, value in rules.items() if value is not None}
     job = Job(

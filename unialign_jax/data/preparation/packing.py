@@ -121,26 +121,27 @@ def plan_shards(
     Args:
       buckets: (height, width) of the aspect buckets; each has shards of its own. Empty for none.
     """
-    for (code, split), bucket in itertools.product(enumerate(SPLITS), range(max(1, len(buckets)))):
-        label = bucket_name(buckets[bucket]) if buckets else ""
-        pieces, held, number, start = [], 0, 0, 0
-        for name in names:
-            table = read_table(job.work, name)
-            sizes = table["num_bytes"]
-            chosen = choice.split[start : start + len(sizes)] == code
-            if buckets:
-                chosen = chosen & (nearest_buckets(table["height"], table["width"], buckets) == bucket)
-            mine = np.flatnonzero(chosen).astype(np.int32)
-            start += len(sizes)
+    unfinished, start = {}, 0  # (split, bucket's name) -> number of the shard, its pieces, their bytes
+    for name in names:
+        table = read_table(job.work, name)
+        sizes = table["num_bytes"]
+        split_of = choice.split[start : start + len(sizes)]
+        start += len(sizes)
+        bucket_of = nearest_buckets(table["height"], table["width"], buckets) if buckets else np.zeros(len(sizes))
+        for (code, split), bucket in itertools.product(enumerate(SPLITS), range(max(1, len(buckets)))):
+            mine = np.flatnonzero((split_of == code) & (bucket_of == bucket)).astype(np.int32)
             if not len(mine):
                 continue
-            pieces.append((name, mine.tobytes()))
-            held += int(sizes[mine].sum())
+            place = split, bucket_name(buckets[bucket]) if buckets else ""
+            number, pieces, held = unfinished.pop(place, (0, (), 0))
+            pieces, held = (*pieces, (name, mine.tobytes())), held + int(sizes[mine].sum())
             if held >= shard_bytes:
-                yield Shard(split, label, number, tuple(pieces))
-                pieces, held, number = [], 0, number + 1
+                yield Shard(*place, number, pieces)
+                number, pieces, held = number + 1, (), 0
+            unfinished[place] = number, pieces, held
+    for place, (number, pieces, _) in sorted(unfinished.items()):
         if pieces:
-            yield Shard(split, label, number, tuple(pieces))
+            yield Shard(*place, number, pieces)
 
 
 def count_without_caption(job: Job, shards: list[Shard]) -> int:

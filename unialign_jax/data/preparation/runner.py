@@ -151,6 +151,8 @@ def prepare(
                     overwrite=plan.overwrite or own[split],
                     extra=pages if split == ("train", "") else {},
                 )
+            elif plan.overwrite and split[1]:  # a bucket without records now
+                locations.remove_folder(outputs[split])
         for name, text in pages.items() if sizes else ():
             with locations.writing(locations.join(plan.output, name)) as scratch:
                 Path(scratch).write_text(text, encoding="utf-8")

@@ -24,6 +24,7 @@ class ImageRules:
       min_side: pixels of the shorter side, at least.
       max_aspect: longer side to shorter, at most.
       max_side: larger images are shrunk to this longer side; None keeps them.
+      side: images are shrunk to this shorter side, as the training's transform does it; None keeps them.
       animated: whether of several frames the first is taken; or else such an image is refused.
       hashed: whether to compute a hash of what is seen, for near-duplicates.
     """
@@ -31,6 +32,7 @@ class ImageRules:
     min_side: int = 1
     max_aspect: float = images.MAX_ASPECT
     max_side: int | None = None
+    side: int | None = None
     animated: bool = True
     hashed: bool = False
 
@@ -99,7 +101,9 @@ def check_image(data: bytes, name: str, rules: ImageRules) -> Picture:
             if long > rules.max_aspect * short:
                 detail = f"{name} is {image.width} x {image.height}, expected at most {rules.max_aspect:g} to 1"
                 raise BadRow("image too long or too wide", detail)
-            is_small = rules.max_side is None or max(image.size) <= rules.max_side
+            is_small = (rules.max_side is None or long <= rules.max_side) and (
+                rules.side is None or short <= rules.side
+            )
             is_kept = image_format in _KEPT_FORMATS and is_small
             image = images.loaded_rgb(image, name)
     except BadRow:
@@ -110,8 +114,10 @@ def check_image(data: bytes, name: str, rules: ImageRules) -> Picture:
         raise BadRow("image cannot be decoded", str(error)) from None
     seen = difference_hash(image) if rules.hashed else 0
     if not is_kept:
-        if not is_small:
+        if rules.max_side is not None:
             image.thumbnail((rules.max_side, rules.max_side), Image.Resampling.LANCZOS)
+        if rules.side is not None and min(image.size) > rules.side:
+            image = image.resize(images.covering_size(image, rules.side, rules.side), Image.Resampling.BICUBIC)
         buffer = io.BytesIO()
         if image_format == "JPEG":
             image.save(buffer, "JPEG", quality=_JPEG_QUALITY)
