@@ -287,7 +287,7 @@ def test_a_run_with_the_keys_of_before_can_be_read(tmp_path, caplog):
     assert with_new_names(after) == after
     settings = runs.read_settings(tmp_path)  # by which it is exported, converted and sampled from
     assert runs.component_configs(tmp_path, settings)["transformer"].depth == config.model.depth
-    assert runs.describe(tmp_path, settings)["tasks"] == ("t2i", "caption")
+    assert runs.describe(tmp_path, settings)["tasks"] == ("text_to_image", "caption")
     with caplog.at_level(logging.WARNING):
         write_config(inherit_sources(config, tmp_path), tmp_path)
     changed = [record.getMessage() for record in caplog.records]

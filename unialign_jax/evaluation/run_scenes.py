@@ -55,7 +55,7 @@ class RunScenes:
             **runs.describe("this run", settings | {"init_from": ""}),
         )
         leaves = lambda name: flatten_dict(self._params[name], sep="/").items()  # noqa: E731
-        run = runs.Run("this run", model, trainer.tokenizer, leaves, "", 0, "")
+        run = runs.Run("this run", model, trainer.tokenizer, leaves, "", 0, "", None)
         self._pipeline = Pipeline.from_run(run, max_batch=SCENES_AT_ONCE, device=trainer.mesh.devices.flat[0])
 
     def __call__(self, transformer: dict, frozen: dict, alive: Callable[[], None]) -> dict[str, dict[str, float]]:
