@@ -246,7 +246,7 @@ def test_the_installed_command_finds_commands_and_stages(site, tmp_path):
     said = installed(site, tmp_path, "--help").stdout
     for path in (ROOT / "launch").glob("*.py"):
         assert path.stem == "commands" or f"  {path.stem.replace('_', '-')} " in said
-    done = installed(site, tmp_path, "train", "--config=configs/stage1.py:tiny", "--workdir=run")
+    done = installed(site, tmp_path, "train", "--config=stage1:tiny", "--workdir=run")
     assert done.returncode == 1 and "; `pip install '.[train]'` in the folder" in done.stderr  # it has read the stage
     done = installed(site, tmp_path, "paint")
     assert done.returncode == 1 and done.stderr.startswith("error: no command paint; there are ")
