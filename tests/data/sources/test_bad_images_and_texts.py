@@ -115,7 +115,7 @@ def test_images(prepare, tmp_path, picture, name):
     if name == "sixteen.png":
         assert shown[0].mean() < 15 and shown[-1].mean() > 240
     if name == "rotated.jpg":
-        expected = decode_image(saved(Image.open(io.BytesIO(picture(5))).rotate(270, expand=True), "PNG"), 32)
+        expected = decode_image(saved(Image.open(io.BytesIO(picture(5))).rotate(270, expand=True), "PNG"), 32, 32)
         assert np.abs(shown.astype(int) - expected).mean() < 12
 
 
