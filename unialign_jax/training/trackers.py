@@ -35,14 +35,14 @@ class WandbTracker:
 
     def __init__(self, config: ConfigDict, workdir: Path):
         """Raises ValueError when Weights & Biases cannot start."""
-        import wandb
-
         path = workdir / RUN_FILE
         run_id = read_json(path).get("id") if path.exists() else secrets.token_hex(8)
         if not isinstance(run_id, str) or not run_id:
             raise ValueError(f"{path} has no id of a run: remove it to start a new one")
         write_json(path, {"id": run_id})
         try:
+            import wandb
+
             self._run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "unialign_jax"),
                 id=run_id,
