@@ -34,7 +34,6 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     arguments, changes = split_changes(arguments)
     parser = Parser(
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         usage="python launch/train.py --config=FILE[:tiny] --workdir=DIR [--config.KEY=VALUE ...]",
     )
@@ -60,10 +59,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     options = parser.parse_args(arguments)
     if len({value is None for value in (options.coordinator, options.num_processes, options.process_id)}) > 1:
         parser.error("--coordinator, --num-processes and --process-id go together")
-    for name in ("heartbeat_timeout", "start_timeout", "stuck_timeout"):
-        least = 0 if name == "stuck_timeout" else 1
-        if getattr(options, name) < least:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected at least {least}")
+    parser.check_least(options, heartbeat_timeout=1, start_timeout=1, stuck_timeout=0)
     return options, changes
 
 

@@ -86,7 +86,7 @@ def read_tokenizer(directory: str | os.PathLike, *, load: Callable = load_tokeni
     """
     directory = Path(directory)
     recorded = read_content(directory, verify)["files"] if verify else {}
-    with inventory.checked(directory, recorded, "tokenizer") if recorded else contextlib.nullcontext():
+    with inventory.checked(directory, recorded, "tokenizer"):
         if tokenizer_path(directory) is None:
             raise ValueError(f"{directory} has no tokenizer: convert the model again with --tokenizer=FOLDER")
         return load(tokenizer_path(directory))
@@ -172,7 +172,7 @@ def restore(directory: str | os.PathLike, abstract: dict, *, verify: bool = True
         together = any(not leaf.sharding.is_fully_addressable for leaf in wanted.values() if leaf.sharding)
         share = slice(jax.process_index(), None, jax.process_count()) if together else slice(None)
         try:
-            with verifying(directory, name, content["files"] if verify else {}, share):
+            with inventory.checked(directory, content["files"] if verify else {}, name, share):
                 params[name] = _restore_component(directory, name, tree, wanted)
             problem = None
         except ValueError as error:
@@ -185,13 +185,6 @@ def restore(directory: str | os.PathLike, abstract: dict, *, verify: bool = True
 
 
 NO_HASHES = "{} records no hashes of its files, so that damaged weights cannot be found: write it anew to have them"
-
-
-def verifying(
-    directory: Path, name: str, recorded: dict, share: slice = slice(None)
-) -> contextlib.AbstractContextManager:
-    """A context for reading a component, whose files are hashed meanwhile if hashes are recorded."""
-    return inventory.checked(directory, recorded, name, share) if recorded else contextlib.nullcontext()
 
 
 def _restore_component(directory: Path, name: str, tree: dict, wanted: dict) -> dict:
@@ -261,7 +254,7 @@ def read_leaves(
     """
     directory = Path(directory).absolute()
     recorded = read_content(directory)["files"] if verify else {}
-    with verifying(directory, name, recorded):
+    with inventory.checked(directory, recorded, name):
         metadata = component_metadata(directory, name)
         yield from in_groups(
             lambda wanted: ocp.load(directory / name, wanted), metadata, metadata if paths is None else paths

@@ -26,10 +26,10 @@ def first_line(error: BaseException, most: int = 300) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
 
 
-def shown(value, most: int = 60) -> str:
+def shown(value, most: int = 60, show: Callable[[object], str] = repr) -> str:
     """A value for a message: its repr on one line, at most `most` characters."""
     try:
-        text = " ".join(repr(value).split())
+        text = " ".join(show(value).split())
     except (ValueError, RecursionError):  # a number of too many digits, or nested too deeply
         text = f"a {type(value).__name__} that cannot be shown"
     return text if len(text) <= most else text[: most - 3] + "..."
@@ -79,6 +79,14 @@ def read_json(path: str | os.PathLike, expected: type | None = dict):
     """The value in a JSON file. Raises as `check_regular` and `parse_json` do."""
     check_regular(path, MAX_JSON)
     return parse_json(Path(path).read_bytes(), str(path), expected)
+
+
+def make_folder(path: Path, option: str) -> None:
+    """Makes the folder that an option names, with its parents. Raises OSError in one line when that fails."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{option}={path} cannot be a folder: {error.strerror}") from None
 
 
 def check_json_output(path: str | os.PathLike) -> None:

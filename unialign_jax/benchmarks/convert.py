@@ -35,14 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def benchmark_convert(arguments: argparse.Namespace) -> dict:
     """{figure: value}: of each part the GB read and written, and seconds and peak GB of converting and of loading."""
+    from unialign_jax.files import make_folder
+
     makers, parts, figures = {"sd3": make_sd3, "t5": make_t5}, arguments.parts.split(","), {}
     if unknown := [part for part in parts if part not in makers]:
         raise ValueError(f"--parts has {', '.join(map(repr, unknown))}, expected some of {', '.join(makers)}")
     if arguments.scratch:
-        try:
-            arguments.scratch.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OSError(f"--scratch={arguments.scratch} cannot be a folder: {error.strerror}") from None
+        make_folder(arguments.scratch, "--scratch")
     scratch = Path(tempfile.mkdtemp(dir=arguments.scratch))
     try:
         for part in parts:

@@ -4,8 +4,9 @@ Called by sample.py, each function in a process of its own. On a GPU torch compi
 documentation advises; on a CPU it runs as it is. No text encoder and no autoencoder: only the network is compared.
 """
 
+import functools
 import statistics
-import time
+import timeit
 
 from unialign_jax.benchmarks.sample import (
     LARGE_MATMUL,
@@ -18,8 +19,8 @@ from unialign_jax.benchmarks.sample import (
     model_config,
     not_measured,
 )
-
-POOLED_WIDTH = 2048  # of CLIP's pooled vector, which SD3 reads and our model does not
+from unialign_jax.conversion.exporting import sd3_settings
+from unialign_jax.conversion.transformer import POOLED_WIDTH
 
 
 def open_network(settings):
@@ -31,21 +32,8 @@ def open_network(settings):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = settings["dtype"] or ("bfloat16" if device == "cuda" else "float32")
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as jax's default; nothing on a CPU
-    c = config.transformer
     with torch.device("meta"):
-        network = SD3Transformer2DModel(
-            sample_size=c.base_patches * c.patch_size,
-            patch_size=c.patch_size,
-            in_channels=c.latent_channels,
-            num_layers=c.depth,
-            attention_head_dim=c.head_width,
-            num_attention_heads=c.num_heads,
-            joint_attention_dim=c.text_width,
-            caption_projection_dim=c.width,
-            pooled_projection_dim=POOLED_WIDTH,
-            out_channels=c.latent_channels,
-            pos_embed_max_size=c.max_patches,
-        )
+        network = SD3Transformer2DModel(**sd3_settings(config.transformer))
     network = network.to(getattr(torch, dtype)).to_empty(device=device).eval()
     with torch.no_grad():
         for tensor in (*network.parameters(), *network.buffers()):
@@ -137,12 +125,9 @@ def loop(settings) -> dict:
     for batch in settings["batch"]:
         _, text, pooled = torch_inputs(settings, config, halves * batch, device, dtype)
         latents = torch_inputs(settings, config, batch, device, torch.float32)[0]
-        seconds = []
         with torch.no_grad():
-            for _ in range(1 + settings["rounds"]):
-                began = time.perf_counter()
-                sample(latents, text, pooled)
-                seconds.append(time.perf_counter() - began)
+            run = functools.partial(sample, latents, text, pooled)
+            seconds = timeit.repeat(run, number=1, repeat=1 + settings["rounds"])
         figures[f"image batch {batch}: loop, s"] = statistics.median(seconds[1:])
         figures[f"image batch {batch}: compiling, s"] = max(0.0, seconds[0] - statistics.median(seconds[1:]))
     if device == "cuda":

@@ -21,7 +21,7 @@ from unialign_jax.conversion import autoencoder, rules, safetensors_file, text_e
 from unialign_jax.conversion.importing import DTYPES, check_fit, check_space, with_progress
 from unialign_jax.conversion.rules import Table
 from unialign_jax.files import check_inside, read_json, refuse_existing, replacing_folder, write_json
-from unialign_jax.models.mmdit import AlignmentHeadsConfig
+from unialign_jax.models.mmdit import AlignmentHeadsConfig, MMDiTConfig
 from unialign_jax.training import runs
 from unialign_jax.training.runs import StoredTree
 
@@ -350,10 +350,9 @@ def model_index(folder: Path, format: str) -> dict:
     return {"_class_name": name, "_diffusers_version": "0.31.0", **dict(sorted(parts.items()))}
 
 
-def transformer_settings(piece: Piece, format: str) -> dict:
-    config = piece.config
-    settings = {
-        "_class_name": CLASSES[format],
+def sd3_settings(config: MMDiTConfig) -> dict:
+    """A transformer's sizes as arguments of diffusers' SD3Transformer2DModel."""
+    return {
         "sample_size": config.base_patches * config.patch_size,
         "patch_size": config.patch_size,
         "in_channels": config.latent_channels,
@@ -366,6 +365,10 @@ def transformer_settings(piece: Piece, format: str) -> dict:
         "out_channels": config.latent_channels,
         "pos_embed_max_size": config.max_patches,
     }
+
+
+def transformer_settings(piece: Piece, format: str) -> dict:
+    config, settings = piece.config, {"_class_name": CLASSES[format]} | sd3_settings(piece.config)
     if format != "unialign":
         return settings
     settings["vocab_size"] = config.vocab_size

@@ -46,20 +46,17 @@ DEFAULT_VOCAB_SIZE = MMDiTConfig().vocab_size
 
 # {stream: {part: key}} in each layout; {layer} is the number of the block.
 DIFFUSERS_BLOCK = {
-    "image": {
-        "modulation": "transformer_blocks.{layer}.norm1.linear",
-        "qkv": [f"transformer_blocks.{{layer}}.attn.{name}" for name in ("to_q", "to_k", "to_v")],
-        "out": "transformer_blocks.{layer}.attn.to_out.0",
-        "mlp_in": "transformer_blocks.{layer}.ff.net.0.proj",
-        "mlp_out": "transformer_blocks.{layer}.ff.net.2",
-    },
-    "text": {
-        "modulation": "transformer_blocks.{layer}.norm1_context.linear",
-        "qkv": [f"transformer_blocks.{{layer}}.attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj")],
-        "out": "transformer_blocks.{layer}.attn.to_add_out",
-        "mlp_in": "transformer_blocks.{layer}.ff_context.net.0.proj",
-        "mlp_out": "transformer_blocks.{layer}.ff_context.net.2",
-    },
+    stream: {
+        "modulation": f"transformer_blocks.{{layer}}.{norm}.linear",
+        "qkv": [f"transformer_blocks.{{layer}}.attn.{name}" for name in qkv],
+        "out": f"transformer_blocks.{{layer}}.attn.{out}",
+        "mlp_in": f"transformer_blocks.{{layer}}.{mlp}.net.0.proj",
+        "mlp_out": f"transformer_blocks.{{layer}}.{mlp}.net.2",
+    }
+    for stream, norm, qkv, out, mlp in (
+        ("image", "norm1", ("to_q", "to_k", "to_v"), "to_out.0", "ff"),
+        ("text", "norm1_context", ("add_q_proj", "add_k_proj", "add_v_proj"), "to_add_out", "ff_context"),
+    )
 }
 STABILITY_BLOCK = {
     stream: {

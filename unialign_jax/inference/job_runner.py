@@ -6,12 +6,13 @@ Results of other jobs are not replaced unless that is asked for.
 """
 
 import collections
+import contextlib
 import dataclasses
 import json
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -247,11 +248,8 @@ class Results:
         ]
         for job in (*able, *bad):
             self._lines.pop(job.id, None)
-        try:
-            with replacing_file(self.path) as partial:
-                partial.write_bytes(b"".join(map(_encode, self._lines.values())))
-        except OSError as error:
-            raise cannot_write(self.path, error) from None
+        with _writing(self.path), replacing_file(self.path) as partial:
+            partial.write_bytes(b"".join(map(_encode, self._lines.values())))
         for job in bad:
             self._fail(job, job.error, {"id": job.id})
         return able
@@ -309,11 +307,8 @@ class Results:
         self.failed += 1
 
     def _append(self, job, entry):
-        try:
-            with open(self.path, "ab") as file:
-                file.write(_encode(entry | {"line": job.line}))
-        except OSError as error:
-            raise cannot_write(self.path, error) from None
+        with _writing(self.path), open(self.path, "ab") as file:
+            file.write(_encode(entry | {"line": job.line}))
 
 
 def made_by(path: Path) -> str | None:
@@ -354,24 +349,23 @@ def save_png(image: Image.Image, path: Path, parameters: dict) -> None:
     """
     info = PngInfo()
     info.add_text("parameters", json.dumps(parameters))
-    try:
+    with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing_file(path) as partial:
             image.save(partial, "PNG", pnginfo=info)
-    except OSError as error:
-        raise cannot_write(path, error) from None
 
 
 def save_text(text: str, path: Path) -> None:
     """Writes a text file, which appears when it is whole. Raises OSError in one line."""
+    with _writing(path), replacing_file(path) as partial:
+        partial.write_text(text)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turns an OSError into one line that names the path as it was given, not a scratch file beside it."""
     try:
-        with replacing_file(path) as partial:
-            partial.write_text(text)
+        yield
     except OSError as error:
-        raise cannot_write(path, error) from None
-
-
-def cannot_write(path: Path, error: OSError) -> OSError:
-    """The error in one line that names the path as it was given, not a scratch file beside it."""
-    reason = error.strerror or first_line(error).removeprefix(f"cannot write {path.absolute()}: ")
-    return OSError(f"cannot write {path}: {reason}")
+        reason = error.strerror or first_line(error).removeprefix(f"cannot write {path.absolute()}: ")
+        raise OSError(f"cannot write {path}: {reason}") from None

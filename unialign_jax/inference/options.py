@@ -240,16 +240,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(flag(alias), dest=name, type=OPTIONS[name].parse, help=argparse.SUPPRESS)
 
 
-def markdown_table(tasks: tuple[str, ...]) -> str:
-    """The options of some tasks as a table of docs/inference.md."""
-    rows = ["| option | default | takes | |", "|---|---|---|---|"]
-    for name, option in OPTIONS.items():
-        if set(option.tasks) & set(tasks):
-            whose = "" if set(tasks) <= set(option.tasks) else f" ({', '.join(t for t in option.tasks if t in tasks)})"
-            rows.append(f"| `{name}` | {option.default_text} | {option.expected} | {option.help}{whose} |")
-    return "\n".join(rows)
-
-
 def check_whole(name: str, value, low: int, high: int) -> int:
     """The value. Raises ValueError when it is no whole number from `low` to `high`."""
     return Option("whole", (), "", low=low, high=high).check(name, value)

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from unialign_jax.diffusion import flow
-from unialign_jax.sampling.solvers import SolverTable
 
 
 class SamplerState(NamedTuple):
@@ -39,8 +38,8 @@ def advance(velocity_fn: Callable, state: SamplerState, rows: tuple) -> SamplerS
     Args:
       velocity_fn: (latents float32 [B, H, W, C], sigma float32 scalar, a row of the inputs) -> velocity [B, H, W, C],
         already guided, of any float type.
-      rows: (SolverTable, inputs), pytrees with a leading axis of evaluations; `inputs` holds whatever else changes from
-        one evaluation to the next, or is None.
+      rows: (SolverTable, inputs), pytrees with a leading axis of evaluations: a `solvers.solver_table` over
+        `diffusion.flow.sampling_sigmas`, and whatever else changes from one evaluation to the next, or None.
     """
 
     chex.assert_equal_shape(state)
@@ -60,18 +59,6 @@ def advance(velocity_fn: Callable, state: SamplerState, rows: tuple) -> SamplerS
     table, inputs = rows
     state, _ = jax.lax.scan(evaluate, state, (jax.tree.map(jnp.asarray, table), inputs))
     return state
-
-
-def sample_image_latents(velocity_fn: Callable, noise: jax.Array, table: SolverTable, inputs=None) -> jax.Array:
-    """Latents float32 [B, H, W, C] integrated from noise (sigma 1) to clean (sigma 0).
-
-    Args:
-      velocity_fn: as in `advance`.
-      noise: [B, H, W, C], standard normal.
-      table: `solvers.solver_table` over `diffusion.flow.sampling_sigmas`.
-      inputs: a pytree with a leading axis of evaluations, given to velocity_fn row by row.
-    """
-    return advance(velocity_fn, start(noise), (table, inputs)).latents
 
 
 def text_guidance(
