@@ -77,10 +77,7 @@ def tokenizer_path(directory: str | os.PathLike) -> Path | None:
 
 
 def read_tokenizer(directory: str | os.PathLike, *, load: Callable = load_tokenizer, verify: bool = True):
-    """The bundle's tokenizer: a `Tokenizer`, or what `load` makes of the tokenizer's folder.
-
-    Args:
-      load: the reader of the folder; `data.tokenizer.load_backend` for a teacher's.
+    """The bundle's tokenizer: what `load` makes of its folder (of a teacher's, `data.tokenizer.load_backend`).
 
     Raises ValueError when the bundle has none, or (with `verify`) when it has been changed since it was written.
     """
@@ -126,8 +123,7 @@ def load(
       dtype: one dtype, or {component: dtype}; as stored when None, or for components that the dictionary lacks.
       verify: whether to hash the files and refuse those that have been changed since they were written.
 
-    Raises FileNotFoundError or ValueError, in one line, when the folder is not a whole bundle of this version or lacks
-    a component.
+    Raises FileNotFoundError or ValueError when the folder is not a whole bundle of this version or lacks a component.
     """
     content = read_content(directory, verify)
     config = parse_config(directory, content)
@@ -331,9 +327,8 @@ class Writer:
         with Writer(directory) as writer:
             writer.add("transformer", config, leaves)
 
-    The attributes `provenance`, `tasks`, `sampling` and `sizes` (values for SIZES) go into the config.json at the end;
-    see `BundleConfig`. Raises FileExistsError for an existing `directory`, unless `overwrite` is set and it contains
-    only a bundle's files.
+    The attributes `provenance`, `tasks`, `sampling` and `sizes` (values for SIZES) go into the config.json at the end.
+    Raises FileExistsError for an existing `directory`, unless `overwrite` is set and it has only a bundle's files.
     """
 
     def __init__(self, directory: str | os.PathLike, *, overwrite: bool = False):

@@ -1,7 +1,6 @@
 """The part of the command line that the commands share.
 
-It needs the standard library alone, and commands import it before anything else: so --help needs no package, and a
-missing package gives one line.
+Commands import it first, and it needs the standard library alone: so a missing package gives one line.
 """
 
 import argparse
@@ -93,7 +92,6 @@ def missing_package(error: BaseException, root: Path = ROOT, prefix: str = sys.p
 
     Args:
       root: the folder of the code, where the launch scripts create .venv.
-      prefix: the running environment's `sys.prefix`.
     """
     name = (getattr(error, "name", None) or "").partition(".")[0]
     if not isinstance(error, ModuleNotFoundError) or name in ("", "unialign_jax"):

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -92,8 +93,7 @@ def make_folder(path: Path, option: str) -> None:
 def check_json_output(path: str | os.PathLike) -> None:
     """Checks before a command's work that it can write its JSON result to `path` afterwards.
 
-    An existing file may be replaced only if it holds JSON. Raises OSError or ValueError when the result could not be
-    written.
+    An existing file may be replaced only if it holds JSON. Raises OSError or ValueError where it cannot.
     """
     path = Path(path)
     if not path.parent.is_dir():
@@ -128,9 +128,8 @@ def sha256(path: str | os.PathLike) -> str:
 def replacing_file(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a scratch file beside `path`, which is renamed to `path` when the block ends without an error.
 
-    After an error or a kill `path` is as it was before. A kill leaves the scratch file behind, hidden, as
-    `.NAME.*.partial`. Its name is unique, so no file of the user is overwritten. Raises OSError when the folder cannot
-    be written.
+    After an error or a kill `path` is as it was before. A kill leaves the scratch file behind, hidden, under a unique
+    name, `.NAME.*.partial`. Raises OSError when the folder cannot be written.
     """
     path = Path(path).absolute()
     try:
@@ -164,12 +163,10 @@ def replacing_folder(
 
     Args:
       directory: the folder to write; its parents are created.
-      overwrite: whether an existing folder may be replaced.
       foreign: lists the names in an existing folder that a writer of this kind does not write. If there are any, the
         folder is never replaced, even with `overwrite`.
 
-    Raises FileExistsError, before and after the block, when `directory` exists and may not be replaced, and OSError
-    when it cannot be written.
+    Raises OSError, before and after the block, when `directory` may not be replaced or cannot be written.
     """
     directory = Path(directory).absolute()
     try:
@@ -242,7 +239,7 @@ def refuse_existing(
 
 def _clean(directory: Path) -> None:
     """Removes what killed writers left beside a folder, and restores a folder whose replacement was interrupted."""
-    name = _escaped(directory.name)
+    name = glob.escape(directory.name)
     for left in [*directory.parent.glob(f".{name}.*.partial"), *directory.parent.glob(f".{name}.*.replaced")]:
         try:
             with open(left / _CLAIM, "r+") as claim:
@@ -252,10 +249,6 @@ def _clean(directory: Path) -> None:
                 shutil.rmtree(left, ignore_errors=True)
         except OSError:  # a file, someone else's folder, or one that is being written
             continue
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
 def _umask() -> int:

@@ -4,8 +4,7 @@
 
 It makes the same images (prompts and seeds) with the plain sampler, Euler at 28 steps, and with one option changed at a
 time. Differences are root mean squares over all pixels, in 255ths: from the plain sampler's images, and from the
-solution of the flow (Euler at --solution-steps). It also captions images in every decoding, and counts the evaluations
-of the network.
+solution of the flow (Euler at --solution-steps). It also counts the evaluations of the network for captions.
 
 Prompts and images are those of the shapes world (a seed that training does not use), which suit a bundle of
 configs/stage1.py:tiny. With --prompts the prompts are its lines, and the images to caption are the ones made.

@@ -283,7 +283,7 @@ def pipeline(settings) -> dict:
     """Images and captions by our pipeline."""
     import jax
 
-    from unialign_jax import Pipeline
+    from unialign_jax import Pipeline, bundle
     from unialign_jax.data.tokenizer import load_tokenizer
     from unialign_jax.inference.pipeline import default_dtype
     from unialign_jax.models.flops import peak_flops
@@ -292,7 +292,7 @@ def pipeline(settings) -> dict:
     device = jax.devices()[0]
     dtype = settings["dtype"] or default_dtype(device)
     config = model_config(settings)
-    tokenizer = load_tokenizer(settings["bundle"] and bundle_tokenizer(settings["bundle"]))
+    tokenizer = bundle.read_tokenizer(settings["bundle"]) if settings["bundle"] else load_tokenizer()
     load = parameter_loader(settings, config, dtype)
     model = Pipeline(config, load, tokenizer, dtype=dtype, quantize=settings["quantize"])
     watch = Stopwatch(model)
@@ -312,14 +312,6 @@ def pipeline(settings) -> dict:
     figures["peak device memory, GB"] = memory.get("device_peak_gb", not_measured(f"{device.platform} does not tell"))
     figures["peak host memory, GB"] = memory["host_peak_gb"]
     return figures
-
-
-def bundle_tokenizer(directory):
-    from unialign_jax import bundle
-
-    if (path := bundle.tokenizer_path(directory)) is None:
-        raise ValueError(f"{directory} has no tokenizer: convert the model again with --tokenizer=FOLDER")
-    return path
 
 
 def measure_images(settings, model, watch, limits) -> dict:
@@ -460,6 +452,7 @@ def forward_shapes(settings, config):
 
 def measure_forward(settings, config, run) -> dict:
     from unialign_jax.models import flops
+    from unialign_jax.training.metrics import memory_use
 
     seconds = timeit.repeat(run, number=1, repeat=1 + settings["rounds"])
     latents, text = forward_shapes(settings, config)
@@ -467,16 +460,9 @@ def measure_forward(settings, config, run) -> dict:
         "seconds": seconds[1:],
         "first call": seconds[0],
         "flops": flops.mmdit_forward(config.transformer, latent_size=latents[1:3], text_length=text[1]),
-        "host GB": host_peak(),
+        "host GB": memory_use()["host_peak_gb"],
         "load": os.getloadavg()[0],
     }
-
-
-def host_peak() -> float:
-    """Peak resident memory of this process in GB."""
-    from unialign_jax.training.metrics import memory_use
-
-    return memory_use()["host_peak_gb"]
 
 
 def answer(functions):

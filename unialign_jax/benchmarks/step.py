@@ -380,11 +380,7 @@ def parts(settings: dict) -> dict:
 
 
 def part_seconds(setup: Setup, measure: Callable) -> dict[str, float]:
-    """Seconds in a step of every part of `part_flops`, each a program of its own. Call it under `jax.set_mesh`.
-
-    Args:
-      measure: gives the seconds of a call that returns arrays.
-    """
+    """Seconds in a step of every part of `part_flops`, by `measure(call)`. Call it under `jax.set_mesh`."""
     import jax
 
     from unialign_jax.parallel import sharding

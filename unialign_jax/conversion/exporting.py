@@ -72,18 +72,15 @@ def export(
 
     Args:
       output: a folder ("unialign", "diffusers") or a .safetensors file ("stability").
-      format: one of FORMATS.
       source: a bundle; beside `run`, that of the text encoder, the VAE and the tokenizer.
       run: a training run's folder, whose newest checkpoint has the transformer and the heads.
       weights: "raw" or "ema", of a run.
       components: those of "transformer", "text_encoder", "autoencoder" to write; all that there are when None.
       dtype: "float32", "float16" or "bfloat16" to write; as stored when None.
-      progress: whether to draw a progress bar.
       drop_text_positions: whether to leave out a table of text positions. No format has a place for it, and images and
         texts change without it, so a transformer that has one is refused otherwise.
 
-    Raises ValueError, FileNotFoundError, FileExistsError or OSError when the export is impossible or fails; `output` is
-    then as it was before.
+    Raises ValueError or OSError when the export is impossible or fails; `output` is then as it was before.
     """
     if format not in FORMATS:
         raise ValueError(f"unknown format {format!r}, expected one of {', '.join(FORMATS)}")
@@ -137,7 +134,6 @@ def bundle_from_run(
     """Writes a bundle of a training run's newest checkpoint, with the run's tokenizer.
 
     Args:
-      weights: "raw" or "ema".
       source: the bundle of the text encoder and the autoencoder; those that the run was trained with when None.
       dtype: "float32", "float16" or "bfloat16" to store transformer and heads; as in the checkpoint when None.
 

@@ -56,7 +56,6 @@ def convert(
       kind: "sd3": a bundle with the same image velocity, whose text head is yet to be trained. "unialign": with the
         alignment heads where the source has them.
       source: a diffusers folder, one component's folder, or a safetensors file.
-      output: the bundle to write.
       text_encoder: a file or folder of T5, in place of the source's own.
       vae: the same of the VAE.
       tokenizer: T5's tokenizer folder, in place of the source's own.
@@ -64,10 +63,8 @@ def convert(
       components: those of "transformer", "text_encoder", "autoencoder" to convert; all three when None.
       heads: whether to draw new alignment heads for a source without them.
       dtype: "float32", "float16" or "bfloat16" to store; the source's own when None.
-      progress: whether to draw a progress bar.
 
-    Raises ValueError, FileNotFoundError, FileExistsError or OSError when the conversion is impossible or fails; nothing
-    is then left at `output`.
+    Raises ValueError or OSError when the conversion is impossible or fails; `output` is then as it was before.
     """
     wanted = tuple(components or ("transformer", "text_encoder", "autoencoder"))
     unknown = [name for name in wanted if name not in sources.FOLDERS]
@@ -242,11 +239,7 @@ class Job:
 
 
 def config_and_table(part: Part, vocab_size: int | None = None) -> tuple[object, Table]:
-    """The architecture of a part, and the table that converts it, without alignment heads.
-
-    Args:
-      vocab_size: of a transformer without a text head.
-    """
+    """The architecture of a part (`vocab_size` where it has no text head), and the table that converts it."""
     if part.component == "text_encoder":
         config = text_encoder.infer_config(part.shapes, part.settings, part.name)
         return config, text_encoder.t5_table(config, part.tensors)

@@ -104,7 +104,7 @@ def describe_tree(name: str, tree: runs.StoredTree, keys: bool) -> Iterator[str]
 def inspect_source(path: Path, keys: bool) -> Iterator[str]:
     source = sources.open_source(path)
     for part in source.parts.values():
-        count = sources.total_parameters(part.tensors)
+        count = sum(info.size for info in part.tensors.values())
         dtypes = Counter(info.dtype for info in part.tensors.values())
         yield f"{part.component}: layout {part.layout}, {len(part.tensors)} tensors, {count:,} values"
         yield f"    dtypes {', '.join(f'{name} ({number})' for name, number in dtypes.most_common())}"

@@ -141,7 +141,6 @@ class Writer:
     """Writes a safetensors file in any order of its tensors; it gets its name when all of them are there.
 
     Args:
-      path: the file, whose folder exists.
       tensors: {name: (numpy dtype, shape)}, all that the file will hold.
     """
 

@@ -366,9 +366,7 @@ def infer_config(
 
     Args:
       layout: "diffusers", "stability" or "unialign".
-      read: gives the tensor at a key.
       settings: the source's config.json, or {}.
-      name: the source, for messages.
       vocab_size: for SD3, which has no text head.
 
     Raises ValueError for another architecture, and when shapes and config.json disagree.

@@ -46,7 +46,6 @@ def mask_tokens(
 def unmask_times(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The times at which masked tokens are revealed while t runs from 1 to 0: independent, uniform in (0, 1].
 
-    Such times reveal a token that is masked at t before s < t with probability (t - s) / t, whatever happens to the
-    others.
+    A token that is masked at t is revealed before s < t with probability (t - s) / t, independently of the others.
     """
     return 1.0 - jax.random.uniform(key, shape, jnp.float32)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from scipy import ndimage
 
-from unialign_jax.data.shapes.detector import Detection, detect
+from unialign_jax.data.shapes.detector import detect
 from unialign_jax.data.shapes.render import DEPTH_LEVELS
 from unialign_jax.data.shapes.scene import Scene, Thing
 from unialign_jax.data.shapes.tasks import relations
@@ -135,8 +135,3 @@ def summary(scores: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
         error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
         result[name] = {"mean": float(values.mean()), "standard_error": error, "count": len(values)}
     return result
-
-
-def is_same_scene(found: Detection, scene: Scene) -> bool:
-    """Whether the detector found this scene; shifts within a cell do not count."""
-    return is_true(claim_of(scene), found.scene)

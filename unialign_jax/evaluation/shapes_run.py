@@ -61,11 +61,8 @@ def run_task(
     """Runs one task on `count` held-out records.
 
     Args:
-      pipeline: a `Pipeline` of a model that was trained on the shapes world.
-      task: one of TASKS.
       image_options: further arguments of `Pipeline.generate`, `edit` and `personalize`.
       text_options: further arguments of `Pipeline.caption` and `answer`.
-      seed: of the held-out world.
       batch: records handed to the pipeline in one call.
       progress: called with the number of records that a call has finished.
 

@@ -217,8 +217,7 @@ def make_job(
       id, line, model: see `Job` and `read_jobs`.
       named: how messages call a key.
 
-    Raises ValueError for a key or a value that the task does not take, a missing text, and images that are too few,
-    too many or unreadable.
+    Raises ValueError for keys and values that the task does not take, a missing text, and images that do not fit.
     """
     fields = {key: value for key, value in fields.items() if value is not None}
     task = task_name(fields.pop("task", None))

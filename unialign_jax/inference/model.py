@@ -35,7 +35,6 @@ class Model:
     """The part of a `Pipeline` that runs programs.
 
     Attributes:
-      config, tokenizer, name, device: of the model.
       programs: its compiled programs, a `sampling.programs.Programs`.
       max_batch: the most samples in one forward.
     """
@@ -58,7 +57,6 @@ class Model:
 
         Args:
           load: gives a component's parameters by its name, placed and in their dtypes, when they are first needed.
-          name: for messages.
         """
         self.config, self.tokenizer, self.name = config, tokenizer, name
         self._said = set()  # warnings that were given, and programs whose compilation was announced

@@ -41,12 +41,9 @@ class Option:
 
     Attributes:
       kind: "whole", "number", "text", "choice" or "interval" (two numbers from 0 to 1).
-      tasks: the tasks that take it.
-      help: for people.
       default: what holds when it is not given; None where `usual` says it in words.
       usual: the default in words, where it depends on the model or the task.
       low, high: the range of a number.
-      choices: of a "choice".
     """
 
     kind: str

@@ -28,8 +28,7 @@ def abstract_component(config: bundle.BundleConfig, name: str, dtype: str, shard
 class Loader:
     """A function, name of a component -> its parameters, on the device and in their dtypes, read at every call.
 
-    With `quantize` the transformer and the text encoder become int8 on the host, array by array, so the device never
-    holds them unquantised.
+    With `quantize` transformer and text encoder become int8 on the host, array by array, before they are placed.
     """
 
     def __init__(

@@ -42,7 +42,6 @@ def start(
     processes this returns the message to print then, to be taken back at a normal exit; with one it returns None.
 
     Args:
-      environ: the process's environment.
       coordinator: HOST:PORT of process 0; needs `num_processes` and `process_id` too.
       heartbeat_timeout: seconds of silence after which a process counts as lost, and the others end.
       initialization_timeout: seconds to wait for the others at the start.

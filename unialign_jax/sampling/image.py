@@ -31,9 +31,8 @@ def start(noise: jax.Array) -> SamplerState:
 def advance(velocity_fn: Callable, state: SamplerState, rows: tuple) -> SamplerState:
     """The state after the evaluations of `rows`: one scan, whatever the solver.
 
-    The rows may be cut into pieces, one call each. Call it under jax.jit with the rows as arguments (and velocity_fn
-    closing over traced parameters): then other noise levels, and another solver with as many evaluations, compile
-    nothing new.
+    The rows may be cut into pieces, one call each. Under jax.jit with rows and parameters traced, other noise levels,
+    and another solver with as many evaluations, compile nothing new.
 
     Args:
       velocity_fn: (latents float32 [B, H, W, C], sigma float32 scalar, a row of the inputs) -> velocity [B, H, W, C],
@@ -66,8 +65,7 @@ def text_guidance(
 ) -> jax.Array:
     """Classifier-free guidance of velocities, float32: unconditional + scale * (conditional - unconditional).
 
-    A scale of 1 is the conditional model alone. To guide only at some noise levels (arXiv 2404.07724), use the
-    conditional velocity at the others.
+    A scale of 1 is the conditional model alone, to be used at noise levels without guidance (arXiv 2404.07724).
 
     Args:
       unconditional, conditional: velocities [B, ...].
@@ -110,8 +108,7 @@ def rescale_guidance(guided: jax.Array, conditional: jax.Array, rescale: ArrayLi
 
         guided * (rescale * std(conditional) / std(guided) + 1 - rescale)
 
-    The paper uses 0.7. The deviations are those of a sample's velocities, over all elements: like diffusers, it
-    rescales the network's prediction.
+    The paper uses 0.7. The deviations are over all elements of a sample's velocity, as in diffusers.
     """
     chex.assert_equal_shape([guided, conditional])
     axes = tuple(range(1, guided.ndim))

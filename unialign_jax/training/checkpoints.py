@@ -73,8 +73,7 @@ class Checkpoints:
     def save(self, state: TrainState, step: int) -> None:
         """Starts saving and returns once the arrays are copied; writing and checksums go on in the background.
 
-        Waits for the save before it first. Raises OSError when this save, or the one before it, cannot be written, and
-        when the processes see different checkpoints.
+        Waits for the save before it. Raises OSError when either cannot be written, or processes see different ones.
         """
         self._wait()
         if step in self.steps():

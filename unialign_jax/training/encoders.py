@@ -1,7 +1,6 @@
 """Pretrains the frozen networks of the `:tiny` stages on the shapes world: an autoencoder and a T5 encoder.
 
-The full-size model uses SD3's VAE and T5-XXL, which others trained. The tiny stages use small networks of the same
-classes, trained here from fixed seeds.
+They are small networks of the classes of SD3's VAE and T5-XXL, trained from fixed seeds.
 """
 
 import dataclasses
@@ -188,16 +187,12 @@ def train_autoencoder(
     ):
         if phase == "things":
             params = params | {"viewer": viewer}
-        shifted = functools.partial(_log_after, done, log)
+        shifted = lambda step, *values, done=done: log(done + step, *values)  # noqa: E731
         params = optimize_autoencoder(module, params, count, rate, make, key, shifted, phase)
         if phase != "decoder":
             params = {"autoencoder": whitened(config, params["autoencoder"], images)}
         done += count
     return with_statistics(config, params["autoencoder"], images), params["autoencoder"]
-
-
-def _log_after(done: int, log: Callable, step: int, *values) -> None:
-    log(done + step, *values)
 
 
 def optimize_autoencoder(

@@ -230,12 +230,9 @@ class Recorder:
             self._writer.write(step + 1, stream, values | self.throughput.report())
 
     def add_validation(self, step: int, rows: dict[str, dict[str, float]], shown: dict[str, float]) -> None:
-        """Records the rows of a validation after `step` steps; its time does not count as training.
+        """Records a validation after `step` steps, with `shown` in the progress bar; its time is no time of training.
 
         Raises FloatingPointError for a loss that is not finite.
-
-        Args:
-          shown: the figures for the progress bar.
         """
         for name, values in rows.items():
             if not math.isfinite(values.get("loss", 0)):

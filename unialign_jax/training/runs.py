@@ -361,9 +361,7 @@ class Run(NamedTuple):
 
     Attributes:
       name: its folder's, for messages.
-      config: as a bundle's.
       leaves: component -> its (path, array) pairs on the host.
-      weights: "raw" or "ema".
       digest: a hash by which these weights are told from others.
       frozen_from: the bundle of the encoders; None where they are drawn.
     """

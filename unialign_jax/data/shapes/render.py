@@ -86,8 +86,7 @@ def canny(image: np.ndarray, *, low: float = 8.0, high: float = 20.0) -> np.ndar
 
     Args:
       image: uint8 [H, W, 3].
-      low, high: thresholds on the gradient's magnitude in gray levels per pixel. The defaults find the outline of
-        every colour of this world on every background.
+      low, high: thresholds on the gradient's magnitude in gray levels per pixel; the defaults find every outline.
     """
     taps = np.exp(-0.5 * np.arange(-2, 3) ** 2)
     taps /= taps.sum()

@@ -72,7 +72,6 @@ def sample_scene(rng: np.random.Generator, *, num_things: int | None = None, ali
     """A random scene.
 
     Args:
-      rng: the only source of chance.
       num_things: 1 to 3; None draws it uniformly.
       alike: all things share shape, colour and size ("three small red stars"). Otherwise no two things share a
         shape and no two share a colour, so that "the star" and "the red one" always name one thing.
