@@ -151,16 +151,12 @@ def add_dtype(parser, text):
 def convert(arguments):
     from unialign_jax.conversion.importing import convert
 
+    taken = ("text_encoder", "vae", "mask_embedding", "components", "heads", "tokenizer")
     config = convert(
         arguments.command,
         arguments.source,
         arguments.output,
-        text_encoder=arguments.text_encoder,
-        vae=arguments.vae,
-        mask_embedding=arguments.mask_embedding,
-        components=arguments.components,
-        heads=arguments.heads,
-        tokenizer=arguments.tokenizer,
+        **{name: getattr(arguments, name) for name in taken},
         **common(arguments),
     )
     return f"{', '.join(config.components)} in {arguments.output}"

@@ -8,8 +8,7 @@ configuration; configs/base.py lists them with their meaning. The folder gets co
 TensorBoard events and samples/. SIGTERM or Ctrl-C saves and stops; the same command resumes.
 
 On several hosts the same command runs on each. They find one another on a TPU slice and under SLURM's srun; elsewhere
---coordinator, --num-processes and --process-id tell where the others are. When one is lost, all end; the same command
-resumes.
+give --coordinator, --num-processes and --process-id. When one is lost, all end; the same command resumes.
 
 Exit status: 0 when training has finished, 128 + the signal when it was stopped and saved, 1 for an error, 2 for a bad
 command line. With several processes, 75 (or 134, when JAX ends the process) when another was lost: start again.

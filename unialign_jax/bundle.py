@@ -391,11 +391,7 @@ class Writer:
                     raise error
                 self._finish()
         except BaseException as found:
-            if is_disk_full(found):
-                raise OSError(
-                    errno.ENOSPC, f"the disk of {self.directory.parent} is full; nothing was kept. Free some space, or "
-                    "choose another --output"
-                ) from found  # fmt: skip
+            explain_full_disk(found, self.directory)
             if found is not error:
                 raise
 
@@ -428,13 +424,14 @@ def strangers(directory: Path) -> list[str]:
     return [name for name in names if name not in known and (recorded or name.split("/")[0] not in PARTS)]
 
 
-def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that caused it, means a full disk. The storage library raises errors of its own."""
-    while error is not None:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+def explain_full_disk(error: BaseException, output: Path) -> None:
+    """Raises OSError in one line if an error, or one that caused it, means a full disk; Orbax's are of many kinds."""
+    link = error
+    while link is not None:
+        if getattr(link, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(link):
+            full = f"the disk of {output.parent} is full; nothing was kept. Free some space, or choose another --output"
+            raise OSError(errno.ENOSPC, full) from error
+        link = link.__cause__ or link.__context__
 
 
 def versions() -> dict[str, str]:

@@ -76,6 +76,15 @@ def parse_json(text: str | bytes, name: str, expected: type | None = dict):
     return value
 
 
+def unique_keys(pairs: list[tuple]) -> dict:
+    """A JSON object as a dictionary, for `json.loads`. Raises ValueError for a key that comes twice."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [key for key, _ in pairs]
+        raise ValueError(f"has the key {next(key for key in names if names.count(key) > 1)!r} twice")
+    return fields
+
+
 def read_json(path: str | os.PathLike, expected: type | None = dict):
     """The value in a JSON file. Raises as `check_regular` and `parse_json` do."""
     check_regular(path, MAX_JSON)

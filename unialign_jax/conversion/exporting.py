@@ -6,7 +6,6 @@ They make the same images from a prompt, but have no place for the text head, fo
 the text head reads) and for the alignment heads.
 """
 
-import errno
 import shutil
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
@@ -114,10 +113,8 @@ def export(
                 with replacing_folder(output, overwrite=overwrite, foreign=strangers) as folder:
                     write_folder(folder, format, writers, tokenizer, bar)
     except OSError as error:
-        if not bundle.is_disk_full(error):
-            raise
-        full = f"the disk of {output.parent} is full; nothing was kept. Free some space, or choose another --output"
-        raise OSError(errno.ENOSPC, full) from error
+        bundle.explain_full_disk(error, output)
+        raise
     return left_out(trees, chosen, format)
 
 

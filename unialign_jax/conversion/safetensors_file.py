@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from unialign_jax.files import check_regular, first_line, replacing_file
+from unialign_jax.files import check_regular, first_line, replacing_file, unique_keys
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -92,16 +92,6 @@ def announced_bytes(text) -> int:
         return max((int(entry["data_offsets"][1]) for entry in entries), default=0)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return 0
-
-
-def unique_keys(pairs) -> dict:
-    """A JSON object as a dictionary; ValueError for a key that comes twice, of which one would be ignored."""
-    found = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"{key} is there twice")
-        found[key] = value
-    return found
 
 
 def describe_start(start: bytes) -> str:

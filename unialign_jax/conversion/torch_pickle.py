@@ -195,10 +195,8 @@ class Machine:
             case "APPEND" | "APPENDS":
                 values = [self._pop()] if name == "APPEND" else self._pop_mark()
                 self._top(list).extend(values)
-            case "SETITEM":
-                self._put([self._pop(), self._pop()][::-1])
-            case "SETITEMS":
-                self._put(self._pop_mark())
+            case "SETITEM" | "SETITEMS":
+                self._put([self._pop(), self._pop()][::-1] if name == "SETITEM" else self._pop_mark())
             case "PUT" | "BINPUT" | "LONG_BINPUT":
                 self._memo[argument] = self._top()
             case "MEMOIZE":

@@ -12,9 +12,8 @@ from jax.typing import ArrayLike
 def sample_mask_fractions(key: jax.Array, batch: int, *, min_fraction: float = 1e-3) -> jax.Array:
     """Stratified mask fractions, float32 [B]: [min_fraction, 1] is cut into B equal strata, one for each sample.
 
-    Strata are dealt out at random, so each sample's own fraction is uniform and a micro-batch cut from the batch sees
-    all levels. (The reference gives stratum i to sample i.) Draw them for the global batch: the variance that t adds to
-    the loss falls with the number of strata.
+    Strata are dealt out at random (the reference gives stratum i to sample i), so that a micro-batch sees all levels.
+    Draw them for the global batch: the variance that t adds to the loss falls with the number of strata.
     """
     strata_key, place_key = jax.random.split(key)
     stratum = jax.random.permutation(strata_key, batch)

@@ -1,7 +1,6 @@
 """Scores of the shapes world: pictures, maps, captions and answers against the truth, one record at a time.
 
-Every scoring function returns {name: bool or float}; `summary` turns many into means and standard errors. Nothing here
-knows a model: images are arrays, texts are strings.
+Every scoring function returns {name: bool or float}; `summary` turns many into means and standard errors.
 """
 
 import math

@@ -7,7 +7,6 @@ A jobs file holds one JSON object a line. Its keys are the inputs of its task (I
     {"task": "vqa", "image": "photos/1.jpg", "question": "What is on the mat?"}
 """
 
-import collections
 import dataclasses
 import functools
 import hashlib
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from unialign_jax.data import images
 from unialign_jax.data.kinds import TASKS, task_name
-from unialign_jax.files import check_regular, first_line, shown
+from unialign_jax.files import check_regular, first_line, shown, unique_keys
 from unialign_jax.inference.options import MAX_REFERENCES, SEEDS, TEXT_TASKS, by_name, is_text, options_of
 
 RESULTS = "results.jsonl"  # in the folder of results: no job may be called so
@@ -177,7 +176,7 @@ def _read_line(content, line, folder, model):
     name = f"{line:06d}"
     try:
         try:
-            fields = json.loads(content.decode(), object_pairs_hook=_object, parse_constant=_refuse_constant)
+            fields = json.loads(content.decode(), object_pairs_hook=unique_keys, parse_constant=_refuse_constant)
         except json.JSONDecodeError as error:
             raise ValueError(f"is no JSON: {error.msg} at column {error.colno}") from None
         except UnicodeDecodeError:
@@ -192,14 +191,6 @@ def _read_line(content, line, folder, model):
         return make_job(fields, folder, id=name, line=line, model=model)
     except ValueError as error:
         return BadJob(name, line, first_line(error))
-
-
-def _object(pairs):
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        twice = next(key for key, count in collections.Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"has the key {twice!r} twice")
-    return fields
 
 
 def _refuse_constant(name):

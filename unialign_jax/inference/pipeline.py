@@ -268,8 +268,7 @@ class Pipeline(Model):
     def answer(self, images: Images, questions: str | Sequence[str], **options) -> list[str]:
         """Answers to questions about the images; one image, or one question, may stand for all.
 
-        The question is fixed as "Q: {question} A: " and the rest is filled in, with the likeliest tokens unless the
-        bundle says otherwise. Images and options are as in `caption`.
+        The model completes "Q: {question} A: ". Images and options are as in `caption`.
         """
         chosen = self._settings("vqa", options)
         questions, images = spread(check_texts(questions, "question"), open_images(images), "questions")
@@ -309,18 +308,14 @@ class Pipeline(Model):
             for _ in range(chosen.images_per_prompt)
         ]
         table = solver_table(chosen.solver, sampling_sigmas(chosen.steps, shift=chosen.shift))
-
-        def guide(count):
-            image_scale = chosen.image_guidance_scale if pictures[0].conditions else None
-            return make_guidance(
-                count,
-                table,
-                scale=chosen.guidance_scale,
-                rescale=chosen.guidance_rescale,
-                interval=chosen.guidance_interval,
-                image_scale=image_scale,
-            )
-
+        guide = functools.partial(
+            make_guidance,
+            table=table,
+            scale=chosen.guidance_scale,
+            rescale=chosen.guidance_rescale,
+            interval=chosen.guidance_interval,
+            image_scale=chosen.image_guidance_scale if pictures[0].conditions else None,
+        )
         is_guided = guide(1) is not None
         self._warn_of_task(task)
         self._warn_of_size([picture.size for picture in pictures])

@@ -214,8 +214,7 @@ def personalization_example(rng: np.random.Generator, image_size: int) -> Exampl
 
 
 def vqa_example(rng: np.random.Generator, image_size: int) -> Example:
-    """A scene, a question and its answer. The answers of each kind of question are balanced by construction: the
-    answer is drawn first wherever it does not follow from the scene."""
+    """A scene, a question and its answer, drawn first where the scene leaves it open, so that all are balanced."""
     topic = _choose(rng, _TOPICS)
     if topic == "count of":
         return _count_example(rng, image_size)
