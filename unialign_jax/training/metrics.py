@@ -25,8 +25,7 @@ log = logging.getLogger(__name__)
 class MetricsWriter:
     """Appends rows to `workdir/metrics.jsonl` and to TensorBoard; on hosts other than the first it does nothing.
 
-    On opening it drops the rows after `start_step`: those steps are done again, with the same numbers. So the file of
-    an interrupted run reads like that of an uninterrupted one.
+    Opening drops the rows after `start_step`, whose steps are done again: the file reads as if nothing had stopped.
     """
 
     def __init__(self, workdir: str | Path, start_step: int):
@@ -230,12 +229,9 @@ class Recorder:
             self._writer.write(step + 1, stream, values | self.throughput.report())
 
     def add_validation(self, step: int, rows: dict[str, dict[str, float]], shown: dict[str, float]) -> None:
-        """Records the rows of a validation after `step` steps; its time does not count as training.
+        """Records a validation after `step` steps, with `shown` in the progress bar; its time is no time of training.
 
         Raises FloatingPointError for a loss that is not finite.
-
-        Args:
-          shown: the figures for the progress bar.
         """
         for name, values in rows.items():
             if not math.isfinite(values.get("loss", 0)):

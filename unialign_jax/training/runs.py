@@ -93,14 +93,7 @@ def _changes(before: dict, after: dict, prefix: str = "") -> Iterator[str]:
         if isinstance(old, dict) and isinstance(new, dict):
             yield from _changes(old, new, f"{prefix}{key}.")
         elif old != new:
-            yield f"{prefix}{key} from {_shown(old)} to {_shown(new)}"
-
-
-def _shown(value) -> str:
-    """A value of a configuration in a line; where no configuration can hold it, its type."""
-    values = value if isinstance(value, list) else [value]
-    plain = all(isinstance(each, str | int | float | None) for each in values)
-    return repr(value)[:300] if plain else f"a {type(value).__name__}"
+            yield f"{prefix}{key} from {files.shown(old, 300)} to {files.shown(new, 300)}"
 
 
 def inherit_sources(config: ConfigDict, workdir: Path) -> ConfigDict:
@@ -361,9 +354,7 @@ class Run(NamedTuple):
 
     Attributes:
       name: its folder's, for messages.
-      config: as a bundle's.
       leaves: component -> its (path, array) pairs on the host.
-      weights: "raw" or "ema".
       digest: a hash by which these weights are told from others.
       frozen_from: the bundle of the encoders; None where they are drawn.
     """
