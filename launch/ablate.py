@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from unialign_jax.command_line import explain_missing_packages, split_changes
+from unialign_jax.command_line import Parser, explain_missing_packages, run_command, split_changes
 
 explain_missing_packages()
 
@@ -41,9 +41,7 @@ VARIANTS = {
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     argv, changes = split_changes(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
-        description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=DESCRIPTION, epilog=EXAMPLES)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of all runs")
     parser.add_argument("--data", type=Path, default=Path("data/shapes"), metavar="DIR", help="default %(default)s")
     default = "both,no_cross_modal,no_intrinsic_modal,neither"
@@ -60,9 +58,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     unknown = [name for name in arguments.variants if name not in VARIANTS]
     if unknown:
         parser.error(f"--variants names {unknown[0]!r}, expected some of {', '.join(VARIANTS)}")
-    for name, least in (("seeds", 1), ("steps", 1), ("edit_steps", 0), ("scenes", 1)):
-        if getattr(arguments, name) < least:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(arguments, name)}, expected at least {least}")
+    parser.check_least(arguments, seeds=1, steps=1, edit_steps=0, scenes=1)
     return arguments
 
 
@@ -153,17 +149,7 @@ def ablate(arguments: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    try:
-        ablate(arguments)
-    except (ValueError, OSError, RuntimeError) as error:
-        from unialign_jax.files import first_line
-
-        print(f"error: {first_line(error, 500)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command resumes", file=sys.stderr)
-        return 130
-    return 0
+    return run_command(lambda: ablate(arguments), interrupted="the same command resumes")
 
 
 if __name__ == "__main__":

@@ -9,19 +9,10 @@
     python launch/benchmark.py soak --steps=2000 --saves=200
     python launch/benchmark.py data
 
-`train` runs the same number of optimizer steps twice: the bare compiled step on one batch that is already on the
-device, and the training loop with data, metrics and progress. Their ratio is what the loop costs.
-`convert` converts and loads files of the published sizes, filled at random: 2.1 B of SD3 and 4.8 B of T5.
-`sample` makes images and captions with a bundle or with random weights; see unialign_jax/benchmarks/sample.py.
-`options` says what the options of sampling cost, and how far each leads from the plain sampler.
-`step` measures the training step alone: time, MFU and memory at several settings, and the share of each part.
-`memory` puts the plan's memory of a training step beside that of a run.
-`soak` watches the memory, descriptors and threads of a long run with many saves.
-`data` measures images per second of one core from a data folder to examples, beside decoders alone.
+`python launch/benchmark.py PART --help` says what each measures, and how.
 `train`, `step`, `memory` and `soak` read a stage, and take --config.KEY=VALUE for its keys as launch/train.py does.
 """
 
-import argparse
 import os
 import platform
 import sys
@@ -37,7 +28,7 @@ from unialign_jax.benchmarks import convert, data, loop, memory, options, sample
 
 
 def main(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, part, measure, explained in (
         ("train", loop, loop.benchmark_train, "the training loop against the bare step"),
@@ -49,7 +40,7 @@ def main(argv=None):
         ("soak", soak, soak.benchmark_soak, "a long run with many saves: memory, descriptors and threads"),
         ("data", data, data.benchmark_data, "images per second of one core, from JPEGs and from caches"),
     ):
-        command = commands.add_parser(name, help=explained)
+        command = commands.add_parser(name, help=explained, description=part.__doc__)
         part.add_arguments(command)
         command.add_argument("--output", type=Path, help="also write the figures to this JSON file")
         command.set_defaults(measure=measure)

@@ -1,13 +1,12 @@
 """Weights in and out: python launch/convert.py --help"""
 
-import argparse
 import logging
 import sys
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from unialign_jax.command_line import explain_missing_packages
+from unialign_jax.command_line import Parser, explain_missing_packages, run_command
 
 explain_missing_packages()
 
@@ -67,12 +66,11 @@ Describes a safetensors file, a model's folder, a bundle or a run: components, l
 
 
 def parse_arguments(argv):
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=DESCRIPTION, epilog=EXAMPLES, formatter_class=raw)
+    parser = Parser(description=DESCRIPTION, epilog=EXAMPLES)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name, text, help):
-        sub = commands.add_parser(name, description=text, help=help, formatter_class=raw)
+        sub = commands.add_parser(name, description=text, help=help)
         sub.add_argument("--traceback", action="store_true", help="show where an error came from")
         return sub
 
@@ -153,16 +151,12 @@ def add_dtype(parser, text):
 def convert(arguments):
     from unialign_jax.conversion.importing import convert
 
+    taken = ("text_encoder", "vae", "mask_embedding", "components", "heads", "tokenizer")
     config = convert(
         arguments.command,
         arguments.source,
         arguments.output,
-        text_encoder=arguments.text_encoder,
-        vae=arguments.vae,
-        mask_embedding=arguments.mask_embedding,
-        components=arguments.components,
-        heads=arguments.heads,
-        tokenizer=arguments.tokenizer,
+        **{name: getattr(arguments, name) for name in taken},
         **common(arguments),
     )
     return f"{', '.join(config.components)} in {arguments.output}"
@@ -220,13 +214,6 @@ def quiet_about_closed_loops(unraisable):
         sys.__unraisablehook__(unraisable)
 
 
-def message(error) -> str:
-    """An error as one line, without the system's error number."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split("\n"))
-
-
 COMMANDS = {"sd3": convert, "unialign": convert, "teacher": teacher, "export": export, "inspect": inspect}
 
 
@@ -240,19 +227,12 @@ def main(argv=None) -> int:
 
     jax.config.update("jax_platforms", "cpu")  # converting needs no accelerator, and must not take one from a run
     began = time.monotonic()
-    try:
-        written = COMMANDS[arguments.command](arguments)
-    except (ValueError, OSError, ImportError) as error:
-        if arguments.traceback:
-            raise
-        print(f"error: {message(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted; nothing was kept", file=sys.stderr)
-        return 130
-    if written:
-        print(f"wrote {written} in {time.monotonic() - began:.0f} s")
-    return 0
+
+    def work():
+        if written := COMMANDS[arguments.command](arguments):
+            print(f"wrote {written} in {time.monotonic() - began:.0f} s")
+
+    return run_command(work, traceback=arguments.traceback)
 
 
 if __name__ == "__main__":

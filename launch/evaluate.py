@@ -1,6 +1,5 @@
 """Scores of a model: python launch/evaluate.py --help"""
 
-import argparse
 import json
 import logging
 import sys
@@ -8,7 +7,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from unialign_jax.command_line import explain_missing_packages
+from unialign_jax.command_line import Parser, explain_missing_packages, run_command
 
 explain_missing_packages()
 
@@ -37,9 +36,7 @@ def parse_arguments(argv):
     from unialign_jax.evaluation.shapes_run import HELD_OUT_SEED, TASKS
     from unialign_jax.inference.options import OPTIONS
 
-    parser = argparse.ArgumentParser(
-        description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=DESCRIPTION, epilog=EXAMPLES)
     suites = parser.add_subparsers(dest="suite", required=True, metavar="SUITE")
     shapes = suites.add_parser("shapes", help="the procedural world")
     shapes.add_argument("--bundle", required=True, metavar="DIR", help="the model: a bundle, a run's folder, or demo")
@@ -59,9 +56,7 @@ def parse_arguments(argv):
         shapes.add_argument(f"--{name.replace('_', '-')}", type=option.parse, metavar=metavar, help=text)
     shapes.add_argument("--traceback", action="store_true", help="show where an error came from")
     arguments = parser.parse_args(argv)
-    for name, least in (("scenes", 1), ("seed", 0), ("batch", 1)):
-        if getattr(arguments, name) < least:
-            parser.error(f"--{name} is {getattr(arguments, name)}, expected at least {least}")
+    parser.check_least(arguments, scenes=1, seed=0, batch=1)
     if arguments.tasks is not None:
         arguments.tasks = [task_name(name.strip()) for name in arguments.tasks.split(",")]
         unknown = [name for name in arguments.tasks if name not in TASKS]
@@ -70,8 +65,8 @@ def parse_arguments(argv):
     return arguments
 
 
-def evaluate_shapes(arguments) -> dict:
-    """Writes the output folder; returns the content of its scores.json."""
+def evaluate_shapes(arguments) -> None:
+    """Writes the output folder."""
     from tqdm import tqdm
 
     from unialign_jax import files
@@ -114,7 +109,7 @@ def evaluate_shapes(arguments) -> dict:
             shapes_run.write_worst(folder, task, results)
             print(shapes_run.table(task, content["scores"][task], time.monotonic() - began), flush=True)
         (folder / "scores.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    return content
+    print(f"wrote {arguments.output}")
 
 
 def given(arguments, names: tuple[str, ...]) -> dict:
@@ -133,21 +128,8 @@ def foreign_names(folder: Path) -> list[str]:
 def main(argv=None) -> int:
     arguments = parse_arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        evaluate_shapes(arguments)
-    except (ValueError, OSError, RuntimeError) as error:
-        from unialign_jax.files import first_line
-
-        if arguments.traceback:
-            raise
-        hint = ": a smaller --batch takes less" if "RESOURCE_EXHAUSTED" in str(error) else ""
-        print(f"error: {first_line(error, 500)}{hint}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted; nothing was written", file=sys.stderr)
-        return 130
-    print(f"wrote {arguments.output}")
-    return 0
+    hint = ": a smaller --batch takes less"
+    return run_command(lambda: evaluate_shapes(arguments), traceback=arguments.traceback, hint=hint)
 
 
 if __name__ == "__main__":

@@ -12,14 +12,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from unialign_jax.command_line import explain_missing_packages
+from unialign_jax.command_line import Parser, explain_missing_packages, run_command
 
 explain_missing_packages()
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from unialign_jax import files
 from unialign_jax.data.kinds import TASKS, task_name
 from unialign_jax.inference import job_runner, jobs
 from unialign_jax.inference.options import IMAGE_TASKS, OPTIONS, TEXT_TASKS, add_arguments, flag
@@ -64,13 +63,10 @@ jobs
 """
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"error: {message}; --help explains\n")
-
-
 class Terminated(KeyboardInterrupt):
     """SIGTERM: handled like Ctrl-C, with another exit status."""
+
+    status = 143
 
 
 def parse_arguments(argv):
@@ -221,12 +217,6 @@ def sigterm_interrupts():
         signal.signal(signal.SIGTERM, before)
 
 
-def message(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return files.first_line(error, 500)
-
-
 def main(argv=None) -> int:
     options = parse_arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -234,18 +224,13 @@ def main(argv=None) -> int:
     log.setLevel(logging.INFO)
     for name in ("absl", "asyncio"):  # the storage library logs its own tracebacks; the error raised says it all
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    try:
+
+    def work():
         with sigterm_interrupts(), logging_redirect_tqdm():
             return run_jobs(options) if options.jobs else generate(options)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        if options.traceback:
-            raise
-        hint = "; try a smaller --batch, --low-memory or --quantize=int8" if "RESOURCE_EXHAUSTED" in str(error) else ""
-        print(f"error: {message(error)}{hint}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as stop:
-        print(f"interrupted: {stop if stop.args else 'nothing was written'}", file=sys.stderr)
-        return 143 if isinstance(stop, Terminated) else 130
+
+    hint = "; try a smaller --batch, --low-memory or --quantize=int8"
+    return run_command(work, traceback=options.traceback, hint=hint)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from unialign_jax.command_line import explain_missing_packages
+from unialign_jax.command_line import Parser, explain_missing_packages, run_command
 
 explain_missing_packages()
 
@@ -25,9 +25,7 @@ COLORS = ("#3b6ea5", "#d98032", "#5a9e5a", "#b35a5a", "#8a63a8", "#4aa3a3", "#9a
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=DESCRIPTION, epilog=EXAMPLES)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs, one stage after another")
     parser.add_argument("--figures", default=FIGURES, metavar="A,B", help="TASK/FIGURE of evaluation (%(default)s)")
     parser.add_argument("--output", type=Path, metavar="FILE.png", help="draw the curves into this file")
@@ -111,17 +109,14 @@ def draw(path: Path, points: list[dict], figures: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    try:
+
+    def work():
         points = read_curve(arguments.runs, arguments.figures)
         print(table(points, arguments.figures))
         if arguments.output:
             draw(arguments.output, points, arguments.figures)
-    except (ValueError, OSError) as error:
-        from unialign_jax.files import first_line
 
-        print(f"error: {first_line(error, 500)}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command(work)
 
 
 if __name__ == "__main__":

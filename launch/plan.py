@@ -1,6 +1,5 @@
 """Plans sampling or training for TPU chips that are not here: python launch/plan.py --help"""
 
-import argparse
 import os
 import shlex
 import sys
@@ -52,12 +51,7 @@ TAKES = {
 def parse_arguments(argv):
     """The command line -> its options, and the --config.KEY=VALUE changes as "KEY=VALUE"."""
     argv, changes = split_changes(sys.argv[1:] if argv is None else argv)
-    parser = Parser(
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(description=DESCRIPTION, epilog=EXAMPLES, allow_abbrev=False)
     modes = parser.add_mutually_exclusive_group(required=True)
     modes.add_argument("--task", type=task_name, choices=("text_to_image", "edit", "caption"), help="to sample")
     modes.add_argument("--config", metavar="FILE", help="training: a stage file, and --config.KEY=VALUE for its keys")
@@ -124,6 +118,7 @@ def main(argv=None):
 
 
 def plan_training(arguments, changes) -> dict:
+    from unialign_jax.files import make_folder
     from unialign_jax.planning import report, stage
     from unialign_jax.training.config import read_config
 
@@ -131,10 +126,7 @@ def plan_training(arguments, changes) -> dict:
     if not 1 <= arguments.num_slices <= MOST_SLICES:
         raise ValueError(f"--num-slices is {arguments.num_slices}, expected 1 to {MOST_SLICES}")
     if arguments.dump:
-        try:
-            arguments.dump.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OSError(f"--dump={arguments.dump} cannot be a folder: {error.strerror}") from None
+        make_folder(arguments.dump, "--dump")
     plan = stage.plan_stage(
         config,
         arguments.topology,

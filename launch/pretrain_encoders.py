@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from unialign_jax.command_line import explain_missing_packages
+from unialign_jax.command_line import Parser, explain_missing_packages, run_command
 
 explain_missing_packages()
 
@@ -18,7 +18,7 @@ of one CPU core.
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=DESCRIPTION)
     parser.add_argument("--output", required=True, metavar="DIR", help="bundle to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
     parser.add_argument("--autoencoder-steps", type=int, default=13000, metavar="N", help="of 8 pictures (%(default)s)")
@@ -27,20 +27,21 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--text-encoder-steps", type=int, default=2000, metavar="N", help="of 32 texts (%(default)s)")
     parser.add_argument("--scenes", type=int, default=256, metavar="N", help="held out, for the score (%(default)s)")
     arguments = parser.parse_args(argv)
-    for name in ("autoencoder_steps", "view_steps", "decoder_steps", "text_encoder_steps", "scenes"):
-        least = 1 if name == "scenes" else 2
-        if getattr(arguments, name) < least:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(arguments, name)}, expected at least {least}")
+    parser.check_least(arguments, autoencoder_steps=2, view_steps=2, decoder_steps=2, text_encoder_steps=2, scenes=1)
     return arguments
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
+    return run_command(lambda: pretrain(arguments))
+
+
+def pretrain(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from unialign_jax import bundle
     from unialign_jax.data.tokenizer import load_tokenizer
-    from unialign_jax.files import first_line, refuse_existing
+    from unialign_jax.files import refuse_existing
     from unialign_jax.models import presets
     from unialign_jax.training import encoders
 
@@ -55,32 +56,24 @@ def main(argv: list[str] | None = None) -> int:
 
         return log
 
-    try:
-        refuse_existing(arguments.output, overwrite=arguments.overwrite, foreign=bundle.strangers)
-        steps = arguments.text_encoder_steps
-        text_config = presets.TEXT_ENCODER["tiny"]
-        text_params = encoders.train_text_encoder(
-            text_config, tokenizer, steps=steps, batch=32, length=32, learning_rate=1e-3, log=bar("text encoder", steps)
-        )
-        steps = (arguments.autoencoder_steps, arguments.view_steps, arguments.decoder_steps)
-        image_config, image_params = encoders.train_autoencoder(
-            presets.AUTOENCODER["tiny"],
-            steps=steps[0],
-            view_steps=steps[1],
-            decoder_steps=steps[2],
-            batch=8,
-            image_size=64,
-            log=bar("autoencoder", sum(steps)),
-        )
-        write(arguments, tokenizer, text_config, text_params, image_config, image_params)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {first_line(error, 500)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted; nothing was written", file=sys.stderr)
-        return 130
+    refuse_existing(arguments.output, overwrite=arguments.overwrite, foreign=bundle.strangers)
+    steps = arguments.text_encoder_steps
+    text_config = presets.TEXT_ENCODER["tiny"]
+    text_params = encoders.train_text_encoder(
+        text_config, tokenizer, steps=steps, batch=32, length=32, learning_rate=1e-3, log=bar("text encoder", steps)
+    )
+    steps = (arguments.autoencoder_steps, arguments.view_steps, arguments.decoder_steps)
+    image_config, image_params = encoders.train_autoencoder(
+        presets.AUTOENCODER["tiny"],
+        steps=steps[0],
+        view_steps=steps[1],
+        decoder_steps=steps[2],
+        batch=8,
+        image_size=64,
+        log=bar("autoencoder", sum(steps)),
+    )
+    write(arguments, tokenizer, text_config, text_params, image_config, image_params)
     print(f"wrote {arguments.output} in {time.monotonic() - began:.0f} s")
-    return 0
 
 
 def write(arguments: argparse.Namespace, tokenizer, text_config, text_params, image_config, image_params) -> None:

@@ -8,8 +8,7 @@ configuration; configs/base.py lists them with their meaning. The folder gets co
 TensorBoard events and samples/. SIGTERM or Ctrl-C saves and stops; the same command resumes.
 
 On several hosts the same command runs on each. They find one another on a TPU slice and under SLURM's srun; elsewhere
---coordinator, --num-processes and --process-id tell where the others are. When one is lost, all end; the same command
-resumes.
+give --coordinator, --num-processes and --process-id. When one is lost, all end; the same command resumes.
 
 Exit status: 0 when training has finished, 128 + the signal when it was stopped and saved, 1 for an error, 2 for a bad
 command line. With several processes, 75 (or 134, when JAX ends the process) when another was lost: start again.
@@ -34,7 +33,6 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     arguments, changes = split_changes(arguments)
     parser = Parser(
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         usage="python launch/train.py --config=FILE[:tiny] --workdir=DIR [--config.KEY=VALUE ...]",
     )
@@ -60,10 +58,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     options = parser.parse_args(arguments)
     if len({value is None for value in (options.coordinator, options.num_processes, options.process_id)}) > 1:
         parser.error("--coordinator, --num-processes and --process-id go together")
-    for name in ("heartbeat_timeout", "start_timeout", "stuck_timeout"):
-        least = 0 if name == "stuck_timeout" else 1
-        if getattr(options, name) < least:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected at least {least}")
+    parser.check_least(options, heartbeat_timeout=1, start_timeout=1, stuck_timeout=0)
     return options, changes
 
 

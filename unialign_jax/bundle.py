@@ -77,16 +77,13 @@ def tokenizer_path(directory: str | os.PathLike) -> Path | None:
 
 
 def read_tokenizer(directory: str | os.PathLike, *, load: Callable = load_tokenizer, verify: bool = True):
-    """The bundle's tokenizer: a `Tokenizer`, or what `load` makes of the tokenizer's folder.
-
-    Args:
-      load: the reader of the folder; `data.tokenizer.load_backend` for a teacher's.
+    """The bundle's tokenizer: what `load` makes of its folder (of a teacher's, `data.tokenizer.load_backend`).
 
     Raises ValueError when the bundle has none, or (with `verify`) when it has been changed since it was written.
     """
     directory = Path(directory)
     recorded = read_content(directory, verify)["files"] if verify else {}
-    with inventory.checked(directory, recorded, "tokenizer") if recorded else contextlib.nullcontext():
+    with inventory.checked(directory, recorded, "tokenizer"):
         if tokenizer_path(directory) is None:
             raise ValueError(f"{directory} has no tokenizer: convert the model again with --tokenizer=FOLDER")
         return load(tokenizer_path(directory))
@@ -126,8 +123,7 @@ def load(
       dtype: one dtype, or {component: dtype}; as stored when None, or for components that the dictionary lacks.
       verify: whether to hash the files and refuse those that have been changed since they were written.
 
-    Raises FileNotFoundError or ValueError, in one line, when the folder is not a whole bundle of this version or lacks
-    a component.
+    Raises FileNotFoundError or ValueError when the folder is not a whole bundle of this version or lacks a component.
     """
     content = read_content(directory, verify)
     config = parse_config(directory, content)
@@ -172,7 +168,7 @@ def restore(directory: str | os.PathLike, abstract: dict, *, verify: bool = True
         together = any(not leaf.sharding.is_fully_addressable for leaf in wanted.values() if leaf.sharding)
         share = slice(jax.process_index(), None, jax.process_count()) if together else slice(None)
         try:
-            with verifying(directory, name, content["files"] if verify else {}, share):
+            with inventory.checked(directory, content["files"] if verify else {}, name, share):
                 params[name] = _restore_component(directory, name, tree, wanted)
             problem = None
         except ValueError as error:
@@ -185,13 +181,6 @@ def restore(directory: str | os.PathLike, abstract: dict, *, verify: bool = True
 
 
 NO_HASHES = "{} records no hashes of its files, so that damaged weights cannot be found: write it anew to have them"
-
-
-def verifying(
-    directory: Path, name: str, recorded: dict, share: slice = slice(None)
-) -> contextlib.AbstractContextManager:
-    """A context for reading a component, whose files are hashed meanwhile if hashes are recorded."""
-    return inventory.checked(directory, recorded, name, share) if recorded else contextlib.nullcontext()
 
 
 def _restore_component(directory: Path, name: str, tree: dict, wanted: dict) -> dict:
@@ -261,7 +250,7 @@ def read_leaves(
     """
     directory = Path(directory).absolute()
     recorded = read_content(directory)["files"] if verify else {}
-    with verifying(directory, name, recorded):
+    with inventory.checked(directory, recorded, name):
         metadata = component_metadata(directory, name)
         yield from in_groups(
             lambda wanted: ocp.load(directory / name, wanted), metadata, metadata if paths is None else paths
@@ -338,9 +327,8 @@ class Writer:
         with Writer(directory) as writer:
             writer.add("transformer", config, leaves)
 
-    The attributes `provenance`, `tasks`, `sampling` and `sizes` (values for SIZES) go into the config.json at the end;
-    see `BundleConfig`. Raises FileExistsError for an existing `directory`, unless `overwrite` is set and it contains
-    only a bundle's files.
+    The attributes `provenance`, `tasks`, `sampling` and `sizes` (values for SIZES) go into the config.json at the end.
+    Raises FileExistsError for an existing `directory`, unless `overwrite` is set and it has only a bundle's files.
     """
 
     def __init__(self, directory: str | os.PathLike, *, overwrite: bool = False):
@@ -403,11 +391,7 @@ class Writer:
                     raise error
                 self._finish()
         except BaseException as found:
-            if is_disk_full(found):
-                raise OSError(
-                    errno.ENOSPC, f"the disk of {self.directory.parent} is full; nothing was kept. Free some space, or "
-                    "choose another --output"
-                ) from found  # fmt: skip
+            explain_full_disk(found, self.directory)
             if found is not error:
                 raise
 
@@ -440,13 +424,14 @@ def strangers(directory: Path) -> list[str]:
     return [name for name in names if name not in known and (recorded or name.split("/")[0] not in PARTS)]
 
 
-def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that caused it, means a full disk. The storage library raises errors of its own."""
-    while error is not None:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+def explain_full_disk(error: BaseException, output: Path) -> None:
+    """Raises OSError in one line if an error, or one that caused it, means a full disk; Orbax's are of many kinds."""
+    link = error
+    while link is not None:
+        if getattr(link, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(link):
+            full = f"the disk of {output.parent} is full; nothing was kept. Free some space, or choose another --output"
+            raise OSError(errno.ENOSPC, full) from error
+        link = link.__cause__ or link.__context__
 
 
 def versions() -> dict[str, str]:

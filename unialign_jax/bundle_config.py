@@ -235,8 +235,7 @@ def is_number(value) -> bool:
 def fit_problems(config: BundleConfig, tokenizer: Tokenizer | None = None) -> list[str]:
     """The ways in which components and tokenizer do not fit each other, one line each.
 
-    Vocabularies may grow from the tokenizer to the text head to the text encoder's table: each one's ids are the first
-    ids of the next.
+    Vocabularies may grow from tokenizer to text head to text encoder: each one's ids are the first ids of the next.
     """
     t, e, a = config.transformer, config.text_encoder, config.autoencoder
     lines = []

@@ -1,7 +1,6 @@
 """The part of the command line that the commands share.
 
-It needs the standard library alone, and commands import it before anything else: so --help needs no package, and a
-missing package gives one line.
+Commands import it first, and it needs the standard library alone: so a missing package gives one line.
 """
 
 import argparse
@@ -9,17 +8,58 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+
+from unialign_jax.files import first_line
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
+    """An ArgumentParser whose errors are one line, and whose help keeps the line breaks of its texts."""
+
+    def __init__(self, **options):
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter} | options)
 
     def error(self, message):
         self.exit(2, f"error: {message}; --help explains\n")
+
+    def check_least(self, arguments: argparse.Namespace, **least: float) -> None:
+        """An error where the number of an option is below its least."""
+        for name, low in least.items():
+            if getattr(arguments, name) < low:
+                self.error(f"--{name.replace('_', '-')} is {getattr(arguments, name)}, expected at least {low}")
+
+
+def run_command(
+    work: Callable[[], int | None],
+    *,
+    traceback: bool = False,
+    hint: str = "",
+    interrupted: str = "nothing was written",
+) -> int:
+    """Does the work of a command; returns its exit status. An error is one line and 1, Ctrl-C one line and 130.
+
+    Args:
+      traceback: raise errors instead.
+      hint: ends the line of an error when memory did not suffice.
+      interrupted: the line after Ctrl-C where the KeyboardInterrupt has none; its `status`, if any, is returned.
+    """
+    try:
+        return work() or 0
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if traceback:
+            raise
+        line = first_line(error, 2000)
+        if isinstance(error, OSError) and error.strerror:  # without the system's error number
+            line = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        line = f"error: {line}{hint if 'RESOURCE_EXHAUSTED' in str(error) else ''}"
+        print(missing_package(error) or line, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as stop:
+        print(f"interrupted: {stop if stop.args else interrupted}", file=sys.stderr)
+        return getattr(stop, "status", 130)
 
 
 def split_changes(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -52,7 +92,6 @@ def missing_package(error: BaseException, root: Path = ROOT, prefix: str = sys.p
 
     Args:
       root: the folder of the code, where the launch scripts create .venv.
-      prefix: the running environment's `sys.prefix`.
     """
     name = (getattr(error, "name", None) or "").partition(".")[0]
     if not isinstance(error, ModuleNotFoundError) or name in ("", "unialign_jax"):

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -26,10 +27,10 @@ def first_line(error: BaseException, most: int = 300) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
 
 
-def shown(value, most: int = 60) -> str:
+def shown(value, most: int = 60, show: Callable[[object], str] = repr) -> str:
     """A value for a message: its repr on one line, at most `most` characters."""
     try:
-        text = " ".join(repr(value).split())
+        text = " ".join(show(value).split())
     except (ValueError, RecursionError):  # a number of too many digits, or nested too deeply
         text = f"a {type(value).__name__} that cannot be shown"
     return text if len(text) <= most else text[: most - 3] + "..."
@@ -75,17 +76,33 @@ def parse_json(text: str | bytes, name: str, expected: type | None = dict):
     return value
 
 
+def unique_keys(pairs: list[tuple]) -> dict:
+    """A JSON object as a dictionary, for `json.loads`. Raises ValueError for a key that comes twice."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [key for key, _ in pairs]
+        raise ValueError(f"has the key {next(key for key in names if names.count(key) > 1)!r} twice")
+    return fields
+
+
 def read_json(path: str | os.PathLike, expected: type | None = dict):
     """The value in a JSON file. Raises as `check_regular` and `parse_json` do."""
     check_regular(path, MAX_JSON)
     return parse_json(Path(path).read_bytes(), str(path), expected)
 
 
+def make_folder(path: Path, option: str) -> None:
+    """Makes the folder that an option names, with its parents. Raises OSError in one line when that fails."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{option}={path} cannot be a folder: {error.strerror}") from None
+
+
 def check_json_output(path: str | os.PathLike) -> None:
     """Checks before a command's work that it can write its JSON result to `path` afterwards.
 
-    An existing file may be replaced only if it holds JSON. Raises OSError or ValueError when the result could not be
-    written.
+    An existing file may be replaced only if it holds JSON. Raises OSError or ValueError where it cannot.
     """
     path = Path(path)
     if not path.parent.is_dir():
@@ -120,9 +137,8 @@ def sha256(path: str | os.PathLike) -> str:
 def replacing_file(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a scratch file beside `path`, which is renamed to `path` when the block ends without an error.
 
-    After an error or a kill `path` is as it was before. A kill leaves the scratch file behind, hidden, as
-    `.NAME.*.partial`. Its name is unique, so no file of the user is overwritten. Raises OSError when the folder cannot
-    be written.
+    After an error or a kill `path` is as it was before. A kill leaves the scratch file behind, hidden, under a unique
+    name, `.NAME.*.partial`. Raises OSError when the folder cannot be written.
     """
     path = Path(path).absolute()
     try:
@@ -156,12 +172,10 @@ def replacing_folder(
 
     Args:
       directory: the folder to write; its parents are created.
-      overwrite: whether an existing folder may be replaced.
       foreign: lists the names in an existing folder that a writer of this kind does not write. If there are any, the
         folder is never replaced, even with `overwrite`.
 
-    Raises FileExistsError, before and after the block, when `directory` exists and may not be replaced, and OSError
-    when it cannot be written.
+    Raises OSError, before and after the block, when `directory` may not be replaced or cannot be written.
     """
     directory = Path(directory).absolute()
     try:
@@ -234,7 +248,7 @@ def refuse_existing(
 
 def _clean(directory: Path) -> None:
     """Removes what killed writers left beside a folder, and restores a folder whose replacement was interrupted."""
-    name = _escaped(directory.name)
+    name = glob.escape(directory.name)
     for left in [*directory.parent.glob(f".{name}.*.partial"), *directory.parent.glob(f".{name}.*.replaced")]:
         try:
             with open(left / _CLAIM, "r+") as claim:
@@ -244,10 +258,6 @@ def _clean(directory: Path) -> None:
                 shutil.rmtree(left, ignore_errors=True)
         except OSError:  # a file, someone else's folder, or one that is being written
             continue
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
 def _umask() -> int:

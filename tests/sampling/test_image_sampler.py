@@ -5,13 +5,18 @@ import pytest
 
 from unialign_jax.diffusion import flow
 from unialign_jax.sampling import image as image_sampler
-from unialign_jax.sampling.image import sample_image_latents, text_guidance, two_scale_guidance
+from unialign_jax.sampling.image import text_guidance, two_scale_guidance
 from unialign_jax.sampling.solvers import solver_table
 
 SHAPE = (2, 4, 4, 3)
 RNG = np.random.default_rng(0)
 NOISE = RNG.normal(size=SHAPE).astype(np.float32)
 TARGETS = np.array([0.5, -1.0, 2.0, 0.0], np.float32)[:, None, None, None]  # [uncond, uncond, cond, cond]
+
+
+def sample_image_latents(velocity_fn, noise, table, inputs=None):
+    """The latents after all evaluations of a table."""
+    return image_sampler.advance(velocity_fn, image_sampler.start(noise), (table, inputs)).latents
 
 
 def toy_halves(library, latents, sigma):

@@ -4,12 +4,17 @@ import numpy as np
 import pytest
 
 from unialign_jax.diffusion import flow
-from unialign_jax.sampling.image import sample_image_latents
+from unialign_jax.sampling import image as image_sampler
 from unialign_jax.sampling.solvers import SOLVERS, solver_table
 
 SHAPE = (2, 4, 4, 3)
 NOISE = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
 FLOW = dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+
+
+def sample_image_latents(velocity_fn, noise, table, inputs=None):
+    """The latents after all evaluations of a table."""
+    return image_sampler.advance(velocity_fn, image_sampler.start(noise), (table, inputs)).latents
 
 
 def field(library, latents, sigma):

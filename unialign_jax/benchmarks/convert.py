@@ -35,24 +35,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def benchmark_convert(arguments: argparse.Namespace) -> dict:
     """{figure: value}: of each part the GB read and written, and seconds and peak GB of converting and of loading."""
+    from unialign_jax.files import make_folder
+
     makers, parts, figures = {"sd3": make_sd3, "t5": make_t5}, arguments.parts.split(","), {}
     if unknown := [part for part in parts if part not in makers]:
         raise ValueError(f"--parts has {', '.join(map(repr, unknown))}, expected some of {', '.join(makers)}")
     if arguments.scratch:
-        try:
-            arguments.scratch.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OSError(f"--scratch={arguments.scratch} cannot be a folder: {error.strerror}") from None
+        make_folder(arguments.scratch, "--scratch")
     scratch = Path(tempfile.mkdtemp(dir=arguments.scratch))
     try:
         for part in parts:
             source, flags = makers[part](scratch)
             output = scratch / f"{part}_bundle"
             command = [sys.executable, "launch/convert.py", "sd3", f"--source={source}", f"--output={output}", *flags]
-            figures |= named(f"{part} conversion", measure(command, ROOT))
+            figures |= measure(f"{part} conversion", command)
             figures[f"{part} source GB"] = source.stat().st_size / 1e9
             source.unlink()
-            figures |= named(f"{part} loading as bfloat16", measure([sys.executable, "-c", LOAD, str(output)], ROOT))
+            figures |= measure(f"{part} loading as bfloat16", [sys.executable, "-c", LOAD, str(output)])
             figures[f"{part} bundle GB"] = sum(f.stat().st_size for f in output.rglob("*") if f.is_file()) / 1e9
             shutil.rmtree(output)
     finally:
@@ -60,23 +59,18 @@ def benchmark_convert(arguments: argparse.Namespace) -> dict:
     return figures
 
 
-def named(name: str, measured: tuple[float, float]) -> dict[str, float]:
-    seconds, peak = measured
-    return {f"{name} seconds": seconds, f"{name} peak GB": peak}
-
-
-def measure(command: list[str], directory: Path) -> tuple[float, float]:
+def measure(name: str, command: list[str]) -> dict[str, float]:
     """Wall seconds and peak resident GB of a command. Raises ValueError when the command fails."""
     from unialign_jax.training.metrics import peak_bytes
 
-    environment = {**os.environ, "PYTHONPATH": str(directory)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     began = time.perf_counter()
-    process = subprocess.Popen(command, cwd=directory, env=environment)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise ValueError(f"{' '.join(command[1:3])} failed with status {process.returncode}")
-    return time.perf_counter() - began, peak_bytes(usage) / 1e9
+    return {f"{name} seconds": time.perf_counter() - began, f"{name} peak GB": peak_bytes(usage) / 1e9}
 
 
 def make_sd3(scratch: Path) -> tuple[Path, list[str]]:

@@ -4,22 +4,14 @@ Called by sample.py, each function in a process of its own. On a GPU torch compi
 documentation advises; on a CPU it runs as it is. No text encoder and no autoencoder: only the network is compared.
 """
 
+import functools
 import statistics
-import time
+import timeit
 
-from unialign_jax.benchmarks.sample import (
-    LARGE_MATMUL,
-    MATMUL,
-    answer,
-    forward_shapes,
-    host_peak,
-    matmul_rate,
-    measure_forward,
-    model_config,
-    not_measured,
-)
-
-POOLED_WIDTH = 2048  # of CLIP's pooled vector, which SD3 reads and our model does not
+from unialign_jax.benchmarks import sample
+from unialign_jax.conversion.exporting import sd3_settings
+from unialign_jax.conversion.transformer import POOLED_WIDTH
+from unialign_jax.training.metrics import memory_use
 
 
 def open_network(settings):
@@ -27,25 +19,12 @@ def open_network(settings):
     import torch
     from diffusers import SD3Transformer2DModel
 
-    config = model_config(settings)
+    config = sample.model_config(settings)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = settings["dtype"] or ("bfloat16" if device == "cuda" else "float32")
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as jax's default; nothing on a CPU
-    c = config.transformer
     with torch.device("meta"):
-        network = SD3Transformer2DModel(
-            sample_size=c.base_patches * c.patch_size,
-            patch_size=c.patch_size,
-            in_channels=c.latent_channels,
-            num_layers=c.depth,
-            attention_head_dim=c.head_width,
-            num_attention_heads=c.num_heads,
-            joint_attention_dim=c.text_width,
-            caption_projection_dim=c.width,
-            pooled_projection_dim=POOLED_WIDTH,
-            out_channels=c.latent_channels,
-            pos_embed_max_size=c.max_patches,
-        )
+        network = SD3Transformer2DModel(**sd3_settings(config.transformer))
     network = network.to(getattr(torch, dtype)).to_empty(device=device).eval()
     with torch.no_grad():
         for tensor in (*network.parameters(), *network.buffers()):
@@ -74,7 +53,7 @@ def wait(device: str) -> None:
 def torch_matmul(device, dtype) -> float:
     import torch
 
-    side, calls = MATMUL.get(device, LARGE_MATMUL)
+    side, calls = sample.MATMUL.get(device, sample.LARGE_MATMUL)
     x = torch.randn(side, side, device=device, dtype=dtype)
 
     def run():
@@ -82,14 +61,14 @@ def torch_matmul(device, dtype) -> float:
             x @ x
         wait(device)
 
-    return matmul_rate(side, calls, run)
+    return sample.matmul_rate(side, calls, run)
 
 
 def torch_inputs(settings, config, batch, device, dtype):
     """Noise, text embeddings and pooled text of `batch` samples, as diffusers takes them."""
     import torch
 
-    (_, *latents), (_, *text) = forward_shapes(settings, config)
+    (_, *latents), (_, *text) = sample.forward_shapes(settings, config)
     shapes = (latents[2], *latents[:2]), text, (POOLED_WIDTH,)
     return [torch.randn(batch, *shape, device=device, dtype=dtype) for shape in shapes]
 
@@ -106,7 +85,7 @@ def forward(settings) -> dict:
         wait(device)
 
     with torch.no_grad():
-        return measure_forward(settings, config, run) | {
+        return sample.measure_forward(settings, config, run) | {
             "matmul": torch_matmul(device, dtype),
             "taken on": taken_on(device, dtype),
         }
@@ -123,7 +102,7 @@ def loop(settings) -> dict:
     scale = settings["guidance_scale"]
     halves = 1 if scale == 1 else 2
 
-    def sample(latents, text, pooled):
+    def integrate(latents, text, pooled):
         for sigma, next_sigma in zip(sigmas[:-1], sigmas[1:], strict=True):
             time_step = torch.full((len(text),), 1000 * float(sigma), device=device)
             velocity = network(latents.to(dtype).repeat(halves, 1, 1, 1), text, pooled, time_step, return_dict=False)[0]
@@ -137,21 +116,18 @@ def loop(settings) -> dict:
     for batch in settings["batch"]:
         _, text, pooled = torch_inputs(settings, config, halves * batch, device, dtype)
         latents = torch_inputs(settings, config, batch, device, torch.float32)[0]
-        seconds = []
         with torch.no_grad():
-            for _ in range(1 + settings["rounds"]):
-                began = time.perf_counter()
-                sample(latents, text, pooled)
-                seconds.append(time.perf_counter() - began)
+            run = functools.partial(integrate, latents, text, pooled)
+            seconds = timeit.repeat(run, number=1, repeat=1 + settings["rounds"])
         figures[f"image batch {batch}: loop, s"] = statistics.median(seconds[1:])
         figures[f"image batch {batch}: compiling, s"] = max(0.0, seconds[0] - statistics.median(seconds[1:]))
     if device == "cuda":
         figures["peak device memory, GB"] = torch.cuda.max_memory_allocated() / 1e9
     else:
-        figures["peak device memory, GB"] = not_measured("torch does not tell on a CPU")
-    figures["peak host memory, GB"] = host_peak()
+        figures["peak device memory, GB"] = sample.not_measured("torch does not tell on a CPU")
+    figures["peak host memory, GB"] = memory_use()["host_peak_gb"]
     return figures
 
 
 if __name__ == "__main__":
-    answer((forward, loop))
+    sample.answer((forward, loop))

@@ -14,7 +14,7 @@ import statistics
 import tempfile
 import time
 
-from unialign_jax.benchmarks.sample import MOST_ROUNDS
+from unialign_jax.benchmarks.sample import MOST_ROUNDS, check_counts
 
 
 def add_arguments(parser):
@@ -27,15 +27,13 @@ def benchmark_train(arguments) -> dict:
     """{figure: value}. Raises ValueError for bad options."""
     import jax
 
-    from unialign_jax.inference.options import check_whole
     from unialign_jax.models import flops
     from unialign_jax.parallel import processes
     from unialign_jax.training.config import read_config
     from unialign_jax.training.loop import StopRequest, Trainer, run_steps
     from unialign_jax.training.metrics import Recorder, memory_use
 
-    for name in ("steps", "rounds"):
-        check_whole(f"--{name}", getattr(arguments, name), 1, MOST_ROUNDS)
+    check_counts(arguments, steps=MOST_ROUNDS, rounds=MOST_ROUNDS)
     logging.getLogger().setLevel(logging.ERROR)
     processes.take_gpu_memory(os.environ)  # as in training
     config = read_config(arguments.config, arguments.changes)

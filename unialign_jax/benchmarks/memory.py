@@ -6,9 +6,8 @@
 
 On CPUs the run has --devices virtual ones, and "real" is the growth of the process's resident memory, from before the
 first array is made to the peak during two steps. On an accelerator it is the peak that the devices report since the
-start of the process: "real is of" says whether the steps had that peak, or the initialisation before them, which the
-plan leaves out. The plan is the peak of one device by `planning.step.plan_step`, times their number. Each case
-runs in a process of its own.
+start of the process: "real is of" says whether the steps had that peak, or the initialisation, which the plan leaves
+out. The plan is one device's peak by `planning.step.plan_step` times their number. Each case has its own process.
 """
 
 import ctypes

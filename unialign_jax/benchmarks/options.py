@@ -4,14 +4,13 @@
 
 It makes the same images (prompts and seeds) with the plain sampler, Euler at 28 steps, and with one option changed at a
 time. Differences are root mean squares over all pixels, in 255ths: from the plain sampler's images, and from the
-solution of the flow (Euler at --solution-steps). It also captions images in every decoding, and counts the evaluations
-of the network.
+solution of the flow (Euler at --solution-steps). It also counts the evaluations of the network for captions.
 
 Prompts and images are those of the shapes world (a seed that training does not use), which suit a bundle of
 configs/stage1.py:tiny. With --prompts the prompts are its lines, and the images to caption are the ones made.
 """
 
-import time
+import timeit
 from pathlib import Path
 
 import numpy as np
@@ -48,11 +47,10 @@ def add_arguments(parser):
 def benchmark_options(arguments) -> dict[str, str]:
     """{option: its cost and effect}. Raises ValueError or OSError for arguments that do not fit."""
     from unialign_jax import Pipeline, bundle
-    from unialign_jax.benchmarks.sample import Stopwatch
-    from unialign_jax.inference.options import MAX_STEPS, check_range, check_whole
+    from unialign_jax.benchmarks.sample import MOST_ROUNDS, Stopwatch, check_counts
+    from unialign_jax.inference.options import MAX_STEPS, check_range
 
-    for name, most in {"count": 4096, "rounds": 1_000_000, "solution_steps": MAX_STEPS}.items():
-        check_whole(f"--{name.replace('_', '-')}", getattr(arguments, name), 1, most)
+    check_counts(arguments, count=4096, rounds=MOST_ROUNDS, solution_steps=MAX_STEPS)
     check_range("--guidance-scale", arguments.guidance_scale, 0, 100)
     size = bundle.read_config(arguments.bundle).image_size
     prompts, pictures = read_inputs(arguments, size)
@@ -77,7 +75,7 @@ def benchmark_options(arguments) -> dict[str, str]:
     for name, make in makers.items():
         images = make()
         # In turn, so that a busy moment of the machine meets both.
-        seconds = [(clock(make_plain), clock(make)) for _ in range(arguments.rounds)]
+        seconds = [[timeit.timeit(call, number=1) for call in (make_plain, make)] for _ in range(arguments.rounds)]
         plain_seconds, own_seconds = map(min, zip(*seconds, strict=True))
         figures[name] = (
             f"{own_seconds / len(prompts):.4f} s an image, {plain_seconds / own_seconds:.2f} times the plain speed, "
@@ -114,12 +112,6 @@ def read_inputs(arguments, size):
 
     examples = [shapes_example("text_to_image", 1, index, image_size=size) for index in range(arguments.count)]
     return [example.caption for example in examples], [Image.fromarray(example.image) for example in examples]
-
-
-def clock(function) -> float:
-    began = time.perf_counter()
-    function()
-    return time.perf_counter() - began
 
 
 def difference(a, b) -> float:

@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import timeit
 from pathlib import Path
 
 import numpy as np
@@ -73,8 +74,7 @@ def benchmark_sample(arguments) -> dict:
     parts = arguments.parts.split(",")
     if unknown := set(parts) - set(PARTS):
         raise ValueError(f"--parts has {', '.join(sorted(unknown))}, expected some of {', '.join(PARTS)}")
-    for name, most in {"steps": MAX_STEPS, "caption_steps": MAX_STEPS, "rounds": MOST_ROUNDS}.items():
-        check_whole(f"--{name.replace('_', '-')}", settings[name], 1, most)
+    check_counts(arguments, steps=MAX_STEPS, caption_steps=MAX_STEPS, rounds=MOST_ROUNDS)
     check_range("--guidance-scale", arguments.guidance_scale, 0, 100)
     if arguments.caption_tokens is not None:
         check_whole("--caption-tokens", arguments.caption_tokens, 8, MAX_TOKENS)
@@ -141,6 +141,15 @@ def compare_loop(settings, ours) -> dict:
     return figures
 
 
+def check_counts(arguments, **most: int) -> None:
+    """Raises ValueError for an option that is given, and no whole number from 1 to its most."""
+    from unialign_jax.inference.options import check_whole, flag
+
+    for name, high in most.items():
+        if getattr(arguments, name) is not None:
+            check_whole(flag(name), getattr(arguments, name), 1, high)
+
+
 def batch_sizes(option, text) -> list[int]:
     try:
         sizes = [int(part) for part in text.split(",")]
@@ -202,10 +211,9 @@ def model_config(settings):
 def parameter_loader(settings, config, dtype):
     """A function, name of a component -> its parameters on the device, read from the bundle or random."""
     import jax
-    from flax.traverse_util import flatten_dict, unflatten_dict
+    from flax.traverse_util import flatten_dict
 
     from unialign_jax.inference import weights
-    from unialign_jax.inference.quantization import quantize_leaf
 
     device = jax.devices()[0]
     if settings["bundle"]:
@@ -213,16 +221,11 @@ def parameter_loader(settings, config, dtype):
             settings["bundle"], config, dtype=dtype, device=device, quantize=settings["quantize"]
         )
 
-    def load(name):
-        def put(path, leaf):
-            if settings["quantize"] and name in weights.QUANTIZED:
-                return quantize_leaf(path, leaf, device=device)
-            return jax.device_put(leaf, device)
+    def leaves(name):
+        abstract = flatten_dict(weights.abstract_component(config, name, dtype), sep="/")
+        return ((path, random_array(leaf.shape, leaf.dtype)) for path, leaf in abstract.items())
 
-        leaves = flatten_dict(weights.abstract_component(config, name, dtype), sep="/").items()
-        return unflatten_dict({path: put(path, random_array(leaf.shape, leaf.dtype)) for path, leaf in leaves}, sep="/")
-
-    return load
+    return weights.Loader(leaves, dtype=dtype, device=device, quantize=settings["quantize"])
 
 
 def random_array(shape, dtype):
@@ -265,9 +268,8 @@ class Stopwatch:
     def measure(self, task) -> dict[str, float]:
         """The seconds of a call of `task`: by part, and "all"."""
         self.seconds = {}
-        began = time.perf_counter()
-        task()
-        return self.seconds | {"all": time.perf_counter() - began}
+        seconds = timeit.timeit(task, number=1)
+        return self.seconds | {"all": seconds}
 
     def median(self, task, rounds) -> tuple[dict, float]:
         """(medians of `measure` over `rounds` calls, seconds of compiling: the excess of a first call's programs)."""
@@ -281,7 +283,7 @@ def pipeline(settings) -> dict:
     """Images and captions by our pipeline."""
     import jax
 
-    from unialign_jax import Pipeline
+    from unialign_jax import Pipeline, bundle
     from unialign_jax.data.tokenizer import load_tokenizer
     from unialign_jax.inference.pipeline import default_dtype
     from unialign_jax.models.flops import peak_flops
@@ -290,7 +292,7 @@ def pipeline(settings) -> dict:
     device = jax.devices()[0]
     dtype = settings["dtype"] or default_dtype(device)
     config = model_config(settings)
-    tokenizer = load_tokenizer(settings["bundle"] and bundle_tokenizer(settings["bundle"]))
+    tokenizer = bundle.read_tokenizer(settings["bundle"]) if settings["bundle"] else load_tokenizer()
     load = parameter_loader(settings, config, dtype)
     model = Pipeline(config, load, tokenizer, dtype=dtype, quantize=settings["quantize"])
     watch = Stopwatch(model)
@@ -310,14 +312,6 @@ def pipeline(settings) -> dict:
     figures["peak device memory, GB"] = memory.get("device_peak_gb", not_measured(f"{device.platform} does not tell"))
     figures["peak host memory, GB"] = memory["host_peak_gb"]
     return figures
-
-
-def bundle_tokenizer(directory):
-    from unialign_jax import bundle
-
-    if (path := bundle.tokenizer_path(directory)) is None:
-        raise ValueError(f"{directory} has no tokenizer: convert the model again with --tokenizer=FOLDER")
-    return path
 
 
 def measure_images(settings, model, watch, limits) -> dict:
@@ -423,12 +417,7 @@ def jax_matmul(dtype) -> float:
 
 def matmul_rate(side, calls, run) -> float:
     """The best FLOP/s of `run()`, which multiplies two square matrices `calls` times and waits for the last."""
-    seconds = []
-    for _ in range(5):
-        began = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - began)
-    return 2 * side**3 * calls / min(seconds)
+    return 2 * side**3 * calls / min(timeit.repeat(run, number=1, repeat=5))
 
 
 def forward(settings) -> dict:
@@ -463,27 +452,17 @@ def forward_shapes(settings, config):
 
 def measure_forward(settings, config, run) -> dict:
     from unialign_jax.models import flops
+    from unialign_jax.training.metrics import memory_use
 
-    seconds = []
-    for _ in range(1 + settings["rounds"]):
-        began = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - began)
+    seconds = timeit.repeat(run, number=1, repeat=1 + settings["rounds"])
     latents, text = forward_shapes(settings, config)
     return {
         "seconds": seconds[1:],
         "first call": seconds[0],
         "flops": flops.mmdit_forward(config.transformer, latent_size=latents[1:3], text_length=text[1]),
-        "host GB": host_peak(),
+        "host GB": memory_use()["host_peak_gb"],
         "load": os.getloadavg()[0],
     }
-
-
-def host_peak() -> float:
-    """Peak resident memory of this process in GB."""
-    from unialign_jax.training.metrics import memory_use
-
-    return memory_use()["host_peak_gb"]
 
 
 def answer(functions):

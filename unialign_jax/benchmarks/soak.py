@@ -28,6 +28,7 @@ def add_arguments(parser):
 
 def benchmark_soak(arguments) -> dict:
     """{figure: value}, of which `by tenth of the run` is a table. Raises ValueError, OSError when the run fails."""
+    from unialign_jax.files import make_folder
     from unialign_jax.training.config import read_config
 
     if not 10 <= arguments.saves <= arguments.steps:
@@ -44,7 +45,7 @@ def benchmark_soak(arguments) -> dict:
     ]
     read_config(arguments.config, changes)  # raises here for a bad configuration
     if arguments.scratch:
-        arguments.scratch.mkdir(parents=True, exist_ok=True)
+        make_folder(arguments.scratch, "--scratch")
     with tempfile.TemporaryDirectory(prefix="soak-", dir=arguments.scratch) as scratch:
         command = [sys.executable, LAUNCH / "train.py", "--noprogress", f"--config={arguments.config}"]
         command += [f"--workdir={scratch}/run", *(f"--config.{change}" for change in changes)]

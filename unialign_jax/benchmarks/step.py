@@ -22,7 +22,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from unialign_jax.benchmarks.sample import MOST_ROUNDS, answer, batch_sizes, call_alone, jax_matmul, not_measured
+from unialign_jax.benchmarks.sample import (
+    MOST_ROUNDS,
+    answer,
+    batch_sizes,
+    call_alone,
+    check_counts,
+    jax_matmul,
+    not_measured,
+)
 
 PROFILED_STEPS = 3
 FAILED = "failed"  # how the outcome of a setting begins that broke for another reason than memory
@@ -45,7 +53,7 @@ def add_arguments(parser):
 
 def benchmark_step(arguments) -> dict:
     """{figure: value}, of which some are tables. Raises ValueError for bad options, and when nothing was measured."""
-    from unialign_jax.inference.options import check_whole
+    from unialign_jax.files import make_folder
     from unialign_jax.training.config import active_streams, config_problems, read_config
 
     config = read_config(arguments.config, arguments.changes)
@@ -53,9 +61,7 @@ def benchmark_step(arguments) -> dict:
     stream = arguments.stream or streams[0]
     if stream not in streams:
         raise ValueError(f"--stream is {stream!r}, expected one of {', '.join(streams)}")
-    for name in ("devices", "accumulation", "steps", "rounds", "warmup"):
-        if getattr(arguments, name) is not None:
-            check_whole(f"--{name}", getattr(arguments, name), 1, MOST_ROUNDS)
+    check_counts(arguments, **dict.fromkeys(("devices", "accumulation", "steps", "rounds", "warmup"), MOST_ROUNDS))
     sizes = sorted(batch_sizes("--micro-batches", arguments.micro_batches))
     policies = (arguments.remat or config.model.remat).split(",")
     attention = arguments.attention or config.model.attention
@@ -64,10 +70,7 @@ def benchmark_step(arguments) -> dict:
         if problems := config_problems(config):
             raise ValueError("the configuration cannot run: " + "; ".join(problems))
     if arguments.profile:
-        try:
-            arguments.profile.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OSError(f"--profile={arguments.profile} cannot be a folder: {error.strerror}") from None
+        make_folder(arguments.profile, "--profile")
 
     rows, tried = [], []
     for remat in policies:
@@ -295,49 +298,33 @@ def part_flops(setup: Setup) -> dict[str, float]:
     """The model's FLOPs of each part in a step on one device."""
     from unialign_jax.models import flops
 
-    config, networks = setup.config, setup.networks
-    model, latents = networks.transformer.config, config.image_size // networks.autoencoder.config.downsample_factor
-    forward = attention = 0.0
-    for conditions, tokens, image_pass in pass_tokens(setup):
-        forward += flops.mmdit_forward(
-            model,
-            latent_size=(latents, latents),
-            text_length=config.text_length,
-            num_conditions=conditions,
-            velocity_head=image_pass,
-            text_head=not image_pass,
-        )
-        attention += model.depth * flops.attention(tokens, model.width)
-    if config.loss_weights.intrinsic_modal:
-        heads = networks.heads.config
-        pooled = {} if heads.pool else {"image_tokens": (latents // model.patch_size) ** 2}
-        pooled |= {} if heads.pool else {"text_tokens": config.text_length}
-        forward += flops.alignment_heads_forward(heads, width=model.width, **pooled)
+    config, networks, passes = setup.config, setup.networks, pass_tokens(setup)
+    model, samples = networks.transformer.config, config.batch_size / setup.mesh.size
     text = flops.text_encoder_forward(networks.text_encoder.config, text_length=config.text_length)
     image = flops.autoencoder_encode(networks.autoencoder.config, image_size=config.image_size)
-    parts = {
-        "T5 encode": len(pass_tokens(setup)) * text,
-        "VAE encode": (1 + setup.stream.num_conditions) * image,
+    encoders = samples * len(passes) * text, samples * (1 + setup.stream.num_conditions) * image
+    forward = (step_flops(setup) - sum(encoders)) / 3  # the backward pass counts twice
+    attention = samples * sum(model.depth * flops.attention(tokens, model.width) for tokens in passes)
+    return {
+        "T5 encode": encoders[0],
+        "VAE encode": encoders[1],
         "MM-DiT and losses: forward": forward,
         "MM-DiT and losses: forward and backward": 3 * forward,
         "optimizer and average": 0.0,
         "attention: forward": attention,
         "attention: forward and backward": 3 * attention,
     }
-    return {name: work * config.batch_size / setup.mesh.size for name, work in parts.items()}
 
 
-def pass_tokens(setup: Setup) -> list[tuple[int, int, bool]]:
-    """(condition images, tokens, whether it is the image pass) of each pass over a sample."""
+def pass_tokens(setup: Setup) -> list[int]:
+    """The tokens of each pass over a sample: the image pass, if there is one, and the text pass."""
     from unialign_jax.training.step import has_image_pass
 
-    config, conditions = setup.config, setup.stream.num_conditions
+    config = setup.config
     patch = config.autoencoder.downsample_factor * config.model.patch_size
     image = (config.image_size // patch) ** 2
-    passes = (
-        [(conditions, (1 + conditions) * image + config.text_length, True)] if has_image_pass(setup.stream.kind) else []
-    )
-    return [*passes, (0, image + config.text_length, False)]
+    images = [1 + setup.stream.num_conditions] * has_image_pass(setup.stream.kind) + [1]
+    return [count * image + config.text_length for count in images]
 
 
 class Given:
@@ -393,11 +380,7 @@ def parts(settings: dict) -> dict:
 
 
 def part_seconds(setup: Setup, measure: Callable) -> dict[str, float]:
-    """Seconds in a step of every part of `part_flops`, each a program of its own. Call it under `jax.set_mesh`.
-
-    Args:
-      measure: gives the seconds of a call that returns arrays.
-    """
+    """Seconds in a step of every part of `part_flops`, by `measure(call)`. Call it under `jax.set_mesh`."""
     import jax
 
     from unialign_jax.parallel import sharding
@@ -475,7 +458,7 @@ def attention_calls(setup: Setup) -> dict[str, Callable]:
 
     model = setup.networks.transformer.config
     rows = setup.config.batch_size // setup.config.accumulation
-    shapes = [(rows, tokens, model.num_heads, model.head_width) for _, tokens, _ in pass_tokens(setup)]
+    shapes = [(rows, tokens, model.num_heads, model.head_width) for tokens in pass_tokens(setup)]
     if len(set(shapes)) == 1:
         shapes = [(rows * len(shapes), *shapes[0][1:])]
     place = NamedSharding(setup.mesh, jax.P(BATCH_AXES, None, HEAD_AXES))
@@ -517,7 +500,7 @@ def block_matmuls(setup: Setup, samples: int, rounds: int) -> float:
     model, config = setup.networks.transformer.config, setup.config
     dtype, width, hidden = jnp.dtype(model.dtype), model.width, model.mlp_ratio * model.width
     text = samples * config.text_length * len(pass_tokens(setup))
-    image = samples * sum(tokens - config.text_length for _, tokens, _ in pass_tokens(setup))
+    image = samples * sum(tokens - config.text_length for tokens in pass_tokens(setup))
     # Queries, keys and values; the same backwards, to return to the width; output; MLP.
     sides = [(width, 3 * width), (3 * width, width), (width, width), (width, hidden), (hidden, width)]
 

@@ -6,7 +6,6 @@ They make the same images from a prompt, but have no place for the text head, fo
 the text head reads) and for the alignment heads.
 """
 
-import errno
 import shutil
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
@@ -21,7 +20,7 @@ from unialign_jax.conversion import autoencoder, rules, safetensors_file, text_e
 from unialign_jax.conversion.importing import DTYPES, check_fit, check_space, with_progress
 from unialign_jax.conversion.rules import Table
 from unialign_jax.files import check_inside, read_json, refuse_existing, replacing_folder, write_json
-from unialign_jax.models.mmdit import AlignmentHeadsConfig
+from unialign_jax.models.mmdit import AlignmentHeadsConfig, MMDiTConfig
 from unialign_jax.training import runs
 from unialign_jax.training.runs import StoredTree
 
@@ -72,18 +71,15 @@ def export(
 
     Args:
       output: a folder ("unialign", "diffusers") or a .safetensors file ("stability").
-      format: one of FORMATS.
       source: a bundle; beside `run`, that of the text encoder, the VAE and the tokenizer.
       run: a training run's folder, whose newest checkpoint has the transformer and the heads.
       weights: "raw" or "ema", of a run.
       components: those of "transformer", "text_encoder", "autoencoder" to write; all that there are when None.
       dtype: "float32", "float16" or "bfloat16" to write; as stored when None.
-      progress: whether to draw a progress bar.
       drop_text_positions: whether to leave out a table of text positions. No format has a place for it, and images and
         texts change without it, so a transformer that has one is refused otherwise.
 
-    Raises ValueError, FileNotFoundError, FileExistsError or OSError when the export is impossible or fails; `output` is
-    then as it was before.
+    Raises ValueError or OSError when the export is impossible or fails; `output` is then as it was before.
     """
     if format not in FORMATS:
         raise ValueError(f"unknown format {format!r}, expected one of {', '.join(FORMATS)}")
@@ -117,10 +113,8 @@ def export(
                 with replacing_folder(output, overwrite=overwrite, foreign=strangers) as folder:
                     write_folder(folder, format, writers, tokenizer, bar)
     except OSError as error:
-        if not bundle.is_disk_full(error):
-            raise
-        full = f"the disk of {output.parent} is full; nothing was kept. Free some space, or choose another --output"
-        raise OSError(errno.ENOSPC, full) from error
+        bundle.explain_full_disk(error, output)
+        raise
     return left_out(trees, chosen, format)
 
 
@@ -137,7 +131,6 @@ def bundle_from_run(
     """Writes a bundle of a training run's newest checkpoint, with the run's tokenizer.
 
     Args:
-      weights: "raw" or "ema".
       source: the bundle of the text encoder and the autoencoder; those that the run was trained with when None.
       dtype: "float32", "float16" or "bfloat16" to store transformer and heads; as in the checkpoint when None.
 
@@ -350,10 +343,9 @@ def model_index(folder: Path, format: str) -> dict:
     return {"_class_name": name, "_diffusers_version": "0.31.0", **dict(sorted(parts.items()))}
 
 
-def transformer_settings(piece: Piece, format: str) -> dict:
-    config = piece.config
-    settings = {
-        "_class_name": CLASSES[format],
+def sd3_settings(config: MMDiTConfig) -> dict:
+    """A transformer's sizes as arguments of diffusers' SD3Transformer2DModel."""
+    return {
         "sample_size": config.base_patches * config.patch_size,
         "patch_size": config.patch_size,
         "in_channels": config.latent_channels,
@@ -366,6 +358,10 @@ def transformer_settings(piece: Piece, format: str) -> dict:
         "out_channels": config.latent_channels,
         "pos_embed_max_size": config.max_patches,
     }
+
+
+def transformer_settings(piece: Piece, format: str) -> dict:
+    config, settings = piece.config, {"_class_name": CLASSES[format]} | sd3_settings(piece.config)
     if format != "unialign":
         return settings
     settings["vocab_size"] = config.vocab_size

@@ -56,7 +56,6 @@ def convert(
       kind: "sd3": a bundle with the same image velocity, whose text head is yet to be trained. "unialign": with the
         alignment heads where the source has them.
       source: a diffusers folder, one component's folder, or a safetensors file.
-      output: the bundle to write.
       text_encoder: a file or folder of T5, in place of the source's own.
       vae: the same of the VAE.
       tokenizer: T5's tokenizer folder, in place of the source's own.
@@ -64,10 +63,8 @@ def convert(
       components: those of "transformer", "text_encoder", "autoencoder" to convert; all three when None.
       heads: whether to draw new alignment heads for a source without them.
       dtype: "float32", "float16" or "bfloat16" to store; the source's own when None.
-      progress: whether to draw a progress bar.
 
-    Raises ValueError, FileNotFoundError, FileExistsError or OSError when the conversion is impossible or fails; nothing
-    is then left at `output`.
+    Raises ValueError or OSError when the conversion is impossible or fails; `output` is then as it was before.
     """
     wanted = tuple(components or ("transformer", "text_encoder", "autoencoder"))
     unknown = [name for name in wanted if name not in sources.FOLDERS]
@@ -241,18 +238,29 @@ class Job:
         }
 
 
+def config_and_table(part: Part, vocab_size: int | None = None) -> tuple[object, Table]:
+    """The architecture of a part (`vocab_size` where it has no text head), and the table that converts it."""
+    if part.component == "text_encoder":
+        config = text_encoder.infer_config(part.shapes, part.settings, part.name)
+        return config, text_encoder.t5_table(config, part.tensors)
+    if part.component == "autoencoder":
+        config = autoencoder.infer_config(part.layout, part.shapes, part.settings, part.name)
+        return config, autoencoder.autoencoder_table(part.layout, config)
+    config = transformer.infer_config(part.layout, part.shapes, part.read, part.settings, part.name, vocab_size)
+    released = part.layout == "unialign"
+    return config, transformer.unialign_table(config) if released else transformer.sd3_table(part.layout, config)
+
+
 def plan(parts: dict[str, Part], heads: bool, tokenizer: Tokenizer | None, dtype: np.dtype | None) -> list["Job"]:
     """The components to write. Raises ValueError when they do not fit each other or their sources."""
     configs, pieces = {}, {}
+    for name, part in parts.items():
+        configs[name], table = config_and_table(part, tokenizer.vocab_size if tokenizer else None)
+        pieces[name] = (table, part)
     if "transformer" in parts:
-        part = parts["transformer"]
-        vocab_size = tokenizer.vocab_size if tokenizer else None
-        c = transformer.infer_config(part.layout, part.shapes, part.read, part.settings, part.name, vocab_size)
-        configs["transformer"] = c
+        table, part = pieces["transformer"]
         adapters = {key: info for key, info in part.tensors.items() if key.startswith(transformer.HEADS_PREFIX)}
         rest = part._replace(tensors={key: info for key, info in part.tensors.items() if key not in adapters})
-        released = part.layout == "unialign"
-        table = transformer.unialign_table(c) if released else transformer.sd3_table(part.layout, c)
         pieces["transformer"] = (table, rest)
         if adapters:
             configs["heads"] = transformer.infer_heads_config(part.shapes, part.settings, part.name)
@@ -260,14 +268,6 @@ def plan(parts: dict[str, Part], heads: bool, tokenizer: Tokenizer | None, dtype
         elif heads:
             configs["heads"] = AlignmentHeadsConfig()
             pieces["heads"] = None
-    if "text_encoder" in parts:
-        part = parts["text_encoder"]
-        configs["text_encoder"] = text_encoder.infer_config(part.shapes, part.settings, part.name)
-        pieces["text_encoder"] = (text_encoder.t5_table(configs["text_encoder"], part.tensors), part)
-    if "autoencoder" in parts:
-        part = parts["autoencoder"]
-        configs["autoencoder"] = autoencoder.infer_config(part.layout, part.shapes, part.settings, part.name)
-        pieces["autoencoder"] = (autoencoder.autoencoder_table(part.layout, configs["autoencoder"]), part)
     config = bundle.BundleConfig(**configs)
     check_fit(config, tokenizer)
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from unialign_jax import bundle
-from unialign_jax.conversion import autoencoder, exporting, rules, sources, text_encoder, transformer
+from unialign_jax.conversion import exporting, rules, sources, transformer
+from unialign_jax.conversion.importing import config_and_table
 from unialign_jax.files import one_line
 from unialign_jax.training import runs
 
@@ -103,32 +104,19 @@ def describe_tree(name: str, tree: runs.StoredTree, keys: bool) -> Iterator[str]
 def inspect_source(path: Path, keys: bool) -> Iterator[str]:
     source = sources.open_source(path)
     for part in source.parts.values():
-        count = sources.total_parameters(part.tensors)
+        count = sum(info.size for info in part.tensors.values())
         dtypes = Counter(info.dtype for info in part.tensors.values())
         yield f"{part.component}: layout {part.layout}, {len(part.tensors)} tensors, {count:,} values"
         yield f"    dtypes {', '.join(f'{name} ({number})' for name, number in dtypes.most_common())}"
         yield f"    in {', '.join(file.name for file in part.files)}"
-        config, tables = describe_part(part)
+        config, table = config_and_table(part)
+        tables = [table, transformer.heads_table()] if part.layout == "unialign" else [table]
         yield f"    {json.dumps(vars(config))}"
         if keys:
             yield from describe_keys(part, tables)
     for name, about in source.dropped.items():
         yield f"left out: {name}: {about}"
     yield f"tokenizer: {source.tokenizer or 'none'}"
-
-
-def describe_part(part: sources.Part) -> tuple:
-    """The architecture of a part, and the tables that convert it."""
-    if part.component == "text_encoder":
-        config = text_encoder.infer_config(part.shapes, part.settings, part.name)
-        return config, [text_encoder.t5_table(config, part.tensors)]
-    if part.component == "autoencoder":
-        config = autoencoder.infer_config(part.layout, part.shapes, part.settings, part.name)
-        return config, [autoencoder.autoencoder_table(part.layout, config)]
-    config = transformer.infer_config(part.layout, part.shapes, part.read, part.settings, part.name)
-    if part.layout == "unialign":
-        return config, [transformer.unialign_table(config), transformer.heads_table()]
-    return config, [transformer.sd3_table(part.layout, config)]
 
 
 def describe_keys(part: sources.Part, tables: list[rules.Table]) -> Iterator[str]:

@@ -8,6 +8,8 @@ exporting. Everything else is an error: unknown tensors, unfilled parameters and
 
 import fnmatch
 import functools
+import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -140,24 +142,14 @@ def expand(table: Table) -> list[Entry]:
     return entries
 
 
-@functools.cache
-def part_shape(shape: tuple[int, ...], index_key: tuple) -> tuple[int, ...]:
-    """The shape of the part at an index, given by `_index_key`, of an array of that shape."""
-    return np.broadcast_to(np.int8(0), shape)[_from_key(index_key)].shape
-
-
-def _index_key(index):  # slices became hashable only in Python 3.12
-    return tuple((i.start, i.stop) if isinstance(i, slice) else i for i in index)
-
-
-def _from_key(key):
-    return tuple(slice(*i) if isinstance(i, tuple) else i for i in key)
+def part_shape(shape: tuple[int, ...], index: tuple) -> tuple[int, ...]:
+    """The shape of the part at an index of an array of that shape."""
+    return np.broadcast_to(np.int8(0), shape)[index].shape
 
 
 def source_shape(entry: Entry, shapes: Shapes) -> tuple[int, ...]:
     """The shape of an entry's PyTorch tensor, from the shapes of our arrays."""
-    part = part_shape(shapes[entry.target], _index_key(entry.index))
-    return _backward_shape(entry.transform, part)
+    return _backward_shape(entry.transform, part_shape(shapes[entry.target], entry.index))
 
 
 @functools.cache
@@ -177,6 +169,19 @@ def index_text(index: tuple) -> str:
 def matches(keys: Iterable[str], pattern: str) -> list[str]:
     """The keys that a shell pattern matches."""
     return [key for key in keys if fnmatch.fnmatchcase(key, pattern)]
+
+
+def layer_numbers(pattern: re.Pattern, keys: Iterable[str]) -> set[int]:
+    return {int(match[1]) for match in map(pattern.match, keys) if match}
+
+
+def count_layers(pattern: re.Pattern, keys: Iterable[str], name: str) -> int:
+    """The number of layers, which `pattern` finds in the keys. Raises ValueError when one is missing between others."""
+    numbers = layer_numbers(pattern, keys)
+    absent = list(itertools.islice((i for i in range(max(numbers, default=0)) if i not in numbers), 8))
+    if absent:
+        raise ValueError(f"{name} lacks its blocks {absent}: a shard may be missing")
+    return len(numbers)
 
 
 def shape_of(shapes: Shapes, key: str, rank: int, name: str) -> tuple[int, ...]:
@@ -208,7 +213,7 @@ def problems(table: Table, found: Shapes, shapes: Shapes) -> list[str]:
             lines.append(f"unknown tensor {key} {tuple(found[key])}")
     filled = dict.fromkeys(shapes, 0)
     for item in (*entries, *table.fills):
-        filled[item.target] += np.prod(part_shape(shapes[item.target], _index_key(item.index)), dtype=np.int64)
+        filled[item.target] += np.prod(part_shape(shapes[item.target], item.index), dtype=np.int64)
     for path, shape in shapes.items():
         size = np.prod(shape, dtype=np.int64)
         if filled[path] != size:

@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from unialign_jax.files import check_regular, first_line, replacing_file
+from unialign_jax.files import check_regular, first_line, replacing_file, unique_keys
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -94,16 +94,6 @@ def announced_bytes(text) -> int:
         return 0
 
 
-def unique_keys(pairs) -> dict:
-    """A JSON object as a dictionary; ValueError for a key that comes twice, of which one would be ignored."""
-    found = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"{key} is there twice")
-        found[key] = value
-    return found
-
-
 def describe_start(start: bytes) -> str:
     if start.startswith(b"PK"):
         return "it looks like a PyTorch pickle: if it is, give it a name that ends in .pth"
@@ -141,7 +131,6 @@ class Writer:
     """Writes a safetensors file in any order of its tensors; it gets its name when all of them are there.
 
     Args:
-      path: the file, whose folder exists.
       tensors: {name: (numpy dtype, shape)}, all that the file will hold.
     """
 

@@ -4,7 +4,7 @@
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -281,7 +281,3 @@ def _read_shards(folder: Path, named_by: str, names: list[str]) -> dict[str, Ten
                 raise ValueError(f"{folder / name} and {tensors[key].file.name} both hold {key}: which one is meant?")
             tensors[key] = info
     return tensors
-
-
-def total_parameters(tensors: Mapping[str, TensorInfo]) -> int:
-    return sum(info.size for info in tensors.values())

@@ -1,7 +1,6 @@
 """From a Qwen2.5-VL checkpoint to the bundle of the teacher.
 
-Only the vision tower and the table of input embeddings are read. Of a sharded checkpoint, only the shards with these
-need to be there.
+Only the vision tower and the table of input embeddings are read, and only the shards with these need to be there.
 """
 
 from collections.abc import Collection
@@ -45,8 +44,7 @@ FIELDS = {
 def config_from_qwen(content: dict, preprocessor: dict, name: str | Path) -> TeacherConfig:
     """The architecture, from the contents of config.json and of preprocessor_config.json (or {}).
 
-    Absent settings have Qwen's published values; `name` is for messages. Raises ValueError for another model, and for
-    settings that this port does not have.
+    Absent settings have Qwen's published values. Raises ValueError for another model, or settings that we do not have.
     """
     if content.get("model_type") != "qwen2_5_vl" or content.get("vision_config") is None:
         raise ValueError(
@@ -175,18 +173,14 @@ def convert_teacher(
 ) -> TeacherConfig:
     """Converts a Qwen2.5-VL folder (3B, 7B, 32B or 72B) to a bundle, and returns the teacher's architecture.
 
-    One array is in memory at a time. The largest, the table of embeddings (1.1 GB for 7B), is there twice: as read and
-    as written.
+    One array is in memory at a time, as read and as written; the largest is the table (1.1 GB for 7B).
 
     Args:
       source: the downloaded folder: config.json, safetensors (one file, or an index with shards), tokenizer.json.
-      output: the bundle to write.
       tokenizer: the folder of tokenizer.json, when `source` has none.
       dtype: "float32", "float16" or "bfloat16" to store; the source's own (bfloat16) when None.
-      progress: whether to draw a progress bar.
 
-    Raises ValueError, FileNotFoundError, FileExistsError or OSError when the conversion is impossible or fails; nothing
-    is then left at `output`.
+    Raises ValueError or OSError when the conversion is impossible or fails; `output` is then as it was before.
     """
     source, tokenizer = Path(source), Path(tokenizer or source)
     if not source.is_dir():

@@ -1,10 +1,10 @@
 """T5 v1.1's layout, with the names of the transformers library. Stability's single files add a prefix."""
 
-import itertools
 import re
 from collections.abc import Collection
 
-from unialign_jax.conversion.rules import DENSE, DENSE_FROM_HEADS, SAME, Dropped, Rule, Shapes, Table, shape_of
+from unialign_jax.conversion import rules
+from unialign_jax.conversion.rules import DENSE, DENSE_FROM_HEADS, SAME, Dropped, Rule, Shapes, Table
 from unialign_jax.conversion.settings import number, whole_number
 from unialign_jax.models.text_encoder import TextEncoderConfig
 
@@ -57,16 +57,13 @@ def infer_config(shapes: Shapes, settings: dict, name: str) -> TextEncoderConfig
     if "encoder.block.0.layer.1.DenseReluDense.wi.weight" in shapes:
         raise ValueError(f"{name} is a T5 v1.0 encoder (its MLP has no gate): SD3 uses T5 v1.1 XXL")
     table = next((key for key in TABLES if key in shapes), TABLES[0])
-    vocab_size, width = shape_of(shapes, table, 2, name)
-    buckets, heads = shape_of(shapes, BIAS, 2, name)
-    inner, _ = shape_of(shapes, "encoder.block.0.layer.0.SelfAttention.q.weight", 2, name)
-    mlp_width, _ = shape_of(shapes, "encoder.block.0.layer.1.DenseReluDense.wi_0.weight", 2, name)
+    vocab_size, width = rules.shape_of(shapes, table, 2, name)
+    buckets, heads = rules.shape_of(shapes, BIAS, 2, name)
+    inner, _ = rules.shape_of(shapes, "encoder.block.0.layer.0.SelfAttention.q.weight", 2, name)
+    mlp_width, _ = rules.shape_of(shapes, "encoder.block.0.layer.1.DenseReluDense.wi_0.weight", 2, name)
     if inner % heads or buckets < 4 or buckets % 2:
         raise ValueError(f"{name} has {heads} heads in a width of {inner} and {buckets} buckets, which is no T5")
-    layers = {int(match[1]) for match in map(LAYER.match, shapes) if match}
-    absent = list(itertools.islice((i for i in range(max(layers)) if i not in layers), 8))
-    if absent:
-        raise ValueError(f"{name} lacks the layers {absent}: a shard may be missing")
+    depth = rules.count_layers(LAYER, shapes, name)
     max_distance = whole_number(settings, "relative_attention_max_distance", TextEncoderConfig().max_distance, name)
     if max_distance <= buckets // 4:
         raise ValueError(f"{name}: relative_attention_max_distance is {max_distance}, too near for {buckets} buckets")
@@ -79,7 +76,7 @@ def infer_config(shapes: Shapes, settings: dict, name: str) -> TextEncoderConfig
         mlp_width=mlp_width,
         num_heads=heads,
         head_width=inner // heads,
-        depth=len(layers),
+        depth=depth,
         num_buckets=buckets,
         max_distance=max_distance,
     )

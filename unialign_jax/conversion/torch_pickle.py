@@ -180,12 +180,8 @@ class Machine:
                 push(argument)
             case "BINUNICODE" | "SHORT_BINUNICODE" | "UNICODE":
                 push(argument)
-            case "EMPTY_DICT":
-                push({})
-            case "EMPTY_LIST":
-                push([])
-            case "EMPTY_TUPLE":
-                push(())
+            case "EMPTY_DICT" | "EMPTY_LIST" | "EMPTY_TUPLE":
+                push({"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}[name]())
             case "TUPLE":
                 push(tuple(self._pop_mark()))
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
@@ -196,16 +192,11 @@ class Machine:
                 pairs = self._pop_mark()
                 push({})
                 self._put(pairs)
-            case "APPEND":
-                value = self._pop()
-                self._top(list).append(value)
-            case "APPENDS":
-                values = self._pop_mark()
+            case "APPEND" | "APPENDS":
+                values = [self._pop()] if name == "APPEND" else self._pop_mark()
                 self._top(list).extend(values)
-            case "SETITEM":
-                self._put([self._pop(), self._pop()][::-1])
-            case "SETITEMS":
-                self._put(self._pop_mark())
+            case "SETITEM" | "SETITEMS":
+                self._put([self._pop(), self._pop()][::-1] if name == "SETITEM" else self._pop_mark())
             case "PUT" | "BINPUT" | "LONG_BINPUT":
                 self._memo[argument] = self._top()
             case "MEMOIZE":

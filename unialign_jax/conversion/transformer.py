@@ -5,10 +5,9 @@ pooled vector of zeros. The last block's text half passes its input on (its gate
 pooled vector is added to the time embedding's bias. The text head is drawn from small random numbers.
 """
 
-import itertools
 import math
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 
 import numpy as np
 from flax.traverse_util import flatten_dict
@@ -27,6 +26,8 @@ from unialign_jax.conversion.rules import (
     Table,
     Transform,
     affine,
+    count_layers,
+    layer_numbers,
     patch_conv,
     shape_of,
 )
@@ -46,20 +47,17 @@ DEFAULT_VOCAB_SIZE = MMDiTConfig().vocab_size
 
 # {stream: {part: key}} in each layout; {layer} is the number of the block.
 DIFFUSERS_BLOCK = {
-    "image": {
-        "modulation": "transformer_blocks.{layer}.norm1.linear",
-        "qkv": [f"transformer_blocks.{{layer}}.attn.{name}" for name in ("to_q", "to_k", "to_v")],
-        "out": "transformer_blocks.{layer}.attn.to_out.0",
-        "mlp_in": "transformer_blocks.{layer}.ff.net.0.proj",
-        "mlp_out": "transformer_blocks.{layer}.ff.net.2",
-    },
-    "text": {
-        "modulation": "transformer_blocks.{layer}.norm1_context.linear",
-        "qkv": [f"transformer_blocks.{{layer}}.attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj")],
-        "out": "transformer_blocks.{layer}.attn.to_add_out",
-        "mlp_in": "transformer_blocks.{layer}.ff_context.net.0.proj",
-        "mlp_out": "transformer_blocks.{layer}.ff_context.net.2",
-    },
+    stream: {
+        "modulation": f"transformer_blocks.{{layer}}.{norm}.linear",
+        "qkv": [f"transformer_blocks.{{layer}}.attn.{name}" for name in qkv],
+        "out": f"transformer_blocks.{{layer}}.attn.{out}",
+        "mlp_in": f"transformer_blocks.{{layer}}.{mlp}.net.0.proj",
+        "mlp_out": f"transformer_blocks.{{layer}}.{mlp}.net.2",
+    }
+    for stream, norm, qkv, out, mlp in (
+        ("image", "norm1", ("to_q", "to_k", "to_v"), "to_out.0", "ff"),
+        ("text", "norm1_context", ("add_q_proj", "add_k_proj", "add_v_proj"), "to_add_out", "ff_context"),
+    )
 }
 STABILITY_BLOCK = {
     stream: {
@@ -328,11 +326,11 @@ def detect_layout(keys: Collection[str]) -> str | None:
 def refuse_sd35(shapes: Shapes, name: str) -> None:
     """Raises ValueError, with the differences, for a transformer of the SD3.5 family."""
     normed = any(".attn.norm_q." in key or ".attn.ln_q." in key for key in shapes)
-    dual = sorted(block_numbers(key for key in shapes if ".attn2." in key))
+    dual = sorted(layer_numbers(BLOCK, [key for key in shapes if ".attn2." in key]))
     if not (normed or dual):
         return
     width = (shapes.get("context_embedder.bias") or (0,))[0]
-    depth = count_blocks(shapes, name)
+    depth = count_layers(BLOCK, shapes, name)
     family = {1536: "SD3.5-medium", 2432: "SD3.5-large"}.get(width, "of the SD3.5 family")
     differences = (["normed queries and keys (qk-norm)"] if normed else []) + (
         [f"a second image attention in blocks {dual[0]} to {dual[-1]} (dual attention)"] if dual else []
@@ -341,20 +339,6 @@ def refuse_sd35(shapes: Shapes, name: str) -> None:
         f"{name} is {family}: {depth} blocks of width {width} with {' and '.join(differences)}, which SD3 and "
         "UniAlignment do not have. Use stable-diffusion-3-medium (24 blocks of width 1536)"
     )
-
-
-def block_numbers(keys: Iterable[str]) -> set[int]:
-    found = (BLOCK.match(key) for key in keys)
-    return {int(match[1]) for match in found if match}
-
-
-def count_blocks(keys: Iterable[str], name: str) -> int:
-    """The number of blocks. Raises ValueError when one is missing between others."""
-    numbers = block_numbers(keys)
-    absent = list(itertools.islice((i for i in range(max(numbers, default=0)) if i not in numbers), 8))
-    if absent:
-        raise ValueError(f"{name} lacks its blocks {absent}: a shard may be missing")
-    return len(numbers)
 
 
 def infer_config(
@@ -369,9 +353,7 @@ def infer_config(
 
     Args:
       layout: "diffusers", "stability" or "unialign".
-      read: gives the tensor at a key.
       settings: the source's config.json, or {}.
-      name: the source, for messages.
       vocab_size: for SD3, which has no text head.
 
     Raises ValueError for another architecture, and when shapes and config.json disagree.
@@ -389,7 +371,7 @@ def infer_config(
         raise ValueError(f"{name} has width {width}, which heads of width {head_width} do not divide")
     if mlp % width:
         raise ValueError(f"{name} has an MLP of width {mlp}, expected a multiple of the model's width {width}")
-    depth = count_blocks(shapes, name)
+    depth = count_layers(BLOCK, shapes, name)
     max_patches, base_patches = grid(ends["positions"], shapes, read, settings, patch, name)
     config = MMDiTConfig(
         depth=depth,

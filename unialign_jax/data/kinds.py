@@ -1,7 +1,6 @@
 """The kinds of records: one table for data, training, inference and help. A new kind is a new row.
 
-Readers and writers of formats have tables of their own (`jsonl.READERS`, `shapes.STREAMS`), and refuse a kind that is
-not in theirs.
+Readers and writers of formats have tables of their own (`jsonl.READERS`, `shapes.STREAMS`), and refuse other kinds.
 """
 
 from dataclasses import dataclass

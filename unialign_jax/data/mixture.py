@@ -38,7 +38,6 @@ class Mixture:
 
         Args:
           streams: with their weights in their configs; those of weight 0 are dropped.
-          seed: of the order of records.
           global_batch: examples of a batch over all hosts.
           rows: which of them this host reads; all when None.
         """

@@ -33,9 +33,8 @@ def sample_sigma(
 ) -> jax.Array:
     """Noise levels for training, float32 [B] in (0, 1], logit-normal: sigma = sigmoid(mean + std * z), then shifted.
 
-    A mean above 0 gives noisier samples, as in SD3. `levels=1000` rounds sigma up to the grid {1/1000, ..., 1} before
-    shifting. At mean 0 that is the reference's distribution: it draws u and takes the timestep 1000 - floor(1000 u).
-    None leaves sigma continuous.
+    A mean above 0 gives noisier samples, as in SD3. `levels=1000` (None: any sigma) rounds sigma up to multiples of
+    1/1000 before shifting: at mean 0 the reference's distribution, the timestep 1000 - floor(1000 u) of a uniform u.
     """
     normal = jax.random.normal(key, (batch,), jnp.float32)
     return sigma_at(normal, mean=mean, std=std, shift=shift, levels=levels)
@@ -71,12 +70,10 @@ def sampling_sigmas(num_steps: int, *, shift: float = 3.0) -> np.ndarray:
     """The noise levels of a sampler: float32 [num_steps + 1], strictly decreasing from 1 to exactly 0.
 
     They are those of diffusers' FlowMatchEulerDiscreteScheduler, by which the released checkpoints are sampled. Its
-    shift acts twice on the small end: the smallest training sigma is shifted when the scheduler is built, and the line
-    from 1 down to it is shifted again. The last level before 0 is 0.0089286 for shift 3, whatever num_steps
-    (huggingface/diffusers#13243).
+    shift acts on the smallest training sigma, and again on the line from 1 down to it (huggingface/diffusers#13243):
+    the last level before 0 is 0.0089286 for shift 3, whatever num_steps.
 
-    The levels are computed in float64 on the host. Raises ValueError when num_steps is below 1 or
-    shift is not positive.
+    Computed in float64 on the host. Raises ValueError when num_steps is below 1 or shift is not positive.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}; a sampler needs at least 1 step")

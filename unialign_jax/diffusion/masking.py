@@ -12,9 +12,8 @@ from jax.typing import ArrayLike
 def sample_mask_fractions(key: jax.Array, batch: int, *, min_fraction: float = 1e-3) -> jax.Array:
     """Stratified mask fractions, float32 [B]: [min_fraction, 1] is cut into B equal strata, one for each sample.
 
-    Strata are dealt out at random, so each sample's own fraction is uniform and a micro-batch cut from the batch sees
-    all levels. (The reference gives stratum i to sample i.) Draw them for the global batch: the variance that t adds to
-    the loss falls with the number of strata.
+    Strata are dealt out at random (the reference gives stratum i to sample i), so that a micro-batch sees all levels.
+    Draw them for the global batch: the variance that t adds to the loss falls with the number of strata.
     """
     strata_key, place_key = jax.random.split(key)
     stratum = jax.random.permutation(strata_key, batch)
@@ -46,7 +45,6 @@ def mask_tokens(
 def unmask_times(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The times at which masked tokens are revealed while t runs from 1 to 0: independent, uniform in (0, 1].
 
-    Such times reveal a token that is masked at t before s < t with probability (t - s) / t, whatever happens to the
-    others.
+    A token that is masked at t is revealed before s < t with probability (t - s) / t, independently of the others.
     """
     return 1.0 - jax.random.uniform(key, shape, jnp.float32)

@@ -21,8 +21,7 @@ SCENES_AT_ONCE = 32
 class RunScenes:
     """Scores a model under training on held-out scenes of the shapes world, as launch/evaluate.py does.
 
-    Images are made by the run's own sampling settings, texts by the most likely tokens first (top_k at temperature 0),
-    all on the mesh's first device.
+    Images are made by the run's sampling settings, texts by top_k at temperature 0, all on the mesh's first device.
     """
 
     leading = shapes_run.LEADING

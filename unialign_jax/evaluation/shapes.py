@@ -1,16 +1,16 @@
 """Scores of the shapes world: pictures, maps, captions and answers against the truth, one record at a time.
 
-Every scoring function returns {name: bool or float}; `summary` turns many into means and standard errors. Nothing here
-knows a model: images are arrays, texts are strings.
+Every scoring function returns {name: bool or float}; `summary` turns many into means and standard errors.
 """
 
 import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from scipy import ndimage
 
-from unialign_jax.data.shapes.detector import Detection, detect
-from unialign_jax.data.shapes.render import DEPTH_LEVELS, draw_scene
+from unialign_jax.data.shapes.detector import detect
+from unialign_jax.data.shapes.render import DEPTH_LEVELS
 from unialign_jax.data.shapes.scene import Scene, Thing
 from unialign_jax.data.shapes.tasks import relations
 from unialign_jax.data.shapes.words import Claim, Named, is_true, parse_caption
@@ -105,10 +105,7 @@ def _tolerant_iou(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 def _grow(mask: np.ndarray) -> np.ndarray:
     """Every pixel within TOLERANCE of the mask."""
-    padded = np.pad(mask, TOLERANCE)
-    height, width = mask.shape
-    steps = range(2 * TOLERANCE + 1)
-    return np.any([padded[y : y + height, x : x + width] for y in steps for x in steps], axis=0)
+    return ndimage.binary_dilation(mask, np.ones((2 * TOLERANCE + 1, 2 * TOLERANCE + 1)))
 
 
 def score_caption(text: str, scene: Scene, view: str, written: str) -> dict[str, bool]:
@@ -137,13 +134,3 @@ def summary(scores: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
         error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
         result[name] = {"mean": float(values.mean()), "standard_error": error, "count": len(values)}
     return result
-
-
-def is_same_scene(found: Detection, scene: Scene) -> bool:
-    """Whether the detector found this scene; shifts within a cell do not count."""
-    return is_true(claim_of(scene), found.scene)
-
-
-def residual(image: np.ndarray, scene: Scene) -> float:
-    """The mean absolute difference, in grey levels, between a picture and a scene's drawing."""
-    return float(np.abs(image.astype(np.float32) - draw_scene(scene, image.shape[0])).mean())

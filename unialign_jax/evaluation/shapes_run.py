@@ -1,7 +1,7 @@
 """Runs a model on held-out scenes of the shapes world, task by task, and scores its images and texts."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,11 +61,8 @@ def run_task(
     """Runs one task on `count` held-out records.
 
     Args:
-      pipeline: a `Pipeline` of a model that was trained on the shapes world.
-      task: one of TASKS.
       image_options: further arguments of `Pipeline.generate`, `edit` and `personalize`.
       text_options: further arguments of `Pipeline.caption` and `answer`.
-      seed: of the held-out world.
       batch: records handed to the pipeline in one call.
       progress: called with the number of records that a call has finished.
 
@@ -78,76 +75,48 @@ def run_task(
     for first in range(0, count, batch):
         chunk = examples[first : first + batch]
         options = (text_options if task in ("caption", "vqa") else image_options) or {}
-        results += _RUN[task](pipeline, chunk, dict(options) | {"seed": list(range(first, first + len(chunk)))})
+        results += _run(pipeline, task, chunk, dict(options) | {"seed": list(range(first, first + len(chunk)))})
         progress(len(chunk))
     return results
 
 
-def _text_to_image(pipeline, examples, options):
-    made = pipeline.generate([e.caption for e in examples], **options)
-    for example, picture in zip(examples, _arrays(made), strict=True):
-        scores = shapes.score_text_to_image(picture, parse_caption(example.caption))
-        yield Result(example.caption, example.image, (), picture, scores)
+def _run(pipeline, task: str, examples: list[Example], options: dict) -> Iterator[Result]:
+    """The results of one call of the pipeline."""
+    asked = [e.caption if task == "text_to_image" else e.question or e.instruction or task for e in examples]
+    given = [(e.image,) if task in ("caption", "vqa") else e.conditions for e in examples]
+    pictures = [[Image.fromarray(array) for array in arrays] for arrays in given]
+    firsts = [images[0] for images in pictures if images]
+    if task == "text_to_image":
+        made = pipeline.generate(asked, **options)
+    elif task == "caption":
+        made = pipeline.caption(firsts, **options)
+    elif task == "vqa":
+        made = pipeline.answer(firsts, asked, **options)
+    elif task == "personalization":
+        made = pipeline.personalize(asked, pictures, **options)
+    else:
+        made = pipeline.edit(asked, firsts, **options)
+    wanted = {"caption": "caption", "vqa": "answer"}.get(task, "image")
+    for example, text, arrays, result in zip(examples, asked, given, made, strict=True):
+        result = result if isinstance(result, str) else np.asarray(result.convert("RGB"))
+        yield Result(text, getattr(example, wanted), arrays, result, _scores(task, example, result))
 
 
-def _caption(pipeline, examples, options):
-    texts = pipeline.caption(_pictures(e.image for e in examples), **options)
-    for example, text in zip(examples, texts, strict=True):
-        scores = shapes.score_caption(text, example.scene, example.view, example.caption)
-        yield Result("caption", example.caption, (example.image,), text, scores)
-
-
-def _vqa(pipeline, examples, options):
-    texts = pipeline.answer(_pictures(e.image for e in examples), [e.question for e in examples], **options)
-    for example, text in zip(examples, texts, strict=True):
-        correct = shapes.score_answer(text, example.answer)["correct"]
-        scores = {"correct": correct, f"correct/{question_topic(example.question)}": correct}
-        yield Result(example.question, example.answer, (example.image,), text, scores)
-
-
-def _edit(pipeline, examples, options):
-    sources = _pictures(e.conditions[0] for e in examples)
-    made = pipeline.edit([e.instruction for e in examples], sources, **options)
-    for example, picture in zip(examples, _arrays(made), strict=True):
-        scores = shapes.score_edit(picture, example.conditions[0], example.image, example.scene)
-        yield Result(example.instruction, example.image, example.conditions, picture, scores)
-
-
-def _perception(pipeline, examples, options):
-    sources = _pictures(e.conditions[0] for e in examples)
-    made = pipeline.edit([e.instruction for e in examples], sources, **options)
+def _scores(task: str, example: Example, made) -> dict[str, float]:
+    if task == "text_to_image":
+        return shapes.score_text_to_image(made, parse_caption(example.caption))
+    if task == "caption":
+        return shapes.score_caption(made, example.scene, example.view, example.caption)
+    if task == "vqa":
+        correct = shapes.score_answer(made, example.answer)["correct"]
+        return {"correct": correct, f"correct/{question_topic(example.question)}": correct}
+    if task == "edit":
+        return shapes.score_edit(made, example.conditions[0], example.image, example.scene)
+    if task == "personalization":
+        return shapes.score_scene(made, example.scene)
     score = {"canny": shapes.score_edges, "depth": shapes.score_depth, "pose": shapes.score_keypoints}
-    for example, picture in zip(examples, _arrays(made), strict=True):
-        values = score[example.view](picture, example.image)
-        scores = {f"{example.view}/{name}": value for name, value in values.items()}
-        scores["score"] = min(values.values())
-        yield Result(example.instruction, example.image, example.conditions, picture, scores)
-
-
-def _personalization(pipeline, examples, options):
-    references = [list(_pictures(e.conditions)) for e in examples]
-    made = pipeline.personalize([e.instruction for e in examples], references, **options)
-    for example, picture in zip(examples, _arrays(made), strict=True):
-        scores = shapes.score_scene(picture, example.scene)
-        yield Result(example.instruction, example.image, example.conditions, picture, scores)
-
-
-_RUN = {
-    "text_to_image": _text_to_image,
-    "caption": _caption,
-    "vqa": _vqa,
-    "edit": _edit,
-    "perception": _perception,
-    "personalization": _personalization,
-}
-
-
-def _pictures(arrays) -> list[Image.Image]:
-    return [Image.fromarray(array) for array in arrays]
-
-
-def _arrays(images) -> list[np.ndarray]:
-    return [np.asarray(image.convert("RGB")) for image in images]
+    values = score[example.view](made, example.image)
+    return {f"{example.view}/{name}": value for name, value in values.items()} | {"score": min(values.values())}
 
 
 def worst(results: Sequence[Result], task: str, count: int = 12) -> list[Result]:

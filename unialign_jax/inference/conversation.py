@@ -30,8 +30,7 @@ class Conversation:
         talk.edit("add a blue sledge").save("winter.png")
         talk.replay(another_photo)
 
-    Every edit starts from the image before it. Its seed is the number of the step unless one is given, so that the
-    same conversation gives the same images.
+    Every edit starts from the image before it. Its default seed is the step's number, so that a repetition is exact.
     """
 
     def __init__(self, pipeline, image: Image.Image, options: dict | None = None):

@@ -6,12 +6,13 @@ Results of other jobs are not replaced unless that is asked for.
 """
 
 import collections
+import contextlib
 import dataclasses
 import json
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -63,11 +64,7 @@ def shape_of(job: Job, pipeline) -> tuple:
 
 
 def call(pipeline, samples: Sequence[Sample], images) -> list:
-    """The samples, which share a shape, as one call of the pipeline -> their images or texts.
-
-    Args:
-      images: a list of PIL images for each sample.
-    """
+    """The samples, which share a shape, and a list of PIL images for each -> their images or texts, in one call."""
     first = samples[0].job
     options = dict(first.options, seed=[sample.seed for sample in samples])
     texts = [sample.job.text for sample in samples]
@@ -133,9 +130,6 @@ def run(jobs: Sequence[Job], pipeline, results: "Results", batch: int, done: Cal
 
     Args:
       jobs: what `Results.begin` returned.
-      pipeline: a `Pipeline`.
-      batch: samples in one call.
-      done: called after each job.
 
     Raises OSError when a result cannot be written. Whatever stops it, the jobs done by then are recorded.
     """
@@ -197,37 +191,32 @@ class Results:
         self.done = self.failed = self.earlier = 0
         check_writable(self.directory)
         self._lines = {}
-        for number, line, is_last in self._read():
+        lines = self._read()
+        for number, line in enumerate(lines, start=1):
             try:
                 entry = json.loads(line)
                 if entry["status"] in ("done", "failed"):
                     self._lines[entry["id"]] = entry
             except (ValueError, TypeError, KeyError, RecursionError):
-                if line.strip() and not is_last:  # the last one, without its end, was torn by a kill
+                if line.strip() and number < len(lines):  # the last one, without its end, was torn by a kill
                     raise ValueError(
                         f"{self.path}:{number} is no line of results; choose another --output, or move the file away"
                     ) from None
 
-    def _read(self):
+    def _read(self) -> list[bytes]:
         if not self.path.exists():
-            return
+            return []
         check_regular(self.path)
         try:
-            lines = self.path.read_bytes().split(b"\n")
+            return self.path.read_bytes().split(b"\n")
         except OSError as error:
             raise OSError(f"{self.path} cannot be read: {error.strerror}") from None
-        for number, line in enumerate(lines, start=1):
-            yield number, line, number == len(lines)
 
     def begin(self, jobs: Sequence[Job | BadJob], *, overwrite: bool = False) -> list[Job]:
         """Opens results.jsonl for this run: keeps lines of jobs that are done, records bad jobs, returns the rest.
 
-        Lines of ids that are not among `jobs` stay.
-
-        Args:
-          overwrite: whether results of other jobs, or of these before they were changed, may be replaced.
-
-        Raises FileExistsError when there are such results and they may not be replaced; nothing is changed then.
+        Lines of ids that are not among `jobs` stay. Raises FileExistsError, and changes nothing, where results of other
+        jobs, or of these before they were changed, would be replaced without `overwrite`.
         """
         jobs = [self._placed(job) for job in jobs]
         todo = [job for job in jobs if isinstance(job, BadJob) or not self._is_done(job)]
@@ -247,11 +236,8 @@ class Results:
         ]
         for job in (*able, *bad):
             self._lines.pop(job.id, None)
-        try:
-            with replacing_file(self.path) as partial:
-                partial.write_bytes(b"".join(map(_encode, self._lines.values())))
-        except OSError as error:
-            raise cannot_write(self.path, error) from None
+        with _writing(self.path), replacing_file(self.path) as partial:
+            partial.write_bytes(b"".join(map(_encode, self._lines.values())))
         for job in bad:
             self._fail(job, job.error, {"id": job.id})
         return able
@@ -309,11 +295,8 @@ class Results:
         self.failed += 1
 
     def _append(self, job, entry):
-        try:
-            with open(self.path, "ab") as file:
-                file.write(_encode(entry | {"line": job.line}))
-        except OSError as error:
-            raise cannot_write(self.path, error) from None
+        with _writing(self.path), open(self.path, "ab") as file:
+            file.write(_encode(entry | {"line": job.line}))
 
 
 def made_by(path: Path) -> str | None:
@@ -354,24 +337,23 @@ def save_png(image: Image.Image, path: Path, parameters: dict) -> None:
     """
     info = PngInfo()
     info.add_text("parameters", json.dumps(parameters))
-    try:
+    with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing_file(path) as partial:
             image.save(partial, "PNG", pnginfo=info)
-    except OSError as error:
-        raise cannot_write(path, error) from None
 
 
 def save_text(text: str, path: Path) -> None:
     """Writes a text file, which appears when it is whole. Raises OSError in one line."""
+    with _writing(path), replacing_file(path) as partial:
+        partial.write_text(text)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turns an OSError into one line that names the path as it was given, not a scratch file beside it."""
     try:
-        with replacing_file(path) as partial:
-            partial.write_text(text)
+        yield
     except OSError as error:
-        raise cannot_write(path, error) from None
-
-
-def cannot_write(path: Path, error: OSError) -> OSError:
-    """The error in one line that names the path as it was given, not a scratch file beside it."""
-    reason = error.strerror or first_line(error).removeprefix(f"cannot write {path.absolute()}: ")
-    return OSError(f"cannot write {path}: {reason}")
+        reason = error.strerror or first_line(error).removeprefix(f"cannot write {path.absolute()}: ")
+        raise OSError(f"cannot write {path}: {reason}") from None

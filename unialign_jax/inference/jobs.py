@@ -7,8 +7,8 @@ A jobs file holds one JSON object a line. Its keys are the inputs of its task (I
     {"task": "vqa", "image": "photos/1.jpg", "question": "What is on the mat?"}
 """
 
-import collections
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from unialign_jax.data import images
 from unialign_jax.data.kinds import TASKS, task_name
-from unialign_jax.files import check_regular, first_line
+from unialign_jax.files import check_regular, first_line, shown, unique_keys
 from unialign_jax.inference.options import MAX_REFERENCES, SEEDS, TEXT_TASKS, by_name, is_text, options_of
 
 RESULTS = "results.jsonl"  # in the folder of results: no job may be called so
@@ -44,6 +44,7 @@ INPUTS = {
     "caption": TaskInputs((), (1, 1)),
     "vqa": TaskInputs(("question", "prompt"), (1, 1)),
 }
+as_json = functools.partial(shown, most=100, show=json.dumps)  # a value in a message
 BY_SAMPLE = ("seed", "images_per_prompt", "negative_prompt")  # may differ within a batch; the others are the batch's
 # Hashes were made of these names first. They stay, so that results of earlier versions count as done.
 HASHED_NAMES = {
@@ -96,6 +97,7 @@ class BadJob:
     id: str
     line: int
     error: str
+    files = ()
 
 
 def read_jobs(path: str | Path, model: str = "") -> list[Job | BadJob]:
@@ -140,21 +142,17 @@ class Written:
 
     def problem(self, job: Job | BadJob) -> str | None:
         """Why a job cannot be beside those so far; None when it can."""
-        for name in (job.id, *_files(job)):
+        for name in (job.id, *job.files):
             if name in self._lines:
                 what = f"the id {name!r}" if name == job.id else f"the file {name}"
                 return f"line {self._lines[name]} has {what} already; give this one another id"
-        both = [name for name in _files(job) if name in self._folders]
+        both = [name for name in job.files if name in self._folders]
         both += [name for name in _folders(job) if name in self._lines and name.endswith(".png")]
         return f"{both[0]} would be a file and a folder; give this one another id" if both else None
 
     def add(self, job: Job | BadJob) -> None:
-        self._lines |= dict.fromkeys((job.id, *_files(job)), job.line)
+        self._lines |= dict.fromkeys((job.id, *job.files), job.line)
         self._folders |= set(_folders(job))
-
-
-def _files(job):
-    return job.files if isinstance(job, Job) else []
 
 
 def _folders(job):
@@ -166,11 +164,11 @@ def check_id(value) -> str:
     """A job's id. Raises ValueError for a value that cannot name files inside the folder of results."""
     if not isinstance(value, str) or len(value) > MAX_ID or not SAFE_ID.fullmatch(value):
         raise ValueError(
-            f"id is {shown(value)}, expected a file name without an ending, of letters, digits, . _ - and beginning "
+            f"id is {as_json(value)}, expected a file name without an ending, of letters, digits, . _ - and beginning "
             f"with a letter or digit, or several with / between, as folders; at most {MAX_ID} characters"
         )
     if value.split("/")[0].lower() == RESULTS:
-        raise ValueError(f"id is {shown(value)}, but {RESULTS} is the file of all results; give it another")
+        raise ValueError(f"id is {as_json(value)}, but {RESULTS} is the file of all results; give it another")
     return value
 
 
@@ -178,7 +176,7 @@ def _read_line(content, line, folder, model):
     name = f"{line:06d}"
     try:
         try:
-            fields = json.loads(content.decode(), object_pairs_hook=_object, parse_constant=_refuse_constant)
+            fields = json.loads(content.decode(), object_pairs_hook=unique_keys, parse_constant=_refuse_constant)
         except json.JSONDecodeError as error:
             raise ValueError(f"is no JSON: {error.msg} at column {error.colno}") from None
         except UnicodeDecodeError:
@@ -193,14 +191,6 @@ def _read_line(content, line, folder, model):
         return make_job(fields, folder, id=name, line=line, model=model)
     except ValueError as error:
         return BadJob(name, line, first_line(error))
-
-
-def _object(pairs):
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        twice = next(key for key, count in collections.Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"has the key {twice!r} twice")
-    return fields
 
 
 def _refuse_constant(name):
@@ -218,13 +208,12 @@ def make_job(
       id, line, model: see `Job` and `read_jobs`.
       named: how messages call a key.
 
-    Raises ValueError for a key or a value that the task does not take, a missing text, and images that are too few,
-    too many or unreadable.
+    Raises ValueError for keys and values that the task does not take, a missing text, and images that do not fit.
     """
     fields = {key: value for key, value in fields.items() if value is not None}
     task = task_name(fields.pop("task", None))
     if task not in TASKS:
-        found = "not given" if task is None else f"is {shown(task)}"
+        found = "not given" if task is None else f"is {as_json(task)}"
         raise ValueError(f"{named('task')} {found}, expected one of {', '.join(TASKS)}")
     reads, options = INPUTS[task], options_of(task)
     text = _take_text(fields, task, reads, named)
@@ -235,7 +224,7 @@ def make_job(
             known = [*reads.texts, *(("image", "images") if reads.images[1] else ()), *options]
             takes = ", ".join(dict.fromkeys(map(named, known)))
             raise ValueError(f"{task} takes no {named(key)[:60]}; it takes {takes}")
-    values = {key: options[key].check(named(key), value, shown) for key, value in fields.items()}
+    values = {key: options[key].check(named(key), value, as_json) for key, value in fields.items()}
     if task == "perception" and "kind" not in values:
         raise ValueError(f"{named('kind')} is not given, expected {options['kind'].expected}")
     seed, count = values.get("seed", 0), values.get("images_per_prompt", 1)
@@ -267,7 +256,7 @@ def _take_text(fields, task, reads, named):
         raise ValueError(f"{' and '.join(map(named, given))} are both given; {task} takes one text")
     for key, text in given.items():
         if not is_text(text) or not text.strip():
-            raise ValueError(f"{named(key)} is {shown(text)}, expected a text that is not empty")
+            raise ValueError(f"{named(key)} is {as_json(text)}, expected a text that is not empty")
         return text
     if reads.texts and reads.needs_text:
         raise ValueError(f"{named(reads.texts[0])} is not given; {task} needs one")
@@ -282,7 +271,7 @@ def _take_images(fields, task, reads, named):
         raise ValueError("image and images are both given, expected one of them")
     paths = [fields.pop("image")] if "image" in fields else fields.pop("images", [])
     if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
-        raise ValueError(f"{named('image')} is {shown(paths)}, expected paths of image files")
+        raise ValueError(f"{named('image')} is {as_json(paths)}, expected paths of image files")
     if not low <= len(paths) <= high:
         wanted = f"{low} to {high} images" if low < high else "1 image"
         raise ValueError(f"{task} needs {wanted} ({named('image')}), {len(paths)} given")
@@ -302,12 +291,3 @@ def _inspect_image(path) -> tuple[str, tuple[int, int]]:
         except Exception as error:  # PIL's readers raise many kinds on damaged bytes
             raise ValueError(f"image {path} cannot be decoded: {first_line(error)}") from None
     return hashlib.sha256(content).hexdigest(), (height, width) if turned else (width, height)
-
-
-def shown(value, most: int = 100) -> str:
-    """A value of JSON in a message, on one line."""
-    try:
-        text = json.dumps(value)
-    except (ValueError, RecursionError):  # a number of too many digits, or nested too deeply
-        text = f"a {type(value).__name__} that cannot be shown"
-    return text if len(text) <= most else text[: most - 3] + "..."

@@ -35,7 +35,6 @@ class Model:
     """The part of a `Pipeline` that runs programs.
 
     Attributes:
-      config, tokenizer, name, device: of the model.
       programs: its compiled programs, a `sampling.programs.Programs`.
       max_batch: the most samples in one forward.
     """
@@ -58,7 +57,6 @@ class Model:
 
         Args:
           load: gives a component's parameters by its name, placed and in their dtypes, when they are first needed.
-          name: for messages.
         """
         self.config, self.tokenizer, self.name = config, tokenizer, name
         self._said = set()  # warnings that were given, and programs whose compilation was announced
@@ -166,13 +164,9 @@ class Model:
 
     def _batches(self, keys):
         """Indices of equal key in batches: (members, members filled up to a power of two by repeating the last)."""
-        return [
-            (
-                members,
-                members + members[-1:] * (min(self.max_batch, 1 << (len(members) - 1).bit_length()) - len(members)),
-            )
-            for members in batches(keys, self.max_batch)
-        ]
+        size = lambda members: min(self.max_batch, 1 << (len(members) - 1).bit_length())  # noqa: E731
+        groups = batches(keys, self.max_batch)
+        return [(members, members + members[-1:] * (size(members) - len(members))) for members in groups]
 
     def _require(self, task, *names):
         missing = [name for name in names if getattr(self.config, name) is None]

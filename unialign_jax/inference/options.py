@@ -34,12 +34,9 @@ class Option:
 
     Attributes:
       kind: "whole", "number", "text", "choice" or "interval" (two numbers from 0 to 1).
-      tasks: the tasks that take it.
-      help: for people.
       default: what holds when it is not given; None where `usual` says it in words.
       usual: the default in words, where it depends on the model or the task.
       low, high: the range of a number.
-      choices: of a "choice".
     """
 
     kind: str
@@ -231,16 +228,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         groups[option.tasks].add_argument(flag(name), metavar=metavar, type=option.parse, help=text)
     for alias, name in ALIASES.items():
         parser.add_argument(flag(alias), dest=name, type=OPTIONS[name].parse, help=argparse.SUPPRESS)
-
-
-def markdown_table(tasks: tuple[str, ...]) -> str:
-    """The options of some tasks as a table of docs/inference.md."""
-    rows = ["| option | default | takes | |", "|---|---|---|---|"]
-    for name, option in OPTIONS.items():
-        if set(option.tasks) & set(tasks):
-            whose = "" if set(tasks) <= set(option.tasks) else f" ({', '.join(t for t in option.tasks if t in tasks)})"
-            rows.append(f"| `{name}` | {option.default_text} | {option.expected} | {option.help}{whose} |")
-    return "\n".join(rows)
 
 
 def check_whole(name: str, value, low: int, high: int) -> int:

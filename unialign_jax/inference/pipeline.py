@@ -81,8 +81,7 @@ class Pipeline(Model):
         max_batch: int = 8,
         device: jax.Device | None = None,
     ) -> "Pipeline":
-        """Opens a bundle (a folder written by launch/convert.py), or a training run's newest whole checkpoint; weights
-        are read when a task first needs them.
+        """Opens a bundle, or a training run's newest whole checkpoint; weights are read when a task first needs them.
 
         Args:
           directory: the bundle, or the run's folder; "demo" is the small model of the shapes world in the package.
@@ -95,8 +94,7 @@ class Pipeline(Model):
           max_batch: the most samples in one forward.
           device: where to run; None is JAX's first device.
 
-        Raises FileNotFoundError or ValueError for a folder that is neither or has no tokenizer, and ValueError, here or
-        when they are read, for files that are damaged.
+        Raises FileNotFoundError or ValueError for a folder that is neither, has no tokenizer or (later too) is damaged.
         """
         options = {"dtype": dtype, "quantize": quantize, "low_memory": low_memory, "attention": attention}
         options |= {"max_batch": max_batch, "device": device}
@@ -158,9 +156,8 @@ class Pipeline(Model):
     ) -> list[Image.Image]:
         """The images as the instructions change them; one instruction, or one image, may stand for all.
 
-        An edit has its image's size and aspect, unless `height` or `width` is given (then the image is cropped to that
-        aspect). The network works at the nearest multiples of 16; an image larger than 1024 pixels is edited and
-        returned smaller, with a warning.
+        An edit has its image's size and aspect, unless `height` or `width` is given, to which the image is cropped. The
+        network works at the nearest multiples of 16; beyond 1024 pixels the result is smaller, with a warning.
 
         Args:
           images: PIL images, or paths of image files.
@@ -271,8 +268,7 @@ class Pipeline(Model):
     def answer(self, images: Images, questions: str | Sequence[str], **options) -> list[str]:
         """Answers to questions about the images; one image, or one question, may stand for all.
 
-        The question is fixed as "Q: {question} A: " and the rest is filled in, with the likeliest tokens unless the
-        bundle says otherwise. Images and options are as in `caption`.
+        The model completes "Q: {question} A: ". Images and options are as in `caption`.
         """
         chosen = self._settings("vqa", options)
         questions, images = spread(check_texts(questions, "question"), open_images(images), "questions")
@@ -312,18 +308,14 @@ class Pipeline(Model):
             for _ in range(chosen.images_per_prompt)
         ]
         table = solver_table(chosen.solver, sampling_sigmas(chosen.steps, shift=chosen.shift))
-
-        def guide(count):
-            image_scale = chosen.image_guidance_scale if pictures[0].conditions else None
-            return make_guidance(
-                count,
-                table,
-                scale=chosen.guidance_scale,
-                rescale=chosen.guidance_rescale,
-                interval=chosen.guidance_interval,
-                image_scale=image_scale,
-            )
-
+        guide = functools.partial(
+            make_guidance,
+            table=table,
+            scale=chosen.guidance_scale,
+            rescale=chosen.guidance_rescale,
+            interval=chosen.guidance_interval,
+            image_scale=chosen.image_guidance_scale if pictures[0].conditions else None,
+        )
         is_guided = guide(1) is not None
         self._warn_of_task(task)
         self._warn_of_size([picture.size for picture in pictures])

@@ -115,8 +115,7 @@ def quantize_kernel(kernel: jax.Array, axes: int) -> qwix.QArray:
 def quantize_leaf(path: str, leaf, *, dtype=None, device: jax.Device | None = None):
     """The parameter at `path` ("layers/query/kernel") quantised, or cast to `dtype` where it is not to be quantised.
 
-    It is computed on the host, and only the result is put on `device` (None is the default one). A model that is read
-    array by array is thus never whole and unquantised, not even on the host.
+    Computed on the host; only the result is put on `device`, by default the first: no model is whole and unquantised.
     """
     axes = input_axes(path)
     leaf = jax.device_put(leaf, host_device())

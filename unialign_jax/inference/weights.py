@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import path_aware_map, unflatten_dict
 
 from unialign_jax import bundle
 from unialign_jax.inference.quantization import quantize_leaf
@@ -18,21 +18,17 @@ QUANTIZED = ("transformer", "text_encoder")
 
 def abstract_component(config: bundle.BundleConfig, name: str, dtype: str, sharding=None) -> dict:
     """A component's parameters as ShapeDtypeStructs, in the dtypes of inference."""
-    leaves = flatten_dict(bundle.abstract_params(config, [name])[name], sep="/")
-    return unflatten_dict(
-        {
-            path: jax.ShapeDtypeStruct(leaf.shape, storage_dtype(path, dtype), sharding=sharding)
-            for path, leaf in leaves.items()
-        },
-        sep="/",
-    )
+
+    def abstract(path, leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, storage_dtype("/".join(path), dtype), sharding=sharding)
+
+    return path_aware_map(abstract, bundle.abstract_params(config, [name])[name])
 
 
 class Loader:
     """A function, name of a component -> its parameters, on the device and in their dtypes, read at every call.
 
-    With `quantize` the transformer and the text encoder become int8 on the host, array by array, so the device never
-    holds them unquantised.
+    With `quantize` transformer and text encoder become int8 on the host, array by array, before they are placed.
     """
 
     def __init__(
@@ -55,32 +51,24 @@ class Loader:
         self._on_host = {}
 
     def __call__(self, name: str) -> dict:
-        if not self._quantize or name not in QUANTIZED:
-            return self._as_stored(name)
+        quantized = self._quantize and name in QUANTIZED
+        if self._restore and not quantized:
+            return self._restore(name)
         if name in self._on_host:
             return jax.device_put(self._on_host[name], self._device)
-        host = jax.local_devices(backend="cpu")[0] if self._keep_on_host else self._device
-        params = unflatten_dict(
-            {
-                path: quantize_leaf(path, leaf, dtype=storage_dtype(path, self._dtype), device=host)
-                for path, leaf in self._leaves(name)
-            },
-            sep="/",
-        )
-        if self._keep_on_host:
+        keep = quantized and self._keep_on_host
+        place = jax.local_devices(backend="cpu")[0] if keep else self._device
+
+        def put(path, leaf):
+            dtype = storage_dtype(path, self._dtype)
+            if quantized:
+                return quantize_leaf(path, leaf, dtype=dtype, device=place)
+            return jax.device_put(leaf.astype(dtype), place)
+
+        params = unflatten_dict({path: put(path, leaf) for path, leaf in self._leaves(name)}, sep="/")
+        if keep:
             self._on_host[name] = params
         return jax.device_put(params, self._device)
-
-    def _as_stored(self, name):
-        if self._restore:
-            return self._restore(name)
-        return unflatten_dict(
-            {
-                path: jax.device_put(leaf.astype(storage_dtype(path, self._dtype)), self._device)
-                for path, leaf in self._leaves(name)
-            },
-            sep="/",
-        )
 
 
 def bundle_loader(

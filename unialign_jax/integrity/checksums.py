@@ -2,8 +2,7 @@
 
 A digest is SHA-256 over the sums of the file's 64-bit words, by rows and by columns of squares of 512 x 512 words
 (2 MiB). A flipped bit changes one row sum and one column sum, so it is always found. Damage in several places is
-missed only if it cancels in every row and in every column. The digest costs a small part of SHA-256 over all bytes,
-which would slow down a restore noticeably.
+missed only if it cancels in every row and column. SHA-256 over all bytes would slow down a restore noticeably.
 """
 
 import hashlib

@@ -17,22 +17,18 @@ def cross_modal_loss(
     temperature: float | jax.Array = 0.07,
     direction: str = "symmetric",
 ) -> jax.Array:
-    """InfoNCE between mean-pooled, normalised image and text features (the paper's eq. 3).
+    """InfoNCE between mean-pooled, normalised image and text features (the paper's eq. 3), float32 [B].
 
     The negatives of a sample are all others of the batch it is given: under jit with a sharded batch that is
     the global batch, on however many devices. Unrelated features give ln B.
-
     "symmetric" averages both directions, as the released code does; "image_to_text" is the paper's form.
 
     Args:
       image_features_BND: [B, N, D], the image branch's output after its final norm, target tokens only.
       text_features_BLD: [B, L, D], the text branch's.
       temperature: divides the cosine similarities.
-    Returns:
-      float32 [B], one loss a sample.
-    Raises:
-      ValueError: B or D of the two differ, or an unknown direction.
-      AssertionError: features of another rank, such as pooled ones.
+
+    Raises ValueError for another B or D of the two or an unknown direction, AssertionError for pooled features.
     """
     chex.assert_rank([image_features_BND, text_features_BLD], 3)
     image_shape, text_shape = image_features_BND.shape, text_features_BLD.shape

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 def flow_matching_loss(
     predicted_velocity: jax.Array, target_velocity: jax.Array, sigma: jax.Array, *, form: str = "velocity"
 ) -> jax.Array:
-    """Squared error of the velocity, averaged over all elements of each latent.
+    """Squared error of the velocity, averaged over all elements of each latent, float32 [B].
 
     "velocity" is the paper's eq. 1. "x0" is what the released code trains: the error of the clean latent
     predicted at sigma, noisy - sigma * velocity, which is the velocity's error times sigma².
@@ -19,11 +19,8 @@ def flow_matching_loss(
     Args:
       predicted_velocity, target_velocity: [B, ...] of one shape, any float type; computed in float32.
       sigma: [B]; read by "x0" alone.
-    Returns:
-      float32 [B], one loss a sample.
-    Raises:
-      ValueError: shapes that differ, or an unknown form.
-      AssertionError: a sigma that is not [B].
+
+    Raises ValueError for shapes that differ or an unknown form, AssertionError for a sigma that is not [B].
     """
     if predicted_velocity.shape != target_velocity.shape:
         raise ValueError(

@@ -9,14 +9,13 @@ import jax.numpy as jnp
 def intrinsic_modal_loss(predicted: jax.Array, teacher: jax.Array) -> jax.Array:
     """1 - cosine similarity (the paper's eq. 4 plus a constant, so that the floor is 0), for one modality.
 
+    float32 [B] in [0, 2], the mean over patches where there are any. A zero vector has cosine 0.
+
     Args:
       predicted: [B, T] pooled, or [B, P, T] one vector a patch; an alignment head's output.
       teacher: the same shape; the frozen teacher's features. Any float types; computed in float32.
-    Returns:
-      float32 [B] in [0, 2], the mean over patches where there are any. A zero vector has cosine 0.
-    Raises:
-      ValueError: shapes that differ.
-      AssertionError: features of another rank, such as a batch's as one vector.
+
+    Raises ValueError for shapes that differ, AssertionError for another rank, such as a batch's as one vector.
     """
     chex.assert_rank([predicted, teacher], {2, 3})
     if predicted.shape != teacher.shape:

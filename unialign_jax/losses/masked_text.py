@@ -19,7 +19,7 @@ def masked_text_loss(
     mask_id: int,
     normalization: str = "positions",
 ) -> jax.Array:
-    """Cross-entropy of the masked tokens, weighted by 1/t (MDLM; the paper's eq. 2).
+    """Cross-entropy of the masked tokens, weighted by 1/t (MDLM; the paper's eq. 2), float32 [B].
 
     SUBS parameterisation: the mask itself has probability zero, and a visible token is known, so its loss and
     its gradient are exactly zero. A token whose true id is the mask's can never be predicted and counts zero.
@@ -35,12 +35,9 @@ def masked_text_loss(
       is_masked_BL: bool, which of them the network saw as the mask.
       maskable_BL: bool, which of them could have been masked; read by "maskable" alone.
       mask_fraction_B: float32, t of each sample.
-      mask_id: the mask's token id, a Python int.
-    Returns:
-      float32 [B], one loss a sample.
-    Raises:
-      ValueError: shapes that do not fit, a mask_id outside the vocabulary, or an unknown normalization.
-      AssertionError: logits that are not [B, L, V], a mask_fraction that is not [B].
+
+    Raises ValueError for shapes that do not fit, a mask_id outside the vocabulary and an unknown normalization,
+    AssertionError for logits that are not [B, L, V] and a mask_fraction that is not [B].
     """
     chex.assert_rank(logits_BLV, 3)
     chex.assert_shape(mask_fraction_B, logits_BLV.shape[:1])  # [B, 1] would make the losses [B, B]

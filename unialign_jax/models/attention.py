@@ -97,8 +97,8 @@ def attention(
 def split_over_mesh(local: Callable, query, key, value, bias, batch_axes, head_axes) -> jax.Array:
     """Calls `local(query, key, value, bias)` on each device's own samples and heads; directly on a single device.
 
-    XLA's partitioner refuses a Pallas kernel, and would gather everything for a loop over samples. So where no axis
-    divides the work, every device does all of it.
+    XLA's partitioner refuses a Pallas kernel, and would gather everything for a loop. Work that no axis divides is
+    repeated on every device.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if all(mesh.shape[name] == 1 for name in mesh.auto_axes):

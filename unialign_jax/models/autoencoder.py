@@ -52,8 +52,7 @@ def make_autoencoder(config: AutoencoderConfig) -> "SpaceToDepth | AutoencoderKL
     called as `module.apply({"params": params}, images, method="encode")`. `module.init(key, images)` makes the
     parameters of both methods; those of "space_to_depth" are {}.
 
-    Raises ValueError for an unknown kind or numbers that contradict each other; the methods raise it for sizes that
-    do not fit.
+    Raises ValueError for an unknown kind and contradicting numbers; so do the methods for sizes that do not fit.
     """
     factor, channels = config.downsample_factor, config.latent_channels
     if config.kind == "space_to_depth":
@@ -119,8 +118,7 @@ def check_latents(latents: jax.Array, config: AutoencoderConfig) -> None:
 class SpaceToDepth(nn.Module):
     """A stand-in for tiny runs, not a learned codec: each square of pixels becomes the channels of one latent.
 
-    It is lossless and does not compress. Pixels in [-1, 1] have a standard deviation of about a half, so that scale 2
-    and shift 0 give about unit variance.
+    It is lossless. Pixels in [-1, 1] deviate by about a half, so that scale 2 and shift 0 give about unit variance.
     """
 
     config: AutoencoderConfig

@@ -99,8 +99,7 @@ class Modulation(NamedTuple):
 class Modulations(NamedTuple):
     """All adaLN vectors of the network at some noise levels; they depend on sigma alone.
 
-    `block_modulations` makes one row for each of S sigmas. A scan over a sampler's evaluations hands `MMDiT` one row,
-    without the axis S, for all samples of a batch.
+    `block_modulations` makes one row for each of S sigmas; `MMDiT` takes one, without the axis S, for a whole batch.
     """
 
     image: jax.Array  # [S, depth, 6, D] the image stream's, in the compute dtype

@@ -248,8 +248,7 @@ class Layer(nn.Module):
 class VisionTower(nn.Module):
     """Patches [B, N, P] and their `grid` (rows, columns) -> merged tokens [B, M, T], M = N / 4.
 
-    The layers are one scan: their parameters are stacked along a leading axis of length `depth`. Raises ValueError
-    unless the patches fit the grid.
+    The layers' parameters are stacked along a leading axis. Raises ValueError unless the patches fit the grid.
     """
 
     config: TeacherConfig

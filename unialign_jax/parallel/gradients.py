@@ -33,7 +33,6 @@ def scan_blocks(
       carry, shared: trees of arrays whose first axis is the batch.
       inputs: a tree of arrays whose first axis is the block, for blocks that are not trained; or None.
       late: False never reduces late, for a remat policy that offloads.
-      axes_without_wraparound: of `mesh.axes_without_wraparound`.
     """
     late = late and inputs is None and not blocks.is_initializing()
     batch_size = jax.tree.leaves(carry)[0].shape[0]

@@ -71,11 +71,8 @@ def topology_name(name: str) -> str:
     if number % chip.cores or chips != 2**power or not smallest <= chips <= largest:
         counted = f"{chip.cores * smallest} to {chip.cores * largest}" + (" cores" if chip.cores > 1 else " chips")
         raise ValueError(f"topology is {name!r}: {kind} slices named so have {counted}, a power of two")
-    sides = (
-        [2, 2, 1]
-        if chips == 4 and chip.axes == 3
-        else [2 ** ((power + axis) // chip.axes) for axis in range(chip.axes)]
-    )
+    sides = [2 ** ((power + axis) // chip.axes) for axis in range(chip.axes)]
+    sides = [2, 2, 1] if sides == [1, 2, 2] else sides
     return f"{kind}:{'x'.join(map(str, sides))}"
 
 

@@ -10,8 +10,7 @@ All axes but the last split the batch. They differ in what they do to weights:
 
 On few chips memory is the limit: use fsdp. On many chips with few samples each, the weight all-gathers would dominate:
 use data. XLA reduce-scatters only along one axis of the torus, so that an axis of the mesh should lie along one:
-`choose_mesh` takes replica=4, data=16, encoder=4 on v5e:16x16. All axes are Auto: `jax.jit` with shardings over such a
-mesh is what used to be called pjit.
+`choose_mesh` takes replica=4, data=16, encoder=4 on v5e:16x16. All axes are Auto: `jax.jit` partitions over them.
 """
 
 import dataclasses

@@ -42,7 +42,6 @@ def start(
     processes this returns the message to print then, to be taken back at a normal exit; with one it returns None.
 
     Args:
-      environ: the process's environment.
       coordinator: HOST:PORT of process 0; needs `num_processes` and `process_id` too.
       heartbeat_timeout: seconds of silence after which a process counts as lost, and the others end.
       initialization_timeout: seconds to wait for the others at the start.
@@ -196,8 +195,7 @@ class DelayedMax:
 def local_rows(sharding: Sharding, batch_size: int) -> np.ndarray:
     """The rows of a global batch that live on this process's devices, in order: the process reads no others.
 
-    They follow the order of devices in the mesh, which on a TPU is that of the torus and not of the hosts. So they may
-    be neither contiguous nor in the order of processes.
+    A mesh on a TPU follows the torus, not the hosts: the rows may be neither contiguous nor in the processes' order.
     """
     pieces = sharding.addressable_devices_indices_map((batch_size,)).values()
     return np.array(sorted({row for (piece,) in pieces for row in range(*piece.indices(batch_size))}))

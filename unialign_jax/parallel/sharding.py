@@ -123,14 +123,10 @@ def _gather(leaf, dtype, specs):
     return leaf if specs is None else jax.lax.with_sharding_constraint(leaf, specs[0])
 
 
-def _gather_forward(leaf, dtype, specs):
-    return _gather(leaf, dtype, specs), None
-
-
 def _gather_backward(dtype, specs, _, gradient):
     if specs is not None:
         gradient = jax.lax.with_sharding_constraint(gradient, specs[1])
     return (gradient.astype(jax.numpy.float32),)
 
 
-_gather.defvjp(_gather_forward, _gather_backward)
+_gather.defvjp(lambda *args: (_gather(*args), None), _gather_backward)

@@ -8,8 +8,7 @@ Bytes are those that one device receives in a group of n, by the algorithm that 
     all-to-all            (n - 1) / n s
     collective-permute    s
 
-Of a group over k slices, (k - 1) / (n - 1) of these bytes come from other slices: each piece crosses once for every
-other slice and is then passed on inside it.
+Of a group over k slices, (k - 1) / (n - 1) of these bytes come from other slices: a piece crosses to each once.
 
 For several slices XLA emits the program of one slice. Traffic between slices appears as host send/recv pairs; their
 megascale attributes name the collective and its slices.

@@ -87,9 +87,7 @@ def sampling_programs(
       device: holds the arguments; one of `topology_devices`, or a real one.
       config: the published sizes when None.
       size: height and width of the images in pixels.
-      batch: images at a time.
       steps: of the sampler; the pipeline's default when None.
-      quantize: a mode of `quantization`, or None.
 
     Raises ValueError for an unknown task, and for a size or batch that the pipeline refuses.
     """

@@ -1,8 +1,7 @@
 """Search for the fastest micro-batches and remat policy that fit.
 
 A compilation takes minutes, so arithmetic orders the candidates: each has an estimate of its time and of its memory
-(`training.meshes.estimate`). Whether a candidate fits is the compiler's answer (`step.CompiledMemory`); the ratio of
-the two corrects the estimates of the others.
+(`training.meshes.estimate`). The compiler says whether it fits; the ratio of the two corrects the other estimates.
 """
 
 import dataclasses

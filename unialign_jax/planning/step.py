@@ -1,7 +1,6 @@
 """A training step compiled ahead of time for chips that are not here: its memory, its traffic and its roofline.
 
-The memory is the compiler's count and decides whether a step fits. `training.meshes.estimate` is arithmetic without
-compiling: it chooses a mesh, and the order in which `search` compiles.
+The compiler's count of memory decides whether a step fits; `training.meshes.estimate` does without the compiler.
 """
 
 import dataclasses

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from unialign_jax.diffusion import flow
-from unialign_jax.sampling.solvers import SolverTable
 
 
 class SamplerState(NamedTuple):
@@ -32,15 +31,14 @@ def start(noise: jax.Array) -> SamplerState:
 def advance(velocity_fn: Callable, state: SamplerState, rows: tuple) -> SamplerState:
     """The state after the evaluations of `rows`: one scan, whatever the solver.
 
-    The rows may be cut into pieces, one call each. Call it under jax.jit with the rows as arguments (and velocity_fn
-    closing over traced parameters): then other noise levels, and another solver with as many evaluations, compile
-    nothing new.
+    The rows may be cut into pieces, one call each. Under jax.jit with rows and parameters traced, other noise levels,
+    and another solver with as many evaluations, compile nothing new.
 
     Args:
       velocity_fn: (latents float32 [B, H, W, C], sigma float32 scalar, a row of the inputs) -> velocity [B, H, W, C],
         already guided, of any float type.
-      rows: (SolverTable, inputs), pytrees with a leading axis of evaluations; `inputs` holds whatever else changes from
-        one evaluation to the next, or is None.
+      rows: (SolverTable, inputs), pytrees with a leading axis of evaluations: a `solvers.solver_table` over
+        `diffusion.flow.sampling_sigmas`, and whatever else changes from one evaluation to the next, or None.
     """
 
     chex.assert_equal_shape(state)
@@ -62,25 +60,12 @@ def advance(velocity_fn: Callable, state: SamplerState, rows: tuple) -> SamplerS
     return state
 
 
-def sample_image_latents(velocity_fn: Callable, noise: jax.Array, table: SolverTable, inputs=None) -> jax.Array:
-    """Latents float32 [B, H, W, C] integrated from noise (sigma 1) to clean (sigma 0).
-
-    Args:
-      velocity_fn: as in `advance`.
-      noise: [B, H, W, C], standard normal.
-      table: `solvers.solver_table` over `diffusion.flow.sampling_sigmas`.
-      inputs: a pytree with a leading axis of evaluations, given to velocity_fn row by row.
-    """
-    return advance(velocity_fn, start(noise), (table, inputs)).latents
-
-
 def text_guidance(
     unconditional: jax.Array, conditional: jax.Array, scale: ArrayLike, rescale: ArrayLike = 0.0
 ) -> jax.Array:
     """Classifier-free guidance of velocities, float32: unconditional + scale * (conditional - unconditional).
 
-    A scale of 1 is the conditional model alone. To guide only at some noise levels (arXiv 2404.07724), use the
-    conditional velocity at the others.
+    A scale of 1 is the conditional model alone, to be used at noise levels without guidance (arXiv 2404.07724).
 
     Args:
       unconditional, conditional: velocities [B, ...].
@@ -123,8 +108,7 @@ def rescale_guidance(guided: jax.Array, conditional: jax.Array, rescale: ArrayLi
 
         guided * (rescale * std(conditional) / std(guided) + 1 - rescale)
 
-    The paper uses 0.7. The deviations are those of a sample's velocities, over all elements: like diffusers, it
-    rescales the network's prediction.
+    The paper uses 0.7. The deviations are over all elements of a sample's velocity, as in diffusers.
     """
     chex.assert_equal_shape([guided, conditional])
     axes = tuple(range(1, guided.ndim))

@@ -97,8 +97,7 @@ def decode_images(autoencoder, params, latents: jax.Array) -> jax.Array:
 def one_by_one(function: Callable, params, samples: jax.Array) -> jax.Array:
     """`function(params, sample)` of each sample [B, ...] in turn; under a mesh each device does its own.
 
-    One image fills a device, and memory does not grow with the batch. XLA's partitioner cannot split a loop over
-    samples: every device would do all of them.
+    One image fills a device, and memory does not grow with the batch. XLA's partitioner cannot split such a loop.
     """
 
     def local(params, samples):
@@ -277,7 +276,6 @@ class Programs:
         """The programs of three modules. A module may be None; its programs cannot be called then.
 
         Args:
-          mask_id, eos_id: of the tokenizer.
           mesh: when given, every result is split over the axes that split a batch; call them under `jax.set_mesh`.
         """
         split = text = None

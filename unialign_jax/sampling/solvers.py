@@ -49,7 +49,6 @@ def solver_table(name: str, sigmas: np.ndarray) -> SolverTable:
     DPM-Solver++ takes the limit of its formula; UniPC starts at 1 - 1e-6.
 
     Args:
-      name: one of SOLVERS.
       sigmas: [N + 1], strictly decreasing from at most 1 to exactly 0; `diffusion.flow.sampling_sigmas` gives them.
 
     Raises ValueError for an unknown name and for other noise levels.
@@ -120,8 +119,7 @@ def _unipc_correction(weight, h, ratio):
 
     Args:
       weight, h: of the step; h is its length.
-      ratio: place of the prediction before, in units of h from the step's start (negative); None after a first-order
-        step.
+      ratio: place of the prediction before in units of h from the start (negative); None after a first-order step.
     """
     if ratio is None:
         return weight / 2, -weight / 2, 0.0

@@ -74,7 +74,6 @@ def sample_text(
       mask_id: the mask's token id, the tokenizer's last; neither it nor what a larger vocabulary has beyond is drawn.
       eos_id: the id of end-of-text, which then comes last; None treats it as any token.
       single_steps: an int32 scalar; it takes at most half of num_steps.
-      decoding: one of DECODINGS.
       temperature: of the draw, a scalar or [B]; 1 draws from the model, 0 takes the likeliest token.
       threshold: of "confidence", a scalar or [B]; above 1 it reveals one token a step.
       entropy_bound: of "entropy", a scalar or [B]; 0 or less reveals one token a step, or those that are certain.

@@ -73,8 +73,7 @@ class Checkpoints:
     def save(self, state: TrainState, step: int) -> None:
         """Starts saving and returns once the arrays are copied; writing and checksums go on in the background.
 
-        Waits for the save before it first. Raises OSError when this save, or the one before it, cannot be written, and
-        when the processes see different checkpoints.
+        Waits for the save before it. Raises OSError when either cannot be written, or processes see different ones.
         """
         self._wait()
         if step in self.steps():
@@ -197,9 +196,8 @@ def agreed(directory: Path, reason: str | None) -> str | None:
 def damage(directory: Path) -> str | None:
     """The damage to a checkpoint that was once whole, in words, or None. Several processes share the reading.
 
-    Without recorded checksums the arrays are not read through. We check the marker, that the metadata name the arrays
-    that are stored, and the last byte of every stored value, which a truncated file lacks. Orbax itself reads some of
-    such checkpoints as empty.
+    Without recorded checksums we check the marker, that the metadata name the arrays that are stored, and the last byte
+    of every stored value, which a truncated file lacks: Orbax reads some such checkpoints as empty.
     """
     if checksums.is_recorded(directory):
         return checksums.difference(directory, jax.process_index(), jax.process_count())

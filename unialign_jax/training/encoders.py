@@ -1,7 +1,6 @@
 """Pretrains the frozen networks of the `:tiny` stages on the shapes world: an autoencoder and a T5 encoder.
 
-The full-size model uses SD3's VAE and T5-XXL, which others trained. The tiny stages use small networks of the same
-classes, trained here from fixed seeds.
+They are small networks of the classes of SD3's VAE and T5-XXL, trained from fixed seeds.
 """
 
 import dataclasses
@@ -188,16 +187,12 @@ def train_autoencoder(
     ):
         if phase == "things":
             params = params | {"viewer": viewer}
-        shifted = functools.partial(_log_after, done, log)
+        shifted = lambda step, *values, done=done: log(done + step, *values)  # noqa: E731
         params = optimize_autoencoder(module, params, count, rate, make, key, shifted, phase)
         if phase != "decoder":
             params = {"autoencoder": whitened(config, params["autoencoder"], images)}
         done += count
     return with_statistics(config, params["autoencoder"], images), params["autoencoder"]
-
-
-def _log_after(done: int, log: Callable, step: int, *values) -> None:
-    log(done + step, *values)
 
 
 def optimize_autoencoder(
@@ -232,6 +227,15 @@ def optimize_autoencoder(
     return state[1]
 
 
+def moments_of(config: AutoencoderConfig, params: dict, images: np.ndarray) -> Moments:
+    """The moments of many images, on the host; 32 are encoded at a time."""
+    encode = jax.jit(make_autoencoder(config).apply, static_argnames="method")
+    parts = [
+        encode({"params": params}, from_pixels(images[i : i + 32]), method="encode") for i in range(0, len(images), 32)
+    ]
+    return Moments(*(np.concatenate(values) for values in zip(*parts, strict=True)))
+
+
 def whitened(config: AutoencoderConfig, params: dict, images: np.ndarray) -> dict:
     """The same autoencoder with latents of mean 0 and covariance I over `images`: noise hides all directions alike.
 
@@ -239,14 +243,9 @@ def whitened(config: AutoencoderConfig, params: dict, images: np.ndarray) -> dic
     first convolution inverts it. Pictures change at their border only: that convolution pads with zeros, which are now
     the mean. Log variances are shifted by their average change. A direction without variance stays as it is.
     """
-    encode = jax.jit(make_autoencoder(config).apply, static_argnames="method")
-    moments = [
-        Moments(*encode({"params": params}, from_pixels(images[i : i + 32]), method="encode"))
-        for i in range(0, len(images), 32)
-    ]
+    means, log_variances = moments_of(config, params, images)
     channels = config.latent_channels
-    latents = np.concatenate([m.mean for m in moments]).reshape(-1, channels).astype(np.float64)
-    variance = np.exp(np.concatenate([m.log_variance for m in moments])).mean(axis=(0, 1, 2))
+    latents, variance = means.reshape(-1, channels).astype(np.float64), np.exp(log_variances).mean(axis=(0, 1, 2))
     mean, values, vectors = latents.mean(0), *np.linalg.eigh(np.cov(latents.T))
     matrix = (vectors / np.where(values > 1e-8, np.sqrt(np.maximum(values, 1e-8)), 1)) @ vectors.T
     last, first = params["encoder"]["conv_out"], params["decoder"]["conv_in"]
@@ -271,9 +270,7 @@ def with_statistics(config: AutoencoderConfig, params: dict, images: np.ndarray)
 
     The scale is rounded to four digits, the shift to four decimal places.
     """
-    module = make_autoencoder(config)
-    encode = jax.jit(lambda x: Moments(*module.apply({"params": params}, from_pixels(x), method="encode")).mean)
-    latents = np.concatenate([encode(images[i : i + 32]) for i in range(0, len(images), 32)])
+    latents = moments_of(config, params, images).mean
     return dataclasses.replace(config, scale=float(f"{1 / latents.std():.4g}"), shift=round(float(latents.mean()), 4))
 
 

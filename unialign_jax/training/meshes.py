@@ -2,8 +2,7 @@
 
 A configuration whose `mesh` is all 0, the default, leaves the choice open. Devices that are not a known TPU slice then
 split weights and state (`fsdp`), which needs least memory. A TPU slice repeats the compute weights and splits only the
-state (ZeRO-1) if the arithmetic below says that this fits: with few samples per chip, gathering the weights in every
-pass would dominate the step.
+state (ZeRO-1) if the arithmetic below says that this fits: with few samples per chip, gathers would dominate.
 
 The arithmetic per chip: weights and the same again for gradients, encoders, state, and activations that grow with the
 samples. It is an estimate, compared with the memory on the chip's data sheet, about 5% below the compiler's (v5e:

@@ -26,8 +26,7 @@ log = logging.getLogger(__name__)
 class MetricsWriter:
     """Appends rows to `workdir/metrics.jsonl`, TensorBoard and a tracker; it does nothing on hosts but the first.
 
-    On opening it drops the rows after `start_step`: those steps are done again, with the same numbers. So the file of
-    an interrupted run reads like that of an uninterrupted one.
+    Opening drops the rows after `start_step`, whose steps are done again: the file reads as if nothing had stopped.
     """
 
     def __init__(self, workdir: str | Path, start_step: int, tracker: Tracker | None = None):

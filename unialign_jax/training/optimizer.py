@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from unialign_jax.parallel.sharding import path_string
+
 
 def make_schedule(
     learning_rate: float, warmup_steps: int, *, cooldown_start: int = 0, cooldown_steps: int = 0
@@ -67,7 +69,7 @@ def make_optimizer(
 
 def freeze_labels(params: dict, freeze: Sequence[str]) -> dict:
     """A tree like `params` of "freeze", where a pattern is found in the parameter's path, and "train" elsewhere."""
-    paths = [_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    paths = [path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     for pattern in freeze:
         if not any(re.search(pattern, path) for path in paths):
             raise ValueError(
@@ -75,7 +77,7 @@ def freeze_labels(params: dict, freeze: Sequence[str]) -> dict:
                 f"the first is {paths[0]!r}"
             )
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: "freeze" if any(re.search(p, _path(path)) for p in freeze) else "train", params
+        lambda path, _: "freeze" if any(re.search(p, path_string(path)) for p in freeze) else "train", params
     )
 
 
@@ -90,12 +92,8 @@ def ema_update(ema: dict, params: dict, decay: float | jax.Array) -> dict:
     return jax.tree.map(move, ema, params)
 
 
-def _path(path) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
 def _has_matrices(params: dict) -> dict:
     """True where weight decay applies when vectors are spared."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, x: x.ndim > 1 and _path(path).split("/")[-1] not in ("bias", "scale"), params
+        lambda path, x: x.ndim > 1 and path_string(path).split("/")[-1] not in ("bias", "scale"), params
     )

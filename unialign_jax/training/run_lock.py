@@ -33,8 +33,7 @@ NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 def only_run_in(workdir: Path, patience: float = LEASE) -> Iterator[None]:
     """Makes the run's folder, and keeps other runs out of it in the block. All processes of the run take part.
 
-    Raises OSError, in all processes, when another run is in the folder, or the folder cannot be written; then nothing
-    in it has been changed.
+    Raises OSError, in all processes and before any change, when another run is in it or it cannot be written.
 
     Args:
       patience: seconds to wait for a holder on another host, which may be gone. With one on this host there is no wait.

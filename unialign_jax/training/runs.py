@@ -87,7 +87,12 @@ def write_config(config: ConfigDict, workdir: Path, step: int = 0) -> None:
     current = json.loads(config.to_json_best_effort())
     changes = list(_changes(settings_before(workdir) or current, current))
     for key, old, new in changes:
-        log.warning("configuration changed since the run began: %s from %s to %s", key, _shown(old), _shown(new))
+        log.warning(
+            "configuration changed since the run began: %s from %s to %s",
+            key,
+            files.shown(old, 300),
+            files.shown(new, 300),
+        )
     if jax.process_index() == 0:
         if changes:
             entry = {"step": step, "time": datetime.now(UTC).isoformat(timespec="seconds")}
@@ -105,13 +110,6 @@ def _changes(before: dict, after: dict, prefix: str = "") -> Iterator[tuple[str,
             yield from _changes(old, new, f"{prefix}{key}.")
         elif old != new:
             yield f"{prefix}{key}", old, new
-
-
-def _shown(value) -> str:
-    """A value of a configuration in a line; where no configuration can hold it, its type."""
-    values = value if isinstance(value, list) else [value]
-    plain = all(isinstance(each, str | int | float | None) for each in values)
-    return repr(value)[:300] if plain else f"a {type(value).__name__}"
 
 
 def inherit_sources(config: ConfigDict, workdir: Path) -> ConfigDict:
@@ -372,9 +370,7 @@ class Run(NamedTuple):
 
     Attributes:
       name: its folder's, for messages.
-      config: as a bundle's.
       leaves: component -> its (path, array) pairs on the host.
-      weights: "raw" or "ema".
       digest: a hash by which these weights are told from others.
       frozen_from: the bundle of the encoders; None where they are drawn.
     """

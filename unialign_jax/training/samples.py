@@ -33,8 +33,7 @@ class Sampler:
     """Writes `samples/<stream>_<step>.png` and `.md` for the first records of every stream.
 
     The programs are those of inference (`sampling.programs.Programs`), compiled at the first use, on the run's mesh:
-    weights lie as in the train step, and samples are split over all axes that split a batch. All hosts take part; the
-    first one writes.
+    weights lie as in the train step, samples are split as a batch is. All hosts take part; the first one writes.
     """
 
     def __init__(self, config, networks: Networks, mesh, streams, tokenizer, workdir):
@@ -80,8 +79,7 @@ class Sampler:
     def sample(self, stream, step: int, params, frozen):
         """(examples, images, ids): the stream's first examples, images from their prompts and texts from their images.
 
-        The examples are one batch; images are uint8 [count, H, W, 3], None for a kind without image pass; ids are int32
-        [count, L].
+        Examples are one batch, images uint8 [count, H, W, 3] (None without an image pass), ids int32 [count, L].
 
         Args:
           step: gives the samples their seeds, together with the run's (`sample_seeds`).
@@ -169,7 +167,6 @@ def draw_sheet(cards: list[tuple], columns: int = 2, smallest: int = 96) -> Imag
 
     Args:
       cards: pairs of prompt and [(label, uint8 [H, W, 3])].
-      columns: cards side by side.
       smallest: images narrower than this are enlarged by a whole factor.
     """
     font = ImageFont.load_default(TEXT_SIZE)

@@ -38,10 +38,7 @@ class Detection(NamedTuple):
 
 
 def detect(image: np.ndarray) -> Detection:
-    """The scene that explains a picture best.
-
-    Args:
-      image: uint8 [S, S, 3].
+    """The scene that explains a picture best, uint8 [S, S, 3].
 
     Raises ValueError for another shape or dtype.
     """

@@ -1,5 +1,6 @@
 """Scenes of the procedural world `shapes`: what there is to see, and the oracle features that say it in numbers."""
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,7 +73,6 @@ def sample_scene(rng: np.random.Generator, *, num_things: int | None = None, ali
     """A random scene.
 
     Args:
-      rng: the only source of chance.
       num_things: 1 to 3; None draws it uniformly.
       alike: all things share shape, colour and size ("three small red stars"). Otherwise no two things share a
         shape and no two share a colour, so that "the star" and "the red one" always name one thing.
@@ -136,23 +136,17 @@ def attributes(scene: Scene, view: str = "photo") -> np.ndarray:
 def oracle_features(scene: Scene, width: int, view: str = "photo") -> tuple[np.ndarray, np.ndarray]:
     """(image features, text features), each float16 [width]: two fixed random projections of `attributes`.
 
-    An oracle, not a learned encoder: it stands in for the frozen teacher in the procedural world, where the truth
-    about a picture is known. The projections depend on `width` alone.
+    They stand in for the frozen teacher's. The projections are random and depend on `width` alone.
     """
     values = attributes(scene, view)
     projections = _oracle_projections(len(values), width)
     return tuple((values @ projection).astype(np.float16) for projection in projections)
 
 
-_PROJECTIONS: dict[tuple[int, int], np.ndarray] = {}
-
-
+@functools.cache
 def _oracle_projections(num_attributes: int, width: int) -> np.ndarray:
-    key = (num_attributes, width)
-    if key not in _PROJECTIONS:
-        rng = np.random.default_rng([_ORACLE_SEED, width])
-        _PROJECTIONS[key] = rng.standard_normal((2, num_attributes, width), dtype=np.float32)
-    return _PROJECTIONS[key]
+    rng = np.random.default_rng([_ORACLE_SEED, width])
+    return rng.standard_normal((2, num_attributes, width), dtype=np.float32)
 
 
 def _any_touching(cells: np.ndarray) -> bool:

@@ -214,8 +214,7 @@ def personalization_example(rng: np.random.Generator, image_size: int) -> Exampl
 
 
 def vqa_example(rng: np.random.Generator, image_size: int) -> Example:
-    """A scene, a question and its answer. The answers of each kind of question are balanced by construction: the
-    answer is drawn first wherever it does not follow from the scene."""
+    """A scene, a question and its answer, drawn first where the scene leaves it open, so that all are balanced."""
     topic = _choose(rng, _TOPICS)
     if topic == "count of":
         return _count_example(rng, image_size)
@@ -330,20 +329,15 @@ def write_shapes(
     overwrite: bool = False,
     progress=lambda stream, total, records: records,
 ) -> dict[str, bool]:
-    """Writes `output_dir/<stream>/` for every stream. What is there already with the same parameters is left alone.
+    """Writes `output_dir/<stream>/` for every stream, unless it is there with the same parameters: {stream: is new}.
 
     Args:
       num_records: per stream, one number for all or a dict; None means DEFAULT_NUM_RECORDS.
       teacher_width: width of the oracle's features; 0 leaves them out.
-      overwrite: replace data folders that were made with other parameters.
       progress: called with (stream, total, iterator), returns the iterator to consume (a progress bar).
 
-    Returns:
-      For each stream whether it was written now (False: it was there).
-
-    Raises:
-      FileExistsError: a folder holds something else and `overwrite` is off; nothing is written then.
-      ValueError: a stream that the world does not have, or a number out of range.
+    Raises FileExistsError, and writes nothing, when a folder holds something else and `overwrite` is off; ValueError
+    for a stream that the world does not have and a number out of range.
     """
     if not isinstance(num_records, dict):
         num_records = {name: num_records or DEFAULT_NUM_RECORDS[name] for name in DEFAULT_NUM_RECORDS}

@@ -1,9 +1,9 @@
 """What the texts of the shapes world say: captions and questions read back into what they claim.
 
-`data/shapes/tasks.py` writes these texts from scenes; here they are parsed, and compared with scenes. A text
-that the grammar does not have is no claim: `parse_caption` returns None.
+`data/shapes/tasks.py` writes these texts from scenes; here they are parsed, and compared with scenes.
 """
 
+import itertools
 import re
 from typing import NamedTuple
 
@@ -101,14 +101,8 @@ def is_true(claim: Claim, scene: Scene, view: str = "photo") -> bool:
     return any(
         all(named.fits(thing) for named, thing in zip(claim.things, order, strict=True))
         and (claim.relation is None or claim.relation in relations(order[0], order[1]))
-        for order in _orders(scene.things)
+        for order in itertools.permutations(scene.things)
     )
-
-
-def _orders(things):
-    if len(things) < 2:
-        return [things]
-    return [(thing, *rest) for i, thing in enumerate(things) for rest in _orders(things[:i] + things[i + 1 :])]
 
 
 def question_topic(question: str) -> str:
