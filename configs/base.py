@@ -48,6 +48,10 @@ def paper_config(size: str = "") -> ConfigDict:
             "init_weights": "raw",  # "raw" or "ema", of the run `init_from`
             "frozen_from": "",  # the bundle of T5 and autoencoder; "": that of init_from, else random encoders
             "tokenizer": "",  # a T5 tokenizer folder; "": that of init_from or frozen_from, else the shapes world's
+            "teacher": {
+                "path": "",  # the teacher's bundle (launch/convert.py teacher)
+                "online": False,  # True: it runs in every step; False: its features are stored with the records
+            },
             # Networks: the fields of their dataclasses in models/, filled from a preset (models/presets.py). Bundles
             # store these groups, so the two switches of the released heads, final_silu and pool, are in `heads`.
             "model": dataclasses.asdict(presets.MMDIT["unialign_2b"]) | {"attention": "auto"},
@@ -88,6 +92,9 @@ def paper_config(size: str = "") -> ConfigDict:
                 "num_threads": 16,  # that read rows
                 "prefetch": 64,  # batches read ahead, at most
                 "prefetch_gb": 4.0,  # memory of each host for batches, in GB of 1e9 bytes
+                "buckets": False,  # True: streams' folders hold a folder for each aspect ratio (data/buckets.py)
+                "cached_latents": False,  # True: read the autoencoder's moments, not images (prepare_data.py encode)
+                "max_epochs_warning": 20,  # a warning when a stream's records are read more often than that; 0: none
                 "max_bad_fraction": 0.01,  # a run stops when more of its records cannot be decoded
             },
             # Devices per axis (parallel/sharding.py says what each axis does). All 0: chosen for the machine
@@ -95,6 +102,7 @@ def paper_config(size: str = "") -> ConfigDict:
             "mesh": {"replica": 0, "data": 0, "encoder": 0, "fsdp": 0, "tensor": 0},
             "compilation_cache": "",  # a folder that keeps compiled programs between starts; "": none
             # What a run writes
+            "tracker": "",  # beside metrics.jsonl and TensorBoard: "wandb", training/trackers.py; "": none
             "log_every": 20,  # batches of a stream per row of metrics.jsonl
             "checkpoint": {
                 "every": 1000,  # steps

@@ -250,3 +250,45 @@ def test_a_broken_rotation_tag_does_no_harm():
 @pytest.mark.bad_input
 def test_a_shape_that_would_be_resized_to_gigabytes(refuses):
     refuses(lambda: images.fill_size(Image.new("RGB", (1, 100)), 3072, 16), "1 x 100", "3,072 x 16")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"quality": 90},
+        {"quality": 75, "subsampling": 0},
+        {"quality": 95, "progressive": True},
+        {"quality": 30, "subsampling": 1},
+        {"quality": 90, "mode": "L"},
+        {"quality": 90, "mode": "CMYK"},
+        {"quality": 90, "turned": 6},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("size", [(64, 96), (64, 64), (200, 90), (33, 47)])
+def test_simplejpeg_gives_pillows_pixels(options, size, monkeypatch):
+    pytest.importorskip("simplejpeg")
+    options = dict(options)
+    generator = np.random.default_rng(0)
+    small = Image.fromarray(generator.integers(0, 256, (8, 12, 3), np.uint8))
+    image = small.resize((150, 100), Image.Resampling.BICUBIC).convert(options.pop("mode", "RGB"))
+    if orientation := options.pop("turned", None):
+        options["exif"] = Image.Exif()
+        options["exif"][0x0112] = orientation
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", **options)
+    found = images.decode_filled(buffer.getvalue(), "image", *size)
+    covering = images.decode_filled(buffer.getvalue(), "image", 100, 100)
+    monkeypatch.setattr(images, "simplejpeg", None)
+    np.testing.assert_array_equal(found, images.decode_filled(buffer.getvalue(), "image", *size))
+    np.testing.assert_array_equal(covering, images.decode_filled(buffer.getvalue(), "image", 100, 100))
+    assert found.shape == (*size, 3)
+
+
+def test_a_jpeg_cut_short_is_refused_with_either_decoder(monkeypatch):
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(buffer, "JPEG")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="image cannot be decoded"):
+            images.decode_filled(buffer.getvalue()[:-800], "image", 32, 32)
+        monkeypatch.setattr(images, "simplejpeg", None)

@@ -129,25 +129,25 @@ def test_resize_and_crop_as_torchvision(width, height):
     resized = np.asarray(Image.fromarray(pixels).resize((new_width, new_height), Image.Resampling.BICUBIC))
     top, left = int(round((new_height - size) / 2.0)), int(round((new_width - size) / 2.0))
     expected = resized[top : top + size, left : left + size]
-    np.testing.assert_array_equal(decode_image(encode(pixels), size), expected)
+    np.testing.assert_array_equal(decode_image(encode(pixels), size, size), expected)
 
 
 def test_image_modes():
     gray = Image.fromarray(np.full((10, 10), 90, np.uint8))
-    assert (decode_image(encode(gray), 10) == 90).all()
+    assert (decode_image(encode(gray), 10, 10) == 90).all()
     clear = Image.new("RGBA", (10, 10), (255, 0, 0, 0))
-    assert (decode_image(encode(clear), 10) == 255).all(), "transparent shows white"
+    assert (decode_image(encode(clear), 10, 10) == 255).all(), "transparent shows white"
     palette = Image.new("RGB", (10, 10), (0, 0, 255)).quantize(4)
-    assert (decode_image(encode(palette), 10) == (0, 0, 255)).all()
+    assert (decode_image(encode(palette), 10, 10) == (0, 0, 255)).all()
     cmyk = Image.new("RGB", (16, 16), (200, 30, 30)).convert("CMYK")
-    assert np.abs(decode_image(encode(cmyk, "JPEG", quality=100), 16).astype(int) - (200, 30, 30)).max() < 4
+    assert np.abs(decode_image(encode(cmyk, "JPEG", quality=100), 16, 16).astype(int) - (200, 30, 30)).max() < 4
     deep = Image.fromarray(np.full((10, 10), 30000, np.uint16))
-    assert decode_image(encode(deep), 10).shape == (10, 10, 3)
+    assert decode_image(encode(deep), 10, 10).shape == (10, 10, 3)
     half = np.zeros((16, 16, 3), np.uint8)
     half[:8] = 255  # white above black
     exif = Image.Exif()
     exif[0x0112] = 3  # the camera was upside down
-    turned = decode_image(encode(half, "JPEG", exif=exif, quality=100), 16)
+    turned = decode_image(encode(half, "JPEG", exif=exif, quality=100), 16, 16)
     assert turned[:6].max() < 20 and turned[10:].min() > 235
 
 
@@ -157,7 +157,7 @@ def test_damaged_images_raise_record_error(damage):
     data = {"empty": b"", "text": b"<html>404</html>", "half PNG": encode(pixels), "half JPEG": encode(pixels, "JPEG")}
     broken = data[damage][: len(data[damage]) // 2] if "half" in damage else data[damage]
     with pytest.raises(RecordError, match=f"image of {len(broken)} bytes cannot be decoded"):
-        decode_image(broken, 32)
+        decode_image(broken, 32, 32)
 
 
 def test_damaged_records_are_replaced_flagged_and_logged(tmp_path, tokenizer, caplog):

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import re
+from datetime import datetime
 from pathlib import Path
 
 import jax
@@ -13,6 +14,7 @@ from unialign_jax.configs.base import paper_config, stream
 from unialign_jax.training import runs
 from unialign_jax.training.config import (
     RENAMED,
+    active_streams,
     config_problems,
     load_stage,
     make_changes,
@@ -195,6 +197,84 @@ def test_changes_keep_their_types():
 def test_values_of_another_type(text, like, expected):
     with pytest.raises(ValueError, match=expected):
         parse_value(text, like)
+
+
+def test_a_new_stream_by_changes_alone():
+    """Its defaults are those of its kind, wherever the kind stands among the changes."""
+    config = read_config(
+        f"{ROOT}/configs/stage1.py",
+        [
+            "streams.more_edits.weight=0.5",
+            "streams.more_edits.path=data/more",
+            "streams.more_edits.kind=edit",
+            "streams.scenes.kind=personalization",
+            "streams.scenes.path=data/scenes",
+            "streams.scenes.num_conditions=2",
+        ],
+    )
+    assert set(config.streams) == {"text_to_image", "more_edits", "scenes"}
+    assert config.streams.more_edits.to_dict() == stream("edit", "data/more", 0.5, 1).to_dict()
+    assert config.streams.scenes.to_dict() == stream("personalization", "data/scenes", 1.0, 2).to_dict()
+    assert config_problems(config) == [] and "more_edits" in active_streams(config)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            ["streams.more.path=x"],
+            "unknown key streams.more.path (nearest: streams.text_to_image.path; streams.more.kind",
+        ),
+        (
+            ["streams.more.kind=film", "streams.more.path=x"],
+            "streams.more.kind is 'film', expected one of text_to_image",
+        ),
+        (["streams.more.kind=edit"], "streams.more has no data: set streams.more.path"),
+        (["streams.a/b.kind=edit"], "'a/b' is no name for a stream"),
+        (["streams.a.b.kind=edit"], "'a.b' is no name for a stream"),
+        (["streams..kind=edit"], "'' is no name for a stream"),
+        (["streams.more.kind=edit", "streams.more.wait=1", "streams.more.path=x"], "unknown key streams.more.wait"),
+    ],
+)
+def test_what_makes_no_stream(changes, expected):
+    config = load_stage(f"{ROOT}/configs/stage1.py")
+    assert expected in "\n".join(make_changes(config, changes) + config_problems(config))
+
+
+def test_changes_at_a_restart_are_recorded(tmp_path):
+    config = load_stage(f"{ROOT}/configs/stage2.py")
+    write_config(config, tmp_path)
+    write_config(config, tmp_path, 100)
+    assert not (tmp_path / "config_history.jsonl").exists()
+    make_changes(config, ["streams.edit.weight=3", "streams.more.kind=edit", "streams.more.path=data/more"])
+    write_config(config, tmp_path, 200)
+    make_changes(config, ["streams.edit.weight=2"])
+    write_config(config, tmp_path, 300)
+    first, second = map(json.loads, (tmp_path / "config_history.jsonl").read_text().splitlines())
+    before = load_stage(f"{ROOT}/configs/stage2.py").streams.edit.weight
+    assert first["step"] == 200 and datetime.fromisoformat(first["time"]).tzinfo
+    assert first["changes"] == [
+        {"key": "streams.edit.weight", "from": before, "to": 3.0},
+        {"key": "streams.more", "from": None, "to": config.streams.more.to_dict()},
+    ]
+    assert second["step"] == 300
+    assert second["changes"] == [{"key": "streams.edit.weight", "from": 3.0, "to": 2.0}]
+
+
+def test_a_set_that_is_read_often_is_told(small_config, caplog):
+    """40 records; 100 steps of 8, of which text to image has half and each edit stream a quarter."""
+    config = small_config(num_steps=100, data__max_epochs_warning=9)
+    path = config.streams.text_to_image.path.replace("text_to_image", "edit")
+    for name in ("edit", "more"):
+        config.streams[name] = stream("edit", path, weight=0.5)
+    trainer = Trainer(config, jax.devices()[:1])
+    assert trainer.mixture.epochs(100) == {"edit": 5.0, "more": 5.0, "text_to_image": 10.0}
+    told = [line for line in caplog.messages if "are read" in line]
+    assert told == [
+        "stream text_to_image: 40 records are read 10 times each, more than data.max_epochs_warning 9: "
+        "lower its weight or num_steps, or add records"
+    ]
 
 
 def test_all_problems_of_a_command_line_come_at_once():

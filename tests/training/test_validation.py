@@ -369,6 +369,23 @@ def test_validation_changes_no_step(validated, small_config, tmp_path):
     assert found == losses
 
 
+@pytest.mark.slow
+def test_a_run_with_an_average_is_validated_with_both_weights(small_config, tmp_path):
+    """Rows `validation` are the average's, as before, `validation_raw` those of the weights that are trained."""
+    config = small_config(num_steps=2, validation__every=2, validation__records=8, optimizer__warmup_steps=1)
+    state = train(config, tmp_path, progress=False, devices=jax.devices()[:1])
+    averaged, raw = read_metrics(tmp_path)[-2:]
+    assert (averaged.pop("stream"), raw.pop("stream")) == ("validation/text_to_image", "validation_raw/text_to_image")
+    assert averaged.pop("step") == raw.pop("step") == 2
+    assert averaged.keys() == raw.keys() >= LOSSES
+    trainer = on_one_device(config)
+    validator, frozen = Validator(trainer), trainer.init_frozen()
+    for found, transformer in ((averaged, state.ema), (raw, state.params["transformer"])):
+        expected = validator({"transformer": transformer, "heads": state.params["heads"]}, frozen)["text_to_image"]
+        assert found == pytest.approx(expected, rel=1e-5)
+    assert abs(averaged["flow_matching"] - raw["flow_matching"]) > 1e-4
+
+
 def test_scenes_without_a_world_are_passed_over(small_config, shapes_dir, tmp_path, caplog):
     shutil.copytree(shapes_dir / "text_to_image", tmp_path / "data")
     path = tmp_path / "data" / "records.json"

@@ -11,6 +11,11 @@ import os
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
+try:
+    import simplejpeg
+except ModuleNotFoundError:  # of use for training data, and not needed
+    simplejpeg = None
+
 from unialign_jax.data import signatures
 from unialign_jax.files import check_regular, first_line
 
@@ -23,7 +28,13 @@ MAX_ASPECT = 100  # longer side to shorter: filling 512 x 512 with 1 x 60,000 pi
 # The 8-bit grey of each 16-bit one: value / 257, rounded. As 257 is odd, there are no ties.
 _NEAREST = ((np.arange(65536) + 128) // 257).astype(np.uint8)
 _ORIENTATION = 0x0112  # EXIF's tag of the camera's rotation
+_START_OF_SCAN = b"\xff\xda"  # of a JPEG
+_TURNING_MARKS = (b"\xff\xe1", b"MPF\0")  # of EXIF and XMP, which may turn a picture; of several pictures in a file
 _DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+
+
+class BadShape(ValueError):
+    """An image of too many pixels, or of a shape that cannot be used."""
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:
@@ -52,7 +63,7 @@ def open_image(data: bytes, name: str) -> Image.Image:
         begins = f"; it begins like {found}" if found else ""
         reason = f"it is no image of a known format ({', '.join(FORMATS)}){begins}" if data else "it is empty"
     except Image.DecompressionBombError:
-        reason = f"it has more than {MAX_PIXELS:,} pixels"
+        raise BadShape(f"{name} cannot be decoded: it has more than {MAX_PIXELS:,} pixels") from None
     except Exception as error:  # PIL's readers raise many kinds on damaged bytes
         reason = first_line(error)
     else:
@@ -67,9 +78,9 @@ def check_shape(image: Image.Image, name: str) -> None:
     if not width or not height:
         raise ValueError(f"{name} is {width:,} x {height:,} pixels, expected at least one")
     if width * height > MAX_PIXELS:
-        raise ValueError(f"{name} is {width:,} x {height:,} pixels, expected at most {MAX_PIXELS:,} in all")
+        raise BadShape(f"{name} is {width:,} x {height:,} pixels, expected at most {MAX_PIXELS:,} in all")
     if max(image.size) > MAX_ASPECT * min(image.size):
-        raise ValueError(
+        raise BadShape(
             f"{name} is {width:,} x {height:,} pixels, expected sides that differ by a factor of {MAX_ASPECT} at most"
         )
 
@@ -95,6 +106,40 @@ def loaded_rgb(image: Image.Image, name: str) -> Image.Image:
 def load_rgb(path: str | os.PathLike) -> Image.Image:
     """An image file as an upright RGB image. Raises FileNotFoundError or ValueError that names it."""
     return decode_rgb(read_bytes(path), str(path))
+
+
+def decode_filled(data: bytes, name: str, height: int, width: int) -> np.ndarray:
+    """`fill_size` of `decode_rgb`, as uint8 [height, width, 3].
+
+    JPEGs that need no turning are decoded by simplejpeg where it is installed: libjpeg-turbo as in Pillow, and the same
+    pixels, without Pillow's copies. Raises ValueError as `decode_rgb` and `fill_size`.
+    """
+    pixels = _decode_jpeg(data, name)
+    if pixels is not None and pixels.shape[0] >= height and pixels.shape[1] >= width:
+        top, left = (round((size - wanted) / 2) for size, wanted in zip(pixels.shape, (height, width), strict=False))
+        if pixels.shape[0] == height or pixels.shape[1] == width:  # it just covers the size
+            return pixels[top : top + height, left : left + width]  # not copied: a batch does it
+    image = decode_rgb(data, name) if pixels is None else Image.fromarray(pixels)
+    return np.asarray(fill_size(image, width, height))
+
+
+def _decode_jpeg(data: bytes, name: str) -> np.ndarray | None:
+    """The pixels of an upright JPEG in RGB or grey; None for another image, or one that Pillow is to judge."""
+    if simplejpeg is None or not data.startswith(b"\xff\xd8\xff"):
+        return None
+    head = data[: data.find(_START_OF_SCAN)]
+    try:
+        if any(mark in head for mark in _TURNING_MARKS):  # Pillow takes 20 us to open a file
+            with open_image(data, name) as image:
+                if image.format != "JPEG" or image.getexif().get(_ORIENTATION, 1) != 1:
+                    return None
+        height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
+        is_usable = height * width <= MAX_PIXELS and max(height, width) <= MAX_ASPECT * min(height, width)
+        if not is_usable or colors not in ("YCbCr", "RGB", "Gray"):
+            return None
+        return simplejpeg.decode_jpeg(data, "RGB", strict=True)
+    except ValueError:
+        return None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -155,10 +200,7 @@ def fill_size(image: Image.Image, width: int, height: int) -> Image.Image:
 
     Raises ValueError when the resized image would have more than MAX_RESIZED pixels.
     """
-    if width * image.height >= height * image.width:
-        size = (width, max(height, int(image.height * width / image.width)))
-    else:
-        size = (max(width, int(image.width * height / image.height)), height)
+    size = covering_size(image, width, height)
     if size[0] * size[1] > MAX_RESIZED:
         raise ValueError(
             f"it is {image.width:,} x {image.height:,} pixels, whose shape is too far from {width:,} x {height:,}"
@@ -168,3 +210,10 @@ def fill_size(image: Image.Image, width: int, height: int) -> Image.Image:
     left = round((image.width - width) / 2)
     top = round((image.height - height) / 2)
     return image.crop((left, top, left + width, top + height))
+
+
+def covering_size(image: Image.Image, width: int, height: int) -> tuple[int, int]:
+    """(width, height) of an image that is resized, its aspect kept, to just cover width x height."""
+    if width * image.height >= height * image.width:
+        return width, max(height, int(image.height * width / image.width))
+    return max(width, int(image.width * height / image.height)), height

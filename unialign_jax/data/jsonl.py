@@ -30,7 +30,7 @@ MAX_CONDITIONS = 64  # images that one row may name beside its target
 _KEPT_FORMATS = ("JPEG", "PNG")
 _JPEG_QUALITY = 95
 _SHOWN_BAD_ROWS = 5
-_IMAGE_MARK = "<image>"  # stands in a turn for the image
+IMAGE_MARK = "<image>"  # stands in a turn for the image
 
 
 class BadRow(ValueError):
@@ -125,7 +125,7 @@ def read_jsonl(
 
         for path in paths:
             with open(path, "rb") as file:
-                for line, content in enumerate(_lines(file, on_bytes), start=1):
+                for line, content in enumerate(lines_of(file, on_bytes), start=1):
                     if not content.strip():
                         continue
                     waiting.append((path, line, pool.submit(_read_row, content, path, line, kind, max_side)))
@@ -174,7 +174,7 @@ def check_source(path: str | os.PathLike) -> int:
     return size
 
 
-def _lines(file, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
+def lines_of(file, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
     """The lines of a file; of one that is longer than MAX_LINE its first MAX_LINE + 1 bytes."""
     while line := file.readline(MAX_LINE + 1):
         on_bytes(len(line))
@@ -257,7 +257,7 @@ class _Row(NamedTuple):
         return [load_image(self.path.parent / image_path, self.max_side) for image_path in paths]
 
     def text(self, name: str) -> str:
-        return _checked_text(self.fields.get(name), f'"{name}"')
+        return checked_text(self.fields.get(name), f'"{name}"')
 
     def turns(self) -> list[dict]:
         """The turns of the conversation, without those of a system."""
@@ -276,11 +276,11 @@ def _read_caption(row: _Row) -> tuple[str, list[str]]:
     turns = row.turns()
     values = [turn.get("value") for turn in turns[:2]] + [None, None]
     first, second = (value.strip() if isinstance(value, str) else "" for value in values[:2])
-    number = 1 if _IMAGE_MARK in first and second and second != _IMAGE_MARK else 0
-    caption = _checked_text(values[number], f'"conversations"[{number}]["value"]').replace(_IMAGE_MARK, "").strip()
+    number = 1 if IMAGE_MARK in first and second and second != IMAGE_MARK else 0
+    caption = checked_text(values[number], f'"conversations"[{number}]["value"]').replace(IMAGE_MARK, "").strip()
     if not caption:
         raise BadRow("text missing", f'"conversations"[{number}] holds no caption')
-    both = first and second and _IMAGE_MARK not in first and second != _IMAGE_MARK
+    both = first and second and IMAGE_MARK not in first and second != IMAGE_MARK
     return caption, ["row(s) with two texts and no <image>: the first was taken as the caption"] if both else []
 
 
@@ -320,11 +320,11 @@ def _read_questions(row: _Row):
             continue
         try:
             question, answer = (
-                _checked_text(turns[i].get("value"), f'"conversations"[{i}]["value"]') for i in (number, number + 1)
+                checked_text(turns[i].get("value"), f'"conversations"[{i}]["value"]') for i in (number, number + 1)
             )
-            if not question.replace(_IMAGE_MARK, "").strip():
+            if not question.replace(IMAGE_MARK, "").strip():
                 raise BadRow("text missing", f'"conversations"[{number}] holds no question')
-            pairs.append((question.replace(_IMAGE_MARK, "").strip(), answer))
+            pairs.append((question.replace(IMAGE_MARK, "").strip(), answer))
         except BadRow as error:
             fault, lone = fault or error, lone + 1
         number += 2
@@ -336,7 +336,8 @@ def _read_questions(row: _Row):
     return records, ["turn(s) without a question or without an answer left out"] * lone
 
 
-def _checked_text(value, where: str) -> str:
+def checked_text(value, where: str) -> str:
+    """A text of a row without the spaces around it. Raises BadRow."""
     if not isinstance(value, str) or not value.strip():
         raise BadRow("text missing", f"expected a text in {where}, found {value!r:.200}")
     if len(value) > MAX_TEXT:
@@ -344,6 +345,8 @@ def _checked_text(value, where: str) -> str:
     half = re.search("[\ud800-\udfff]", value)
     if half:
         raise BadRow("text is not Unicode", f"{where} has half of a character at position {half.start()}")
+    if "\0" in value:
+        raise BadRow("text holds a NUL", f"{where} has one at position {value.index(chr(0))}")
     return value.strip()
 
 

@@ -39,6 +39,13 @@ TASK_ALIASES = {
     "answer": "vqa",
 }
 
+# The instruction of each kind of map. The one for depth is the released model's own; the others are written after it.
+PERCEPTION = {
+    "canny": "Provide a detailed canny edge map of the entire scene.",
+    "depth": "Provide a detailed depth map of the entire scene.",
+    "pose": "Provide a detailed pose map of the people in the scene.",
+}
+
 _CHANGED = ("image", "conditions", "instruction", "caption")
 
 KINDS = {

@@ -69,6 +69,12 @@ class Mixture:
         index, k = interleave(n, self._shares)
         return self._names[index], k
 
+    def epochs(self, num_steps: int) -> dict[str, float]:
+        """Stream -> how often each of its records is read in `num_steps` batches."""
+        batches = num_steps * self.global_batch / sum(self._shares)
+        shares = zip(self.streams.items(), self._shares, strict=True)
+        return {name: batches * share / len(stream) for (name, stream), share in shares}
+
     def batch(self, n: int, pool: ThreadPoolExecutor | None = None) -> tuple[str, dict[str, np.ndarray]]:
         """(stream's name, this host's rows of batch n): every array has a leading axis of the host's number of rows.
 

@@ -16,12 +16,15 @@ from pathlib import Path
 
 import numpy as np
 
+from unialign_jax.data.caches import is_cache
 from unialign_jax.data.kinds import KINDS, find_kind
 from unialign_jax.files import check_regular, first_line, read_json, replacing_folder
 
 SCHEMA_VERSION = 1
 METADATA_FILE = "records.json"
+REPORT_FILES = ("report.json", "report.html")  # beside the records, of `preparation`
 PREPARE_COMMAND = "python launch/prepare_data.py --help"
+CAPTION_COMMAND = "python launch/prepare_data.py caption"
 
 _SPLIT = "train"
 _SHARD = re.compile(r"unialign_\w+-train\.array_record-[\w-]+")
@@ -78,6 +81,7 @@ def write_records(
     kind: str,
     parameters: dict | None = None,
     overwrite: bool = False,
+    optional: tuple[str, ...] = (),
     shard_bytes: int = 256 << 20,
 ) -> Metadata:
     """Writes `records` in their order as one data folder. One chunk of records is in memory at a time.
@@ -91,6 +95,8 @@ def write_records(
       kind: a key of `kinds.KINDS`, which tells the fields that must be filled.
       parameters: JSON-able facts on how the data were made.
       overwrite: whether to replace an existing data folder, if it contains nothing else.
+      optional: fields of the kind that may be empty. With "caption", the parameter `without_caption` becomes the
+        number of records that have none.
       shard_bytes: bytes of records in one file, about.
 
     Raises FileExistsError when the folder exists and may not be replaced, OSError when it cannot be written, and
@@ -98,17 +104,22 @@ def write_records(
     """
     find_kind(kind)
     with replacing_folder(directory, overwrite=overwrite, foreign=foreign_names) as unfinished:
-        return _write_folder(unfinished, iter(records), kind, parameters or {}, shard_bytes)
+        return _write_folder(unfinished, iter(records), kind, parameters or {}, shard_bytes, optional)
 
 
 def foreign_names(directory: Path) -> list[str]:
     """The names in a folder that `write_records` does not write. A folder with any is not replaced."""
-    own = (METADATA_FILE, "dataset_info.json", "features.json")
+    own = (METADATA_FILE, "dataset_info.json", "features.json", *REPORT_FILES)
     return sorted(
         entry.name
         for entry in directory.iterdir()
-        if not entry.is_file() or not (entry.name in own or _SHARD.fullmatch(entry.name))
+        if not (is_cache(entry) or (entry.is_file() and (entry.name in own or _SHARD.fullmatch(entry.name))))
     )
+
+
+def is_data_folder(directory: str | os.PathLike) -> bool:
+    """Whether a folder has the metadata of a data folder, sound or not."""
+    return (Path(directory) / METADATA_FILE).is_file()
 
 
 def read_metadata(directory: str | os.PathLike) -> Metadata:
@@ -231,7 +242,12 @@ def open_records(directory: str | os.PathLike) -> RecordSource:
 
 
 def _write_folder(
-    directory: Path, records: Iterator[Record], kind: str, parameters: dict, shard_bytes: int
+    directory: Path,
+    records: Iterator[Record],
+    kind: str,
+    parameters: dict,
+    shard_bytes: int,
+    optional: tuple[str, ...],
 ) -> Metadata:
     import tensorflow_datasets as tfds
 
@@ -243,7 +259,33 @@ def _write_folder(
 
     # TFDS's writer for data of unknown length. (Its GeneratorBasedBuilder first holds up to 1 GB of examples in
     # memory to shuffle them and needs TensorFlow beyond that; the order on disk does not matter to us.)
-    info = tfds.core.DatasetInfo(
+    info = dataset_info(directory, kind)
+    writer = tfds.core.SequentialWriter(
+        info, max_examples_per_shard=max(1, round(shard_bytes / mean_bytes)), file_format="array_record"
+    )
+    writer.initialize_splits([_SPLIT])
+    without_caption = 0
+    while chunk:
+        without_caption += sum(not record.caption for record in chunk)
+        writer.add_examples({_SPLIT: [to_example(record, kind, teacher_width, optional) for record in chunk]})
+        chunk = list(itertools.islice(records, _CHUNK))
+    writer.close_all()
+
+    split = info.splits[_SPLIT]
+    shards = tuple(
+        {"file": path.name, "num_records": length, "num_bytes": path.stat().st_size}
+        for path, length in zip(map(Path, split.filepaths), split.shard_lengths, strict=True)
+    )
+    if "caption" in optional:
+        parameters = parameters | {"without_caption": without_caption}
+    return write_metadata(directory, kind, shards, parameters, teacher_width)
+
+
+def dataset_info(directory: str | os.PathLike, kind: str):
+    """TFDS's description of a data folder of that kind."""
+    import tensorflow_datasets as tfds
+
+    return tfds.core.DatasetInfo(
         builder=tfds.core.DatasetIdentity(
             name=f"unialign_{kind}",
             version=tfds.core.Version(f"{SCHEMA_VERSION}.0.0"),
@@ -253,20 +295,12 @@ def _write_folder(
         description=f"UniAlignment records of kind {kind}.",
         features=_features(tfds),
     )
-    writer = tfds.core.SequentialWriter(
-        info, max_examples_per_shard=max(1, round(shard_bytes / mean_bytes)), file_format="array_record"
-    )
-    writer.initialize_splits([_SPLIT])
-    while chunk:
-        writer.add_examples({_SPLIT: [_to_example(record, kind, teacher_width) for record in chunk]})
-        chunk = list(itertools.islice(records, _CHUNK))
-    writer.close_all()
 
-    split = info.splits[_SPLIT]
-    shards = tuple(
-        {"file": path.name, "num_records": length, "num_bytes": path.stat().st_size}
-        for path, length in zip(map(Path, split.filepaths), split.shard_lengths, strict=True)
-    )
+
+def write_metadata(
+    directory: Path, kind: str, shards: tuple[dict, ...], parameters: dict, teacher_width: int = 0
+) -> Metadata:
+    """Writes `records.json`. A shard has `file`, `num_records` and `num_bytes`."""
     metadata = Metadata(
         kind=kind,
         num_records=sum(shard["num_records"] for shard in shards),
@@ -302,8 +336,9 @@ def _features(tfds):
     )
 
 
-def _to_example(record: Record, kind: str, teacher_width: int) -> dict:
-    missing = [name for name in find_kind(kind).fields if not getattr(record, name)]
+def to_example(record: Record, kind: str, teacher_width: int, optional: tuple[str, ...] = ()) -> dict:
+    """The record as TFDS's encoder takes it. Raises ValueError for a field of its kind that is missing."""
+    missing = [name for name in find_kind(kind).fields if name not in optional and not getattr(record, name)]
     if missing:
         raise ValueError(f"record {record.key!r} has no {', '.join(missing)}: a {kind} record needs it")
     example = {name: getattr(record, name) for name in _TEXT_FIELDS}

@@ -6,14 +6,17 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from tokenizers import Tokenizer as Backend
 
-from unialign_jax.data.images import decode_rgb, fill_size
+from unialign_jax.data.caches import ENCODE_COMMAND, Cache, find_cache, size_name
+from unialign_jax.data.images import decode_filled
 from unialign_jax.data.kinds import find_kind
-from unialign_jax.data.records import Record, RecordError, open_records
-from unialign_jax.data.tokenizer import Tokenizer
+from unialign_jax.data.records import CAPTION_COMMAND, Record, RecordError, open_records
+from unialign_jax.data.tokenizer import Tokenizer, tokenize
 
 _log = logging.getLogger(__name__)
 
+TEACHER_TOKENS = 512  # of a text that a teacher reads; the rest is cut
 MAX_NEIGHBOURS = 256  # if as many records in a row cannot be decoded, the data set is broken
 
 
@@ -28,8 +31,10 @@ class StreamConfig:
       weight: share of the batches, relative to the other streams; 0 switches the stream off.
       num_conditions: K, condition images per example: 0 for a kind without any, else at least 1.
       image_size: height and width of all images, in pixels.
+      bucket: (height, width) of all images in place of image_size; () without buckets.
       text_length: L, tokens per text.
-      use_teacher: whether examples have the records' teacher features, if there are any.
+      use_teacher: hand out teacher features: those cached in the folder, or else the records' own.
+      use_latents: hand out the autoencoder's moments cached in the folder in place of images.
     """
 
     name: str
@@ -39,7 +44,9 @@ class StreamConfig:
     num_conditions: int = 0
     image_size: int = 64
     text_length: int = 48
+    bucket: tuple[int, ...] = ()
     use_teacher: bool = True
+    use_latents: bool = False
 
     def __post_init__(self):
         try:
@@ -59,11 +66,16 @@ class StreamConfig:
                 "expected at least 1 and 2"
             )
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the images."""
+        return tuple(self.bucket) or (self.image_size, self.image_size)
+
 
 class Stream:
     """A data folder as a sequence of examples: `len(stream)`, `stream[index] -> dict of arrays`.
 
-    An example, with H = W = image_size, K = num_conditions, L = text_length and T the teacher's width:
+    An example, with H, W the size, K = num_conditions, L = text_length and T the teacher's width:
 
         image           uint8   [H, W, 3]     the target image
         conditions      uint8   [K, H, W, 3]  absent when K is 0
@@ -72,16 +84,27 @@ class Stream:
         text_is_target  bool    [L]           where the text pass may mask: everywhere, or the answer and its padding
         teacher_image   float16 [T]           absent without teacher features
         teacher_text    float16 [T]
+        teacher_ids       int32 [512]         with a teacher's tokenizer, in place of the features: the text pass's text
+        teacher_is_token  bool  [512]
         replaced        bool    []            whether another record replaces one that cannot be decoded
+
+    With `use_latents` the images are absent, and there are, with latents of [h, w, C],
+
+        image_moments      float16 [h, w, 2C]     mean and log variance of the target's raw latents
+        condition_moments  float16 [K, h, w, 2C]  absent when K is 0
 
     `stream[index]` is a pure function of the index, and safe in threads. A damaged record is replaced by the next sound
     one (cyclically), and logged once, by key.
     """
 
-    def __init__(self, config: StreamConfig, tokenizer: Tokenizer):
+    def __init__(self, config: StreamConfig, tokenizer: Tokenizer, teacher_tokenizer: Backend | None = None):
         """Opens the folder.
 
-        Raises as `records.read_metadata` does, and ValueError for records of another kind; messages name the stream.
+        Args:
+          teacher_tokenizer: for a teacher that runs in the train step; examples then have the text as its ids.
+
+        Raises as `records.read_metadata` does, and ValueError for records of another kind or without captions; messages
+        name the stream.
         """
         self.config = config
         self.tokenizer = tokenizer
@@ -95,8 +118,54 @@ class Stream:
             raise ValueError(
                 f"stream {config.name}: {config.path} holds {found} records, the stream's kind is {config.kind}"
             )
+        missing = self.records.metadata.parameters.get("without_caption")
+        if missing and "caption" in find_kind(config.kind).fields:
+            raise ValueError(
+                f"stream {config.name}: {missing} of the {len(self.records)} records of {config.path} have no caption: "
+                f"write them by `{CAPTION_COMMAND} --input={config.path} --endpoint=URL --model=NAME`"
+            )
+        self.teacher_tokenizer = teacher_tokenizer
+        use_features = config.use_teacher and teacher_tokenizer is None
+        self._teacher = self._open_cache("teacher") if use_features else None
+        self._latents = self._open_cache("latents") if config.use_latents else None
+        if config.use_latents and self._latents is None:
+            raise ValueError(f"stream {config.name}: {config.path} has no cached latents, see `{ENCODE_COMMAND}`")
         self._indices = range(len(self.records))  # which of the records the examples are made of
         self._logged: set[int] = set()
+
+    def _open_cache(self, name: str) -> Cache | None:
+        config = self.config
+        try:
+            cache = find_cache(config.path, name)
+        except ValueError as error:
+            raise ValueError(f"stream {config.name}: {error}") from None
+        if cache is None:
+            return None
+        found = cache.description
+        if found.size != config.size:
+            raise ValueError(
+                f"stream {config.name}: {cache.directory} was made of images of {size_name(found.size)} pixels, the "
+                f"stream has {size_name(config.size)}: encode again, see `{ENCODE_COMMAND}`"
+            )
+        count = found.arrays.get("condition_moments", (0,))[0]
+        if name == "latents" and count != config.num_conditions:
+            raise ValueError(
+                f"stream {config.name}: {cache.directory} has {count} conditions of each record, the stream has "
+                f"num_conditions {config.num_conditions}: encode again, see `{ENCODE_COMMAND}`"
+            )
+        return cache
+
+    @property
+    def networks(self) -> dict[str, str]:
+        """Cache -> what identifies the network that made it, of the caches that examples come from."""
+        caches = {"teacher": self._teacher, "latents": self._latents}
+        return {name: cache.description.network for name, cache in caches.items() if cache is not None}
+
+    def with_images(self) -> "Stream":
+        """The same records with their images, whatever the stream caches."""
+        copied = copy.copy(self)
+        copied._latents = None
+        return copied
 
     def part(self, start: int, stop: int) -> "Stream":
         """The stream of examples `start` to `stop` (exclusive). Replacements of damaged records come from inside it.
@@ -112,7 +181,10 @@ class Stream:
     @property
     def teacher_width(self) -> int:
         """T, or 0 when examples carry no teacher features."""
-        return self.records.metadata.teacher_width if self.config.use_teacher else 0
+        if self._teacher is not None:
+            return self._teacher.description.arrays["teacher_image"][-1]
+        has_features = self.config.use_teacher and self.teacher_tokenizer is None
+        return self.records.metadata.teacher_width if has_features else 0
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -128,7 +200,7 @@ class Stream:
         for offset in range(min(len(self), MAX_NEIGHBOURS + 1)):
             candidate = (index + offset) % len(self)
             try:
-                example = self._load(candidate)
+                example = self.load(candidate)
             except RecordError as error:
                 self._log_once(candidate, error)
                 last_error = error
@@ -140,27 +212,31 @@ class Stream:
             f"cannot be decoded: write the folder again (last error: {last_error})"
         )
 
-    def _load(self, index: int) -> dict[str, np.ndarray]:
-        config = self.config
-        record = self.records[self._indices[index]]
+    def load(self, index: int) -> dict[str, np.ndarray]:
+        """The example at `index` without `replaced`. Raises RecordError when the record cannot be decoded."""
+        config, number = self.config, self._indices[index]
+        record = self.records[number]
         try:
-            example = {"image": decode_image(record.image, config.image_size)}
-            if config.num_conditions:
-                references = [
-                    decode_image(data, config.image_size) for data in record.conditions[: config.num_conditions]
-                ]
-                if not references:
-                    raise RecordError("it has no condition image")
-                # Fewer references than K are repeated in turn.
-                example["conditions"] = np.stack(
-                    [references[i % len(references)] for i in range(config.num_conditions)]
-                )
+            example = _cached(self._latents, number) if self._latents is not None else self._decode(record)
+            if self._teacher is not None:
+                example |= _cached(self._teacher, number)
+            elif self.teacher_width:
+                example |= {"teacher_image": record.teacher_image, "teacher_text": record.teacher_text}
+            elif self.teacher_tokenizer is not None:
+                example |= teacher_tokens(self.teacher_tokenizer, taught_text(record, config.kind))
         except RecordError as error:
             raise RecordError(f"key {record.key!r}: {error}") from error
-        example.update(encode_texts(record, config.kind, self.tokenizer, config.text_length))
-        if self.teacher_width:
-            example["teacher_image"] = record.teacher_image
-            example["teacher_text"] = record.teacher_text
+        return example | encode_texts(record, config.kind, self.tokenizer, config.text_length)
+
+    def _decode(self, record: Record) -> dict[str, np.ndarray]:
+        config = self.config
+        example = {"image": decode_image(record.image, *config.size)}
+        if config.num_conditions:
+            references = [decode_image(data, *config.size) for data in record.conditions[: config.num_conditions]]
+            if not references:
+                raise RecordError("it has no condition image")
+            # Fewer references than K: its own, repeated in turn.
+            example["conditions"] = np.stack([references[i % len(references)] for i in range(config.num_conditions)])
         return example
 
     def _log_once(self, index: int, error: RecordError) -> None:
@@ -177,18 +253,24 @@ class Stream:
         return f"Stream({self.config.name!r}, kind={self.config.kind!r}, records={len(self)})"
 
 
-def decode_image(data: bytes, image_size: int) -> np.ndarray:
-    """PNG or JPEG bytes as uint8 [image_size, image_size, 3]: RGB, shorter side resized (bicubic), centre crop.
+def _cached(cache: Cache, index: int) -> dict[str, np.ndarray]:
+    found = cache[index]
+    if found is None:
+        raise RecordError("it could not be decoded when it was encoded")
+    return found
+
+
+def decode_image(data: bytes, height: int, width: int) -> np.ndarray:
+    """PNG or JPEG bytes as uint8 [height, width, 3]: RGB, resized (bicubic) to just cover that, centre crop.
 
     The reference's training transform (Resize, CenterCrop), except that the camera's rotation tag is applied,
     transparent pixels become white, and grey of 16 bits is scaled (see `images.to_rgb`). Raises RecordError when the
     bytes are not a whole image.
     """
     try:
-        image = fill_size(decode_rgb(data, f"image of {len(data)} bytes"), image_size, image_size)
+        return decode_filled(data, f"image of {len(data)} bytes", height, width)
     except ValueError as error:
         raise RecordError(str(error)) from None
-    return np.asarray(image)
 
 
 def encode_texts(record: Record, kind: str, tokenizer: Tokenizer, length: int) -> dict[str, np.ndarray]:
@@ -200,8 +282,21 @@ def encode_texts(record: Record, kind: str, tokenizer: Tokenizer, length: int) -
     else:
         text_ids = tokenizer.encode(record.caption, length)
         is_target = np.ones(length, dtype=bool)
-        prompt_ids = tokenizer.encode(getattr(record, asked), length)
+        prompt_ids = text_ids.copy() if asked == "caption" else tokenizer.encode(getattr(record, asked), length)
     return {"prompt_ids": prompt_ids, "text_ids": text_ids, "text_is_target": is_target}
+
+
+def taught_text(record: Record, kind: str) -> str:
+    """The text that a teacher reads of a record: all that the text pass reads, unmasked."""
+    if find_kind(kind).prompt == "question":
+        return f"Q: {record.question} A: {record.answer}"
+    return record.caption
+
+
+def teacher_tokens(tokenizer: Backend, text: str) -> dict[str, np.ndarray]:
+    """A text as a teacher reads it: ids int32 [TEACHER_TOKENS], and where they are tokens, bool [TEACHER_TOKENS]."""
+    ids, is_token = tokenize(tokenizer, [text], TEACHER_TOKENS)
+    return {"teacher_ids": ids[0], "teacher_is_token": is_token[0]}
 
 
 def encode_question(question: str, answer: str, tokenizer: Tokenizer, length: int) -> tuple[np.ndarray, np.ndarray]:

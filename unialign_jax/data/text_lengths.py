@@ -41,14 +41,26 @@ class TextLengths:
     def add(self, record: Record) -> None:
         self._add(record, self._encode(record))
 
-    def check(self, record: Record) -> None:
-        """`add`, as the `check` of `jsonl.read_jsonl`: raises BadRow for a question that leaves an answer no room."""
+    def check(self, record: Record) -> list[tuple[int, int]]:
+        """`add`, as the `check` of `jsonl.read_jsonl`: raises BadRow for a question that leaves an answer no room.
+
+        Gives the tokens of each field, and how many of them are kept; without a tokenizer words, all of them kept.
+        """
         ids = self._encode(record)
         if self._asks and self.length is not None and len(ids[0]) > self.length - 2:
             needed = len(ids[0]) + 2
             detail = f"{record.key} needs {needed} tokens for an answer of one, the text length is {self.length}"
             raise BadRow("question longer than the text length", detail)
-        self._add(record, ids)
+        return self._add(record, ids)
+
+    def merge(self, tallies: dict[str, dict]) -> None:
+        """Adds what another one counted, as `dataclasses.asdict` of each of its `fields`."""
+        for name, other in tallies.items():
+            tally = self.fields[name]
+            for field, value in other.items():
+                own = getattr(tally, field)
+                most = field.startswith("most_")
+                setattr(tally, field, max(own, value) if most else own or value if field == "example" else own + value)
 
     def _encode(self, record) -> list[list[int]]:
         """The ids of every field; [] without a tokenizer."""
@@ -59,7 +71,7 @@ class TextLengths:
             texts[0] = f"Q: {texts[0]} A: "
         return [self.tokenizer.token_ids(text) for text in texts]
 
-    def _add(self, record, ids):
+    def _add(self, record, ids) -> list[tuple[int, int]]:
         for name, tally in self.fields.items():
             text = getattr(record, name)
             words = len(text.split())
@@ -78,6 +90,9 @@ class TextLengths:
                 tally.cut += 1
                 tally.lost += len(one) - len(left)
                 tally.example = tally.example or one_line(self._example(record.key, name, left))
+        if not ids:
+            return [(len(getattr(record, name).split()),) * 2 for name in self.fields]
+        return [(len(one), len(left)) for one, left in zip(ids, kept, strict=True)]
 
     def _example(self, key, name, kept):
         if name == "question":

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from unialign_jax.data.kinds import TASKS
+from unialign_jax.data.kinds import PERCEPTION, TASKS
 from unialign_jax.files import shown
 from unialign_jax.sampling import DECODINGS
 from unialign_jax.sampling.solvers import SOLVERS
@@ -26,13 +26,6 @@ MAX_STEPS = 1000
 MAX_TOKENS = 4096
 MAX_CHARACTERS = 2**20  # of a text, most of which no model reads
 SEEDS = 2**32
-
-# The instruction of each kind of map. The one for depth is the released model's own; the others are written after it.
-PERCEPTION = {
-    "canny": "Provide a detailed canny edge map of the entire scene.",
-    "depth": "Provide a detailed depth map of the entire scene.",
-    "pose": "Provide a detailed pose map of the people in the scene.",
-}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,8 @@ once, recomputation and elementwise operations, and nothing inside a Pallas or c
 All functions return the FLOPs of ONE sample.
 """
 
+import math
+
 from unialign_jax.models.autoencoder import AutoencoderConfig
 from unialign_jax.models.mmdit import AlignmentHeadsConfig, MMDiTConfig
 from unialign_jax.models.text_encoder import TextEncoderConfig
@@ -76,7 +78,7 @@ def text_encoder_forward(config: TextEncoderConfig, *, text_length: int) -> floa
     return config.depth * (text_length * per_token + attention(text_length, attention_width))
 
 
-def autoencoder_encode(config: AutoencoderConfig, *, image_size: int) -> float:
+def autoencoder_encode(config: AutoencoderConfig, *, image_size: float) -> float:
     """Encoding one square image with SD3's KL autoencoder; nothing for the space-to-depth stand-in."""
     if config.kind == "space_to_depth":
         return 0.0
@@ -87,7 +89,7 @@ def autoencoder_encode(config: AutoencoderConfig, *, image_size: int) -> float:
             total += resnet(side, width, width_out)
             width = width_out
         if level < len(config.block_widths) - 1:
-            side //= 2
+            side /= 2
             total += conv(side, width, width_out)  # strided
             width = width_out
     return total + autoencoder_middle(side, width, width_out) + conv(side, width_out, 2 * config.latent_channels)
@@ -137,11 +139,12 @@ def training_sample_flops(
     autoencoder: AutoencoderConfig,
     heads: AlignmentHeadsConfig | None = None,
     *,
-    image_size: int,
+    image_size: int | tuple[int, int],
     text_length: int,
     num_conditions: int = 0,
     image_pass: bool = True,
     text_pass: bool = True,
+    cached_latents: bool = False,
 ) -> float:
     """One training sample of a stream.
 
@@ -151,26 +154,21 @@ def training_sample_flops(
 
     Args:
       heads: AlignmentHeadsConfig, or None when the intrinsic loss is off.
-      image_size: pixels of a side of the (square) images.
+      image_size: (height, width) of the images in pixels, or the side of square ones.
       num_conditions: condition images of the stream's image pass.
       image_pass, text_pass: whether the stream runs it (vqa runs only the text pass).
     """
-    side = image_size // autoencoder.downsample_factor
-    forward = encoders = 0.0
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    size = height // autoencoder.downsample_factor, width // autoencoder.downsample_factor
+    images = 0 if cached_latents else int(image_pass or text_pass) + num_conditions * image_pass
+    forward, encoders = 0.0, images * autoencoder_encode(autoencoder, image_size=math.sqrt(height * width))
     if image_pass:
-        forward += mmdit_forward(
-            mmdit, latent_size=(side, side), text_length=text_length, num_conditions=num_conditions
-        )
+        forward += mmdit_forward(mmdit, latent_size=size, text_length=text_length, num_conditions=num_conditions)
         encoders += text_encoder_forward(text_encoder, text_length=text_length)
-        encoders += num_conditions * autoencoder_encode(autoencoder, image_size=image_size)
     if text_pass:
-        forward += mmdit_forward(
-            mmdit, latent_size=(side, side), text_length=text_length, velocity_head=False, text_head=True
-        )
+        forward += mmdit_forward(mmdit, latent_size=size, text_length=text_length, velocity_head=False, text_head=True)
         encoders += text_encoder_forward(text_encoder, text_length=text_length)
-    if image_pass or text_pass:
-        encoders += autoencoder_encode(autoencoder, image_size=image_size)
     if heads is not None:
-        tokens = (1, 1) if heads.pool else (side**2 / mmdit.patch_size**2, text_length)
+        tokens = (1, 1) if heads.pool else (size[0] * size[1] / mmdit.patch_size**2, text_length)
         forward += alignment_heads_forward(heads, width=mmdit.width, image_tokens=tokens[0], text_tokens=tokens[1])
     return 3 * forward + encoders

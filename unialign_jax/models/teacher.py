@@ -308,6 +308,17 @@ def encode_images(
     return jnp.mean(tokens, axis=1) if pool else tokens
 
 
+def pooled_features(params: dict, batch: dict[str, jax.Array], config: TeacherConfig) -> dict[str, jax.Array]:
+    """The features of a batch as data sets keep them: teacher_image and teacher_text, both float16 [B, T].
+
+    Args:
+      batch: "image" uint8 [B, H, W, 3], "teacher_ids" int32 [B, L] and "teacher_is_token" bool [B, L].
+    """
+    image = encode_images(params, batch["image"], config)
+    text = encode_texts(params, batch["teacher_ids"], batch["teacher_is_token"])
+    return {"teacher_image": image.astype(jnp.float16), "teacher_text": text.astype(jnp.float16)}
+
+
 def encode_texts(params, ids: jax.Array, is_token: jax.Array | None = None) -> jax.Array:
     """The mean input embedding of each text: ids int32 [B, L], is_token bool [B, L] -> [B, T] float32.
 

@@ -74,24 +74,26 @@ def step_work(config: ConfigDict, networks: Networks, stream: ConfigDict, chips:
     """
     model, text_encoder = networks.transformer.config, networks.text_encoder.config
     image_pass = has_image_pass(stream.kind)
+    size = tuple(stream.get("bucket", ())) or (config.image_size, config.image_size)
     sample = flops.training_sample_flops(
         model,
         text_encoder,
         networks.autoencoder.config,
         networks.heads.config if config.loss_weights.intrinsic_modal else None,
-        image_size=config.image_size,
+        image_size=size,
         text_length=config.text_length,
         num_conditions=stream.num_conditions,
         image_pass=image_pass,
+        cached_latents=config.data.cached_latents,
     )
-    side = config.image_size // networks.autoencoder.config.downsample_factor
+    latents = [side // networks.autoencoder.config.downsample_factor for side in size]
     passes = [stream.num_conditions, 0] if image_pass else [0]  # condition images of each pass
-    tokens = [(1 + conditions) * (side / model.patch_size) ** 2 + config.text_length for conditions in passes]
+    tokens = [(1 + conditions) * math.prod(latents) / model.patch_size**2 + config.text_length for conditions in passes]
     forward_attention = sum(model.depth * flops.attention(n, model.width) for n in tokens)
     forward = sum(
         flops.mmdit_forward(
             model,
-            latent_size=(side, side),
+            latent_size=latents,
             text_length=config.text_length,
             num_conditions=conditions,
             velocity_head=False,

@@ -61,7 +61,7 @@ class SearchResult:
 
 def heaviest_stream(config: ConfigDict, names: list[str]) -> str:
     """The stream that takes the most memory: most condition images first, then an image pass."""
-    streams = config.streams
+    streams = active_streams(config)
     return max(names, key=lambda name: (streams[name].num_conditions, has_image_pass(streams[name].kind), name))
 
 

@@ -21,6 +21,8 @@ from ml_collections import ConfigDict
 
 from unialign_jax.configs import base
 from unialign_jax.configs.base import paper_config, stream, tiny  # noqa: F401  (own stage files may import them here)
+from unialign_jax.data.buckets import STEP as BUCKET_STEP
+from unialign_jax.data.buckets import bucket_name, bucket_sizes
 from unialign_jax.data.kinds import KINDS
 from unialign_jax.files import first_line, one_line
 from unialign_jax.models.attention import IMPLEMENTATIONS, resolve_implementation
@@ -58,6 +60,7 @@ RANGES = (
             *("optimizer.warmup_steps", "optimizer.cooldown_start", "optimizer.cooldown_steps"),
             *("optimizer.weight_decay", "validation.every", "validation.records", "validation.scenes"),
             *("model.text_positions", "data.num_threads", "data.prefetch", "parity.sigma_levels"),
+            "data.max_epochs_warning",
             *(f"loss_weights.{name}" for name in ("flow_matching", "masked_text", "cross_modal", "intrinsic_modal")),
         ),
     ),
@@ -75,6 +78,7 @@ RANGES = (
 )
 CHOICES = {
     "init_weights": ("raw", "ema"),
+    "tracker": ("", "wandb"),
     "model.remat": ("none", *REMAT_POLICIES),
     "model.attention": ("auto", *IMPLEMENTATIONS),
     "autoencoder.kind": ("kl", "space_to_depth"),
@@ -83,6 +87,8 @@ CHOICES = {
     "parity.masked_text_normalization": ("positions", "maskable"),
     "parity.cross_modal_direction": ("symmetric", "image_to_text"),
 }
+
+_STREAM_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,99}")
 
 
 # Reading
@@ -143,8 +149,12 @@ def _place(file: str, error: BaseException) -> str:
 
 
 def make_changes(config: ConfigDict, changes: list[str]) -> list[str]:
-    """Sets every "key=value" whose key is known and whose value has its type; returns the others as problems."""
-    problems, known = [], dict(flat_items(config))
+    """Sets every "key=value" whose key is known and whose value has its type; returns the others as problems.
+
+    "streams.NAME.kind=KIND" with a new NAME adds a stream with the defaults of its kind.
+    """
+    problems = _add_streams(config, changes)
+    known = dict(flat_items(config))
     for change in changes:
         key, equals, text = change.partition("=")
         if key in known and not equals:
@@ -158,6 +168,21 @@ def make_changes(config: ConfigDict, changes: list[str]) -> list[str]:
             problems.append(f"{key} is a group of keys: set one of {', '.join(inside)}")
         else:
             problems.append(_unknown(one_line(key, 100), known))
+    return problems
+
+
+def _add_streams(config: ConfigDict, changes: list[str]) -> list[str]:
+    """Adds the streams of which the changes name the kind; returns the names that cannot be one as problems."""
+    problems = []
+    for change in changes:
+        match = re.fullmatch(r"streams\.([^=]*)\.kind=(.*)", change, re.DOTALL)
+        if not match or match[1] in config.streams:
+            continue
+        name, kind = match.groups()
+        if _STREAM_NAME.fullmatch(name):
+            config.streams[name] = stream(kind, "")
+        else:
+            problems.append(f"{one_line(name, 100)!r} is no name for a stream: use letters, digits, _ and -")
     return problems
 
 
@@ -251,6 +276,9 @@ def _unknown(key: str, known: Iterable[str]) -> str:
     near += [other for other in sorted(known) if other.split(".")[-1] == key.split(".")[-1]]
     if key in RENAMED and not RENAMED[key]:
         return f"unknown key {key} (it is always on)"
+    if key.startswith("streams.") and not any(other.startswith(f"{key.rpartition('.')[0]}.") for other in known):
+        near = [*near[:1], f"streams.{key.split('.')[1]}.kind=KIND makes a new stream"]
+        return f"unknown key {key} (nearest: {'; '.join(near)})"
     return f"unknown key {key}" + (f" (nearest: {near[0]})" if near else "")
 
 
@@ -297,7 +325,8 @@ def _value_problems(config: ConfigDict) -> Iterator[str]:
         yield f"{key} is {values[key]}, expected a finite number"
     for key, allowed in CHOICES.items():
         if values[key] not in allowed:
-            yield f"{key} is {values[key]!r}, expected one of {', '.join(allowed)}"
+            names = ", ".join(name or "''" for name in allowed)
+            yield f"{key} is {values[key]!r}, expected one of {names}"
     for pattern in config.optimizer.freeze:
         try:
             re.compile(pattern)
@@ -338,6 +367,8 @@ def _network_problems(config: ConfigDict) -> Iterator[str]:
     model, text_encoder, autoencoder = config.model, config.text_encoder, config.autoencoder
     if problem := ImageSizes.of(model, autoencoder).problem("image_size", config.image_size):
         yield problem
+    if config.data.buckets and config.image_size % BUCKET_STEP:
+        yield f"image_size is {config.image_size}, expected a multiple of {BUCKET_STEP} with data.buckets"
     if model.latent_channels != autoencoder.latent_channels:
         yield f"model.latent_channels is {model.latent_channels}, the autoencoder gives {autoencoder.latent_channels}"
     if model.text_width != text_encoder.width:
@@ -353,9 +384,13 @@ def _network_problems(config: ConfigDict) -> Iterator[str]:
 
 
 def _stream_problems(config: ConfigDict) -> Iterator[str]:
+    if config.teacher.online and not config.teacher.path:
+        yield "teacher.online is on, but teacher.path is empty: name the teacher's bundle"
+    if config.teacher.online and config.data.cached_latents:
+        yield "teacher.online reads images, data.cached_latents leaves them out: store the teacher's features too"
     if not config.streams:
         yield "streams is empty: name at least one task stream"
-    elif not active_streams(config):
+    elif not any(stream.weight > 0 for stream in config.streams.values()):
         yield "every stream has weight 0: give at least one a weight above 0"
     for name, settings in config.streams.items():
         if settings.weight < 0:
@@ -384,8 +419,20 @@ def batch_shards(mesh: dict[str, int], device_count: int) -> int:
 
 
 def active_streams(config: ConfigDict) -> dict[str, ConfigDict]:
-    """The streams with a weight above zero, by name, in a fixed order."""
-    return {name: config.streams[name] for name in sorted(config.streams) if config.streams[name].weight > 0}
+    """The streams with a weight above zero, by name, in a fixed order.
+
+    With `data.buckets` there is one for every aspect bucket, NAME_HEIGHTxWIDTH, with the size as its `bucket`.
+    """
+    active = {name: config.streams[name] for name in sorted(config.streams) if config.streams[name].weight > 0}
+    if not config.data.buckets:
+        return active
+    sizes = bucket_sizes(config.image_size)
+    return {f"{name}_{bucket_name(size)}": _in_bucket(active[name], size) for name in active for size in sizes}
+
+
+def _in_bucket(stream: ConfigDict, size: tuple[int, int]) -> ConfigDict:
+    paths = {key: stream[key] and os.path.join(stream[key], bucket_name(size)) for key in ("path", "validation_path")}
+    return ConfigDict(stream.to_dict() | paths | {"bucket": size})
 
 
 def build_configs(

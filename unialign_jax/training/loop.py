@@ -4,7 +4,9 @@
 """
 
 import contextlib
+import dataclasses
 import logging
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,9 +20,10 @@ from unialign_jax import bundle
 from unialign_jax.data.mixture import IN_USE, Mixture, batches_ahead
 from unialign_jax.data.streams import Stream, StreamConfig
 from unialign_jax.data.text_lengths import cuts_of
-from unialign_jax.data.tokenizer import Tokenizer, load_tokenizer
+from unialign_jax.data.tokenizer import Tokenizer, load_backend, load_tokenizer
 from unialign_jax.models import flops
 from unialign_jax.parallel import processes, sharding
+from unialign_jax.training import caching
 from unialign_jax.training.checkpoints import Checkpoints
 from unialign_jax.training.config import active_streams, listed
 from unialign_jax.training.metrics import Recorder
@@ -30,6 +33,7 @@ from unialign_jax.training.runs import inherit_sources, load_params, write_confi
 from unialign_jax.training.samples import Sampler
 from unialign_jax.training.state import TrainState, create_sharded, init_frozen, init_state
 from unialign_jax.training.step import has_image_pass
+from unialign_jax.training.trackers import check_tracker, open_tracker
 from unialign_jax.training.validation import Validator, headlines, hold_out
 
 log = logging.getLogger(__name__)
@@ -47,6 +51,7 @@ class Trainer(StepProgram):
         self.tokenizer = load_tokenizer(config.tokenizer or None)
         self.token_ids = (self.tokenizer.mask_id, self.tokenizer.eos_id)
         self.streams, self.held_out = open_streams(config, self.tokenizer), {}
+        self.settings = {name: self.settings[name] for name in self.streams}  # buckets without records are left out
         if config.validation.every:
             self.streams, self.held_out = hold_out(config, self.streams, self.tokenizer)
         if jax.process_index() == 0:
@@ -56,8 +61,22 @@ class Trainer(StepProgram):
         self.mixture = Mixture(
             list(self.streams.values()), seed=config.seed, global_batch=config.batch_size, rows=self.rows
         )
+        if jax.process_index() == 0:
+            for line in self._repetitions():
+                log.warning("%s", line)
         self.sample_flops = {name: self._sample_flops(stream) for name, stream in self.streams.items()}
         log.info("%s", self.mesh_choice)
+
+    def _repetitions(self) -> Iterator[str]:
+        """A line for each stream whose records the run reads more than `data.max_epochs_warning` times."""
+        most = self.config.data.max_epochs_warning
+        for name, epochs in self.mixture.epochs(self.config.num_steps).items():
+            if 0 < most < epochs:
+                count = len(self.streams[name])
+                yield (
+                    f"stream {name}: {count} records are read {epochs:.3g} times each, more than "
+                    f"data.max_epochs_warning {most}: lower its weight or num_steps, or add records"
+                )
 
     def _sample_flops(self, stream: Stream) -> float:
         return flops.training_sample_flops(
@@ -65,10 +84,11 @@ class Trainer(StepProgram):
             self.networks.text_encoder.config,
             self.networks.autoencoder.config,
             self.networks.heads.config,
-            image_size=self.config.image_size,
+            image_size=stream.config.size,
             text_length=self.config.text_length,
             num_conditions=stream.config.num_conditions,
             image_pass=has_image_pass(stream.config.kind),
+            cached_latents=self.config.data.cached_latents,
         )
 
     def init_state(self) -> TrainState:
@@ -105,12 +125,16 @@ class Trainer(StepProgram):
 
     def init_frozen(self) -> dict:
         """The frozen encoders on the mesh: those of the bundle `config.frozen_from`, or random ones."""
+        encoders = {name: tree for name, tree in self.abstract_frozen.items() if name != "teacher"}
+        teacher = {}
+        if self.networks.teacher is not None:
+            teacher = bundle.restore(self.config.teacher.path, {"teacher": self.abstract_frozen["teacher"]})
         if self.config.frozen_from:
-            return bundle.restore(bundle.locate(self.config.frozen_from), self.abstract_frozen)
+            return bundle.restore(bundle.locate(self.config.frozen_from), encoders) | teacher
         if self.config.autoencoder.kind == "kl":
             log.warning("no frozen_from bundle: T5 and autoencoder are random, of use for measuring speed only")
         with jax.set_mesh(self.mesh):
-            return create_sharded(lambda: init_frozen(self.networks), self.mesh)
+            return create_sharded(lambda: init_frozen(self.networks), self.mesh) | teacher
 
     def compile_steps(self, alive: Callable[[], None] = lambda: None) -> dict[str, jax.stages.Compiled]:
         """The executable of every stream; `alive` is called before each."""
@@ -152,31 +176,39 @@ def open_streams(config: ConfigDict, tokenizer: Tokenizer) -> dict[str, Stream]:
     """The data of every active stream. Raises ValueError with all problems of all streams."""
     streams, problems = {}, []
     intrinsic = config.loss_weights.intrinsic_modal > 0
+    teacher_tokenizer = None
+    if intrinsic and config.teacher.online:
+        teacher_tokenizer = bundle.read_tokenizer(config.teacher.path, load=load_backend)
     for name, settings in active_streams(config).items():
+        if settings.get("bucket") and not os.path.exists(settings.path):
+            continue
         try:
-            stream = Stream(
-                StreamConfig(
-                    name=name,
-                    kind=settings.kind,
-                    path=settings.path,
-                    weight=settings.weight,
-                    num_conditions=settings.num_conditions,
-                    image_size=config.image_size,
-                    text_length=config.text_length,
-                    use_teacher=intrinsic,
-                ),
-                tokenizer,
+            stream_config = StreamConfig(
+                name=name,
+                kind=settings.kind,
+                path=settings.path,
+                weight=settings.weight,
+                num_conditions=settings.num_conditions,
+                image_size=config.image_size,
+                text_length=config.text_length,
+                bucket=settings.get("bucket", ()),
+                use_teacher=intrinsic,
+                use_latents=config.data.cached_latents,
             )
+            stream = Stream(stream_config, tokenizer, teacher_tokenizer)
         except (ValueError, OSError) as error:
             problems.append(str(error))  # which names the stream
             continue
-        if intrinsic and stream.teacher_width != config.heads.teacher_width:
+        if intrinsic and not config.teacher.online and stream.teacher_width != config.heads.teacher_width:
             found = f"features of width {stream.teacher_width}" if stream.teacher_width else "no teacher features"
             problems.append(
                 f"stream {name}: {settings.path} has {found}, the alignment heads expect {config.heads.teacher_width}; "
                 "train without the intrinsic-modal term by --config.loss_weights.intrinsic_modal=0"
             )
         streams[name] = stream
+    if config.data.buckets:
+        problems += share_weights(config, streams)
+    problems += cache_problems(config, streams)
     if tokenizer.vocab_size > config.model.vocab_size:
         problems.append(
             f"model.vocab_size is {config.model.vocab_size}, but the tokenizer has {tokenizer.vocab_size} ids"
@@ -184,6 +216,41 @@ def open_streams(config: ConfigDict, tokenizer: Tokenizer) -> dict[str, Stream]:
     if problems:
         raise ValueError(listed("the data cannot be used", problems))
     return streams
+
+
+def share_weights(config: ConfigDict, streams: dict[str, Stream]) -> list[str]:
+    """Gives each bucket its share of its stream's weight, by its records. Returns the problems, one line each."""
+    problems = []
+    for name, settings in config.streams.items():
+        names = [each for each in streams if each.rpartition("_")[0] == name]
+        total = sum(len(streams[each]) for each in names)
+        for each in names:
+            weight = settings.weight * len(streams[each]) / total
+            streams[each].config = dataclasses.replace(streams[each].config, weight=weight)
+        if settings.weight > 0 and not names:
+            problems.append(
+                f"stream {name}: {settings.path} has no aspect buckets of image_size {config.image_size}: write "
+                "them by launch/prepare_data.py --buckets, or set data.buckets=False"
+            )
+    return problems
+
+
+def cache_problems(config: ConfigDict, streams: dict[str, Stream]) -> list[str]:
+    """Caches that were not made by the run's own networks, or not by one, one line each."""
+    expected = {}
+    if config.teacher.path:
+        expected["teacher"] = caching.network_digest(config.teacher.path, "teacher")
+    if config.data.cached_latents and config.frozen_from:
+        expected["latents"] = caching.network_digest(bundle.locate(config.frozen_from), "autoencoder")
+    problems = []
+    for name, stream in streams.items():
+        for cache, network in stream.networks.items():
+            if network != expected.setdefault(cache, network):
+                problems.append(
+                    f"stream {name}: {stream.config.path}/{cache} was made by another network ({network}) than "
+                    f"{expected[cache]}, that of the run or of the first stream: encode it again"
+                )
+    return problems
 
 
 # --- Stopping ---
@@ -252,6 +319,7 @@ def train(
         raise ValueError(f"the run's folder is {str(workdir)!r}, expected a path; object stores must be mounted first")
     workdir = Path(workdir).absolute()
     check_config(config, len(jax.devices() if devices is None else devices))
+    check_tracker(config)
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
 
@@ -280,7 +348,7 @@ def train(
             log.info("starting %s from %s", workdir, config.init_from or "random weights")
         else:
             log.info("resuming %s at step %d", workdir, int(state.step))
-        write_config(config, workdir)
+        write_config(config, workdir, int(state.step))
         frozen = in_time(trainer.init_frozen)
         sampler = Sampler(config, trainer.networks, trainer.mesh, trainer.streams, trainer.tokenizer, workdir)
 
@@ -289,7 +357,7 @@ def train(
         if step < config.num_steps:
             programs = trainer.compile_steps(alive)
             validator = Validator(trainer, make_scorer, alive) if config.validation.every else None
-            recorder = Recorder(trainer, workdir, step, progress)
+            recorder = Recorder(trainer, workdir, step, progress, open_tracker(config, workdir))
             steps = run_steps(trainer, programs, state, frozen, recorder, stop)
             stack.enter_context(contextlib.closing(steps))
             alive()
@@ -305,6 +373,9 @@ def train(
                     params = {"transformer": sampled_params(state), "heads": state.params["heads"]}
                     rows = validator(params, frozen)
                     recorder.add_validation(step, rows, headlines(rows, validator.leading))
+                    if state.ema:  # beside the average's rows those of the weights that are trained
+                        rows = validator({name: state.params[name] for name in params}, frozen, scenes=False)
+                        recorder.add_validation(step, rows, prefix="validation_raw")
                 if save:
                     in_time(checkpoints.save, state, step)
                 if sample:

@@ -18,20 +18,22 @@ from tqdm import tqdm
 
 from unialign_jax.files import check_regular, parse_json, replacing_file
 from unialign_jax.models.flops import peak_flops
+from unialign_jax.training.trackers import Tracker
 
 log = logging.getLogger(__name__)
 
 
 class MetricsWriter:
-    """Appends rows to `workdir/metrics.jsonl` and to TensorBoard; on hosts other than the first it does nothing.
+    """Appends rows to `workdir/metrics.jsonl`, TensorBoard and a tracker; it does nothing on hosts but the first.
 
     Opening drops the rows after `start_step`, whose steps are done again: the file reads as if nothing had stopped.
     """
 
-    def __init__(self, workdir: str | Path, start_step: int):
+    def __init__(self, workdir: str | Path, start_step: int, tracker: Tracker | None = None):
         self._active = jax.process_index() == 0
         if not self._active:
             return
+        self._tracker = tracker
         path = Path(workdir) / "metrics.jsonl"
         keep_rows_until(path, start_step)
         self._file = open(path, "a", buffering=1)
@@ -43,11 +45,15 @@ class MetricsWriter:
         self._file.write(json.dumps({"step": step, "stream": stream} | values) + "\n")
         for name, value in values.items():
             self._board.add_scalar(f"{stream}/{name}", value, step)
+        if self._tracker:
+            self._tracker.log(step, {f"{stream}/{name}": value for name, value in values.items()})
 
     def close(self) -> None:
         if self._active:
             self._file.close()
             self._board.close()
+            if self._tracker:
+                self._tracker.close()
 
 
 def keep_rows_until(path: Path, step: int) -> None:
@@ -172,9 +178,9 @@ def peak_bytes(usage: resource.struct_rusage) -> int:
 class Recorder:
     """Records each step's metrics one step late: whether they are finite, progress bar, files, throughput."""
 
-    def __init__(self, trainer, workdir: Path, start: int, progress: bool):
+    def __init__(self, trainer, workdir: Path, start: int, progress: bool, tracker: Tracker | None = None):
         """Opens the files. `start` is the step that the run goes on from; a bar is drawn on a terminal alone."""
-        self._trainer, self._writer = trainer, MetricsWriter(workdir, start)
+        self._trainer, self._writer = trainer, MetricsWriter(workdir, start, tracker)
         self._pending = None
         self._losses = {}
         self._bad = BadRecords(trainer.config.data.max_bad_fraction)
@@ -228,19 +234,29 @@ class Recorder:
         if index % config.log_every == 0 or step + 1 == config.num_steps or values["replaced_records"]:
             self._writer.write(step + 1, stream, values | self.throughput.report())
 
-    def add_validation(self, step: int, rows: dict[str, dict[str, float]], shown: dict[str, float]) -> None:
-        """Records a validation after `step` steps, with `shown` in the progress bar; its time is no time of training.
+    def add_validation(
+        self,
+        step: int,
+        rows: dict[str, dict[str, float]],
+        shown: dict[str, float] | None = None,
+        prefix: str = "validation",
+    ) -> None:
+        """Records the rows of a validation after `step` steps; its time does not count as training.
 
         Raises FloatingPointError for a loss that is not finite.
+
+        Args:
+          shown: the figures for the progress bar.
+          prefix: of the streams' names in the rows.
         """
         for name, values in rows.items():
             if not math.isfinite(values.get("loss", 0)):
                 raise FloatingPointError(
-                    f"the validation loss is {values['loss']} at step {step} in stream {name}. The last checkpoint is "
+                    f"the {prefix} loss is {values['loss']} at step {step} in stream {name}. The last checkpoint is "
                     "from before; lower optimizer.learning_rate"
                 )
-            self._writer.write(step, f"validation/{name}", values)
-        self._losses |= shown
+            self._writer.write(step, f"{prefix}/{name}", values)
+        self._losses |= shown or {}
         self._show()
         self.throughput.restart()
 

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import jax
 from ml_collections import ConfigDict
 
+from unialign_jax import bundle
+from unialign_jax.models.teacher import TeacherConfig
 from unialign_jax.parallel.mesh import make_mesh
 from unialign_jax.training.config import active_streams, build_configs, config_problems, listed
 from unialign_jax.training.meshes import mesh_for
@@ -20,9 +22,28 @@ def check_config(config: ConfigDict, device_count: int) -> None:
 
 
 def make_networks(config: ConfigDict, devices: Sequence[jax.Device]) -> Networks:
-    """The networks of a configuration that can run on these devices. Raises ValueError with all its problems."""
+    """The networks of a configuration that can run on these devices.
+
+    Raises ValueError with all its problems, and FileNotFoundError or ValueError for a teacher that cannot be read.
+    """
     check_config(config, len(devices))
-    return Networks.create(*build_configs(config, devices[0].platform))
+    networks = Networks.create(*build_configs(config, devices[0].platform))
+    if config.teacher.online and config.loss_weights.intrinsic_modal:
+        networks = networks._replace(teacher=read_teacher(config))
+    return networks
+
+
+def read_teacher(config: ConfigDict) -> TeacherConfig:
+    """The architecture of the teacher of `teacher.path`. Raises FileNotFoundError or ValueError as bundles do."""
+    teacher = bundle.read_config(config.teacher.path, verify=False).teacher
+    if teacher is None:
+        raise ValueError(f"teacher.path: {config.teacher.path} holds no teacher (launch/convert.py teacher)")
+    if teacher.output_width != config.heads.teacher_width:
+        raise ValueError(
+            f"the teacher {config.teacher.path} has features of width {teacher.output_width}, "
+            f"heads.teacher_width is {config.heads.teacher_width}"
+        )
+    return teacher
 
 
 class StepProgram:

@@ -11,6 +11,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,22 +79,37 @@ def _read_settings(run, kinds: dict[str, type], needed: tuple[str, ...] = ()) ->
     return settings
 
 
-def write_config(config: ConfigDict, workdir: Path) -> None:
-    """Keeps the run's configuration in `config.json`; a resumed run logs what has changed since."""
+def write_config(config: ConfigDict, workdir: Path, step: int = 0) -> None:
+    """Keeps the run's configuration in `config.json`.
+
+    A run that is resumed, at `step`, logs the changes since, and adds them as a line to `config_history.jsonl`.
+    """
     current = json.loads(config.to_json_best_effort())
-    for line in _changes(settings_before(workdir) or current, current):
-        log.warning("configuration changed since the run began: %s", line)
+    changes = list(_changes(settings_before(workdir) or current, current))
+    for key, old, new in changes:
+        log.warning(
+            "configuration changed since the run began: %s from %s to %s",
+            key,
+            files.shown(old, 300),
+            files.shown(new, 300),
+        )
     if jax.process_index() == 0:
+        if changes:
+            entry = {"step": step, "time": datetime.now(UTC).isoformat(timespec="seconds")}
+            entry["changes"] = [{"key": key, "from": old, "to": new} for key, old, new in changes]
+            with open(workdir / "config_history.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
         files.write_json(workdir / "config.json", current)
 
 
-def _changes(before: dict, after: dict, prefix: str = "") -> Iterator[str]:
+def _changes(before: dict, after: dict, prefix: str = "") -> Iterator[tuple[str, object, object]]:
+    """(dotted key, value before, value after) of every difference; None for a key that is missing."""
     for key in sorted(before.keys() | after.keys()):
         old, new = before.get(key), after.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             yield from _changes(old, new, f"{prefix}{key}.")
         elif old != new:
-            yield f"{prefix}{key} from {files.shown(old, 300)} to {files.shown(new, 300)}"
+            yield f"{prefix}{key}", old, new
 
 
 def inherit_sources(config: ConfigDict, workdir: Path) -> ConfigDict:

@@ -90,6 +90,7 @@ class Sampler:
 
     def _sample(self, stream, step, params, frozen):
         count = min(self._config.samples.count, len(stream))
+        stream = stream.with_images()
         examples = [stream[index] for index in range(count)]
         batch = {key: np.stack([example[key] for example in examples]) for key in EXAMPLE_KEYS if key in examples[0]}
         # Rows beyond the count only fill the mesh: copies of the last one, with nothing to decide.

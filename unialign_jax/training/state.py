@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from unialign_jax.models import parameters
 from unialign_jax.models.autoencoder import AutoencoderConfig, make_autoencoder
 from unialign_jax.models.mmdit import AlignmentHeads, AlignmentHeadsConfig, MMDiT, MMDiTConfig
+from unialign_jax.models.teacher import TeacherConfig
 from unialign_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 from unialign_jax.parallel import sharding
 from unialign_jax.parallel.gradients import scan_blocks
@@ -25,12 +26,16 @@ RELATIVE_BIAS_SPREAD = 4.0  # standard deviation, over distances, of a random en
 
 
 class Networks(NamedTuple):
-    """The modules of a run; `transformer` and `heads` are trained, the encoders are frozen."""
+    """The modules of a run; `transformer` and `heads` are trained, the others are frozen.
+
+    `teacher` is the architecture of a teacher that runs in the train step; None where its features are stored.
+    """
 
     transformer: MMDiT
     heads: AlignmentHeads
     text_encoder: TextEncoder
     autoencoder: Any
+    teacher: TeacherConfig | None = None
 
     @classmethod
     def create(
@@ -112,4 +117,6 @@ def abstract_state(networks: Networks, tx: Optimizer, ema_decay: float, mesh: Me
 def abstract_frozen(networks: Networks, mesh: Mesh) -> dict:
     """Shapes, dtypes and shardings of the frozen encoders; nothing is allocated."""
     shapes = jax.eval_shape(lambda: init_frozen(networks))
+    if (teacher := networks.teacher) is not None:
+        shapes["teacher"] = jax.eval_shape(lambda: _cast(parameters.init(teacher, jax.random.key(0)), teacher.dtype))
     return sharding.with_shardings(shapes, sharding.tree_shardings(shapes, mesh))

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from unialign_jax.data.kinds import has_image_pass
+from unialign_jax.data.streams import TEACHER_TOKENS
 from unialign_jax.diffusion import flow, masking
 from unialign_jax.losses.cross_modal import cross_modal_loss
 from unialign_jax.losses.flow_matching import flow_matching_loss
@@ -23,6 +24,7 @@ from unialign_jax.losses.masked_text import masked_text_loss
 from unialign_jax.models.autoencoder import Moments, from_pixels, sample_latents
 from unialign_jax.models.mmdit import in_pairs
 from unialign_jax.models.parameters import storage_dtype
+from unialign_jax.models.teacher import pooled_features
 from unialign_jax.parallel import sharding
 from unialign_jax.training.optimizer import ema_update
 from unialign_jax.training.state import Networks, Optimizer, TrainState
@@ -43,7 +45,17 @@ def named_key(key: jax.Array, name: str) -> jax.Array:
 
 
 def encode_images(networks: Networks, frozen: dict, batch: dict, key: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """uint8 images and conditions -> sampled, normalised latents [B, h, w, C] and [B, K, h, w, C] or None."""
+    """Images and conditions, or their cached moments -> latents [B, h, w, C], and [B, K, h, w, C] or None.
+
+    The latents are sampled and normalised.
+    """
+    if "image_moments" in batch:
+        moments = batch["image_moments"][:, None]
+        if "condition_moments" in batch:
+            moments = jnp.concatenate([moments, batch["condition_moments"]], axis=1)
+        moments = Moments(*jnp.split(moments.astype(jnp.float32), 2, axis=-1))
+        latents = sample_latents(moments, key, networks.autoencoder.config)
+        return latents[:, 0], latents[:, 1:] if "condition_moments" in batch else None
     images = batch["image"][:, None]
     if "conditions" in batch:
         images = jnp.concatenate([images, batch["conditions"]], axis=1)
@@ -92,7 +104,7 @@ def compute_losses(
     """
     transformer = networks.transformer
     params = sharding.params_for_compute(params, lambda path: storage_dtype(path, transformer.config.dtype))
-    batch_size = batch["image"].shape[0]
+    batch_size = batch["text_ids"].shape[0]
     latents, conditions = encode_images(networks, frozen, batch, named_key(key, "latents"))
 
     if levels is None:
@@ -157,6 +169,8 @@ def compute_losses(
             direction=config.parity.cross_modal_direction,
         )
     if config.loss_weights.intrinsic_modal:
+        if networks.teacher is not None:
+            batch = batch | pooled_features(frozen["teacher"], batch, networks.teacher)
         image_tap = image_pass.image_tap if has_image_pass(kind) else text_pass.image_tap
         to_image, to_text = networks.heads.apply({"params": params["heads"]}, image_tap, text_pass.text_tap)
         losses["intrinsic_modal"] = intrinsic_modal_loss(to_text, batch["teacher_text"])
@@ -240,17 +254,25 @@ def update_state(config: ConfigDict, tx: Optimizer, state: TrainState, gradients
 
 def batch_shapes(config: ConfigDict, stream: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
     """The global batch of a stream (see `data.streams.Stream`), from the configurations of the run and the stream."""
-    side, length, width = config.image_size, config.text_length, config.heads.teacher_width
+    size = tuple(stream.get("bucket", ())) or (config.image_size, config.image_size)
+    length, width, factor = config.text_length, config.heads.teacher_width, config.autoencoder.downsample_factor
+    moments = (size[0] // factor, size[1] // factor, 2 * config.autoencoder.latent_channels)
+    cached = config.data.cached_latents
     example = {
-        "image": ((side, side, 3), jnp.uint8),
+        "image_moments" if cached else "image": (moments, jnp.float16) if cached else ((*size, 3), jnp.uint8),
         "prompt_ids": ((length,), jnp.int32),
         "text_ids": ((length,), jnp.int32),
         "text_is_target": ((length,), jnp.bool_),
         "replaced": ((), jnp.bool_),
     }
-    if stream.num_conditions:
-        example["conditions"] = ((stream.num_conditions, side, side, 3), jnp.uint8)
-    if config.loss_weights.intrinsic_modal:
+    if stream.num_conditions and cached:
+        example["condition_moments"] = ((stream.num_conditions, *moments), jnp.float16)
+    elif stream.num_conditions:
+        example["conditions"] = ((stream.num_conditions, *size, 3), jnp.uint8)
+    if config.loss_weights.intrinsic_modal and config.teacher.online:
+        example["teacher_ids"] = ((TEACHER_TOKENS,), jnp.int32)
+        example["teacher_is_token"] = ((TEACHER_TOKENS,), jnp.bool_)
+    elif config.loss_weights.intrinsic_modal:
         example |= {name: ((width,), jnp.float16) for name in ("teacher_image", "teacher_text")}
     return {name: jax.ShapeDtypeStruct((config.batch_size, *shape), kind) for name, (shape, kind) in example.items()}
 

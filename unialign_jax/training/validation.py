@@ -21,7 +21,7 @@ from unialign_jax.data.streams import Stream
 from unialign_jax.data.tokenizer import Tokenizer
 from unialign_jax.diffusion import flow, masking
 from unialign_jax.parallel import sharding
-from unialign_jax.training.config import listed
+from unialign_jax.training.config import active_streams, listed
 from unialign_jax.training.metrics import to_means
 from unialign_jax.training.state import Networks
 from unialign_jax.training.step import Levels, compute_losses, micro_batches, sigma_settings
@@ -48,14 +48,15 @@ def hold_out(
     """
     count, kept, held_out, problems = held_out_count(config), {}, {}, []
     rounded = f"validation.records {config.validation.records}, in whole batches of {config.batch_size}"
+    settings = active_streams(config)
     for name, stream in streams.items():
         key = f"streams.{name}.validation_path"
-        path, own = config.streams[name].validation_path, stream.config.path
+        path, own = settings[name].validation_path, stream.config.path
         if path and os.path.realpath(path) == os.path.realpath(own):
             problems.append(f"{key} is the stream's own folder {own}: leave it empty to hold out its last records")
         elif path:
             try:
-                other = Stream(dataclasses.replace(stream.config, path=path), tokenizer)
+                other = Stream(dataclasses.replace(stream.config, path=path), tokenizer, stream.teacher_tokenizer)
             except (ValueError, OSError) as error:
                 problems.append(f"{key}: {error}")
                 continue
@@ -169,11 +170,12 @@ class Validator:
             jitted = jax.jit(step, out_shardings=self._replicated)
             return jitted.lower(params, trainer.abstract_frozen, batch, number).compile()
 
-    def __call__(self, params: dict, frozen: dict) -> dict[str, dict[str, float]]:
+    def __call__(self, params: dict, frozen: dict, *, scenes: bool = True) -> dict[str, dict[str, float]]:
         """The means over the held-out records of every stream, and the accuracies of every task on held-out scenes.
 
         Args:
           params: {"transformer", "heads"}; not donated.
+          scenes: whether the held-out scenes are scored, if the run has any.
         """
         rows = {}
         for name in self._trainer.held_out:
@@ -185,7 +187,7 @@ class Validator:
                 found = jax.device_get(self._programs[name](params, frozen, batch, index))
                 totals = {key: totals.get(key, 0) + value.astype(np.float64) for key, value in found.items()}
             rows[name] = to_means(totals)
-        if self._scorer:
+        if self._scorer and scenes:
             for task, values in self._scorer(params["transformer"], frozen, self._alive).items():
                 rows[task] = rows.get(task, {}) | values
         return rows
