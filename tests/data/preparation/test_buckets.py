@@ -3,6 +3,7 @@
 import collections
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -15,6 +16,7 @@ from unialign_jax.data.streams import Stream, StreamConfig
 from unialign_jax.data.tokenizer import load_tokenizer
 from unialign_jax.training.config import active_streams
 from unialign_jax.training.loop import open_streams
+from unialign_jax.training.program import StepProgram
 
 SIDE = 256  # 192 x 320, 256 x 256 and 320 x 192
 SIZES = bucket_sizes(SIDE)
@@ -190,3 +192,32 @@ def test_an_epoch_holds_every_record_of_a_bucket_once(config):
     for n in (17, 3, 40):
         assert again.schedule(n) == mixture.schedule(n)
         np.testing.assert_array_equal(again.batch(n)[1]["number"], mixture.batch(n)[1]["number"])
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+@pytest.mark.parametrize("start", [0, 13])
+def test_any_hosts_and_threads_read_the_same_batches(config, hosts, start):
+    streams = open_streams(config, load_tokenizer())
+    for stream in streams.values():
+        stream.load = lambda index, size=stream.config.bucket: {"number": np.array(index), "size": np.array(size)}
+    whole = Mixture(list(streams.values()), seed=0, global_batch=4)
+    for host in range(hosts):
+        rows = range(host, 4, hosts)
+        own = Mixture(list(streams.values()), seed=0, global_batch=4, rows=rows)
+        batches = own.batches(start, num_threads=host, prefetch=3)
+        for _ in range(12):
+            n, name, found = next(batches)
+            expected = whole.batch(n)
+            assert name == expected[0]
+            for key, value in found.items():
+                np.testing.assert_array_equal(value, expected[1][key][list(rows)])
+        batches.close()
+
+
+def test_each_bucket_has_a_step_of_its_own_shapes(config):
+    program = StepProgram(config, jax.devices()[:1])
+    assert set(program.settings) == {f"text_to_image_{bucket_name(size)}" for size in SIZES}
+    for size in SIZES:
+        name = f"text_to_image_{bucket_name(size)}"
+        assert program.batch_shapes(name)["image"].shape == (config.batch_size, *size, 3)
+    program.lower_step(f"text_to_image_{bucket_name(SIZES[0])}")
