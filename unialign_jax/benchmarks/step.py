@@ -302,6 +302,7 @@ def part_flops(setup: Setup) -> dict[str, float]:
     model, samples = networks.transformer.config, config.batch_size / setup.mesh.size
     text = flops.text_encoder_forward(networks.text_encoder.config, text_length=config.text_length)
     image = flops.autoencoder_encode(networks.autoencoder.config, image_size=config.image_size)
+    image *= not config.data.cached_latents
     encoders = samples * len(passes) * text, samples * (1 + setup.stream.num_conditions) * image
     forward = (step_flops(setup) - sum(encoders)) / 3  # the backward pass counts twice
     attention = samples * sum(model.depth * flops.attention(tokens, model.width) for tokens in passes)
