@@ -176,6 +176,9 @@ class Blank:
     def __len__(self):
         return 5
 
+    def with_images(self):
+        return self
+
     def __getitem__(self, index):
         example = {
             "image": np.zeros((64, 64, 3), np.uint8),
