@@ -4,6 +4,7 @@ Parameters are split over this process's devices by the sharding table, batches 
 take shares of the parts, so they need no communication.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -139,8 +140,6 @@ def _rows(writer, there, given):
 
 def network_digest(directory: str | os.PathLike, component: str) -> str:
     """Identifies a component of a bundle by its architecture and the hashes of its files: 16 hexadecimal digits."""
-    import hashlib
-
     content = json.loads((Path(directory) / "config.json").read_text())
     files = {name: entry for name, entry in content.get("files", {}).items() if name.startswith(f"{component}/")}
     told = json.dumps([content.get(component), files], sort_keys=True)

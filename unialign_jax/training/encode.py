@@ -20,7 +20,7 @@ from unialign_jax.data import caches
 from unialign_jax.data.buckets import data_folders
 from unialign_jax.data.kinds import KINDS
 from unialign_jax.data.records import read_metadata
-from unialign_jax.data.streams import Stream, StreamConfig
+from unialign_jax.data.streams import TEACHER_TOKENS, Stream, StreamConfig
 from unialign_jax.data.tokenizer import load_backend, load_tokenizer
 from unialign_jax.models.autoencoder import make_autoencoder
 from unialign_jax.models.teacher import pooled_features
@@ -137,7 +137,7 @@ def _fill(arguments, folder, job: _Job, mesh, batch_size, share) -> None:
         network=job.network,
         arrays=arrays,
         rows=caches.rows_of_a_file(arrays),
-        options={},
+        options={"text_tokens": TEACHER_TOKENS} if job.tokenizer else {},
     )
     writer = caches.Writer(directory, description, overwrite=arguments.overwrite)
     total = sum(len(description.part(number)) for number in writer.missing(share))
