@@ -62,7 +62,7 @@ two more commands, for a folder that was written (--help after the name says mor
   python launch/prepare_data.py caption --input=data/edits --endpoint=URL --model=NAME   captions of target images
   python launch/prepare_data.py encode --input=data/edits --teacher=DIR --bundle=DIR     teacher features, latents
 
-A folder appears only when it is whole. After a kill the same command goes on where it was. A second run with the same
+A folder appears only when it is whole. After a kill the same command resumes. A second run with the same
 shapes parameters finds the folders there and ends well; any other existing output is refused unless --overwrite is
 given.
 """
@@ -216,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {one_line(str(error), 1000)}")
     except KeyboardInterrupt:
-        sys.exit("interrupted: the output folder is as it was; the same command goes on where it was")
+        sys.exit("interrupted: the output folder is as it was; the same command resumes")
     print(f"done in {time.monotonic() - began:.1f} s")
 
 

@@ -5,5 +5,5 @@
 3. The shards, their metadata and the report get the folder's name (`packing.publish`).
 
 Pieces and shards lie in a hidden folder beside the output until then, each of them written whole or not at all, so that
-after a kill the same command goes on with those that are missing.
+after a kill the same command resumes with those that are missing.
 """

@@ -81,7 +81,7 @@ def prepare(
     beam_options: list[str] | None = None,
     progress: Callable[[Counts], None] = lambda counts: None,
 ) -> Result:
-    """Writes the data folder of a plan, or goes on with what an earlier run of the same plan left unfinished.
+    """Writes the data folder of a plan, or resumes the unfinished work of an earlier run of the same plan.
 
     Args:
       processes: of this machine; 1 does all in this one.
@@ -91,7 +91,7 @@ def prepare(
     Raises:
       FileExistsError: the output may not be replaced, or unfinished work of another command is beside it.
       ValueError: too many bad rows, or none; nothing is left behind then.
-      OSError: something cannot be reached or written. The same command then goes on.
+      OSError: something cannot be reached or written. The same command then resumes.
     """
     sizes = bucket_sizes(plan.buckets) if plan.buckets else []
     outputs = {}  # (split, bucket) -> folder
@@ -307,7 +307,7 @@ def _map(pool, processes: int, function: Callable, calls: Iterable[tuple]) -> It
             yield future.result()
     except concurrent.futures.process.BrokenProcessPool:
         raise OSError(
-            "a process of the preparation was killed, perhaps for its memory: the same command goes on, "
+            "a process of the preparation was killed, perhaps for its memory: the same command resumes, "
             "with fewer --processes if need be"
         ) from None
 

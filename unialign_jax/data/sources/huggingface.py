@@ -106,5 +106,5 @@ def _read_by_name(part: Part, options: SourceOptions) -> Iterator[Row]:
             number += 1
     except BadRow as error:
         yield Row(make_key(label, number), {}, fault=error)
-    except Exception as error:  # the network: the run stops, and goes on from here when it is started again
+    except Exception as error:  # the network: the run stops, and resumes here when it is started again
         raise ValueError(f"{part.path}: after row {number - 1} of part {shard}: {first_line(error)}") from error

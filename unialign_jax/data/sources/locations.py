@@ -265,7 +265,7 @@ def reading(path: str) -> Iterator[str]:
 
 
 def raise_if_remote(error: Exception, path: str) -> None:
-    """Raises OSError for a failure of a network, after which the same command goes on, and not for a damaged file."""
+    """Raises OSError for a failure of a network, after which the same command resumes, and not for a damaged file."""
     if is_url(path) and isinstance(error, OSError):
         raise OSError(f"{path}: {first_line(error)}") from error
 
