@@ -1,9 +1,9 @@
 """Scores of a model: python launch/evaluate.py --help"""
 
-import json
+import argparse
 import logging
+import os
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -12,124 +12,140 @@ from unialign_jax.command_line import Parser, explain_missing_packages, run_comm
 explain_missing_packages()
 
 DESCRIPTION = """\
-Runs a model on a benchmark and scores what it makes.
-
-  shapes   the procedural world: held-out scenes for every task, and exact figures from a detector of its shapes
+Runs a model on a benchmark and scores what it makes. A run has three parts: generate, score and report. All are done
+one after another, or alone the one that is named after the suite. After an interruption the same command resumes.
 """
 
 EXAMPLES = """\
 examples
   python launch/evaluate.py shapes --bundle=runs/quickstart --output=scores/quickstart
-  python launch/evaluate.py shapes --bundle=runs/tiny3 --tasks=text_to_image,caption --scenes=64 --output=scores/tiny3
-
-The output folder gets scores.json (means, standard errors, counts, settings) and, for each task, worst_TASK.png or .md
-with the records of the lowest score. What each figure means: docs/evaluation.md.
+  python launch/evaluate.py geneval --bundle=BUNDLE --data=data/geneval --output=scores/geneval
+  python launch/evaluate.py semgen generate --bundle=BUNDLE --data=data/semgen --output=scores/semgen --limit=10
+  python launch/evaluate.py semgen score --output=scores/semgen --judge=http://localhost:8000/v1 --judge-model=NAME
+A judge's key is read from the environment variable OPENAI_API_KEY. Suites, data and figures: docs/evaluation.md.
 """
+# Options of the sampler that no suite leaves to the user.
+FIXED = ("images_per_prompt", "kind", "slots", "prefix")
 
 
-# The options that it offers, of those of the pipeline.
-IMAGE_OPTIONS, TEXT_OPTIONS = ("steps", "guidance_scale"), ("decoding", "temperature")
-
-
-def parse_arguments(argv):
-    from unialign_jax.data.kinds import task_name
-    from unialign_jax.evaluation.shapes_run import HELD_OUT_SEED, TASKS
-    from unialign_jax.inference.options import OPTIONS
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    from unialign_jax.evaluation import shapes_command
+    from unialign_jax.evaluation.suites import SUITES, find_suite
 
     parser = Parser(description=DESCRIPTION, epilog=EXAMPLES)
-    suites = parser.add_subparsers(dest="suite", required=True, metavar="SUITE")
-    shapes = suites.add_parser("shapes", help="the procedural world")
-    shapes.add_argument("--bundle", required=True, metavar="DIR", help="the model: a bundle, a run's folder, or demo")
-    shapes.add_argument("--output", required=True, metavar="DIR", help="folder to write")
-    shapes.add_argument("--overwrite", action="store_true", help="replace the scores that are there")
-    shapes.add_argument(
-        "--tasks", metavar="A,B", help=f"some of {', '.join(TASKS)}; all that the model was trained for by default"
-    )
-    shapes.add_argument("--scenes", type=int, default=256, metavar="N", help="records of each task (%(default)s)")
-    shapes.add_argument("--seed", type=int, default=HELD_OUT_SEED, help="of the held-out world (%(default)s)")
-    shapes.add_argument("--weights", choices=["raw", "ema"], help="of a run: default its average, if it keeps one")
-    shapes.add_argument("--batch", type=int, default=32, metavar="N", help="most samples at a time (%(default)s)")
-    for name in (*IMAGE_OPTIONS, *TEXT_OPTIONS):
-        option, whose = OPTIONS[name], "images" if name in IMAGE_OPTIONS else "texts"
-        metavar = "|".join(option.choices) or "X"
-        text = f"of {whose}: {option.help}; default the model's"
-        shapes.add_argument(f"--{name.replace('_', '-')}", type=option.parse, metavar=metavar, help=text)
-    shapes.add_argument("--traceback", action="store_true", help="show where an error came from")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="SUITE|COMMAND")
+    shapes_command.add_arguments(commands.add_parser("shapes", help="the procedural world, by an exact detector"))
+    for name in SUITES:
+        suite = find_suite(name)
+        about = f"{suite.title}: {suite.summary}.\nData: {suite.source}"
+        add_suite_arguments(commands.add_parser(name, help=suite.summary, description=about), suite)
+    for command in commands.choices.values():
+        command.add_argument("--traceback", action="store_true", help="show where an error came from")
     arguments = parser.parse_args(argv)
-    parser.check_least(arguments, scenes=1, seed=0, batch=1)
-    if arguments.tasks is not None:
-        arguments.tasks = [task_name(name.strip()) for name in arguments.tasks.split(",")]
-        unknown = [name for name in arguments.tasks if name not in TASKS]
-        if unknown:
-            parser.error(f"--tasks names {unknown[0]!r}, expected some of {', '.join(TASKS)}")
+    if arguments.command in SUITES:
+        check_suite_arguments(parser, arguments)
+    elif arguments.command == "shapes":
+        shapes_command.check_arguments(parser, arguments)
     return arguments
 
 
-def evaluate_shapes(arguments) -> None:
-    """Writes the output folder."""
-    from tqdm import tqdm
+def add_suite_arguments(parser: argparse.ArgumentParser, suite) -> None:
+    """The options of a suite's command."""
+    from unialign_jax.evaluation import judging
+    from unialign_jax.evaluation.running import PARTS
+    from unialign_jax.evaluation.suite import MODES
+    from unialign_jax.inference.options import OPTIONS, flag
 
-    from unialign_jax import files
-    from unialign_jax.evaluation import shapes, shapes_run
-    from unialign_jax.inference.opening import ModelSource
-
-    files.refuse_existing(arguments.output, overwrite=arguments.overwrite, foreign=foreign_names)
-    source = ModelSource(arguments.bundle, weights=arguments.weights)
-    pipeline, run, model = source.open(max_batch=arguments.batch), source.run, {"bundle": str(source.folder)}
-    if run:
-        model = {"run": str(source.folder), "step": run.step, "weights": run.weights}
-    tasks = arguments.tasks or shapes_run.tasks_of(pipeline.config)
-    image_options, text_options = given(arguments, IMAGE_OPTIONS), given(arguments, TEXT_OPTIONS)
-    content = {
-        "suite": "shapes",
-        "model": model,
-        "settings": {
-            "scenes": arguments.scenes,
-            "seed": arguments.seed,
-            "image": image_options,
-            "text": text_options,
-        },
-        "scores": {},
-    }
-    with files.replacing_folder(arguments.output, overwrite=arguments.overwrite, foreign=foreign_names) as folder:
-        for task in tasks:
-            began = time.monotonic()
-            with tqdm(total=arguments.scenes, desc=task, unit="record", disable=None) as bar:
-                results = shapes_run.run_task(
-                    pipeline,
-                    task,
-                    arguments.scenes,
-                    image_options=image_options,
-                    text_options=text_options,
-                    seed=arguments.seed,
-                    batch=arguments.batch,
-                    progress=bar.update,
-                )
-            content["scores"][task] = shapes.summary([result.scores for result in results])
-            shapes_run.write_worst(folder, task, results)
-            print(shapes_run.table(task, content["scores"][task], time.monotonic() - began), flush=True)
-        (folder / "scores.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    print(f"wrote {arguments.output}")
+    add = parser.add_argument
+    add("part", nargs="?", choices=PARTS, help="do this part alone")
+    add("--output", required=True, metavar="DIR", type=Path, help="folder of the run")
+    add("--bundle", metavar="DIR", help="the model: a bundle, a run's folder, or demo; generate needs it")
+    add("--data", metavar="PATH", type=Path, help="your copy of the suite's data; generate needs it")
+    add("--mode", choices=MODES, help="official: as the official code does, defects included; corrected: without them")
+    add("--limit", type=int, metavar="N", help="the first N items of each group alone")
+    add("--overwrite", action="store_true", help="replace what was made in another way")
+    own = parser.add_argument_group(f"options of {suite.name}")
+    suite.add_arguments(
+        lambda name, **options: own.add_argument(name, dest=f"extra_{name[2:].replace('-', '_')}", **options)
+    )
+    add = parser.add_argument_group("the model").add_argument
+    add("--name", default="model", help="under which the official layout files the images (%(default)s)")
+    add("--batch", type=int, default=8, metavar="N", help="most samples at a time (%(default)s)")
+    add("--weights", choices=["raw", "ema"], help="of a run: default its average, if it keeps one")
+    add("--dtype", choices=["bfloat16", "float32"], help="default bfloat16, on a CPU float32")
+    add("--quantize", choices=["int8", "w8a8"], help="int8 weights; w8a8: int8 activations too")
+    add("--low-memory", action="store_true", help="on the device only what is in use; slower")
+    add = parser.add_argument_group("the sampler (default: the suite's own settings, then the model's)").add_argument
+    for name, option in OPTIONS.items():
+        if name not in FIXED and set(option.tasks) & set(suite.tasks):
+            metavar = "|".join(option.choices) or "X"
+            add(flag(name), dest=f"option_{name}", type=option.parse, metavar=metavar, help=option.help)
+    if suite.judge_calls:
+        judging.add_arguments(parser.add_argument_group("the judge"))
 
 
-def given(arguments, names: tuple[str, ...]) -> dict:
-    """The options that are given; the pipeline knows the model's own values for the others."""
-    return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+def check_suite_arguments(parser: Parser, arguments: argparse.Namespace) -> None:
+    """An error where options are missing, or out of range."""
+    parser.check_least(arguments, batch=1)
+    if arguments.limit is not None:
+        parser.check_least(arguments, limit=1)
+    if arguments.part in (None, "generate"):
+        for name in ("bundle", "data"):
+            if getattr(arguments, name) is None:
+                parser.error(f"--{name} is not given; {arguments.command} needs it to generate")
 
 
-def foreign_names(folder: Path) -> list[str]:
-    """Names in a folder of scores that this command does not write."""
-    from unialign_jax.evaluation.shapes_run import TASKS
+def run_suite(arguments: argparse.Namespace) -> int:
+    """The parts of a run that are asked for. Returns 1 where jobs or scores failed."""
+    from unialign_jax.evaluation import judging, running
+    from unialign_jax.evaluation.suite import Request, Scorer
+    from unialign_jax.evaluation.suites import find_suite
 
-    own = {"scores.json"} | {f"worst_{task}{end}" for task in TASKS for end in (".png", ".md")}
-    return sorted(path.name for path in folder.iterdir() if path.name not in own or not path.is_file())
+    suite, failed = find_suite(arguments.command), 0
+    parts = (arguments.part,) if arguments.part else running.PARTS
+    if "generate" in parts:
+        named = vars(arguments)
+        request = Request(
+            data=arguments.data,
+            output=arguments.output,
+            model=arguments.name,
+            mode=arguments.mode or "official",
+            limit=arguments.limit,
+            options={key[7:]: value for key, value in named.items() if key.startswith("option_") and value is not None},
+            extra={key[6:]: value for key, value in named.items() if key.startswith("extra_")},
+        )
+        names = ("bundle", "batch", "weights", "dtype", "quantize", "low_memory")
+        machine = running.Machine(**{name: named[name] for name in names})
+        failed += running.generate(suite, request, machine, overwrite=arguments.overwrite)
+    if parts == ("generate",):
+        return 1 if failed else 0
+    request = running.opened(suite, arguments.output, arguments.mode, arguments.limit)
+    if "score" in parts:
+        judge = None
+        if suite.judge_calls:
+            judge = judging.from_arguments(
+                arguments, os.environ.get("OPENAI_API_KEY", ""), request.output / running.JUDGEMENTS
+            )
+        guess = getattr(arguments, "official_guess", False)
+        scores = running.score(suite, request, lambda update: Scorer(judge, guess, update))
+        failed += sum(bool(score.failed) for score in scores)
+    if "report" in parts:
+        print(running.report(suite, request))
+    return 1 if failed else 0
 
 
-def main(argv=None) -> int:
+def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     hint = ": a smaller --batch takes less"
-    return run_command(lambda: evaluate_shapes(arguments), traceback=arguments.traceback, hint=hint)
+    if arguments.command == "shapes":
+        from unialign_jax.evaluation import shapes_command
+
+        work = shapes_command.run
+    else:
+        work = run_suite
+    resumes = "what is done is kept; the same command resumes"
+    return run_command(lambda: work(arguments), traceback=arguments.traceback, hint=hint, interrupted=resumes)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ explain_missing_packages()
 from tqdm import tqdm
 
 from unialign_jax.data import jsonl, records
-from unialign_jax.data.captioning import Refused
+from unialign_jax.data.endpoint import Refused
 from unialign_jax.data.kinds import KINDS
 from unialign_jax.data.preparation import beam, options, runner
 from unialign_jax.data.preparation.pieces import Counts

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unialign_jax.data import captioning
-from unialign_jax.data.captioning import Endpoint, Failed, Journal, Refused, caption_images, image_digest
+from unialign_jax.data.captioning import Captioner, Journal, caption_images, image_digest
+from unialign_jax.data.endpoint import MAX_ANSWER, Failed, Refused
 
 
 def png(value):
@@ -25,7 +25,7 @@ def answer(caption, **choice):
 
 def endpoint(server, **changes):
     settings = {"timeout": 2.0, "first_pause": 0.01, "attempts": 4} | changes
-    return Endpoint(server.url, "some-model", **settings)
+    return Captioner(server.url, "some-model", **settings)
 
 
 def run(server, tmp_path, images, concurrency=4, **changes):
@@ -84,7 +84,7 @@ def test_a_run_resumes_from_its_journal(server, tmp_path):
         (200, {}, answer("a\0b")),
         (200, {}, b'{"choices": [{"message": {"content": "\\ud800"}}]}'),
         (200, {}, answer("long " * 20_000)),
-        (200, {}, b"x" * (captioning.MAX_ANSWER + 1)),
+        (200, {}, b"x" * (MAX_ANSWER + 1)),
     ],
     ids=lambda first: repr(first)[:40],
 )
@@ -154,9 +154,9 @@ def test_a_journal_of_something_else_is_refused(server, tmp_path):
 
 
 def test_a_server_that_is_not_there(tmp_path):
-    asked = Endpoint("http://127.0.0.1:9/v1", "m", attempts=2, first_pause=0.01)
+    asked = Captioner("http://127.0.0.1:9/v1", "m", attempts=2, first_pause=0.01)
     done = caption_images([png(10)], asked, Journal(tmp_path / "j", asked))
     assert done.failed == 1 and any("connection failed" in reason for reason in done.reasons)
     with pytest.raises(ValueError, match="expected a URL"):
-        Endpoint("localhost:8000", "m")
+        Captioner("localhost:8000", "m")
     assert issubclass(Failed, Exception)

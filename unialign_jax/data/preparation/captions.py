@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from unialign_jax.data import caches
 from unialign_jax.data.buckets import data_folders
-from unialign_jax.data.captioning import PROMPT, Endpoint, Journal, Progress, caption_images, image_digest
+from unialign_jax.data.captioning import PROMPT, Captioner, Journal, Progress, caption_images, image_digest
 from unialign_jax.data.kinds import find_kind
 from unialign_jax.data.records import REPORT_FILES, Record, open_records, write_records
 from unialign_jax.files import one_line
@@ -48,12 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, key: str = "") -> None:
     """Raises ValueError when captions are still missing at the end, and for options or folders that do not fit;
-    captioning.Refused when the endpoint refuses every request.
+    endpoint.Refused when the endpoint refuses every request.
     """
     for name in ("concurrency", "max_tokens", "max_side", "timeout", "attempts"):
         if not getattr(arguments, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}, expected a number above 0")
-    endpoint = Endpoint(
+    endpoint = Captioner(
         url=arguments.endpoint,
         model=arguments.model,
         key=key,
@@ -118,7 +118,7 @@ def without_caption(folder: Path) -> Iterator[tuple[int, Record]]:
             yield index, record
 
 
-def fill_folder(folder: Path, journal: Journal, endpoint: Endpoint) -> int:
+def fill_folder(folder: Path, journal: Journal, endpoint: Captioner) -> int:
     """Writes a folder anew with the journal's captions. Returns how many records still have none."""
     source, missing = open_records(folder), 0
     reports = {name: (folder / name).read_bytes() for name in REPORT_FILES if (folder / name).is_file()}

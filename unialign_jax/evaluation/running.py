@@ -1,0 +1,231 @@
+"""The three parts of a run of a suite: generate, score and report. Each resumes where it was stopped."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from unialign_jax import __version__
+from unialign_jax.evaluation import reporting
+from unialign_jax.evaluation.suite import (
+    Item,
+    Request,
+    Score,
+    Scorer,
+    Suite,
+    hashes,
+    limited,
+    read_scores,
+    write_scores,
+)
+from unialign_jax.files import check_regular, parse_json, read_json, replacing_file, shown, write_json
+from unialign_jax.inference import job_runner, jobs
+from unialign_jax.inference.opening import ModelSource, keep_compiled
+
+SETTINGS, JOBS, JUDGEMENTS, SCORES = "settings.json", "jobs.jsonl", "judgements.jsonl", "scores.jsonl"
+PARTS = ("generate", "score", "report")
+# Of the request: what a later run of the same folder may change.
+_FREE = ("output", "limit")
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """How the model is opened and run: what does not belong to the suite.
+
+    Attributes are the options of launch/generate.py of the same names.
+    """
+
+    bundle: str
+    batch: int = 8
+    weights: str | None = None
+    dtype: str | None = None
+    quantize: str | None = None
+    low_memory: bool = False
+    attention: str = "auto"
+    verify: bool = True
+    compilation_cache: str = "none"
+
+
+# Generate
+
+
+def generate(suite: Suite, request: Request, machine: Machine, *, overwrite: bool = False) -> int:
+    """Makes the images or texts of a suite in the official layout. Returns how many jobs failed.
+
+    Raises ValueError or OSError, in one line, for data or a model that cannot be read, for another suite's folder, and
+    for a folder whose images were made in another way, unless `overwrite`.
+    """
+    source = ModelSource(machine.bundle, weights=machine.weights, verify=machine.verify)
+    source.check_complete()
+    request = dataclasses.replace(request, image_size=source.config.image_size)
+    every = suite.items(request)
+    items = limited(every, request.limit)
+    stamp = source.stamp(machine.dtype, machine.quantize)
+    settings = describe(suite, request) | {"model": stamp, "items": len(every), "unialign_jax": __version__}
+    check_settings(request.output, settings, overwrite=overwrite)
+    request.output.mkdir(parents=True, exist_ok=True)
+    write_json(request.output / SETTINGS, settings)
+    suite.prepare(request, items)
+    write_jobs(request, items)
+    identity = f"{source.digest} {machine.dtype} {machine.quantize}"
+    read = jobs.read_jobs(request.output / JOBS, identity)
+    bad = next((job for job in read if isinstance(job, jobs.BadJob)), None)
+    if bad:
+        raise ValueError(f"{request.output / JOBS}, line {bad.line}, job {bad.id}: {bad.error}")
+    results = job_runner.Results(request.made, stamp)
+    todo = results.begin(read, overwrite=overwrite)
+    began = time.monotonic()
+    if todo:
+        keep_compiled(machine.compilation_cache)
+        how = {name: getattr(machine, name) for name in ("dtype", "quantize", "low_memory", "attention")}
+        pipeline = source.open(max_batch=machine.batch, **how)
+        if not machine.low_memory:
+            pipeline.load()  # damaged weights are one error, not one for each job
+        with tqdm(total=len(read), initial=len(read) - len(todo), desc=suite.name, unit="job", disable=None) as bar:
+            job_runner.run(todo, pipeline, results, machine.batch, bar.update)
+    seconds = time.monotonic() - began
+    if results.done:
+        write_json(request.output / SETTINGS, settings | {"seconds_per_job": round(seconds / results.done, 3)})
+    suite.arrange(request, items, read_results(request))
+    return results.failed
+
+
+def describe(suite: Suite, request: Request) -> dict:
+    """What settings.json says of a run before its model is known."""
+    asked = {key: value for key, value in dataclasses.asdict(request).items()}
+    asked |= {"data": str(request.data.resolve()), "output": str(request.output.resolve())}
+    return {"suite": suite.name, "request": asked, "data": hashes(suite.files(request))}
+
+
+def check_settings(output: Path, settings: dict, *, overwrite: bool = False) -> None:
+    """Raises ValueError where a folder holds a run of another suite, or one that was made in another way."""
+    path = output / SETTINGS
+    if not path.exists():
+        if output.is_dir() and any(output.iterdir()):
+            raise FileExistsError(f"{output} holds what was not written by this command; choose another --output")
+        return
+    found = read_json(path)
+    if found.get("suite") != settings["suite"]:
+        raise ValueError(
+            f"{output} holds a run of {shown(found.get('suite'))}, this is {settings['suite']}: choose another --output"
+        )
+    if overwrite:
+        return
+    before, after = found.get("request", {}), json.loads(json.dumps(settings["request"]))
+    changed = [key for key in after if key not in _FREE and before.get(key) != after[key]]
+    pairs = [(f"request {key}", before.get(key), after[key]) for key in changed]
+    pairs += [
+        (name, found.get(name), settings[name]) for name in ("data", "model") if found.get(name) != settings[name]
+    ]
+    if pairs:
+        name, was, now = pairs[0]
+        raise ValueError(
+            f"{output} was made with {name} {shown(was)}, now it is {shown(now)}: choose another --output, or --overwrite"
+        )
+
+
+def write_jobs(request: Request, items: Sequence[Item]) -> None:
+    """Writes jobs.jsonl."""
+    lines = []
+    for item in items:
+        for job in item.jobs:
+            lines.append(json.dumps(job | {key: value for key, value in request.options.items()}, default=str))
+    with replacing_file(request.output / JOBS) as scratch:
+        scratch.write_text("".join(line + "\n" for line in lines))
+
+
+def read_results(request: Request) -> dict[str, dict]:
+    """The lines of the runner's results.jsonl of jobs that are done, by their ids."""
+    path, found = request.made / jobs.RESULTS, {}
+    if not path.exists():
+        return {}
+    check_regular(path)
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            entry = parse_json(line, f"{path}, line {number}")
+        except ValueError:
+            continue  # torn by a kill
+        if entry.get("status") == "done":
+            found[entry["id"]] = entry
+        else:
+            found.pop(entry.get("id"), None)
+    return found
+
+
+# Score and report
+
+
+def opened(suite: Suite, output: Path, mode: str | None = None, limit: int | None = None) -> Request:
+    """The request that a run's folder was made by, with another mode or limit of scoring if they are named.
+
+    Raises ValueError or OSError, in one line, for a folder that is no run of this suite, and for changed data.
+    """
+    settings = read_settings(output)
+    if settings.get("suite") != suite.name:
+        raise ValueError(f"{output} holds a run of {shown(settings.get('suite'))}, this is {suite.name}")
+    asked = settings["request"]
+    request = Request(
+        **asked
+        | {
+            "data": Path(asked["data"]),
+            "output": Path(output),
+            "mode": mode or asked["mode"],
+            "limit": limit or asked["limit"],
+        }
+    )
+    if (found := hashes(suite.files(request))) != settings["data"]:
+        name = next(name for name in {**found, **settings["data"]} if found.get(name) != settings["data"].get(name))
+        raise ValueError(
+            f"{request.data}: {name} has changed since {output} was made: bring the old file back, or make a new run"
+        )
+    return request
+
+
+def read_settings(output: Path) -> dict:
+    """settings.json of a run. Raises FileNotFoundError or ValueError, in one line."""
+    if not (output / SETTINGS).exists():
+        raise FileNotFoundError(
+            f"{output} is no run of a suite: it has no {SETTINGS} (python launch/evaluate.py SUITE generate)"
+        )
+    return read_json(output / SETTINGS)
+
+
+def score(suite: Suite, request: Request, make_scorer: Callable[[Callable[[int], None]], Scorer]) -> list[Score]:
+    """Scores what a run has made, and writes OUTPUT/MODE/scores.jsonl.
+
+    Args:
+      make_scorer: makes the scorer, which gets the progress bar's `update`.
+
+    Raises ValueError or OSError, in one line, where images or texts are missing, or nothing can be scored.
+    """
+    items, results = limited(suite.items(request), request.limit), read_results(request)
+    wanted = [job["id"] for item in items for job in item.jobs]
+    missing = [name for name in wanted if name not in results]
+    if len(missing) == len(wanted) and wanted:
+        raise ValueError(f"{request.made} has none of the {len(wanted)} results: generate them first")
+    if missing:
+        listed = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise ValueError(
+            f"{request.made} lacks {len(missing)} of {len(wanted)} results ({listed}): generate them, or score fewer "
+            "by --limit"
+        )
+    with tqdm(total=len(items), desc=f"{suite.name}, scores", unit="item", disable=None) as bar:
+        scores = suite.score(request, items, results, make_scorer(bar.update))
+    folder = request.output / request.mode
+    folder.mkdir(parents=True, exist_ok=True)
+    write_scores(folder / SCORES, scores)
+    return scores
+
+
+def report(suite: Suite, request: Request, *, seed: int = 0) -> dict:
+    """Writes OUTPUT/MODE/report.json, report.md and report.html from the scores, and returns what report.json holds.
+
+    Raises FileNotFoundError where there are no scores.
+    """
+    path = request.output / request.mode / SCORES
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there are no scores yet (python launch/evaluate.py {suite.name} score)")
+    return reporting.write(suite, request, read_settings(request.output), read_scores(path), seed=seed)

@@ -1,0 +1,15 @@
+"""The benchmarks: a module for each, with its data, its jobs, its official layout and its scores."""
+
+import importlib
+
+from unialign_jax.evaluation.suite import Suite
+
+# Name on the command line -> class in the module of that name.
+SUITES = {
+    "geneval": "GenEval",
+}
+
+
+def find_suite(name: str) -> Suite:
+    """The suite of a name."""
+    return getattr(importlib.import_module(f"{__name__}.{name}"), SUITES[name])()
