@@ -123,7 +123,8 @@ def check_settings(output: Path, settings: dict, *, overwrite: bool = False) -> 
     if pairs:
         name, was, now = pairs[0]
         raise ValueError(
-            f"{output} was made with {name} {shown(was)}, now it is {shown(now)}: choose another --output, or --overwrite"
+            f"{output} was made with {name} {shown(was)}, now it is {shown(now)}: choose another --output, or "
+            "give --overwrite"
         )
 
 
