@@ -315,7 +315,7 @@ class Judge:
         judgements = [self.journal.judgements[key] for key in keys]
         counts = collections.Counter(self.journal.judgements[key].status for key in todo)
         log.info(
-            "%d questions asked: %d answers parsed, %d not, %d questions failed; %s tokens read, %s written%s",
+            "%d questions: %d answers parsed, %d not, %d without an answer; %s tokens read, %s written%s",
             len(todo), *(counts[status] for status in STATUSES), f"{self.usage.prompt_tokens:,}",
             f"{self.usage.answer_tokens:,}", self._cost(self.usage),
         )  # fmt: skip
@@ -327,8 +327,8 @@ class Judge:
         most = sum(question.max_tokens or self.endpoint.max_tokens for question in todo)
         cost = self._cost(Usage(prompt_tokens=read, answer_tokens=most))
         return (
-            f"{self.endpoint.model} is asked {len(todo)} of {count} questions: about {read:,} tokens to read, at most "
-            f"{most:,} to write, if each is asked once{cost}"
+            f"the judge is asked {len(todo)} of {count} questions, the others have answers: it reads about {read:,} "
+            f"tokens and writes {most:,} at most, if it is asked once each{cost}"
         )
 
     def _cost(self, usage: Usage) -> str:

@@ -111,8 +111,8 @@ class Suite:
       scale: the highest that `leading` can be.
       made_by_mode: whether `Request.mode` changes what is made, and not only how it is scored. A folder that was made
         in one mode can be scored in both all the same.
-      scoring_options: the names of those in `Request.extra` that generating does not read. Scoring takes them from its
-        own command line, and they may change from one scoring to the next.
+      free_options: the names of those in `Request.extra` that may change from one call on a folder to the next: what
+        scoring alone reads, and where files lie. Scoring takes them from its own command line.
     """
 
     name: ClassVar[str]
@@ -127,7 +127,7 @@ class Suite:
     worst_by: ClassVar[str]
     scale: ClassVar[float] = 1.0
     made_by_mode: ClassVar[bool] = False
-    scoring_options: ClassVar[tuple[str, ...]] = ()
+    free_options: ClassVar[tuple[str, ...]] = ()
 
     def add_arguments(self, add: Callable) -> None:
         """Adds the options of this suite alone by `add`, which is a parser's `add_argument`.
