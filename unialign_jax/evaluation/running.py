@@ -143,7 +143,7 @@ def _fixed(suite: Suite, settings: dict) -> dict[str, Any]:
     """What may not change between runs of a folder, by a name for messages."""
     free = _FREE if suite.made_by_mode else (*_FREE, "mode")
     request, model = settings.get("request", {}), settings.get("model", {})
-    extra = {key: value for key, value in request.get("extra", {}).items() if key not in suite.free_options}
+    extra = {key: value for key, value in request.get("extra", {}).items() if key not in suite.scoring_options}
     fixed = {key: value for key, value in (request | {"extra": extra}).items() if key not in free}
     fixed |= {f"data {name}": digest for name, digest in settings.get("data", {}).items()}
     return fixed | {f"the model's {key}": value for key, value in model.items() if key not in _FREE_OF_MODEL}
@@ -203,7 +203,7 @@ def opened(
         raise ValueError(f"{output} holds a run of {shown(settings.get('suite'))}, this is {suite.name}")
     asked = settings["request"]
     for name, value in (extra or {}).items():
-        if name not in suite.free_options and asked["extra"].get(name) != value:
+        if name not in suite.scoring_options and asked["extra"].get(name) != value:
             raise ValueError(
                 f"{output} was made with --{name.replace('_', '-')}={asked['extra'].get(name)}, not {shown(value)}"
             )
@@ -259,7 +259,7 @@ def score(suite: Suite, request: Request, make_scorer: Callable[[Callable[[int],
     folder = request.output / request.mode
     folder.mkdir(parents=True, exist_ok=True)
     write_scores(folder / SCORES, scores)
-    how = {"items": len(items), "extra": {name: request.extra.get(name) for name in suite.free_options}}
+    how = {"items": len(items), "extra": {name: request.extra.get(name) for name in suite.scoring_options}}
     how |= {"failed": sum(bool(score.failed) for score in scores), **suite.describe_scoring(request)}
     if scorer.judge:
         how |= {"judge": scorer.judge.describe(), "official_guess": scorer.official_guess}

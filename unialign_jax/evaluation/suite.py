@@ -111,7 +111,7 @@ class Suite:
       scale: the highest that `leading` can be.
       made_by_mode: whether `Request.mode` changes what is made, and not only how it is scored. A folder that was made
         in one mode can be scored in both all the same.
-      free_options: the names of those in `Request.extra` that may change from one call on a folder to the next: what
+      scoring_options: the names of those in `Request.extra` that may change from one call on a folder to the next: what
         scoring alone reads, and where files lie. Scoring takes them from its own command line.
     """
 
@@ -127,7 +127,7 @@ class Suite:
     worst_by: ClassVar[str]
     scale: ClassVar[float] = 1.0
     made_by_mode: ClassVar[bool] = False
-    free_options: ClassVar[tuple[str, ...]] = ()
+    scoring_options: ClassVar[tuple[str, ...]] = ()
 
     def add_arguments(self, add: Callable) -> None:
         """Adds the options of this suite alone by `add`, which is a parser's `add_argument`.

@@ -33,7 +33,7 @@ class VIEScoreSuite(Suite):
     worst_by = "O"
     scale = 10.0
     made_by_mode = True
-    free_options = ("viescore_prompts", "results")
+    scoring_options = ("viescore_prompts", "results")
 
     csv_folder: ClassVar[str]
     csv_ending: ClassVar[str]

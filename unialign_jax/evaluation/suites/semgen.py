@@ -32,7 +32,7 @@ class SemGen(VIEScoreSuite):
     tasks = ("text_to_image", "edit")
     images = 600
     judge_calls = 1200
-    free_options = (*VIEScoreSuite.free_options, "images")
+    scoring_options = (*VIEScoreSuite.scoring_options, "images")
     csv_folder = "qwen25vl/eval_results_AWQ"
     csv_ending = "score.csv"
     csv_columns = (
