@@ -114,10 +114,19 @@ def check_suite_arguments(parser: Parser, arguments: argparse.Namespace) -> None
             f"--name is {arguments.name!r}, expected the name of a folder, of letters, digits, . _ -, and none of "
             f"{', '.join(RESERVED)}"
         )
-    if arguments.part in (None, "generate"):
+    if "generate" in parts_of(arguments):
         for name in ("bundle", "data"):
             if getattr(arguments, name) is None:
                 parser.error(f"--{name} is not given; {arguments.command} needs it to generate")
+
+
+def parts_of(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """The parts of a run to do; the answers are not generated where they are in a file of the user's."""
+    from unialign_jax.evaluation.running import PARTS
+
+    if arguments.part:
+        return (arguments.part,)
+    return PARTS[1:] if getattr(arguments, "extra_results", None) else PARTS
 
 
 def run_suite(arguments: argparse.Namespace) -> int:
@@ -126,27 +135,28 @@ def run_suite(arguments: argparse.Namespace) -> int:
     from unialign_jax.evaluation.suite import Request
     from unialign_jax.evaluation.suites import find_suite
 
-    suite, failed = find_suite(arguments.command), 0
-    parts = (arguments.part,) if arguments.part else running.PARTS
+    suite, failed, parts = find_suite(arguments.command), 0, parts_of(arguments)
     named = vars(arguments)
     extra = {key[6:]: as_setting(value) for key, value in named.items() if key.startswith("extra_")}
     given = {key: value for key, value in extra.items() if value != arguments.defaults[key]}
     if "score" in parts and suite.judge_calls:
         judging.endpoint_of(arguments, os.environ.get(KEY, ""))  # wrong options are told before anything is made
+    request = Request(
+        data=arguments.data or Path(extra.get("results") or ""),
+        output=arguments.output,
+        model=arguments.name,
+        mode=arguments.mode or "official",
+        limit=arguments.limit,
+        options={key[7:]: value for key, value in named.items() if key.startswith("option_") and value is not None},
+        extra=extra,
+    )
     if "generate" in parts:
-        request = Request(
-            data=arguments.data,
-            output=arguments.output,
-            model=arguments.name,
-            mode=arguments.mode or "official",
-            limit=arguments.limit,
-            options={key[7:]: value for key, value in named.items() if key.startswith("option_") and value is not None},
-            extra=extra,
-        )
         machine = running.Machine(**{name: named[name] for name in MACHINE})
         failed += running.generate(suite, request, machine, overwrite=arguments.overwrite)
     if parts == ("generate",):
         return 1 if failed else 0
+    if extra.get("results") and not (arguments.output / running.SETTINGS).exists():
+        running.adopt(suite, request)
     request = running.opened(suite, arguments.output, arguments.mode, arguments.limit, data=arguments.data, extra=given)
     if "score" in parts:
         failed += score(suite, request, arguments)

@@ -57,6 +57,7 @@ class Question:
         not depend on the mode, since both modes share the journal.
       system: a system message; "" for none.
       max_tokens: of the answer; None for the endpoint's.
+      tries: answers that cannot be read, after which it is not asked again; None for the endpoint's attempts.
       more: further fields of the request, such as {"response_format": {"type": "json_object"}}.
     """
 
@@ -68,6 +69,7 @@ class Question:
     read: Callable[[str], Any] = str
     system: str = ""
     max_tokens: int | None = None
+    tries: int | None = None
     more: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def key(self, model: str) -> str:
@@ -353,7 +355,10 @@ class Judge:
             try:
                 return question.read(text)
             except Unparsed as error:
-                raise Retry(f"{error}{' (it is cut at max_tokens)' if is_cut else ''}", pauses=False) from None
+                reason = f"{error}{' (it is cut at max_tokens)' if is_cut else ''}"
+                if len(answers) == question.tries:
+                    raise Failed(reason) from None
+                raise Retry(reason, pauses=False) from None
 
         facts = {"key": key, "item": question.item, "name": question.name}
         try:

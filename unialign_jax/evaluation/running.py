@@ -105,6 +105,18 @@ def generate(suite: Suite, request: Request, machine: Machine, *, overwrite: boo
     return results.failed
 
 
+def adopt(suite: Suite, request: Request) -> None:
+    """Makes the folder of a run whose answers are in a file of the user's (`--results`), and are not made here.
+
+    Raises ValueError or OSError, in one line, for data or answers that cannot be read, and for another run's folder.
+    """
+    settings = describe(suite, request) | {"model": {"results": request.extra["results"]}}
+    settings |= {"items": len(suite.items(request)), "unialign_jax": __version__}
+    settings |= check_settings(suite, request.output, settings)
+    make_folder(request.output, "--output")
+    write_json(request.output / SETTINGS, settings)
+
+
 def describe(suite: Suite, request: Request) -> dict:
     """What settings.json says of a run before its model is known."""
     asked = dataclasses.asdict(request)
@@ -243,7 +255,7 @@ def score(suite: Suite, request: Request, make_scorer: Callable[[Callable[[int],
     Raises ValueError or OSError, in one line, where images or texts are missing, or nothing can be scored.
     """
     items, results = limited(suite.items(request), request.limit), read_results(request)
-    wanted = [job["id"] for item in items for job in item.jobs]
+    wanted = [job["id"] for item in items for job in item.jobs] if suite.needs_results(request) else []
     missing = [name for name in wanted if name not in results]
     if len(missing) == len(wanted) and wanted:
         raise ValueError(f"{request.made} has none of the {len(wanted)} results: generate them first")

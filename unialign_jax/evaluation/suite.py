@@ -164,6 +164,10 @@ class Suite:
         """
         raise NotImplementedError
 
+    def needs_results(self, request: Request) -> bool:
+        """Whether `score` needs the model's results: not where it reads a file of the user's (option `--results`)."""
+        return True
+
     def describe_scoring(self, request: Request) -> dict[str, Any]:
         """What settings.json says of scoring besides the judge, such as the hashes of prompts; called after `score`."""
         return {}
@@ -248,12 +252,16 @@ def read_scores(path: Path) -> list[Score]:
 
 
 def hashes(request: Request, files: Sequence[Path]) -> dict[str, str]:
-    """{path below `request.data`, or name: SHA-256} of files. Raises FileNotFoundError or ValueError, in one line."""
+    """{path below `request.data`, or name: SHA-256} of files. Raises FileNotFoundError or ValueError, in one line.
+
+    A file that lies elsewhere is called by its whole path where another has its name.
+    """
     found = {}
     for path in files:
         check_regular(path)
         inside = path.is_relative_to(request.data) and path != request.data
-        found[str(path.relative_to(request.data)) if inside else path.name] = sha256(path)
+        name = str(path.relative_to(request.data)) if inside else path.name
+        found[str(path) if name in found else name] = sha256(path)
     return found
 
 

@@ -9,6 +9,9 @@ SUITES = {
     "semgen": "SemGen",
     "geneval": "GenEval",
     "gedit": "GEdit",
+    "mmbench": "MMBench",
+    "mmmu": "MMMU",
+    "mmvet": "MMVet",
 }
 
 
