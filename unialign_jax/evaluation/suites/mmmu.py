@@ -129,7 +129,7 @@ class MMMU(Suite):
         for name, entry in known.items():
             if not isinstance(entry, dict) or not {"question_type", "ground_truth"} <= set(entry):
                 raise ValueError(
-                    f"{path}: {shown(name)} has no question_type and ground_truth; expected MMMU's {ANSWERS}"
+                    f"{path}: {shown(name)} lacks question_type or ground_truth; expected MMMU's {ANSWERS}"
                 )
         return known
 
@@ -185,7 +185,9 @@ class MMMU(Suite):
             values = {"correct": float(correct)}
             scores.append(Score(item.id, item.group, values, item.text, images, response, facts=kept))
             scorer.progress(1)
-        write_json(request.output / request.mode / "official_table.json", official_table(scores))
+        folder = request.output / request.mode
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "official_table.json", official_table(scores))
         return scores
 
     def figures(self, scores: Sequence[Score], mode: str) -> dict[str, float]:
