@@ -113,7 +113,7 @@ class MMVet(Suite):
 
     def score(self, request: Request, items: Sequence[Item], results: dict[str, dict], scorer: Scorer) -> list[Score]:
         answers = {name: entry["text"] for name, entry in results.items()}
-        runs, grades = request.extra.get("runs") or RUNS, None
+        runs, grades = RUNS if request.extra.get("runs") is None else request.extra["runs"], None
         if runs < 1:
             raise ValueError(f"--runs is {runs}, expected at least 1")
         if name := request.extra.get("results"):
