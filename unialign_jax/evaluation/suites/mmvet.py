@@ -198,8 +198,10 @@ class MMVet(Suite):
                 writer.writerow([request.model, *row.values(), *end.values()])
 
     def describe_scoring(self, request: Request) -> dict[str, Any]:
-        name = request.extra.get("judge_prompt")
-        return {"judge_prompt_sha256": hashlib.sha256(self._prompt(request).encode()).hexdigest()} if name else {}
+        facts = {"temperature": "0, again 0, then 0.5 more for each answer that is no grade", "max_tokens": 3}
+        if request.extra.get("judge_prompt"):
+            facts["judge_prompt_sha256"] = hashlib.sha256(self._prompt(request).encode()).hexdigest()
+        return facts
 
     def figures(self, scores: Sequence[Score], mode: str) -> dict[str, float]:
         scored = [score for score in scores if score.values]
