@@ -16,8 +16,8 @@ from unialign_jax.evaluation.suites.mmmu import MMMU, SUBJECTS, chosen_letter, o
 
 SHARED = Path(__file__).resolve().parents[4] / "shared/data/eval/mmmu"
 COLORS = {"A": "red", "B": "dark blue", "C": "green"}
-# Right answers of each subject of the example outputs of github.com/MMMU-Benchmark/MMMU (bb0b95a), counted by its
-# main_parse_and_eval.py and, alike, by its main_eval_only.py.
+# The example outputs of github.com/MMMU-Benchmark/MMMU: the overall score that its scripts print (bb0b95a), and the
+# right answers of each subject, counted by a shortened copy of its parser, outside this repository.
 GOLDEN = {
     "llava1.5_13b": (
         0.3667,
