@@ -162,12 +162,15 @@ def _fixed(suite: Suite, settings: dict) -> dict[str, Any]:
 
 
 def write_jobs(request: Request, items: Sequence[Item]) -> None:
-    """Writes jobs.jsonl."""
+    """Writes jobs.jsonl. A seed of the user is that of each item's first job; the others keep their distance to it."""
     lines = []
     for item in items:
         for job in item.jobs:
             takes = options_of(job["task"])
-            lines.append(json.dumps(job | {key: value for key, value in request.options.items() if key in takes}))
+            fields = job | {key: value for key, value in request.options.items() if key in takes}
+            if "seed" in request.options:
+                fields["seed"] += job.get("seed", 0) - item.jobs[0].get("seed", 0)
+            lines.append(json.dumps(fields))
     with replacing_file(request.output / JOBS) as scratch:
         scratch.write_text("".join(line + "\n" for line in lines))
 
@@ -288,4 +291,7 @@ def report(suite: Suite, request: Request, *, seed: int = 0) -> dict:
     path = request.output / request.mode / SCORES
     if not path.exists():
         raise FileNotFoundError(f"{path}: there are no scores yet (python launch/evaluate.py {suite.name} score)")
-    return reporting.write(suite, request, read_settings(request.output), read_scores(path), seed=seed)
+    settings = read_settings(request.output)
+    scored_by = settings.get("scoring", {}).get(request.mode, {}).get("extra", {})
+    request = dataclasses.replace(request, extra=request.extra | scored_by)
+    return reporting.write(suite, request, settings, read_scores(path), seed=seed)

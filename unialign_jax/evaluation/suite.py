@@ -147,6 +147,9 @@ class Suite:
         """
         raise NotImplementedError
 
+    def check_scoring(self, request: Request, has_judge: bool) -> None:
+        """Raises ValueError, in one line, where `score` would need what is not given; asked before anything is made."""
+
     def prepare(self, request: Request, items: Sequence[Item]) -> None:
         """Writes what the jobs read, such as source images, into the run's folder; what is there already stays."""
 
@@ -263,6 +266,11 @@ def hashes(request: Request, files: Sequence[Path]) -> dict[str, str]:
         name = str(path.relative_to(request.data)) if inside else path.name
         found[str(path) if name in found else name] = sha256(path)
     return found
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean; NaN without values."""
+    return sum(values) / len(values) if values else float("nan")
 
 
 def each(items: Sequence[Item]) -> Iterator[tuple[int, dict]]:
