@@ -8,10 +8,13 @@ from unialign_jax.evaluation.suite import Suite
 SUITES = {
     "semgen": "SemGen",
     "geneval": "GenEval",
+    "dpg": "Dpg",
     "gedit": "GEdit",
+    "imgedit": "ImgEdit",
     "mmbench": "MMBench",
     "mmmu": "MMMU",
     "mmvet": "MMVet",
+    "captions": "Captions",
 }
 
 
