@@ -172,6 +172,7 @@ def test_rewritten_prompts_keep_the_clauses(tmp_path):
         ("", ["is empty", "github.com/djghosh13/geneval"]),
         ('{"tag": "colors", "inclu', ["line 1", "is not JSON"]),
         ('{"id": 3, "question": "what?"}', ["line 1 is no prompt of GenEval", "tag"]),
+        ('{"prompt": "a cow", "atom_count": 1, "vqa_list": [], "skills": []}', ["GenEval 2", "geneval2"]),
         (json.dumps(COW | {"include": [{"class": "cow", "count": 0}]}), ["count is 0"]),
         (json.dumps(COW | {"include": [{"class": "cow", "count": 1, "color": "teal"}]}), ["'teal'", "red"]),
         (json.dumps(COW | {"include": [{"class": "cow", "count": 1, "position": ["above", 0]}]}), ["position"]),

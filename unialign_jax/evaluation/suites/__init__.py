@@ -8,6 +8,7 @@ from unialign_jax.evaluation.suite import Suite
 SUITES = {
     "semgen": "SemGen",
     "geneval": "GenEval",
+    "geneval2": "GenEval2",
     "dpg": "Dpg",
     "gedit": "GEdit",
     "imgedit": "ImgEdit",

@@ -190,6 +190,8 @@ def read_entries(path: Path) -> list[dict]:
 
 def _problem(entry) -> str:
     """What is wrong with a line of metadata; "" if nothing."""
+    if "vqa_list" in entry:
+        return "it is of GenEval 2, which the suite geneval2 reads"
     for key in ("tag", "prompt"):
         if not isinstance(entry.get(key), str) or not entry[key].strip():
             return f"{key} is {shown(entry.get(key))}, expected a text"
