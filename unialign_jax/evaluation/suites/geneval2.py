@@ -130,7 +130,7 @@ class GenEval2(Suite):
     def notes(self, request: Request) -> list[str]:
         means = (
             "gm is 100 times the mean over prompts of the geometric mean over their questions, am of the arithmetic "
-            "one; SKILL/am is over the questions of a skill, N atoms/gm over prompts of N atoms. Both modes are the same."
+            "one; SKILL/am is over the questions of a skill, N atoms/gm over prompts of N atoms. Both modes are alike."
         )
         if request.extra.get("results"):
             name = Path(request.extra["results"]).name
