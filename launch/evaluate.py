@@ -36,7 +36,7 @@ KEY = "OPENAI_API_KEY"  # the environment variable of a judge's key
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    from unialign_jax.evaluation import shapes_command
+    from unialign_jax.evaluation import image_sets, shapes_command
     from unialign_jax.evaluation.suites import SUITES, find_suite
 
     parser = Parser(description=DESCRIPTION, epilog=EXAMPLES)
@@ -46,6 +46,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         suite = find_suite(name)
         about = f"{suite.title}: {suite.summary}.\nData: {suite.source}"
         add_suite_arguments(commands.add_parser(name, help=suite.summary, description=about), suite)
+    image_sets.add_fid_arguments(commands.add_parser("fid", help="the Frechet distance of two folders of images"))
+    image_sets.add_clipscore_arguments(commands.add_parser("clipscore", help="how well images fit their prompts"))
     for command in commands.choices.values():
         command.add_argument("--traceback", action="store_true", help="show where an error came from")
     arguments = parser.parse_args(argv)
@@ -202,6 +204,10 @@ def main(argv: list[str] | None = None) -> int:
         from unialign_jax.evaluation import shapes_command
 
         work = shapes_command.run
+    elif arguments.command in ("fid", "clipscore"):
+        from unialign_jax.evaluation import image_sets
+
+        work = image_sets.run
     else:
         logging.getLogger("unialign_jax").setLevel(logging.INFO)  # what is sampled, what a judge is asked
         work = run_suite

@@ -138,6 +138,12 @@ class Clip:
         """float32 [images, width]."""
         return self._features(self._model.get_image_features, images=[image.convert("RGB") for image in images])
 
+    def is_cut(self, text: str) -> bool:
+        """Whether a text is longer than CLIP reads."""
+        return (
+            len(self._processor.tokenizer(text)["input_ids"]) > self._model.config.text_config.max_position_embeddings
+        )
+
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         """float32 [texts, width]; what is behind CLIP's last position is not read."""
         most = self._model.config.text_config.max_position_embeddings
