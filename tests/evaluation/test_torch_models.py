@@ -246,3 +246,47 @@ def test_a_model_that_answers_questions(tmp_path, refuses):
     (tmp_path / "other").mkdir()
     (tmp_path / "other/config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]}))
     refuses(lambda: torch_models.open_answerer(str(tmp_path / "other")), "--vqa", "BertModel")
+
+
+@pytest.mark.slow
+def test_a_model_that_chats_says_its_own_words_alone(tmp_path):
+    """A LLaVA whose every next token is "yes": the question and the image's tokens are not among what it says."""
+    torch = pytest.importorskip("torch")
+    import tokenizers
+    import transformers
+
+    words = {word: index for index, word in enumerate(["<pad>", "<image>", "</s>", "yes", "<unk>", "is", "there", "?"])}
+    units = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    units.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    units.add_special_tokens(["<pad>", "<image>", "</s>"])
+    named = {"eos_token": "</s>", "pad_token": "<pad>", "extra_special_tokens": {"image_token": "<image>"}}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=units, **named)
+    width = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ends = {"bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0}
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**width, image_size=32, patch_size=16),
+        text_config=transformers.LlamaConfig(**width, vocab_size=len(words), **ends),
+        image_token_id=1,
+        vision_feature_layer=-1,
+    )
+    model = transformers.LlavaForConditionalGeneration(config)
+    with torch.no_grad():
+        text = model.model.language_model
+        text.embed_tokens.weight.fill_(1)  # and nothing is added to it, so the last hidden state is positive
+        text.layers[0].self_attn.o_proj.weight.zero_()
+        text.layers[0].mlp.down_proj.weight.zero_()
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[words["yes"]] = 1
+    model.save_pretrained(tmp_path)
+    images = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    part = "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }}{% endif %}"
+    template = f"{{% for part in messages[0]['content'] %}}{part}{{% endfor %}}"
+    transformers.LlavaProcessor(
+        images,
+        tokenizer,
+        patch_size=16,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template,
+    ).save_pretrained(tmp_path)
+    assert torch_models.open_answerer(str(tmp_path))(IMAGE, "is there ?") == " ".join(["yes"] * 10)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -227,8 +228,11 @@ def test_grids_have_their_samples_pixel_by_pixel(tmp_path):
 def test_a_grid_is_made_anew_when_its_samples_are(tmp_path):
     request, items = run_of(tmp_path)
     done = {job["id"]: {} for item in items for job in item.jobs}
+    for name in done:
+        os.utime(request.made / f"{name}.png", (1000, 1000))
     Dpg().arrange(request, items, done)
     grid = grids(request) / "first.png"
+    os.utime(grid, (2000, 2000))
     before = grid.stat().st_mtime_ns
     Dpg().arrange(request, items, done)
     assert grid.stat().st_mtime_ns == before
