@@ -1,0 +1,157 @@
+"""Reports of a run of a suite: report.json, report.md and report.html."""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from unialign_jax import __version__
+from unialign_jax.evaluation import intervals, official_files, published
+from unialign_jax.evaluation.reporting import markdown, page
+from unialign_jax.evaluation.suite import Request, Score, Suite
+from unialign_jax.files import read_json, replacing_file, write_json
+
+FORMAT = "unialign_jax report"
+_ELSEWHERE = ("model", "data", "suite")  # of the settings: where the report has them
+JSON, MARKDOWN, PAGE = "report.json", "report.md", "report.html"
+
+
+def write(suite: Suite, request: Request, settings: dict, scores: Sequence[Score], *, seed: int = 0) -> dict:
+    """Writes OUTPUT/MODE/report.json, report.md and report.html, and returns what report.json holds.
+
+    Args:
+      settings: what settings.json holds.
+      seed: of the resampling.
+    """
+    found = content(suite, request, settings, scores, seed=seed)
+    write_files(request.output / request.mode, found, scores, worst_by=suite.worst_by, roots=roots(request))
+    return found
+
+
+def roots(request: Request) -> tuple[Path, ...]:
+    """The folders out of which a report takes pictures: the run's, to which their names are relative, and the data."""
+    data = request.data if request.data.is_dir() else request.data.parent
+    return request.output, data
+
+
+def content(suite: Suite, request: Request, settings: dict, scores: Sequence[Score], *, seed: int = 0) -> dict:
+    """What report.json holds."""
+    figures = with_intervals(lambda found: suite.figures(found, request.mode), scores, seed=seed, name=suite.name)
+    return {
+        **heading(suite.name, suite.title, request.mode, settings),
+        "leading": suite.leading,
+        "scale": suite.scale,
+        **figures,
+        "items": counts(scores, settings.get("items")),
+        "data": data_hashes(suite.name, settings.get("data", {})),
+        "notes": suite.notes(request),
+        "official_command": suite.official_command(request),
+        "published": published_rows(suite.name, suite.leading, suite.scale),
+        "comparable": published.COMPARABLE.get(suite.name),
+        "errors_in_print": list(published.ERRORS.get(suite.name, ())),
+    }
+
+
+def heading(suite: str, title: str, mode: str, settings: dict) -> dict:
+    """Whose report it is."""
+    return {
+        "format": FORMAT,
+        "suite": suite,
+        "title": title,
+        "mode": mode,
+        "model": settings.get("model"),
+        "settings": without_paths({key: value for key, value in settings.items() if key not in _ELSEWHERE}),
+        "unialign_jax": __version__,
+    }
+
+
+def without_paths(settings: dict) -> dict:
+    """Settings without the folders of the machine, which a published report need not tell."""
+    if "request" not in settings:
+        return settings
+    asked = {key: value for key, value in settings["request"].items() if key != "output"}
+    return settings | {"request": asked | {"data": Path(asked["data"]).name}}
+
+
+def with_intervals(
+    figures: Callable[[Sequence[Score]], dict[str, float]], scores: Sequence[Score], *, seed: int, name: str
+) -> dict:
+    """The keys "figures" and "bootstrap" of a report."""
+    with tqdm(total=intervals.RESAMPLES, desc=f"{name}, intervals", unit="resample", disable=None, leave=False) as bar:
+        found = intervals.of_figures(figures, scores, seed=seed, progress=bar.update)
+    return {
+        "figures": {name: dataclasses.asdict(interval) for name, interval in found.items()},
+        "bootstrap": {
+            "level": intervals.LEVEL,
+            "method": "percentile",
+            "resampled": "items within each group, with replacement",
+            "resamples": intervals.RESAMPLES,
+            "seed": seed,
+        },
+    }
+
+
+def counts(scores: Sequence[Score], every: int | None) -> dict:
+    """The key "items": how many there are, were scored and failed, and why."""
+    groups = {name: {"items": 0, "failed": 0} for name in dict.fromkeys(score.group for score in scores)}
+    for score in scores:
+        groups[score.group]["items"] += 1
+        groups[score.group]["failed"] += bool(score.failed)
+    reasons = collections.Counter(score.failed for score in scores if score.failed)
+    return {
+        "of_the_suite": every,
+        "in_this_run": len(scores),
+        "failed": sum(reasons.values()),
+        "reasons": [{"reason": reason, "items": count} for reason, count in reasons.most_common()],
+        "groups": groups,
+    }
+
+
+def data_hashes(suite: str, found: dict[str, str]) -> dict[str, dict]:
+    """The key "data": the SHA-256 of each file, and whether it is the official one; None where that is not known."""
+    known = official_files.sha256_of(suite)
+    return {
+        name: {"sha256": digest, "official": digest == known[name] if name in known else None}
+        for name, digest in found.items()
+    }
+
+
+def published_rows(suite: str, leading: str, scale: float) -> list[dict]:
+    """The key "published": values on the scale of the suite's own figures."""
+    return [
+        {
+            "model": row.model,
+            "figure": row.figure or leading,
+            "value": round(row.value * scale / published.SCALES[suite], 6),
+            "source": row.where,
+            "setting": row.setting,
+            "note": row.note,
+        }
+        for row in published.of_suite(suite)
+    ]
+
+
+def write_files(folder: Path, found: dict, scores: Sequence[Score], *, worst_by: str, roots: Sequence[Path]) -> None:
+    """Writes the three files of a report.
+
+    Args:
+      found: what report.json holds.
+      worst_by: the value that orders the worst and the best items.
+      roots: folders of the pictures; the names in the scores are relative to the first.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / JSON, found)
+    with replacing_file(folder / MARKDOWN) as scratch:
+        scratch.write_text(markdown.render(found), encoding="utf-8")
+    with replacing_file(folder / PAGE) as scratch:
+        scratch.write_text(page.render(found, scores, worst_by=worst_by, roots=roots), encoding="utf-8")
+
+
+def read(path: Path) -> dict:
+    """Reads a report.json. Raises FileNotFoundError or ValueError, in one line."""
+    found = read_json(path)
+    if found.get("format") != FORMAT:
+        raise ValueError(f"{path} is no report of launch/evaluate.py")
+    return found

@@ -1,0 +1,63 @@
+"""What the pages of a report say in words and digits, for Markdown and HTML alike."""
+
+import math
+
+OFFICIAL = {
+    True: "the official file",
+    False: "not the official file",
+    None: "the official file's hash is not known here",
+}
+
+
+def number(value: float | None, scale: float) -> str:
+    """A figure with digits that suit its scale."""
+    if value is None or not math.isfinite(value):
+        return "none"
+    return f"{value:.{2 if scale > 10 else 3}f}"
+
+
+def remark(row: dict) -> str:
+    """What is said of a published value besides its source."""
+    return "; ".join(filter(None, (row["setting"], row["note"])))
+
+
+def model_name(found: dict) -> str:
+    """What a report calls the model: its bundle's name and step."""
+    model = found["model"] or {}
+    name = model.get("bundle") or model.get("run") or "a model"
+    return f"{name}, step {model['step']}" if model.get("step") is not None else str(name)
+
+
+def sentence_of_counts(found: dict) -> str:
+    """How many of the items are in the figures."""
+    items = found["items"]
+    of = f" of {items['of_the_suite']}" if items["of_the_suite"] is not None else ""
+    partial = items["of_the_suite"] is not None and items["in_this_run"] < items["of_the_suite"]
+    part = " A part of the suite: not comparable with published values." if partial else ""
+    return f"{items['in_this_run']}{of} items, {items['failed']} of them failed.{part}"
+
+
+def sentence_of_intervals(found: dict) -> str:
+    """How the intervals were made."""
+    bootstrap = found["bootstrap"]
+    return (
+        f"Intervals: {bootstrap['level']:.0%}, bootstrap over {bootstrap['resampled']} ({bootstrap['resamples']} "
+        f"resamples, {bootstrap['method']} method, seed {bootstrap['seed']}). They say how much the choice of items "
+        "matters, not how much another seed of the model or another answer of a judge would."
+    )
+
+
+def flat(found: dict) -> list[tuple[str, str]]:
+    """The model and the settings as pairs of key and value."""
+    pairs = []
+
+    def walk(prefix, value):
+        if isinstance(value, dict) and value:
+            for key, inner in value.items():
+                walk(f"{prefix} {key}".strip(), inner)
+        elif value not in (None, {}, [], ""):
+            pairs.append((prefix, str(value)))
+
+    walk("model", found["model"] or {})
+    walk("", found["settings"])
+    return pairs
