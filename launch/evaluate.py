@@ -30,7 +30,7 @@ A judge's key is read from the environment variable OPENAI_API_KEY. Suites, data
 # Options of the sampler that no suite leaves to the user.
 FIXED = ("images_per_prompt", "kind", "slots", "prefix")
 # Options of the machine and of the model, as launch/generate.py has them.
-MACHINE = ("bundle", "batch", "weights", "dtype", "quantize", "low_memory", "attention", "verify", "compilation_cache")
+MACHINE = ("bundle", "batch", "devices", "weights", "dtype", "quantize", "low_memory", "attention", "verify", "compilation_cache")
 RESERVED = ("official", "corrected")  # folders of a run beside that of the model
 KEY = "OPENAI_API_KEY"  # the environment variable of a judge's key
 
@@ -85,6 +85,7 @@ def add_suite_arguments(parser: argparse.ArgumentParser, suite) -> None:
     add = parser.add_argument_group("the model").add_argument
     add("--name", default="model", help="under which the official layout files the images (%(default)s)")
     add("--batch", type=int, default=8, metavar="N", help="most samples at a time (%(default)s)")
+    add("--devices", type=int, metavar="N", help="default all GPUs or TPU chips, on a CPU 1")
     add("--weights", choices=["raw", "ema"], help="of a run: default its average, if it keeps one")
     add("--dtype", choices=["bfloat16", "float32"], help="default bfloat16, on a CPU float32")
     add("--quantize", choices=["int8", "w8a8"], help="int8 weights; w8a8: int8 activations too")

@@ -25,7 +25,7 @@ from unialign_jax.evaluation.suite import (
 )
 from unialign_jax.files import check_regular, make_folder, parse_json, read_json, replacing_file, shown, write_json
 from unialign_jax.inference import job_runner, jobs
-from unialign_jax.inference.opening import ModelSource, keep_compiled
+from unialign_jax.inference.opening import ModelSource, devices_to_use, keep_compiled
 from unialign_jax.inference.options import options_of
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ class Machine:
 
     bundle: str
     batch: int = 8
+    devices: int | None = None
     weights: str | None = None
     dtype: str | None = None
     quantize: str | None = None
@@ -87,12 +88,14 @@ def generate(suite: Suite, request: Request, machine: Machine, *, overwrite: boo
     if todo:
         keep_compiled(machine.compilation_cache)
         how = {name: getattr(machine, name) for name in ("dtype", "quantize", "low_memory", "attention")}
-        pipeline = source.open(max_batch=machine.batch, **how)
+        places = devices_to_use(machine.devices)
+        pipelines = [source.open(max_batch=machine.batch, device=place, **how) for place in places]
         if not machine.low_memory:
-            pipeline.load()  # damaged weights are one error, not one for each job
+            for pipeline in pipelines:
+                pipeline.load()  # damaged weights are one error, not one for each job
         try:
             with tqdm(total=len(read), initial=len(read) - len(todo), desc=suite.name, unit="job", disable=None) as bar:
-                job_runner.run(todo, pipeline, results, machine.batch, bar.update)
+                job_runner.run(todo, pipelines, results, machine.batch, bar.update)
         except KeyboardInterrupt as stop:
             done = results.earlier + results.done
             raise type(stop)(f"{done} of {len(read)} jobs are done and kept; the same command resumes there") from None
