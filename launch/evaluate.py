@@ -1,6 +1,7 @@
 """Scores of a model: python launch/evaluate.py --help"""
 
 import argparse
+import importlib
 import logging
 import os
 import re
@@ -25,8 +26,20 @@ examples
   python launch/evaluate.py geneval --bundle=BUNDLE --data=data/geneval --output=scores/geneval
   python launch/evaluate.py semgen generate --bundle=BUNDLE --data=data/semgen --output=scores/semgen --limit=10
   python launch/evaluate.py semgen score --output=scores/semgen --judge=http://localhost:8000/v1 --judge-model=NAME
+  python launch/evaluate.py list --run=scores/geneval
+  python launch/evaluate.py fetch geneval --data=data/geneval
+  python launch/evaluate.py compare scores/before scores/after --output=comparison.md
 A judge's key is read from the environment variable OPENAI_API_KEY. Suites, data and figures: docs/evaluation.md.
 """
+# Commands that are no suite of `suites.SUITES`, and their modules.
+COMMANDS = {
+    "shapes": "shapes_command",
+    "fid": "image_sets",
+    "clipscore": "image_sets",
+    "list": "listing",
+    "compare": "comparing",
+    "fetch": "fetching",
+}
 # Options of the sampler that no suite leaves to the user.
 FIXED = ("images_per_prompt", "kind", "slots", "prefix")
 # Options of the machine and of the model, as launch/generate.py has them.
@@ -36,7 +49,7 @@ KEY = "OPENAI_API_KEY"  # the environment variable of a judge's key
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    from unialign_jax.evaluation import image_sets, shapes_command
+    from unialign_jax.evaluation import comparing, fetching, image_sets, listing, shapes_command
     from unialign_jax.evaluation.suites import SUITES, find_suite
 
     parser = Parser(description=DESCRIPTION, epilog=EXAMPLES)
@@ -48,6 +61,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         add_suite_arguments(commands.add_parser(name, help=suite.summary, description=about), suite)
     image_sets.add_fid_arguments(commands.add_parser("fid", help="the Frechet distance of two folders of images"))
     image_sets.add_clipscore_arguments(commands.add_parser("clipscore", help="how well images fit their prompts"))
+    listing.add_arguments(commands.add_parser("list", help="the suites, what each needs and what it costs"))
+    comparing.add_arguments(commands.add_parser("compare", help="runs of one suite side by side"))
+    fetching.add_arguments(commands.add_parser("fetch", help="download what is free of a suite's data"), list(SUITES))
     for command in commands.choices.values():
         command.add_argument("--traceback", action="store_true", help="show where an error came from")
     arguments = parser.parse_args(argv)
@@ -201,14 +217,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("absl", "asyncio"):  # the storage library logs its own tracebacks; the error raised says it all
         logging.getLogger(name).setLevel(logging.CRITICAL)
     hint = ": a smaller --batch takes less"
-    if arguments.command == "shapes":
-        from unialign_jax.evaluation import shapes_command
-
-        work = shapes_command.run
-    elif arguments.command in ("fid", "clipscore"):
-        from unialign_jax.evaluation import image_sets
-
-        work = image_sets.run
+    if arguments.command in COMMANDS:
+        work = importlib.import_module(f"unialign_jax.evaluation.{COMMANDS[arguments.command]}").run
     else:
         logging.getLogger("unialign_jax").setLevel(logging.INFO)  # what is sampled, what a judge is asked
         work = run_suite

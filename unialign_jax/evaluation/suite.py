@@ -106,6 +106,7 @@ class Suite:
       tasks: of the model that it uses (`data.kinds.TASKS`).
       images, texts: how many the whole suite asks of the model.
       judge_calls: how many the whole suite asks of a judge; 0 without one.
+      needs: what scoring needs besides a judge, in a few words; "" for nothing.
       leading: the figure that a table of runs shows.
       worst_by: the value of a score that orders the worst and the best items.
       scale: the highest that `leading` can be.
@@ -123,6 +124,7 @@ class Suite:
     images: ClassVar[int] = 0
     texts: ClassVar[int] = 0
     judge_calls: ClassVar[int] = 0
+    needs: ClassVar[str] = ""
     leading: ClassVar[str]
     worst_by: ClassVar[str]
     scale: ClassVar[float] = 1.0
@@ -178,8 +180,9 @@ class Suite:
     def figures(self, scores: Sequence[Score], mode: str) -> dict[str, float]:
         """The suite's figures by name, "GROUP/NAME" for those of a group: a pure function of the scores.
 
-        The report calls it again on resampled items for intervals. Scores that failed are among them; what they count
-        for is the suite's matter. NaN where nothing was scored.
+        The report calls it again on resampled items for intervals, a thousand times; there an item may come several
+        times, and counts as often. Scores that failed are among them; what they count for is the suite's matter. NaN
+        where nothing was scored.
         """
         raise NotImplementedError
 

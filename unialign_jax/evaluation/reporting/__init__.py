@@ -83,13 +83,18 @@ def with_intervals(
         found = intervals.of_figures(figures, scores, seed=seed, progress=bar.update)
     return {
         "figures": {name: dataclasses.asdict(interval) for name, interval in found.items()},
-        "bootstrap": {
-            "level": intervals.LEVEL,
-            "method": "percentile",
-            "resampled": "items within each group, with replacement",
-            "resamples": intervals.RESAMPLES,
-            "seed": seed,
-        },
+        "bootstrap": bootstrap(seed),
+    }
+
+
+def bootstrap(seed: int) -> dict:
+    """The key "bootstrap" of a report: how its intervals were made."""
+    return {
+        "level": intervals.LEVEL,
+        "method": "percentile",
+        "resampled": "items within each group, with replacement",
+        "resamples": intervals.RESAMPLES,
+        "seed": seed,
     }
 
 

@@ -37,17 +37,7 @@ def render(found: dict) -> str:
         lines.append("")
     if found["published"]:
         lines += ["## Published values", "", escaped(found["comparable"] or ""), ""]
-        rows = [
-            (
-                escaped(row["model"]),
-                escaped(row["figure"]),
-                f"{row['value']:g}",
-                escaped(row["source"]),
-                escaped(words.remark(row)),
-            )
-            for row in found["published"]
-        ]
-        lines += [*table(("model", "figure", "value", "read in", "how"), rows), ""]
+        lines += [*published_table(found["published"]), ""]
         lines += [f"- {escaped(error)}" for error in found["errors_in_print"]] + [""]
     lines += ["## How it was made", ""]
     lines += [f"- {escaped(note)}" for note in found["notes"]]
@@ -59,6 +49,21 @@ def render(found: dict) -> str:
     if found["official_command"]:
         lines += ["", "The official scorer over this folder:", "", *fenced(found["official_command"])]
     return "\n".join(lines) + "\n"
+
+
+def published_table(rows: Sequence[dict]) -> list[str]:
+    """Published values as a table."""
+    cells = [
+        (
+            escaped(row["model"]),
+            escaped(row["figure"]),
+            f"{row['value']:g}",
+            escaped(row["source"]),
+            escaped(words.remark(row)),
+        )
+        for row in rows
+    ]
+    return table(("model", "figure", "value", "read in", "how"), cells)
 
 
 def fenced(text: str) -> list[str]:
