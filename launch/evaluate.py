@@ -43,7 +43,18 @@ COMMANDS = {
 # Options of the sampler that no suite leaves to the user.
 FIXED = ("images_per_prompt", "kind", "slots", "prefix")
 # Options of the machine and of the model, as launch/generate.py has them.
-MACHINE = ("bundle", "batch", "devices", "weights", "dtype", "quantize", "low_memory", "attention", "verify", "compilation_cache")
+MACHINE = (
+    "bundle",
+    "batch",
+    "devices",
+    "weights",
+    "dtype",
+    "quantize",
+    "low_memory",
+    "attention",
+    "verify",
+    "compilation_cache",
+)
 RESERVED = ("official", "corrected")  # folders of a run beside that of the model
 KEY = "OPENAI_API_KEY"  # the environment variable of a judge's key
 

@@ -17,7 +17,7 @@ from unialign_jax.files import replacing_file, shown, write_json
 
 ENDINGS = (".md", ".json")
 # Of the settings: what runs may differ in without a warning.
-_MAY_DIFFER = ("seconds_per_job", "unialign_jax", "items", "suite", "data")
+_MAY_DIFFER = ("seconds_per_job", "unialign_jax", "items", "suite", "data", "request", "model", "scoring")
 _MAY_DIFFER_IN_REQUEST = ("output", "data", "limit", "model", "mode")
 
 
@@ -89,10 +89,13 @@ def open_run(folder: Path, mode: str | None = None) -> Run:
 
 
 def _suite(name, folder) -> Suite:
+    from unialign_jax.evaluation.shapes_suite import Shapes
     from unialign_jax.evaluation.suites import SUITES, find_suite
 
+    if name == Shapes.name:
+        return Shapes()
     if name not in SUITES:
-        raise ValueError(f"{folder} holds a run of {shown(name)}, which is no suite here ({', '.join(SUITES)})")
+        raise ValueError(f"{folder} holds a run of {shown(name)}, which is no suite here ({', '.join(SUITES)}, shapes)")
     return find_suite(name)
 
 
@@ -172,7 +175,7 @@ def warnings(runs: Sequence[Run], common: int) -> list[str]:
         for name in {**one, **other}:
             if one.get(name) != other.get(name):
                 said.append(f"{name} is not the same file in {first.label} and {run.label}")
-        one, other = settings_of(first.settings), settings_of(run.settings)
+        one, other = settings_of(first), settings_of(run)
         for name in {**one, **other}:
             if one.get(name) != other.get(name):
                 said.append(
@@ -181,9 +184,14 @@ def warnings(runs: Sequence[Run], common: int) -> list[str]:
     return said
 
 
-def settings_of(settings: dict) -> dict[str, str]:
+def settings_of(run: Run) -> dict[str, str]:
     """The settings that should be the same in runs that are compared, by flat names."""
-    kept = {key: value for key, value in settings.items() if key not in (*_MAY_DIFFER, "request", "model")}
+    settings = run.settings
+    kept = {key: value for key, value in settings.items() if key not in _MAY_DIFFER}
+    scoring = dict(settings.get("scoring", {}).get(run.mode, {}))
+    if "judge" in scoring:
+        scoring["judge"] = {key: scoring["judge"].get(key) for key in ("model", "max_tokens")}
+    kept |= {"scoring": {key: value for key, value in scoring.items() if key not in ("items", "failed")}}
     asked = {key: value for key, value in settings.get("request", {}).items() if key not in _MAY_DIFFER_IN_REQUEST}
     model = {key: value for key, value in (settings.get("model") or {}).items() if key in ("dtype", "quantize")}
     return dict(words.flat({"model": model, "settings": {**asked, **kept}}))
@@ -193,7 +201,11 @@ def render(found: dict) -> str:
     """The comparison as Markdown."""
     scale, runs = found["scale"], found["runs"]
     labels = [chr(ord("A") + number) if number < 26 else f"run {number + 1}" for number in range(len(runs))]
-    lines = [f"# {markdown.escaped(found['title'])}, mode {found['mode'] or 'usual'}, {found['items']} items", ""]
+    lines = [
+        f"# {markdown.escaped(found['title'])}, {found['items']} items"
+        + (f", mode {found['mode']}" if found["mode"] else ""),
+        "",
+    ]
     lines += [f"- {label}: {markdown.escaped(run['name'])}" for label, run in zip(labels, runs, strict=True)]
     lines += [f"- Warning: {markdown.escaped(warning)}." for warning in found["warnings"]]
     heads = ["figure", *labels, *(f"{label} - {labels[0]}" for label in labels[1:])]

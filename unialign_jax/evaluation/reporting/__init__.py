@@ -14,7 +14,6 @@ from unialign_jax.evaluation.suite import Request, Score, Suite
 from unialign_jax.files import read_json, replacing_file, write_json
 
 FORMAT = "unialign_jax report"
-_ELSEWHERE = ("model", "data", "suite")  # of the settings: where the report has them
 JSON, MARKDOWN, PAGE = "report.json", "report.md", "report.html"
 
 
@@ -56,23 +55,25 @@ def content(suite: Suite, request: Request, settings: dict, scores: Sequence[Sco
 
 def heading(suite: str, title: str, mode: str, settings: dict) -> dict:
     """Whose report it is."""
+    kept = {key: value for key, value in settings.items() if key not in ("model", "data", "suite", "scoring")}
+    kept |= {"scoring": settings["scoring"][mode]} if mode in settings.get("scoring", {}) else {}
     return {
         "format": FORMAT,
         "suite": suite,
         "title": title,
         "mode": mode,
         "model": settings.get("model"),
-        "settings": without_paths({key: value for key, value in settings.items() if key not in _ELSEWHERE}),
+        "settings": without_paths(kept),
         "unialign_jax": __version__,
     }
 
 
 def without_paths(settings: dict) -> dict:
     """Settings without the folders of the machine, which a published report need not tell."""
-    if "request" not in settings:
-        return settings
-    asked = {key: value for key, value in settings["request"].items() if key != "output"}
-    return settings | {"request": asked | {"data": Path(asked["data"]).name}}
+    asked = {key: value for key, value in settings.get("request", {}).items() if key != "output"}
+    if "data" in asked:
+        asked["data"] = Path(asked["data"]).name
+    return settings | {"request": asked}
 
 
 def with_intervals(
@@ -118,7 +119,7 @@ def data_hashes(suite: str, found: dict[str, str]) -> dict[str, dict]:
     """The key "data": the SHA-256 of each file, and whether it is the official one; None where that is not known."""
     known = official_files.sha256_of(suite)
     return {
-        name: {"sha256": digest, "official": digest == known[name] if name in known else None}
+        name: {"sha256": digest, "official": digest == known[file] if (file := Path(name).name) in known else None}
         for name, digest in found.items()
     }
 

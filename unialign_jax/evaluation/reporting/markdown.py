@@ -20,7 +20,7 @@ def render(found: dict) -> str:
     """report.md."""
     scale, items = found["scale"], found["items"]
     lines = [f"# {escaped(found['title'])}: {escaped(words.model_name(found))}", ""]
-    lines += [f"{words.sentence_of_counts(found)} Mode: {found['mode']}.", ""]
+    lines += [f"{words.sentence_of_counts(found)} {words.sentence_of_mode(found)}", ""]
     rows = [
         (
             escaped(name) + (" (leading)" if name == found["leading"] else ""),

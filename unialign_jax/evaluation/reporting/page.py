@@ -80,7 +80,7 @@ def render(found: dict, scores: Sequence[Score], *, worst_by: str, roots: Sequen
         f"<title>{escaped(title)}</title><style>{STYLE}</style></head><body>",
         f"<h1>{escaped(title)}</h1>",
         leading(found),
-        f"<p>{escaped(words.sentence_of_counts(found))} Mode: {escaped(found['mode'])}.</p>",
+        f"<p>{escaped(words.sentence_of_counts(found))} {escaped(words.sentence_of_mode(found))}</p>",
         "<h2>Figures</h2>",
         figures(found),
         f'<p class="soft">{escaped(words.sentence_of_intervals(found))}</p>',

@@ -37,6 +37,11 @@ def sentence_of_counts(found: dict) -> str:
     return f"{items['in_this_run']}{of} items, {items['failed']} of them failed.{part}"
 
 
+def sentence_of_mode(found: dict) -> str:
+    """In which mode the items were scored; "" for a suite without modes."""
+    return f"Mode: {found['mode']}." if found["mode"] else ""
+
+
 def sentence_of_intervals(found: dict) -> str:
     """How the intervals were made."""
     bootstrap = found["bootstrap"]
