@@ -127,28 +127,23 @@ def _mirrored(url: str, mirror: str | None) -> str:
 def _download(session, url: str, partial: Path, most: int, timeout: float, tell: Callable[[int], None]) -> None:
     """Appends to `partial` what it lacks. Raises Interrupted where another attempt may help, else ValueError."""
     have = check_regular(partial) if os.path.lexists(partial) else 0
-    if have >= most:  # whole already, or wrong: the check tells
+    if have >= most:  # whole already, or another file
         return
     try:
         with _get(session, url, have, timeout) as answer:
-            if answer.status_code == 416:  # nothing follows what is there
+            if answer.status_code == 416:  # nothing follows what is there: the check tells whether it is the file
                 return
             resumes = answer.status_code == 206
             if resumes and not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
                 raise ValueError(f"{url} answered with another part of the file than was asked for")
-            wanted = answer.headers.get("Content-Length", "")
-            got = 0
             with open(partial, "ab" if resumes else "wb") as out:
                 have = have if resumes else 0
                 for chunk in answer.iter_content(_CHUNK):
-                    if have + got + len(chunk) > most:
+                    have += len(chunk)
+                    if have > most:
                         raise ValueError(f"{url} gives more than the {most:,} bytes of the file")
                     out.write(chunk)
-                    got += len(chunk)
-                    tell(have + got)
-            encoded = answer.headers.get("Content-Encoding", "identity") != "identity"
-            if wanted.isdigit() and not encoded and got < int(wanted):
-                raise Interrupted(f"{url} broke off after {have + got:,} bytes")
+                    tell(have)
     except requests.RequestException as error:
         raise Interrupted(f"{url} cannot be read: {_reason(error)}") from None
 
@@ -182,8 +177,8 @@ def _reason(error: requests.RequestException) -> str:
         return "no data came in time"
     if isinstance(error, requests.exceptions.SSLError):
         return "the certificate of the host is not accepted"
-    if isinstance(error, requests.ConnectionError):
-        return "no connection, or it was cut"
+    if isinstance(error, requests.ConnectionError | requests.exceptions.ChunkedEncodingError):
+        return "there is no connection, or it was cut"
     return first_line(error)
 
 
