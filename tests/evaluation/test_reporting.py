@@ -111,7 +111,7 @@ class Colours(Suite):
         return [f"mode {request.mode}: <i>a note</i>"]
 
     def official_command(self, request):
-        return "python evaluate.py --dir </pre> x"
+        return f"python evaluate.py --dir {request.made} {request.data} </pre> x"
 
 
 EVIL = '<script>alert("1")</script> & | [a](javascript:x) \u202e`x` \x1b[31m'
@@ -171,7 +171,8 @@ def test_report_json_has_figures_with_intervals_counts_hashes_and_published_valu
     assert [entry["official"] for entry in found["data"].values()] == [True, False, None]
     assert {"model": "UniAlignment", "figure": "overall", "value": 0.81}.items() <= found["published"][0].items()
     text = "".join((request_.output / "official" / name).read_text() for name in ("report.json", "report.md"))
-    assert "/home/someone" not in text  # a published report does not tell where it lay
+    assert "/home/someone" not in text and str(request_.output) not in text  # it does not tell where it lay
+    assert found["official_command"] == "python evaluate.py --dir $RUN/model $DATA </pre> x"
 
 
 def test_texts_are_shown_as_they_are_and_do_nothing(request_):

@@ -213,6 +213,8 @@ def check_format(path: Path) -> None:
     elif ending == "jsonl":
         for number, line in enumerate(path.read_bytes().splitlines(), start=1):
             parse_json(line, f"{path}, line {number}")
+    elif ending == "py" and path.read_bytes().lstrip()[:1] == b"<":
+        raise ValueError(f"{path} is a page of the web, expected Python")
     elif ending == "jpg":
         try:
             Image.open(path).verify()

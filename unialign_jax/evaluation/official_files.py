@@ -144,6 +144,11 @@ _FILES = {
             "Apache-2.0 (MMBench); its pictures are of many sources",
             md5="b6caf1133a01c6bb705cf753bb527ed8",
         ),
+        OfficialFile(
+            "multiple_choice.py",
+            f"{_RAW}/open-compass/VLMEvalKit/e8e78f05f308/vlmeval/dataset/utils/multiple_choice.py",
+            "Apache-2.0; for --judge-prompt, it is read and not run",
+        ),
     ],
     "mmmu": lambda: [
         OfficialFile(
@@ -152,6 +157,13 @@ _FILES = {
             "Apache-2.0",
             102911,
             "76080f5597b8f4d29abba8551489c4b82e4a285b9d62b946fd67a1952e95502c",
+        ),
+    ],
+    "mmvet": lambda: [
+        OfficialFile(
+            "mm-vet_evaluator.py",
+            f"{_RAW}/yuweihao/MM-Vet/acde843e02da/mm-vet_evaluator.py",
+            "Apache-2.0; for --judge-prompt, it is read and not run",
         ),
     ],
 }

@@ -64,7 +64,7 @@ SCALES = {
 COMPARABLE = {
     "semgen": (
         "Only with Qwen2.5-VL-72B-Instruct-AWQ as the judge, in official mode, which judges the text-to-image items as "
-        "if they were edits. The paper is the only source; it names t2i_complex T2I-Sem and edit_complex Edit-Sem."
+        "if they were edits. The paper is the only source; it calls SC IC, t2i_complex T2I-Sem and edit_complex Edit-Sem."
     ),
     "geneval": (
         "Only with the official detector (Mask2Former Swin-S) and the same prompts: values with rewritten prompts are "
@@ -259,6 +259,10 @@ PUBLISHED = (
         ("UniDFlow", 82.7, "S"),
     ),
     *(
+        Published("semgen", model, value, "P", note="the mean of the paper's four groups, computed here")
+        for model, value in (("UniAlignment", 7.2175), ("OmniGen2", 6.965), ("UniWorld-V1", 5.6325))
+    ),
+    *(
         Published("semgen", model, value, "P", figure=f"{group}/{name}")
         for model, group, values in (
             ("UniAlignment", "t2i_long", (8.53, 7.80, 8.07)),
@@ -278,7 +282,7 @@ PUBLISHED = (
             ("OmniGen2", "edit_multi", (6.42, 6.72, 6.40)),
             ("OmniGen2", "edit_complex", (5.97, 6.70, 5.61)),
         )
-        for name, value in zip(("IC", "PQ", "O"), values, strict=True)
+        for name, value in zip(("SC", "PQ", "O"), values, strict=True)
     ),
 )
 

@@ -45,8 +45,8 @@ def content(suite: Suite, request: Request, settings: dict, scores: Sequence[Sco
         **figures,
         "items": counts(scores, settings.get("items")),
         "data": data_hashes(suite.name, settings.get("data", {})),
-        "notes": suite.notes(request),
-        "official_command": suite.official_command(request),
+        "notes": [placeless(note, request) for note in suite.notes(request)],
+        "official_command": placeless(suite.official_command(request) or "", request) or None,
         "published": published_rows(suite.name, suite.leading, suite.scale),
         "comparable": published.COMPARABLE.get(suite.name),
         "errors_in_print": list(published.ERRORS.get(suite.name, ())),
@@ -74,6 +74,15 @@ def without_paths(settings: dict) -> dict:
     if "data" in asked:
         asked["data"] = Path(asked["data"]).name
     return settings | {"request": asked}
+
+
+def placeless(text: str, request: Request) -> str:
+    """A text with $RUN and $DATA for the folders, so that a published report does not tell where they lie."""
+    for folder, name in ((request.output, "$RUN"), (request.data, "$DATA")):
+        for path in (folder.resolve(), folder):
+            if path.is_absolute() or len(path.parts) > 1:
+                text = text.replace(str(path), name)
+    return text
 
 
 def with_intervals(
