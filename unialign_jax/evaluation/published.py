@@ -64,7 +64,7 @@ SCALES = {
 COMPARABLE = {
     "semgen": (
         "Only with Qwen2.5-VL-72B-Instruct-AWQ as the judge, in official mode, which judges the text-to-image items as "
-        "if they were edits. The paper is the only source; it calls SC IC, t2i_complex T2I-Sem and edit_complex Edit-Sem."
+        "if they were edits. The paper is the only source; it calls SC IC, t2i_complex T2I-Sem, edit_complex Edit-Sem."
     ),
     "geneval": (
         "Only with the official detector (Mask2Former Swin-S) and the same prompts: values with rewritten prompts are "
