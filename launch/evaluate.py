@@ -162,6 +162,7 @@ def parts_of(arguments: argparse.Namespace) -> tuple[str, ...]:
 def run_suite(arguments: argparse.Namespace) -> int:
     """The parts of a run that are asked for. Returns 1 where jobs or scores failed."""
     from unialign_jax.evaluation import judging, running
+    from unialign_jax.evaluation.reporting import words
     from unialign_jax.evaluation.suite import Request
     from unialign_jax.evaluation.suites import find_suite
 
@@ -193,7 +194,8 @@ def run_suite(arguments: argparse.Namespace) -> int:
     if "score" in parts:
         failed += score(suite, request, arguments)
     if "report" in parts:
-        print(running.report(suite, request))
+        found = running.report(suite, request)
+        print("\n".join(words.summary(found, request.output / request.mode)))
     return 1 if failed else 0
 
 

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -69,11 +70,14 @@ def heading(suite: str, title: str, mode: str, settings: dict) -> dict:
 
 
 def without_paths(settings: dict) -> dict:
-    """Settings without the folders of the machine, which a published report need not tell."""
-    asked = {key: value for key, value in settings.get("request", {}).items() if key != "output"}
-    if "data" in asked:
-        asked["data"] = Path(asked["data"]).name
-    return settings | {"request": asked}
+    """Settings with the names alone of files and folders: a published report need not tell where they lay."""
+
+    def named(value):
+        if isinstance(value, dict):
+            return {key: named(inner) for key, inner in value.items()}
+        return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
+
+    return named(settings)
 
 
 def placeless(text: str, request: Request) -> str:
@@ -91,8 +95,9 @@ def with_intervals(
     """The keys "figures" and "bootstrap" of a report."""
     with tqdm(total=intervals.RESAMPLES, desc=f"{name}, intervals", unit="resample", disable=None, leave=False) as bar:
         found = intervals.of_figures(figures, scores, seed=seed, progress=bar.update)
+    ordered = sorted(found, key=lambda figure: "/" in figure)  # those of all items before those of groups
     return {
-        "figures": {name: dataclasses.asdict(interval) for name, interval in found.items()},
+        "figures": {figure: dataclasses.asdict(found[figure]) for figure in ordered},
         "bootstrap": bootstrap(seed),
     }
 

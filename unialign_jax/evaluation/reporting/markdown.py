@@ -36,7 +36,7 @@ def render(found: dict) -> str:
         lines += table(("items", "reason"), [(str(row["items"]), escaped(row["reason"])) for row in items["reasons"]])
         lines.append("")
     if found["published"]:
-        lines += ["## Published values", "", escaped(found["comparable"] or ""), ""]
+        lines += ["## Published values", "", f"Comparable: {escaped(found['comparable'] or '')}", ""]
         lines += [*published_table(found["published"]), ""]
         lines += [f"- {escaped(error)}" for error in found["errors_in_print"]] + [""]
     lines += ["## How it was made", ""]

@@ -49,14 +49,16 @@ td.number { text-align: right; white-space: nowrap; } tr.own { font-weight: 650;
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); gap: .8rem; }
 .card { background: var(--card); border-radius: .5rem; padding: .8rem; }
 .pictures { display: flex; flex-wrap: wrap; gap: .3rem; margin: .4rem 0; }
-.pictures img { flex: 1 1 45%; min-width: 0; max-width: 100%; object-fit: contain; border-radius: .25rem; }
+.pictures img { flex: 1 1 45%; min-width: 0; max-width: 100%; height: auto; object-fit: contain;
+  border-radius: .25rem; }
 .words { white-space: pre-wrap; margin: .3rem 0; font-size: .92rem; } .words.model { color: var(--soft); }
 .sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(7.5rem, 1fr)); gap: .5rem; }
-figure { margin: 0; } figure img { width: 100%; border-radius: .25rem; }
+figure { margin: 0; } figure img { width: 100%; height: auto; border-radius: .25rem; }
 figcaption { font-size: .75rem; line-height: 1.25; color: var(--soft); max-height: 5em; overflow: hidden; }
 code, pre { font: .85rem/1.4 ui-monospace, monospace; }
 pre { overflow-x: auto; background: var(--card); padding: .8rem; }
-summary { cursor: pointer; }
+summary { cursor: pointer; margin: .4rem 0; }
+@media (max-width: 40rem) { .bar { width: 5rem; } th, td { padding-right: .5rem; } }
 """
 
 
@@ -159,7 +161,7 @@ def published(found: dict) -> str:
     """Published values beside the run's own, the highest first."""
     if not found["published"]:
         return ""
-    parts = ["<h2>Beside published values</h2>", f"<p>{escaped(found['comparable'] or '')}</p>"]
+    parts = ["<h2>Beside published values</h2>", f"<p>Comparable: {escaped(found['comparable'] or '')}</p>"]
     for name in dict.fromkeys(entry["figure"] for entry in found["published"]):
         rows = [
             (
@@ -179,7 +181,9 @@ def published(found: dict) -> str:
             what = escaped(words.model_name(found))
             rows.append((own["value"], row(what, f" {shown(own, found)}", "this run", found["mode"], kind="own")))
         rows = [html_row for _, html_row in sorted(rows, key=lambda pair: -pair[0])]
-        parts += [f"<h3>{escaped(name)}</h3>", table(("model", "value", "read in", "how"), rows)]
+        is_open = " open" if name == found["leading"] else ""
+        inside = table(("model", "value", "read in", "how"), rows)
+        parts.append(f"<details{is_open}><summary>{escaped(name)}</summary>{inside}</details>")
     parts += ["<ul>", *(f"<li>{escaped(error)}</li>" for error in found["errors_in_print"]), "</ul>"]
     return "".join(parts)
 

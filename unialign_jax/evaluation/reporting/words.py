@@ -1,6 +1,7 @@
 """What the pages of a report say in words and digits, for Markdown and HTML alike."""
 
 import math
+from pathlib import Path
 
 OFFICIAL = {
     True: "the official file",
@@ -50,6 +51,17 @@ def sentence_of_intervals(found: dict) -> str:
         f"resamples, {bootstrap['method']} method, seed {bootstrap['seed']}). They say how much the choice of items "
         "matters, not how much another seed of the model or another answer of a judge would."
     )
+
+
+def summary(found: dict, folder: Path) -> list[str]:
+    """Lines for the terminal: the figures of all items, and where the report is."""
+    whole = {name: figure for name, figure in found["figures"].items() if "/" not in name or name == found["leading"]}
+    width = max(map(len, whole), default=0)
+    lines = [f"{found['title']}: {sentence_of_counts(found)} {sentence_of_mode(found)}".rstrip()]
+    for name, figure in whole.items():
+        value, low, high = (number(figure[key], found["scale"]) for key in ("value", "low", "high"))
+        lines.append(f"  {name:<{width}}  {value}  ({low} to {high})")
+    return [*lines, f"wrote {folder}/report.html, report.md and report.json"]
 
 
 def flat(found: dict) -> list[tuple[str, str]]:
