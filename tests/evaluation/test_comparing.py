@@ -104,7 +104,7 @@ def test_the_command_prints_and_writes(make_run, launch_command, tmp_path, capsy
     assert evaluate(["compare", str(one), str(two), f"--output={tmp_path}/c.md"]) == 0
     printed = capsys.readouterr().out
     assert printed == (tmp_path / "c.md").read_text()
-    row = next(line for line in printed.splitlines() if line.startswith("| text\\_to\\_image/exact"))
+    row = next(line for line in printed.splitlines() if line.startswith("| text_to_image/exact"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[1] == "0.000 [0.000, 0.000]" and cells[2].startswith("0.667 [0.")
     assert cells[3].startswith("+0.667 [0.") and cells[3].endswith("]*")  # 0 is not in the interval

@@ -1,5 +1,6 @@
 """report.md: the figures of a run in Markdown."""
 
+import re
 from collections.abc import Sequence
 
 from unialign_jax.evaluation.reporting import words
@@ -8,7 +9,7 @@ from unialign_jax.files import one_line
 
 def escaped(text: str) -> str:
     """An untrusted text as one line that Markdown shows as it is, also in a cell of a table."""
-    return "".join(f"\\{c}" if c in "\\`*_{}[]<>()#+!|~&$" else c for c in one_line(str(text), 1000))
+    return re.sub(r"[\\`*\[\]<>|~&$#]|(?<!\w)_|_(?!\w)", r"\\\g<0>", one_line(str(text), 1000))
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
