@@ -227,9 +227,9 @@ def test_options_that_do_not_fit(command_refuses, tmp_path):
 
 
 def test_addresses_name_a_commit_where_there_are_commits():
-    from unialign_jax.evaluation.published import SCALES
+    from unialign_jax.evaluation.suites import SUITES
 
-    for suite in SCALES:
+    for suite in SUITES:
         assert official_files.of_suite(suite) or official_files.ELSEWHERE[suite]
         for file in official_files.of_suite(suite):
             assert file.url.startswith("https://") and file.licence and not file.path.startswith("/")
