@@ -1,12 +1,16 @@
 """launch/evaluate.py compare and list: hand-made runs side by side, what they must share, hours by a measured rate."""
 
 import json
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 
 from unialign_jax.evaluation import comparing, listing
 from unialign_jax.evaluation.shapes_suite import Shapes
 from unialign_jax.evaluation.suite import Score, Suite, write_scores
+from unialign_jax.evaluation.suites import SUITES
 
 
 @pytest.fixture
@@ -111,6 +115,20 @@ def test_the_command_prints_and_writes(make_run, launch_command, tmp_path, capsy
     assert evaluate(["compare", str(one), str(two), f"--output={tmp_path}/c.json"]) == 0
     found = json.loads((tmp_path / "c.json").read_text())
     assert found["runs"][1]["difference"]["text_to_image/exact"]["value"] == pytest.approx(2 / 3)
+
+
+# The documents
+
+
+def test_the_commands_of_the_documents_can_be_given(launch_command):
+    """Where it stops the process: docs/evaluation.md has a command whose options are no longer these."""
+    text = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^ {4}python launch/evaluate\.py ([^#\n]*)", text, re.MULTILINE)
+    given = [shlex.split(command) for command in commands if "--help" not in command]
+    assert len(given) > 15
+    for arguments in given:
+        assert launch_command("evaluate").parse_arguments(arguments).command == arguments[0]
+    assert {arguments[0] for arguments in given} >= {*SUITES, "list", "fetch", "compare", "shapes"} - {"geneval2"}
 
 
 # list

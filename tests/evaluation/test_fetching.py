@@ -216,7 +216,7 @@ def test_the_command_fetches_geneval_and_names_the_rest(server, tmp_path, launch
     printed = capsys.readouterr().out
     assert "evaluation_metadata.jsonl       fetched  (MIT)" in printed
     assert "failed: evaluation_metadata_long.jsonl" in printed and "status 404" in printed
-    assert "not fetched: GenEval 2" in printed
+    assert "not fetched: The weights of the official detector" in printed
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"evaluation_metadata.jsonl", "object_names.txt"}
 
 

@@ -60,10 +60,10 @@ def lines(
     for suite in suites:
         own = measured.get(suite.name)
         spent = [(count, own or seconds[kind]) for kind in seconds if (count := getattr(suite, kind))]
-        hours = "?" if any(each is None for _, each in spent) else f"{sum(n * each for n, each in spent) / 3600:.1f}"
+        hours = f"{sum(n * each for n, each in spent) / 3600:.1f}" if all(each for _, each in spent) else "?"
         needs = ", ".join(filter(None, ("a judge" if suite.judge_calls else "", suite.needs))) or "nothing more"
         numbers = (f"{count:,}" if count else "" for count in (suite.images, suite.texts, suite.judge_calls))
-        rows.append((suite.name, *numbers, needs, hours, suite.summary))
+        rows.append((suite.name, *numbers, needs, hours if spent else "", suite.summary))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     table = ["  ".join([*(f"{c:<{w}}" for c, w in zip(row, widths, strict=False)), row[-1]]) for row in rows]
     table += ["", *(f"{suite.name}: {suite.source}" for suite in suites), ""]

@@ -171,8 +171,12 @@ _FILES = {
 # What `fetch` does not bring, and how to get it.
 ELSEWHERE = {
     "geneval": (
-        "GenEval 2 and the weights of the official detector (Mask2Former Swin-S of the mmdet v2.0 zoo, open_clip "
-        "ViT-L-14): see the README of github.com/djghosh13/geneval.",
+        "The weights of the official detector (Mask2Former Swin-S of the mmdet v2.0 zoo, open_clip ViT-L-14): see the "
+        "README of github.com/djghosh13/geneval.",
+    ),
+    "geneval2": (
+        "Prompts and questions: geneval2_data.jsonl of github.com/facebookresearch/GenEval2 (CC BY-NC 4.0: no "
+        "commercial use): read the licence, then download it there.",
     ),
     "dpg": ("The official answerer, damo/mplug_visual-question-answering_coco_large_en, is downloaded by modelscope.",),
     "gedit": (
