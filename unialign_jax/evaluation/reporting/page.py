@@ -115,10 +115,17 @@ def table(heads: Sequence[str], rows: Sequence[str]) -> str:
     return f'<div class="wide"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
 
 
-def row(*cells: str, kind: str = "") -> str:
-    """A row of cells that are HTML; those that are numbers begin with a space."""
-    tds = (f'<td class="number">{cell[1:]}</td>' if cell[:1] == " " else f"<td>{cell}</td>" for cell in cells)
-    return f"<tr{f' class={chr(34)}{kind}{chr(34)}' if kind else ''}>{''.join(tds)}</tr>"
+def row(*cells: str, numbers: Sequence[int] = (), own: bool = False) -> str:
+    """A row of a table.
+
+    Args:
+      cells: HTML.
+      numbers: the places of cells that are numbers.
+      own: whether it is the row to look at.
+    """
+    tds = (f'<td class="number">{cell}</td>' if i in numbers else f"<td>{cell}</td>" for i, cell in enumerate(cells))
+    start = '<tr class="own">' if own else "<tr>"
+    return f"{start}{''.join(tds)}</tr>"
 
 
 # Figures
@@ -143,8 +150,8 @@ def figures(found: dict) -> str:
     rows = []
     for name, figure in found["figures"].items():
         value, low, high = (words.number(figure[key], found["scale"]) for key in ("value", "low", "high"))
-        kind = "own" if name == found["leading"] else ""
-        rows.append(row(escaped(name), f" {value}", f" {low} to {high}", bar(figure, found["scale"]), kind=kind))
+        cells = escaped(name), value, f"{low} to {high}", bar(figure, found["scale"])
+        rows.append(row(*cells, numbers=(1, 2), own=name == found["leading"]))
     return table(("figure", "value", f"{found['bootstrap']['level']:.0%} interval", ""), rows)
 
 
@@ -163,23 +170,16 @@ def published(found: dict) -> str:
         return ""
     parts = ["<h2>Beside published values</h2>", f"<p>Comparable: {escaped(found['comparable'] or '')}</p>"]
     for name in dict.fromkeys(entry["figure"] for entry in found["published"]):
-        rows = [
-            (
-                entry["value"],
-                row(
-                    escaped(entry["model"]),
-                    f" {entry['value']:g}",
-                    escaped(entry["source"]),
-                    escaped(words.remark(entry)),
-                ),
-            )
-            for entry in found["published"]
-            if entry["figure"] == name
-        ]
+        rows = []
+        for entry in found["published"]:
+            if entry["figure"] == name:
+                how = escaped(words.remark(entry))
+                cells = escaped(entry["model"]), f"{entry['value']:g}", escaped(entry["source"]), how
+                rows.append((entry["value"], row(*cells, numbers=(1,))))
         own = found["figures"].get(name, {"value": None})
         if own["value"] is not None:
-            what = escaped(words.model_name(found))
-            rows.append((own["value"], row(what, f" {shown(own, found)}", "this run", found["mode"], kind="own")))
+            cells = escaped(words.model_name(found)), shown(own, found), "this run", escaped(found["mode"])
+            rows.append((own["value"], row(*cells, numbers=(1,), own=True)))
         rows = [html_row for _, html_row in sorted(rows, key=lambda pair: -pair[0])]
         is_open = " open" if name == found["leading"] else ""
         inside = table(("model", "value", "read in", "how"), rows)
@@ -268,7 +268,7 @@ def failures(found: dict, scores: Sequence[Score]) -> str:
     failed = [score for score in scores if score.failed]
     if not failed:
         return ""
-    rows = [row(f" {entry['items']}", escaped(entry["reason"])) for entry in found["items"]["reasons"]]
+    rows = [row(str(entry["items"]), escaped(entry["reason"]), numbers=(0,)) for entry in found["items"]["reasons"]]
     each = [row(escaped(score.item), escaped(score.group), escaped(score.failed)) for score in failed[:FAILED_SHOWN]]
     more = f"<p>and {len(failed) - FAILED_SHOWN} more</p>" if len(failed) > FAILED_SHOWN else ""
     return (
