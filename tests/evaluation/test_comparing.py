@@ -124,12 +124,12 @@ def test_the_commands_of_the_documents_can_be_given(launch_command):
     """Where it stops the process: docs/evaluation.md has a command whose options are no longer these."""
     text = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text().replace("\\\n", " ")
     commands = re.findall(r"^ {4}python launch/evaluate\.py ([^#\n]*)", text, re.MULTILINE)
-    known = {*SUITES, "list", "fetch", "compare", "shapes"}
+    known = {*SUITES, "list", "fetch", "compare", "shapes", "fid", "clipscore"}
     given = [shlex.split(command) for command in commands if "--help" not in command]
     given = [words for words in given if words[0] in known and (words[0] != "fetch" or words[1] in known)]
     for arguments in given:
         assert launch_command("evaluate").parse_arguments(arguments).command == arguments[0]
-    assert {arguments[0] for arguments in given} >= known - {"geneval2"}
+    assert {arguments[0] for arguments in given} == known
 
 
 # list
