@@ -37,6 +37,7 @@ KEY = "OPENAI_API_KEY"  # the environment variable of a judge's key
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     from unialign_jax.evaluation import shapes_command
+    from unialign_jax.evaluation.building import command as building
     from unialign_jax.evaluation.suites import SUITES, find_suite
 
     parser = Parser(description=DESCRIPTION, epilog=EXAMPLES)
@@ -46,6 +47,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         suite = find_suite(name)
         about = f"{suite.title}: {suite.summary}.\nData: {suite.source}"
         add_suite_arguments(commands.add_parser(name, help=suite.summary, description=about), suite)
+    about = "a new set in the form of SemGen-Bench"
+    building.add_arguments(commands.add_parser("build-semgen", help=about, description=building.DESCRIPTION))
     for command in commands.choices.values():
         command.add_argument("--traceback", action="store_true", help="show where an error came from")
     arguments = parser.parse_args(argv)
@@ -53,6 +56,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         check_suite_arguments(parser, arguments)
     elif arguments.command == "shapes":
         shapes_command.check_arguments(parser, arguments)
+    elif arguments.command == "build-semgen":
+        building.check_arguments(parser, arguments)
     return arguments
 
 
@@ -200,6 +205,10 @@ def main(argv: list[str] | None = None) -> int:
         from unialign_jax.evaluation import shapes_command
 
         work = shapes_command.run
+    elif arguments.command == "build-semgen":
+        from unialign_jax.evaluation.building import command as building
+
+        work = building.run
     else:
         logging.getLogger("unialign_jax").setLevel(logging.INFO)  # what is sampled, what a judge is asked
         work = run_suite
