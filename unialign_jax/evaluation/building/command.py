@@ -113,7 +113,7 @@ def run(arguments: argparse.Namespace) -> int:
         name = next(name for name, value in given.items() if value is not None and value != getattr(found, name))
         raise ValueError(f"--{name.replace('_', '-')} cannot be changed by {arguments.part}, only by make")
     make_folder(folder, "--output")
-    with open(folder / LOCK, "w") as lock:
+    with open(folder / LOCK, "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -174,7 +174,9 @@ def read_list(path: Path) -> list[dict]:
             check_regular(file)
         except (OSError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from None
-        key = f"{path.stem}/{found['image']}"
+        # Keys are published: they hold no folders of the user's.
+        inside = found["image"] if file.is_relative_to(path.parent.absolute()) else file.name
+        key = f"{path.stem}/{inside}"
         rows.append(entry(key, path.stem, file, captions=captions, classes=classes, **texts))
     if not rows:
         raise ValueError(f"--images={path} lists no image")

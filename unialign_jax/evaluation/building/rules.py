@@ -51,7 +51,7 @@ LEANS = re.compile(
     r"\b(after that|the (newly )?(added|replaced|moved|new) |newly added|as before|the (first|second|previous) edit)\b",
     re.IGNORECASE,
 )
-ALIKE = 0.6  # share of common words from which two edits are one
+ALIKE = 0.5  # share of common words from which on two edits are one
 
 
 def words(text: str) -> list[str]:
@@ -128,7 +128,7 @@ def multi_flags(edits: Sequence[str]) -> list[str]:
     for first in range(3):
         for second in range(first + 1, 3):
             either = sets[first] | sets[second]
-            if either and len(sets[first] & sets[second]) / len(either) > ALIKE:
+            if either and len(sets[first] & sets[second]) / len(either) >= ALIKE:
                 flags.append(f"independent: edits {first + 1} and {second + 1} say nearly the same")
     return flags
 

@@ -115,7 +115,7 @@ def load(folder: Path) -> Settings | None:
     """
     path = folder / FILE
     if not path.exists():
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.is_dir() and any(name.name != ".lock" for name in folder.iterdir()):
             raise FileExistsError(f"{folder} holds what was not written by this command; choose another --output")
         return None
     content = read_json(path)
