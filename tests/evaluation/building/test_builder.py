@@ -4,8 +4,9 @@ import collections
 import csv
 import hashlib
 import json
+import shutil
+import subprocess
 
-import jsonschema
 import pytest
 
 from unialign_jax.evaluation.building import stages
@@ -14,6 +15,7 @@ from unialign_jax.evaluation.suites import SUITES
 
 from .conftest import SHARED, filled
 
+pytestmark = pytest.mark.slow
 SPOILT = {
     3: {"cells": 2},  # blurred: two colours a side
     7: {"size": (420, 300)},
@@ -112,7 +114,42 @@ def test_the_sheet_has_every_prompt_and_the_page_every_picture(made):
         rows = list(csv.DictReader(file))
     assert len(rows) == 600 and {row["decision"] for row in rows} == {""}
     page = sheet.with_suffix(".html").read_text()
-    assert page.count('<img src="data:image/jpeg;base64,') == 150 and page.count("<tr>") == 600
+    assert page.count('<img src="data:image/jpeg;base64,') == 150 and page.count("<tr data-item=") == 600
+
+
+def test_the_page_saves_the_sheet(made, tmp_path):
+    """What its script makes of the page's own data, filled in, is the sheet with that, as import-review reads it."""
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("there is no node to run the page's script")
+    [sheet] = sheets(made)
+    filled_in = {
+        "3/t2i_long": {"decision": "edit", "text": 'A "big", dog\n', "reason": ""},
+        "4/t2i_long": {"reason": "?"},
+    }
+    script = """
+        const [page, filled, target] = process.argv.slice(1);
+        const text = require("fs").readFileSync(page, "utf-8");
+        const blocks = [...text.matchAll(/<script[^>]*>([^]*?)<\\/script>/g)].map((found) => found[1]);
+        const { columns, rows } = JSON.parse(blocks[0]);
+        eval(blocks[1].replace('"use strict";', ""));
+        require("fs").writeFileSync(target, sheetText(columns, rows, JSON.parse(filled), "Ada"));
+    """
+    arguments = [sheet.with_suffix(".html"), json.dumps(filled_in), tmp_path / "saved.csv"]
+    subprocess.run([node, "-e", script, *arguments], check=True)
+
+    def decide(row):
+        return (
+            {"editor": "Ada"} | filled_in[row["item"]]
+            if row["item"] == "3/t2i_long"
+            else filled_in.get(row["item"], {})
+        )
+
+    expected = filled(sheet, tmp_path / "expected.csv", decide)
+    found = [
+        list(csv.reader(open(path, encoding="utf-8-sig", newline=""))) for path in (tmp_path / "saved.csv", expected)
+    ]
+    assert found[0] == found[1] and len(found[0]) == 601
 
 
 def test_a_second_call_does_nothing_and_asks_nothing(made, build, model, capsys):
@@ -171,6 +208,7 @@ def test_from_review_to_the_frozen_set(made, build, model, command_refuses, tmp_
 
     lines = rows_of(target, "semgen_bench.jsonl")
     assert len(lines) == 150 and {line["status"] for line in lines} == {"human_refined"}
+    jsonschema = pytest.importorskip("jsonschema")
     schema = jsonschema.Draft202012Validator(json.loads((target / "schema.json").read_text()))
     chosen = rows_of(made, "select/images.jsonl")
     for number, (line, image) in enumerate(zip(lines, chosen, strict=True), start=1):

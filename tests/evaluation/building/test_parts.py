@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 
 from unialign_jax.data.endpoint import Retry
-from unialign_jax.evaluation.building import drafting, embedding, filters, rules, selection
+from unialign_jax.evaluation.building import drafting, embedding, filters, review, rules, selection
 from unialign_jax.evaluation.building.settings import Settings
 from unialign_jax.evaluation.judging import Unparsed
 
-from .conftest import SHARED
+from .conftest import SHARED, write_picture
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +231,20 @@ def test_templates_that_lack_something(refuses, tmp_path):
     refuses(lambda: drafting.read_templates(str(tmp_path)), "rubric.txt lacks the mark <instruction>")
     (tmp_path / "edit_multi.txt").unlink()
     refuses(lambda: drafting.read_templates(str(tmp_path)), "edit_multi.txt", "no such file")
+
+
+# The page
+
+
+def test_no_prompt_breaks_the_page(tmp_path):
+    write_picture(tmp_path / "a.jpg", 0, size=(40, 40))
+    prompt = "A </script> <b>dog</b> & a cat"
+    row = {"item": "1/t2i_long", "draft_id": "0", "key": "a", "text": prompt, "parts": {}, "flags": ["<i>"]}
+    image = {"image_id": 1, "file": str(tmp_path / "a.jpg"), "key": "<a>", "cluster": {"id": 0, "label": "<b>"}}
+    page = review.page([row], [image], "sheet-0.csv")
+    assert page.count("</script>") == 2 and "<b>dog" not in page and "<i>" not in page and "<a>" not in page
+    data = page.partition("id=sheet>")[2].partition("</script>")[0]
+    assert json.loads(data)["rows"][0]["prompt"] == prompt
 
 
 # Embedding

@@ -33,6 +33,7 @@ def fresh(model):
     model.behave = lambda group, text, times: None
 
 
+@pytest.mark.slow
 def test_killed_while_it_embeds_and_drafts(small, build, fresh, tmp_path):
     """kill -9 in the middle of either stage: then every question was asked once, but for those in flight."""
     folder = tmp_path / "set"
@@ -77,7 +78,7 @@ def test_killed_while_it_embeds_and_drafts(small, build, fresh, tmp_path):
 
 
 @pytest.mark.parametrize("name", stages.NAMES)
-def test_interrupted_in_a_stage(small, build, fresh, tmp_path, monkeypatch, name):
+def test_interrupted_in_a_stage(small, build, fresh, tmp_path, optionspatch, name):
     """Whatever stage is interrupted when it has done its work: it is done again, and no endpoint is asked again."""
     folder = tmp_path / "set"
     options = [f"--output={folder}", *small.options, f"--judge={fresh.url}", "--judge-model=fake"]
@@ -88,10 +89,10 @@ def test_interrupted_in_a_stage(small, build, fresh, tmp_path, monkeypatch, name
             raise KeyboardInterrupt
         real(path, content)
 
-    monkeypatch.setattr(stages, "write_json", interrupt)
+    optionspatch.setattr(stages, "write_json", interrupt)
     assert build(*options) == 130
     assert not (folder / name).exists() and all((folder / done).is_dir() for done in before(name))
-    monkeypatch.setattr(stages, "write_json", real)
+    optionspatch.setattr(stages, "write_json", real)
     assert build(*options) == 0
     assert set(fresh.asked.values()) == {1} and sum(fresh.asked.values()) == 20
 
@@ -106,8 +107,8 @@ def test_an_endpoint_that_fails_at_times(small, build, fresh, tmp_path):
         None if times > 1 or group == "rubric" else (503, "") if group == "t2i_long" else (200, chat("I cannot."))
     )
     folder = tmp_path / "set"
-    monkey = [f"--output={folder}", *small.options, f"--judge={fresh.url}", "--judge-model=fake"]
-    assert build(*monkey, "--judge-concurrency=16") == 0
+    options = [f"--output={folder}", *small.options, f"--judge={fresh.url}", "--judge-model=fake"]
+    assert build(*options, "--judge-concurrency=16") == 0
     assert all(row["text"] for row in stages.read_rows(folder / "draft/drafts.jsonl"))
 
 
@@ -161,7 +162,7 @@ def test_rubbish_is_flagged_and_a_reviewer_may_write_the_prompt(small, build, fr
 def test_a_key_that_is_refused(small, fresh, tmp_path, command_refuses):
     fresh.behave = lambda group, text, times: (401, "no such key")
     options = [f"--output={tmp_path / 'set'}", *small.options, f"--judge={fresh.url}", "--judge-model=fake"]
-    command_refuses("evaluate", ["build-semgen", *options], "--judge", "status 401")
+    command_refuses("evaluate", ["build-semgen", *options], "status 401", "no such key")
     options += [f"--embedder={fresh.url}", "--embedder-model=gme"]
     command_refuses("evaluate", ["build-semgen", *options], "--embedder", "status 401")
 

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import html
 import io
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -114,32 +115,44 @@ def sheet_text(rows: Iterable[dict]) -> str:
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, COLUMNS, restval="", lineterminator="\r\n")
     writer.writeheader()
-    for row in rows:
-        fields = {"item": row["item"], "draft_id": row["draft_id"], "image": row["key"], "prompt": prompt_of(row)}
-        writer.writerow(fields | {"flags": "; ".join(row["flags"])})
+    writer.writerows(sheet_row(row) for row in rows)
     return "\ufeff" + buffer.getvalue()  # the mark tells spreadsheets that it is UTF-8
+
+
+def sheet_row(row: dict) -> dict[str, str]:
+    """The columns of a sheet that are filled in when it is written."""
+    own = {"item": row["item"], "draft_id": row["draft_id"], "image": row["key"], "prompt": prompt_of(row)}
+    return own | {"flags": "; ".join(row["flags"])}
 
 
 def prompt_of(row: dict) -> str:
     return "\n".join(row["parts"].get("edits", [])) or row["text"]
 
 
-STYLE = """body { font: 15px/1.4 sans-serif; margin: 2em auto; max-width: 70em; color: #222 }
+STYLE = """body { font: 15px/1.4 sans-serif; margin: 2em auto; max-width: 80em; color: #222 }
+header { position: sticky; top: 0; background: white; padding: .5em 0; border-bottom: 1px solid #bbb }
 section { display: flex; gap: 1.5em; margin: 2em 0; border-top: 1px solid #bbb; padding-top: 1em }
-td { vertical-align: top; padding: .3em .6em; border-bottom: 1px solid #ddd; white-space: pre-line }
+td { vertical-align: top; padding: .3em .6em; border-bottom: 1px solid #ddd }
+p { margin: 0; white-space: pre-line }
+textarea { width: 22em; height: 5em } input { width: 14em }
 .flag { color: #a30; font-size: 90% }"""
+FIELDS = f"""<td><select name=decision><option><option>{"<option>".join(DECISIONS)}</select>
+<input name=reason placeholder=reason><br><textarea name=text placeholder="new prompt of an edit"></textarea></td>"""
 
 
-def page(rows: Iterable[dict], images: Iterable[dict], sheet: str) -> str:
-    """The HTML page of a sheet: every picture with its prompts and flags; no other file is needed."""
+def page(rows: list[dict], images: Iterable[dict], sheet: str) -> str:
+    """The HTML page of a sheet: every picture with its prompts, flags and fields to fill in. It needs no other file."""
     by_image: dict[str, list[dict]] = {}
     for row in rows:
         by_image.setdefault(row["item"].split("/")[0], []).append(row)
+    content = {"columns": COLUMNS, "rows": [sheet_row(row) for row in rows], "sheet": sheet}
+    data = json.dumps(content).replace("<", "\\u003c")  # no prompt can end the script
     parts = [
-        f"<!doctype html><meta charset=utf-8><title>{sheet}</title><style>{STYLE}</style><h1>{sheet}</h1>"
-        "<p>For every row of the sheet: <b>decision</b> is accept, edit or reject; <b>editor</b> is your name; an edit "
-        "has the new prompt in <b>text</b> (edit_multi: three lines); a rejection has a <b>reason</b>, which the model "
-        "that drafts the next one is told. Leave the other columns as they are.</p>"
+        f"<!doctype html><meta charset=utf-8><title>{sheet}</title><style>{STYLE}</style><header><b>{sheet}</b> "
+        "your name <input id=editor> <button id=save>save as CSV</button> <span id=count></span> decided</header>"
+        "<p>Accept, edit or reject every prompt. An edit has the new prompt (edit_multi: three lines); a rejection has "
+        "a reason, which the model that drafts the next one is told. What you fill in is kept in this browser until you "
+        "save it; the saved file is what import-review takes. You can fill in the CSV file beside this page instead."
     ]
     for image in images:
         found = by_image.get(str(image["image_id"]), [])
@@ -152,11 +165,13 @@ def page(rows: Iterable[dict], images: Iterable[dict], sheet: str) -> str:
         for row in found:
             flags = "".join(f"<div class=flag>{html.escape(flag)}</div>" for flag in row["flags"])
             prompt = html.escape(prompt_of(row)) or "<i>no draft</i>"
-            lines.append(f"<tr><td>{row['item']}</td><td>{prompt}{flags}</td></tr>")
+            lines.append(f'<tr data-item="{row["item"]}"><td>{row["item"]}<td><p>{prompt}</p>{flags}</td>{FIELDS}</tr>')
         caption = html.escape(f"{image['key']} · cluster {image['cluster']['id']} {image['cluster']['label']}")
         parts.append(
             f'<section><div><img src="{source}" alt=""><br>{caption}</div><table>{"".join(lines)}</table></section>'
         )
+    script = (Path(__file__).parent / "page.js").read_text(encoding="utf-8")
+    parts.append(f'<script type="application/json" id=sheet>{data}</script><script>\n{script}</script>')
     return "\n".join(parts) + "\n"
 
 

@@ -61,7 +61,7 @@ def work(build: Build, folder: Path) -> dict:
     pictures.draw_contact_sheet(chosen, given.per_cluster).save(folder / "contact_sheet.png")
     sizes = [int((labels == cluster).sum()) for cluster in range(given.clusters)]
     said = (
-        f"{len(chosen)} images of {given.clusters} clusters with {min(sizes)} to {max(sizes)} images, seed {given.seed}; "
+        f"{len(chosen)} images of {given.clusters} clusters with {min(sizes)} to {max(sizes)}, seed {given.seed}; "
         f"{len(twins)} near-duplicates left out; pictures: select/clusters.png, select/contact_sheet.png"
     )
     return {"said": said, "sizes": sizes, "duplicates": len(twins), "cut": cut}
