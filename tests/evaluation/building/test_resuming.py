@@ -78,7 +78,7 @@ def test_killed_while_it_embeds_and_drafts(small, build, fresh, tmp_path):
 
 
 @pytest.mark.parametrize("name", stages.NAMES)
-def test_interrupted_in_a_stage(small, build, fresh, tmp_path, optionspatch, name):
+def test_interrupted_in_a_stage(small, build, fresh, tmp_path, monkeypatch, name):
     """Whatever stage is interrupted when it has done its work: it is done again, and no endpoint is asked again."""
     folder = tmp_path / "set"
     options = [f"--output={folder}", *small.options, f"--judge={fresh.url}", "--judge-model=fake"]
@@ -89,10 +89,10 @@ def test_interrupted_in_a_stage(small, build, fresh, tmp_path, optionspatch, nam
             raise KeyboardInterrupt
         real(path, content)
 
-    optionspatch.setattr(stages, "write_json", interrupt)
+    monkeypatch.setattr(stages, "write_json", interrupt)
     assert build(*options) == 130
     assert not (folder / name).exists() and all((folder / done).is_dir() for done in before(name))
-    optionspatch.setattr(stages, "write_json", real)
+    monkeypatch.setattr(stages, "write_json", real)
     assert build(*options) == 0
     assert set(fresh.asked.values()) == {1} and sum(fresh.asked.values()) == 20
 

@@ -151,7 +151,7 @@ def page(rows: list[dict], images: Iterable[dict], sheet: str) -> str:
         f"<!doctype html><meta charset=utf-8><title>{sheet}</title><style>{STYLE}</style><header><b>{sheet}</b> "
         "your name <input id=editor> <button id=save>save as CSV</button> <span id=count></span> decided</header>"
         "<p>Accept, edit or reject every prompt. An edit has the new prompt (edit_multi: three lines); a rejection has "
-        "a reason, which the model that drafts the next one is told. What you fill in is kept in this browser until you "
+        "a reason, which the model that drafts the next one is told. What you fill in stays in this browser until you "
         "save it; the saved file is what import-review takes. You can fill in the CSV file beside this page instead."
     ]
     for image in images:
