@@ -129,7 +129,7 @@ def test_options_that_cannot_be(command_refuses, tmp_path, options, words):
     "options, words",
     [
         (["--embedder="], ["--embedder is not given"]),
-        (["--embedder=nowhere"], ["--embedder is nowhere"]),
+        (["--embedder=nowhere"], ["--embedder is ", "/nowhere"]),
         ([], ["the model that drafts is not named", "--judge"]),
         (["--judge=http://127.0.0.1:1/v1"], ["--judge-model=NAME"]),
         (["--judge=localhost", "--judge-model=x"], ["--judge is 'localhost'", "a URL"]),

@@ -117,6 +117,16 @@ def test_the_official_prompts_against_the_rules(official):
     assert all(len(found) == 3 and not rules.multi_flags(found) for found in edits)
     assert not any(rules.imperative_flags(line["edit_complex"]) for line in official)
     assert sum(not rules.complex_flags(rules.slots_of(line["t2i_complex"], {})) for line in official) == 130
+    shares = {
+        group: rules.overlaps({str(line["image_id"]): line[group] for line in official}) for group in drafting.GROUPS
+    }
+    kept = [sum(share <= Settings().max_overlap for share, _ in found.values()) for found in shares.values()]
+    assert kept == [150, 150, 145, 144]
+    most = Settings().max_verb_share
+    parallel = [(str(number), edit) for number, found in enumerate(edits) for edit in found]
+    flags = rules.common_verbs(parallel, most)
+    assert 150 - len(flags) == 115 and "'add' begins 234 of 450" in flags["149"]
+    assert not rules.common_verbs([(str(line["image_id"]), line["edit_complex"]) for line in official], most)
 
 
 def test_slots_are_what_is_quoted_or_the_first_word_of_a_kind():

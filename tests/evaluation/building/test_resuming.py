@@ -176,7 +176,9 @@ def test_what_a_change_makes_be_done_again(small, build, fresh, tmp_path, capsys
     said = capsys.readouterr().out
     assert "validate: done again, since long_tokens was 200 and is 250" in said and "length 4" in said
     assert "export: done again, since validate/items.jsonl has changed" in said and "draft: done before" in said
-    assert build(options[0], "--min-side=33") == 0
+    sheet = max((tmp_path / "set/review").glob("*.csv"), key=lambda path: path.stat().st_mtime_ns)
+    sheet.write_text("half filled in")
+    assert build(options[0], "--min-side=33") == 0 and sheet.read_text() == "half filled in"
     said = capsys.readouterr().out
     assert "filter: done again, since min_side was 32 and is 33" in said
     assert "select: done before" in said

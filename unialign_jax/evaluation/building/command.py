@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import fcntl
+import logging
 import os
 import sys
 from pathlib import Path
@@ -25,6 +26,8 @@ from unialign_jax.evaluation.building.settings import Settings
 from unialign_jax.files import make_folder
 
 STAGES = [module.STAGE for module in (ingest, filters, embedding, selection, drafting, validation, review)]
+# Options that name files: kept as absolute paths, so that a later call may stand elsewhere.
+PATHS = ("coco", "images", "templates", "tokenizer", "embedder")
 PARTS = ("make", "import-review", "freeze")
 LOCK = ".lock"
 DESCRIPTION = """\
@@ -49,7 +52,10 @@ HELP = {
     "max_brightness": ("X", "mean grey at most"),
     "max_clipped": ("X", "share of black or white pixels at most"),
     "min_classes": ("N", "kinds of objects at least, where the source lists objects"),
-    "embedder": ("URL|DIR", "an OpenAI-compatible API, the folder of a CLIP or SigLIP, or histogram (for trials)"),
+    "embedder": (
+        "URL|DIR",
+        "an OpenAI-compatible API (key: EMBEDDER_API_KEY), a CLIP's folder, or histogram, for trials",
+    ),
     "embedder_model": ("NAME", "the API's name of the model"),
     "duplicate_cosine": ("X", "images more alike than this count as one"),
     "clusters": ("N", "of Ward's tree"),
@@ -104,15 +110,14 @@ def run(arguments: argparse.Namespace) -> int:
     if found is None and arguments.part != "make":
         raise FileNotFoundError(f"{folder} is no builder's folder: it has no {settings.FILE}")
     given = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Settings)}
-    given = {name: tuple(filter(None, value)) if isinstance(value, list) else value for name, value in given.items()}
-    asked = dataclasses.replace(
-        found or Settings(), **{name: value for name, value in given.items() if value is not None}
-    )
+    given = {name: as_setting(name, value) for name, value in given.items() if value is not None}
+    asked = dataclasses.replace(found or Settings(), **given)
     settings.check(asked)
     if arguments.part != "make" and asked != found:
-        name = next(name for name, value in given.items() if value is not None and value != getattr(found, name))
+        name = next(name for name, value in given.items() if value != getattr(found, name))
         raise ValueError(f"--{name.replace('_', '-')} cannot be changed by {arguments.part}, only by make")
     make_folder(folder, "--output")
+    logging.getLogger("unialign_jax").setLevel(logging.INFO)  # what the model that drafts is asked, and took
     with open(folder / LOCK, "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -120,17 +125,26 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(f"{folder} is being written by another process: wait until it ends") from None
         if asked != found:
             settings.save(folder, asked)
-        key = os.environ.get("OPENAI_API_KEY", "")
 
         def make_judge():
             arguments.judge, arguments.judge_model = asked.judge, asked.judge_model
-            judge = judging.from_arguments(arguments, key, folder / drafting.ANSWERS)
+            judge = judging.from_arguments(arguments, os.environ.get("OPENAI_API_KEY", ""), folder / drafting.ANSWERS)
             if judge is None:
                 raise ValueError("the model that drafts is not named: give --judge=URL and --judge-model=NAME")
             return judge
 
-        build = stages.Build(folder, asked, make_judge, key)
+        # A key of its own: the two endpoints may be of different providers.
+        build = stages.Build(folder, asked, make_judge, os.environ.get("EMBEDDER_API_KEY", ""))
         return {"make": make, "import-review": import_review, "freeze": freeze}[arguments.part](build, arguments)
+
+
+def as_setting(name: str, value):
+    """The value of an option as settings.json keeps it."""
+    if isinstance(value, list):
+        return tuple(os.path.abspath(path) if name in PATHS else path for path in filter(None, value))
+    if name in PATHS and value and not embedding.is_url(value) and value not in ("words", "histogram"):
+        return os.path.abspath(value)
+    return value
 
 
 def make(build: stages.Build, arguments: argparse.Namespace) -> int:

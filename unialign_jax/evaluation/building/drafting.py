@@ -72,7 +72,7 @@ STAGE = Stage("draft", ("select/images.jsonl",), parameters, work)
 
 
 class Drafter:
-    """Asks for drafts, and says what that took."""
+    """Asks for drafts, and other questions. The journal of answers is open until the block ends."""
 
     def __init__(self, build: Build):
         self._build, self.templates = build, read_templates(build.settings.templates)
@@ -83,12 +83,6 @@ class Drafter:
 
     def __exit__(self, *_):
         if self._judge is not None:
-            usage = self._judge.usage
-            if usage.prompt_tokens or usage.answer_tokens:
-                self._build.say(
-                    f"the model read {usage.prompt_tokens:,} tokens and wrote {usage.answer_tokens:,}; "
-                    f"{usage.retries} requests were repeated"
-                )
             self._judge.journal.close()
 
     def ask(self, questions: Sequence[Question], title: str) -> list[Judgement]:

@@ -38,7 +38,7 @@ def parameters(build: Build) -> dict:
 
 def work(build: Build, folder: Path) -> dict:
     rows = build.rows("filter/images.jsonl")
-    embedder = open_embedder(build.settings.embedder, build.settings.embedder_model, build.key)
+    embedder = open_embedder(build.settings.embedder, build.settings.embedder_model, build.embedder_key)
     vectors = embed_all(embedder, rows, build.folder / VECTORS)
     matrix = np.stack([vectors[vector_key(embedder.name, row)] for row in rows])
     write_rows(folder / "images.jsonl", ({"key": row["key"], "row": number} for number, row in enumerate(rows)))

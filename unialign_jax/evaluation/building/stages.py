@@ -28,6 +28,7 @@ class Build:
 
     Attributes:
       make_judge: opens the model that drafts; called where it is needed.
+      embedder_key: of the embedder's API; "" without one.
       say: prints a line for the user.
     """
 
@@ -36,10 +37,11 @@ class Build:
         folder: Path,
         settings: Settings,
         make_judge: Callable[[], Judge] | None = None,
-        key: str = "",
+        embedder_key: str = "",
         say: Callable[[str], None] = print,
     ):
-        self.folder, self.settings, self.make_judge, self.key, self.say = folder, settings, make_judge, key, say
+        self.folder, self.settings, self.make_judge, self.say = folder, settings, make_judge, say
+        self.embedder_key = embedder_key
 
     def path(self, name: str) -> Path:
         """The file "STAGE/FILE"."""

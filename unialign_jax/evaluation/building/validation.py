@@ -59,7 +59,8 @@ def work(build: Build, folder: Path) -> dict:
         def draft_again(reasons: dict[int, str]):
             asked = [(images[image_of(drafts[n])], drafts[n].group, (drafts[n], why)) for n, why in reasons.items()]
             for number, draft in zip(reasons, drafter.draft(asked, "draft again"), strict=True):
-                drafts[number] = draft
+                if draft.text or drafts[number].draft_id in rejected:
+                    drafts[number] = draft
             return len(reasons)
 
         checked = checked_drafts()
