@@ -39,6 +39,7 @@ COMMANDS = {
     "list": "listing",
     "compare": "comparing",
     "fetch": "fetching",
+    "build-semgen": "building.command",
 }
 # Options of the sampler that no suite leaves to the user.
 FIXED = ("images_per_prompt", "kind", "slots", "prefix")
@@ -61,6 +62,7 @@ KEY = "OPENAI_API_KEY"  # the environment variable of a judge's key
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     from unialign_jax.evaluation import comparing, fetching, image_sets, listing, shapes_command
+    from unialign_jax.evaluation.building import command as building
     from unialign_jax.evaluation.suites import SUITES, find_suite
 
     parser = Parser(description=DESCRIPTION, epilog=EXAMPLES)
@@ -75,6 +77,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     listing.add_arguments(commands.add_parser("list", help="the suites, what each needs and what it costs"))
     comparing.add_arguments(commands.add_parser("compare", help="runs of one suite side by side"))
     fetching.add_arguments(commands.add_parser("fetch", help="download what is free of a suite's data"), list(SUITES))
+    about = "a new set in the form of SemGen-Bench"
+    building.add_arguments(commands.add_parser("build-semgen", help=about, description=building.DESCRIPTION))
     for command in commands.choices.values():
         command.add_argument("--traceback", action="store_true", help="show where an error came from")
     arguments = parser.parse_args(argv)
@@ -82,6 +86,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         check_suite_arguments(parser, arguments)
     elif arguments.command == "shapes":
         shapes_command.check_arguments(parser, arguments)
+    elif arguments.command == "build-semgen":
+        building.check_arguments(parser, arguments)
     return arguments
 
 
