@@ -151,6 +151,8 @@ def run_suite(arguments: argparse.Namespace) -> int:
         extra=extra,
     )
     if "generate" in parts:
+        if "score" in parts:
+            suite.check_scoring(request, bool(getattr(arguments, "judge", None)))
         machine = running.Machine(**{name: named[name] for name in MACHINE})
         failed += running.generate(suite, request, machine, overwrite=arguments.overwrite)
     if parts == ("generate",):

@@ -93,6 +93,13 @@ def geneval(folder):
 
 
 MAKERS = {"semgen": semgen, "geneval": geneval, "gedit": gedit}
+SCORING = {}
+# Words of a judge's prompt -> a good answer to it.
+ANSWERS = {
+    "[score1, score2]": '{"score": [9, 8], "reasoning": "it follows"}',
+    "[score]": '{"score": [6], "reasoning": "it follows"}',
+    "[naturalness, artifacts]": '{"score": [9, 4], "reasoning": "natural"}',
+}
 
 
 @pytest.fixture(scope="session")
@@ -102,14 +109,18 @@ def make_data():
 
 
 @pytest.fixture(scope="session")
-def viescore_answer():
-    """A function (body of a request) -> a good answer to a question of VIEScore, by what it asks for."""
+def scoring_options():
+    """A function (name of a suite, folder of its run) -> options that scoring needs besides a judge."""
+    return lambda name, run: SCORING[name](run) if name in SCORING else []
+
+
+@pytest.fixture(scope="session")
+def judge_answer():
+    """A function (body of a request) -> a good answer to any suite's question, by what it asks for."""
 
     def answer(body):
         content = body["messages"][-1]["content"]
-        text = next(part["text"] for part in content if part["type"] == "text")
-        if "[score]" in text:
-            return '{"score": [6], "reasoning": "follows"}'
-        return '{"score": [9, 4], "reasoning": "natural"}' if "naturalness" in text else '{"score": [9, 8]}'
+        text = content if isinstance(content, str) else next(part["text"] for part in content if part["type"] == "text")
+        return next(reply for words, reply in ANSWERS.items() if words in text)
 
     return answer

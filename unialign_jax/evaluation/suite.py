@@ -147,6 +147,9 @@ class Suite:
         """
         raise NotImplementedError
 
+    def check_scoring(self, request: Request, has_judge: bool) -> None:
+        """Raises ValueError, in one line, where `score` would need what is not given; asked before anything is made."""
+
     def prepare(self, request: Request, items: Sequence[Item]) -> None:
         """Writes what the jobs read, such as source images, into the run's folder; what is there already stays."""
 

@@ -124,9 +124,9 @@ def test_sizes_that_the_user_names(make_request):
     assert gedit.edit_size(make_request(mode="corrected"), (640, 480)) == fitting_size((640, 480))
 
 
-def test_the_judge_sees_source_and_edit_at_one_size(make_request, chat_server, viescore_answer, tmp_path):
+def test_the_judge_sees_source_and_edit_at_one_size(make_request, chat_server, judge_answer, tmp_path):
     chat_server.name_of = json.dumps
-    chat_server.behave = lambda name, times: (200, {}, chat_server.answer(viescore_answer(json.loads(name))))
+    chat_server.behave = lambda name, times: (200, {}, chat_server.answer(judge_answer(json.loads(name))))
     request, suite = make_request(options={"height": 32, "width": 32}), GEdit()
     items = suite.items(request)
     suite.prepare(request, items)

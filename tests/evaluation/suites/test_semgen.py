@@ -94,10 +94,10 @@ def test_sources_are_squashed_or_kept(make_request, data, mode, sizes):
 
 
 @pytest.fixture
-def run(make_request, chat_server, viescore_answer, tmp_path):
+def run(make_request, chat_server, judge_answer, tmp_path):
     """A function (mode, changes) -> (scores, the bodies that the judge was sent) of made-up images."""
     chat_server.name_of = lambda body: json.dumps(body)
-    chat_server.behave = lambda name, times: (200, {}, chat_server.answer(viescore_answer(json.loads(name))))
+    chat_server.behave = lambda name, times: (200, {}, chat_server.answer(judge_answer(json.loads(name))))
 
     def score(mode="official", **changes):
         request, suite = make_request(mode=mode, options={"height": 32, "width": 48}, **changes), SemGen()
