@@ -158,6 +158,7 @@ def mmmu(folder):
     """A question of each subject."""
     import pyarrow as pa
     import pyarrow.parquet as pq
+
     from unialign_jax.evaluation.suites.mmmu import SUBJECTS
 
     image = {"bytes": png(picture(0, (32, 32))), "path": "a.png"}

@@ -101,6 +101,12 @@ def test_the_other_language(make_request):
     assert item.jobs[0]["id"] == "fullset/color_alter/cn/a2"
 
 
+def test_the_official_command(make_request, tmp_path):
+    command = GEdit().official_command(make_request())
+    assert f"--model_name=model --save_path={tmp_path / 'run'} --backbone=gpt4o --language=en" in command
+    assert GEdit().official_command(make_request(extra={"language": "cn"})) is None
+
+
 @pytest.mark.parametrize(
     "size, official, fitting",
     [
