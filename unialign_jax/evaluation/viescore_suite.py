@@ -46,6 +46,15 @@ class VIEScoreSuite(Suite):
         add("--viescore-prompts", type=Path, metavar="DIR", help=f"the judge's prompts: {viescore.SOURCE}")
         add("--results", type=Path, metavar="DIR", help="score by the CSV files of the official scorer instead")
 
+    def check_scoring(self, request: Request, has_judge: bool) -> None:
+        """Without a judge the images are made, and scored by a later call."""
+        if has_judge and not request.extra["results"]:
+            viescore.read_prompts(request.extra["viescore_prompts"])
+
+    def needs_results(self, request: Request) -> bool:
+        """Whether the model's images are scored, and not the official scorer's files read."""
+        return not request.extra["results"]
+
     def shown(self, request: Request, item: Item) -> tuple[str, list[Path]]:
         """("tie" or "t2i", the images that the judge sees). Raises OSError or ValueError for one that is damaged."""
         raise NotImplementedError
