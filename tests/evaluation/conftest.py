@@ -102,6 +102,15 @@ def geneval_scoring(run):
     return [f"--results={run.parent / 'results.jsonl'}"]
 
 
+def geneval2(folder):
+    """Two prompts, under another name than the official file's, which has 800."""
+    folder.mkdir(parents=True)
+    asked = {"vqa_list": [["How many cups?", "two"], ["Is it red?", "yes"]], "skills": ["count", "attribute"]}
+    rows = [{"prompt": f"{name} red cups", "atom_count": 2} | asked for name in ("two", "a pair of")]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [f"--data={folder / 'prompts.jsonl'}"]
+
+
 def dpg(folder):
     """1,065 prompts in one file."""
     folder.mkdir(parents=True)
@@ -206,6 +215,7 @@ def captions(folder):
 MAKERS = {
     "semgen": semgen,
     "geneval": geneval,
+    "geneval2": geneval2,
     "dpg": dpg,
     "gedit": gedit,
     "imgedit": imgedit,
@@ -221,6 +231,7 @@ ANSWERS = {
     "[score]": '{"score": [6], "reasoning": "it follows"}',
     "[naturalness, artifacts]": '{"score": [9, 4], "reasoning": "natural"}',
     "Answer yes or no": "Yes.",
+    "Answer in one word": "two",
     "A number from 1 to 5": "".join(f"{name}: 4\n" for name in RESPECTS),
     "Ground truth": "0.5",
     "Answer of the model": "B",  # of the prompt for MMBench

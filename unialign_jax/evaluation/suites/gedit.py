@@ -191,8 +191,8 @@ class GEdit(VIEScoreSuite):
         if settings["items"] != COUNT:
             notes.append(f"The data have {settings['items']} instructions in this language, the official ones {COUNT}.")
         notes.append(
-            "The official scorer, test_gedit_score.py, runs once it takes the split: load_dataset(...)['train']. It has "
-            "no means of the Chinese instructions."
+            "The official scorer, test_gedit_score.py, runs once it takes the split: load_dataset(...)['train']. It "
+            "gives no means of the Chinese instructions."
         )
         return notes + self.changed(request, {})
 
