@@ -110,7 +110,7 @@ def clusters_of(points: np.ndarray, wanted: int, least: int, seed: int) -> tuple
         )
     small = np.arange(len(points))
     if len(points) > MOST_JOINED:
-        _, small = vq.kmeans2(points, SMALL_CLUSTERS, minit="++", rng=np.random.default_rng(seed))
+        _, small = vq.kmeans2(points, SMALL_CLUSTERS, minit="points", rng=np.random.default_rng(seed))
         small = np.unique(small, return_inverse=True)[1]
         points_joined = np.stack([points[small == number].mean(0) for number in range(small.max() + 1)])
     else:
