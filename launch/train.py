@@ -66,8 +66,8 @@ def main(arguments: list[str]) -> None:
     options, changes = parse(arguments)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     logging.getLogger("unialign_jax").setLevel(logging.INFO)
-    if not options.traceback:  # Orbax logs pages beside an exception that says all
-        for name in ("absl", "asyncio"):
+    if not options.traceback:  # Orbax and gcsfs log pages beside an exception that says all
+        for name in ("absl", "asyncio", "gcsfs"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         from unialign_jax.training.config import read_config

@@ -6,6 +6,7 @@
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 import signal
 import time
@@ -80,6 +81,7 @@ class Trainer(StepProgram):
                 )
 
     def _sample_flops(self, stream: Stream) -> float:
+        cell = self.config.teacher.grid if has_image_pass(stream.config.kind) else 0
         return flops.training_sample_flops(
             self.networks.transformer.config,
             self.networks.text_encoder.config,
@@ -90,6 +92,7 @@ class Trainer(StepProgram):
             num_conditions=stream.config.num_conditions,
             image_pass=has_image_pass(stream.config.kind),
             cached_latents=self.config.data.cached_latents,
+            teacher_cells=math.prod(side // cell for side in stream.config.size) if cell else 1,
         )
 
     def init_state(self) -> TrainState:
@@ -195,6 +198,7 @@ def open_streams(config: ConfigDict, tokenizer: Tokenizer) -> dict[str, Stream]:
                 bucket=settings.get("bucket", ()),
                 use_teacher=intrinsic,
                 use_latents=config.data.cached_latents,
+                teacher_cell=config.teacher.grid if intrinsic and has_image_pass(settings.kind) else 0,
             )
             stream = Stream(stream_config, tokenizer, teacher_tokenizer)
         except (ValueError, OSError) as error:
