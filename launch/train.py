@@ -129,7 +129,7 @@ def train_together(config, options: argparse.Namespace, last_words) -> None:
         line = line or str(error).strip() or type(error).__name__
         if lost:
             reason, status = line.splitlines()[0][:300], LOST
-            line = f"this process cannot go on, most likely because another was lost ({reason}). {AGAIN}"
+            line = f"this process cannot continue, most likely because another was lost ({reason}). {AGAIN}"
     except KeyboardInterrupt:
         line = "interrupted"
     except SystemExit:  # all processes have stopped and saved; JAX waits for them at the exit

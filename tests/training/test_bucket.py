@@ -262,7 +262,7 @@ def test_files_are_uploaded_whole_and_only_when_they_change(bucket, fresh, monke
             (folder.local / "b.txt").write_text("three")
             with pytest.raises(OSError, match=f"{fresh} cannot be reached .no network"):
                 folder.upload()
-            wait_for(lambda: "no network" in caplog.text)  # and the run goes on
+            wait_for(lambda: "no network" in caplog.text)  # and the run continues
     assert bucket.cat_file(f"{fresh}/b.txt") == b"three"
     assert not folder.local.exists()
 

@@ -378,7 +378,7 @@ def train(
                 validate = validator and (step % config.validation.every == 0 or is_last)
                 if save or sample or validate:
                     recorder.flush()  # a state whose loss is not finite must not be saved
-                if validate:  # before the save: a run that goes on from it has these rows
+                if validate:  # before the save: a run that resumes from it has these rows
                     params = {"transformer": sampled_params(state), "heads": state.params["heads"]}
                     rows = validator(params, frozen)
                     recorder.add_validation(step, rows, headlines(rows, validator.leading))

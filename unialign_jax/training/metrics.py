@@ -179,7 +179,7 @@ class Recorder:
     """Records each step's metrics one step late: whether they are finite, progress bar, files, throughput."""
 
     def __init__(self, trainer, workdir: Path, start: int, progress: bool, tracker: Tracker | None = None):
-        """Opens the files. `start` is the step that the run goes on from; a bar is drawn on a terminal alone."""
+        """Opens the files. `start` is the step that the run resumes from; a bar is drawn on a terminal alone."""
         self._trainer, self._writer = trainer, MetricsWriter(workdir, start, tracker)
         self._pending = None
         self._losses = {}
