@@ -37,7 +37,9 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         usage="python launch/train.py --config=FILE[:tiny] --workdir=DIR [--config.KEY=VALUE ...]",
     )
     parser.add_argument("--config", required=True, help="stage file: configs/stage1.py, or configs/stage1.py:tiny")
-    parser.add_argument("--workdir", required=True, help="folder of the run; resumed when it holds a checkpoint")
+    parser.add_argument(
+        "--workdir", required=True, help="folder of the run, or gs://BUCKET/FOLDER; resumed when it holds a checkpoint"
+    )
     parser.add_argument("--noprogress", action="store_true", help="draw no progress bar")
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from, not just what it is")
     several = parser.add_argument_group("several processes")

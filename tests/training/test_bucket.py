@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unialign_jax import places
+from unialign_jax import bundle, places
+from unialign_jax.conversion.exporting import bundle_from_run
 from unialign_jax.inference.opening import ModelSource
 from unialign_jax.training import run_folder, runs
 from unialign_jax.training.checkpoints import Checkpoints, damage
@@ -26,6 +27,7 @@ from unialign_jax.training.run_folder import RunFolder
 from unialign_jax.training.run_lock import ObjectLock
 from unialign_jax.training.state import TrainState
 
+pytestmark = pytest.mark.slow
 NUMBERS = itertools.count()
 
 
@@ -165,7 +167,6 @@ def rows(text):
     return [{k: v for k, v in json.loads(row).items() if k not in CLOCK} for row in text.splitlines()]
 
 
-@pytest.mark.slow
 def test_a_run_that_was_killed_resumes_with_the_numbers_of_a_local_one(
     bucket, fresh, small_config, tmp_path, monkeypatch, caplog
 ):
@@ -208,6 +209,8 @@ def test_a_run_that_was_killed_resumes_with_the_numbers_of_a_local_one(
     assert (source.run.step, source.run.weights, source.run.name) == (5, "ema", fresh)
     kernel = dict(source.run.leaves("transformer"))["text_head/kernel"]
     np.testing.assert_array_equal(kernel, state.ema["text_head"]["kernel"])
+    bundle_from_run(tmp_path / "bundle", fresh, weights="ema")
+    assert dict(bundle.read_leaves(tmp_path / "bundle", "transformer"))["text_head/kernel"].shape == kernel.shape
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state.params)
     jax.tree.map(np.testing.assert_array_equal, runs.load_params(fresh, abstract), state.params)
 

@@ -280,7 +280,9 @@ def test_a_process_lost_in_a_save_is_told_as_in_every_other_case(tmp_path):
     with running(2, command, logs) as started:
         assert [process.wait(PATIENCE) for process in started] == [75, -signal.SIGKILL], said(logs, 0)
     last = said(logs, 0).splitlines()[-1]
-    assert last.startswith("error: this process cannot continue, most likely because another was lost (") and AGAIN in last
+    assert (
+        last.startswith("error: this process cannot continue, most likely because another was lost (") and AGAIN in last
+    )
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").glob("[0-9]")) == ["1"]
 
 
