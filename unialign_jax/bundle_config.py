@@ -9,12 +9,12 @@ from unialign_jax import files
 from unialign_jax.data.kinds import TASKS, task_name
 from unialign_jax.data.tokenizer import Tokenizer
 from unialign_jax.files import shown
+from unialign_jax.files.places import Place, is_url, place
 from unialign_jax.integrity import inventory
 from unialign_jax.models.autoencoder import AutoencoderConfig
 from unialign_jax.models.mmdit import REMAT_POLICIES, AlignmentHeadsConfig, MMDiTConfig
 from unialign_jax.models.teacher import TeacherConfig
 from unialign_jax.models.text_encoder import TextEncoderConfig
-from unialign_jax.places import Place, is_url, place
 from unialign_jax.sampling.text import DECODINGS
 
 FORMAT, VERSION = "unialign_jax bundle", 1

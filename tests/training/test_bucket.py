@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unialign_jax import bundle, places
+from unialign_jax import bundle
 from unialign_jax.conversion.exporting import bundle_from_run
+from unialign_jax.files import places
 from unialign_jax.inference.opening import ModelSource
 from unialign_jax.training import run_folder, runs
 from unialign_jax.training.checkpoints import Checkpoints, damage

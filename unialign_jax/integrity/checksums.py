@@ -19,7 +19,7 @@ from typing import BinaryIO
 import numpy as np
 
 from unialign_jax.files import first_line, write_json
-from unialign_jax.places import Place, client, is_remote, place, read_json
+from unialign_jax.files.places import Place, client, is_remote, place, read_json
 
 RECORD = "checksums.json"  # in the folder: {"files": {relative path: [bytes, digest]}}
 _SIDE = 512  # words of a square's row and column

@@ -24,10 +24,10 @@ import tensorstore as ts
 from orbax.checkpoint import v1 as ocp
 
 from unialign_jax.files import first_line
+from unialign_jax.files.places import Place, is_remote, move, place, reaching
 from unialign_jax.integrity import checksums
 from unialign_jax.parallel import processes
 from unialign_jax.parallel.sharding import path_string
-from unialign_jax.places import Place, is_remote, move, place, reaching
 from unialign_jax.training.state import TrainState
 
 log = logging.getLogger(__name__)

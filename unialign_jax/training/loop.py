@@ -22,9 +22,9 @@ from unialign_jax.data.mixture import IN_USE, Mixture, batches_ahead
 from unialign_jax.data.streams import Stream, StreamConfig
 from unialign_jax.data.text_lengths import cuts_of
 from unialign_jax.data.tokenizer import Tokenizer, load_backend, load_tokenizer
+from unialign_jax.files.places import place
 from unialign_jax.models import flops
 from unialign_jax.parallel import processes, sharding
-from unialign_jax.places import place
 from unialign_jax.training import caching
 from unialign_jax.training.checkpoints import Checkpoints
 from unialign_jax.training.config import active_streams, listed

@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 
 from unialign_jax.files import first_line
-from unialign_jax.places import client, is_remote, place, reaching
+from unialign_jax.files.places import client, is_remote, place, reaching
 from unialign_jax.training.run_lock import BEAT, FILE, ObjectLock, only_run_in
 
 log = logging.getLogger(__name__)

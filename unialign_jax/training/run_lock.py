@@ -24,8 +24,8 @@ from typing import IO
 import jax
 
 from unialign_jax.files import check_regular, first_line, one_line, parse_json
+from unialign_jax.files.places import Place, client, reaching
 from unialign_jax.parallel import processes
-from unialign_jax.places import Place, client, reaching
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from orbax.checkpoint import v1 as ocp
 from unialign_jax import bundle, bundle_config, files
 from unialign_jax.data.kinds import KINDS
 from unialign_jax.data.tokenizer import Tokenizer, load_tokenizer
-from unialign_jax.places import Place, is_remote, place, reaching, read_json
+from unialign_jax.files.places import Place, is_remote, place, reaching, read_json
 from unialign_jax.training.checkpoints import agreed, damage, differences, is_committed, leaf_shapes, stored_shapes
 from unialign_jax.training.config import build_configs, with_new_names
 from unialign_jax.training.state import Networks, init_frozen
