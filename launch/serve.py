@@ -105,7 +105,6 @@ def listen(host: str, port: int) -> socket.socket:
 
 def serve(arguments: argparse.Namespace) -> None:
     """Runs until SIGINT or SIGTERM; requests that were taken are answered first."""
-    keys, bound = api_keys(arguments), listen(arguments.host, arguments.port)
     import uvicorn
     from fastapi.middleware.cors import CORSMiddleware
 
@@ -115,6 +114,8 @@ def serve(arguments: argparse.Namespace) -> None:
     from unialign_jax.serving.metrics import Metrics
     from unialign_jax.serving.requests import Limits
 
+    keys, bound = api_keys(arguments), listen(arguments.host, arguments.port)
+    sizes = warming.parse_sizes(arguments.warm_up)
     source = ModelSource(arguments.bundle, weights=arguments.weights)
     source.check_complete()
     keep_compiled(arguments.compilation_cache)
@@ -123,7 +124,7 @@ def serve(arguments: argparse.Namespace) -> None:
     metrics = Metrics()
     engine = Engine(pipelines, max_waiting=arguments.queue, time_limit=arguments.time_limit, observe=metrics.observe)
     metrics.watch(engine)
-    warming.warm_up(pipelines, arguments.warm_up)
+    warming.warm_up(pipelines, sizes)
     limits = Limits(
         request_bytes=arguments.max_megabytes * 2**20,
         samples=arguments.max_samples,

@@ -33,10 +33,12 @@ def open_replicas(source: ModelSource, count: int | None = None, **options) -> l
     return pipelines
 
 
-def parse_sizes(text: str) -> list[tuple[int, int]]:
-    """ "512x512,768x512" -> [(width, height)]. Raises ValueError."""
+def parse_sizes(text: str | None) -> list[tuple[int, int]] | None:
+    """ "512x512,768x512" -> [(width, height)], "none" -> []; None stays. Raises ValueError."""
+    if text is None:
+        return None
     sizes = []
-    for part in text.split(","):
+    for part in [] if text == "none" else text.split(","):
         match = re.fullmatch(r"\s*(\d{1,5})x(\d{1,5})\s*", part)
         if not match:
             raise ValueError(f"--warm-up is {shown(text)}, expected sizes such as 512x512,768x512, or none")
@@ -44,21 +46,24 @@ def parse_sizes(text: str) -> list[tuple[int, int]]:
     return sizes
 
 
-def warm_up(pipelines: list[Pipeline], text: str | None) -> None:
-    """Runs every task that the model knows, alone and in a full batch, on every replica.
+def batch_sizes(most: int) -> list[int]:
+    """The sizes to which a pipeline fills its batches: powers of two, and the largest that it may have."""
+    return sorted({min(most, 1 << power) for power in range((most - 1).bit_length() + 1)})
+
+
+def warm_up(pipelines: list[Pipeline], sizes: list[tuple[int, int]] | None) -> None:
+    """Runs the tasks of one image or none that the model knows, in batches of 1, 2, 4, ..., on every replica.
 
     Args:
-      text: sizes of images as `parse_sizes` reads them; None is the model's own, "none" does nothing.
+      sizes: (width, height) of images; None is the model's own. Nothing is run for an empty list.
 
     Raises ValueError for a size that the model cannot make.
     """
-    if text == "none":
-        return
     side = pipelines[0].config.image_size
-    sizes = parse_sizes(text) if text else [(side, side)]
+    sizes = [(side, side)] if sizes is None else sizes
     tasks = pipelines[0].config.tasks
-    for pipeline in pipelines:
-        for count in sorted({1, pipeline.max_batch}):
+    for pipeline in pipelines if sizes else ():
+        for count in batch_sizes(pipeline.max_batch):
             for width, height in sizes:
                 log.info("compiling for %d of %d x %d pixels", count, width, height)
                 image = Image.fromarray(np.zeros((height, width, 3), np.uint8))
