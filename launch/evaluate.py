@@ -3,13 +3,16 @@
 import argparse
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from unialign_jax.command_line import Parser, explain_missing_packages, run_command
+from unialign_jax.command_line import Parser, explain_missing_packages, run_command, sigterm_interrupts
 
 explain_missing_packages()
+
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 DESCRIPTION = """\
 Runs a model on a benchmark and scores what it makes. A run has three parts: generate, score and report. All are done
@@ -26,6 +29,10 @@ A judge's key is read from the environment variable OPENAI_API_KEY. Suites, data
 """
 # Options of the sampler that no suite leaves to the user.
 FIXED = ("images_per_prompt", "kind", "slots", "prefix")
+# Options of the machine and of the model, as launch/generate.py has them.
+MACHINE = ("bundle", "batch", "weights", "dtype", "quantize", "low_memory", "attention", "verify", "compilation_cache")
+RESERVED = ("official", "corrected")  # folders of a run beside that of the model
+KEY = "OPENAI_API_KEY"  # the environment variable of a judge's key
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -60,14 +67,19 @@ def add_suite_arguments(parser: argparse.ArgumentParser, suite) -> None:
     add("part", nargs="?", choices=PARTS, help="do this part alone")
     add("--output", required=True, metavar="DIR", type=Path, help="folder of the run")
     add("--bundle", metavar="DIR", help="the model: a bundle, a run's folder, or demo; generate needs it")
-    add("--data", metavar="PATH", type=Path, help="your copy of the suite's data; generate needs it")
+    add("--data", metavar="PATH", type=Path, help="your copy of the suite's data; only generate needs it")
     add("--mode", choices=MODES, help="official: as the official code does, defects included; corrected: without them")
     add("--limit", type=int, metavar="N", help="the first N items of each group alone")
     add("--overwrite", action="store_true", help="replace what was made in another way")
-    own = parser.add_argument_group(f"options of {suite.name}")
-    suite.add_arguments(
-        lambda name, **options: own.add_argument(name, dest=f"extra_{name[2:].replace('-', '_')}", **options)
-    )
+    own, defaults = parser.add_argument_group(f"options of {suite.name}"), {}
+
+    def add_own(name, **options):
+        key = name[2:].replace("-", "_")
+        defaults[key] = options.get("default", False if options.get("action") == "store_true" else None)
+        own.add_argument(name, dest=f"extra_{key}", **options)
+
+    suite.add_arguments(add_own)
+    parser.set_defaults(defaults=defaults)
     add = parser.add_argument_group("the model").add_argument
     add("--name", default="model", help="under which the official layout files the images (%(default)s)")
     add("--batch", type=int, default=8, metavar="N", help="most samples at a time (%(default)s)")
@@ -75,6 +87,14 @@ def add_suite_arguments(parser: argparse.ArgumentParser, suite) -> None:
     add("--dtype", choices=["bfloat16", "float32"], help="default bfloat16, on a CPU float32")
     add("--quantize", choices=["int8", "w8a8"], help="int8 weights; w8a8: int8 activations too")
     add("--low-memory", action="store_true", help="on the device only what is in use; slower")
+    add("--attention", default="auto", metavar="NAME", help="auto, xla, cudnn (GPU) or splash (TPU)")
+    add("--no-verify", dest="verify", action="store_false", help="read the bundle without checking its files' hashes")
+    add(
+        "--compilation-cache",
+        metavar="DIR",
+        default=str(Path("~") / ".cache" / "unialign_jax" / "compiled"),
+        help="keeps compiled programs between calls; none: keep nothing (%(default)s)",
+    )
     add = parser.add_argument_group("the sampler (default: the suite's own settings, then the model's)").add_argument
     for name, option in OPTIONS.items():
         if name not in FIXED and set(option.tasks) & set(suite.tasks):
@@ -89,63 +109,107 @@ def check_suite_arguments(parser: Parser, arguments: argparse.Namespace) -> None
     parser.check_least(arguments, batch=1)
     if arguments.limit is not None:
         parser.check_least(arguments, limit=1)
-    if arguments.part in (None, "generate"):
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", arguments.name) or arguments.name in RESERVED:
+        parser.error(
+            f"--name is {arguments.name!r}, expected the name of a folder, of letters, digits, . _ -, and none of "
+            f"{', '.join(RESERVED)}"
+        )
+    if "generate" in parts_of(arguments):
         for name in ("bundle", "data"):
             if getattr(arguments, name) is None:
                 parser.error(f"--{name} is not given; {arguments.command} needs it to generate")
 
 
+def parts_of(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """The parts of a run to do; the answers are not generated where they are in a file of the user's."""
+    from unialign_jax.evaluation.running import PARTS
+
+    if arguments.part:
+        return (arguments.part,)
+    return PARTS[1:] if getattr(arguments, "extra_results", None) else PARTS
+
+
 def run_suite(arguments: argparse.Namespace) -> int:
     """The parts of a run that are asked for. Returns 1 where jobs or scores failed."""
     from unialign_jax.evaluation import judging, running
-    from unialign_jax.evaluation.suite import Request, Scorer
+    from unialign_jax.evaluation.suite import Request
     from unialign_jax.evaluation.suites import find_suite
 
-    suite, failed = find_suite(arguments.command), 0
-    parts = (arguments.part,) if arguments.part else running.PARTS
+    suite, failed, parts = find_suite(arguments.command), 0, parts_of(arguments)
+    named = vars(arguments)
+    extra = {key[6:]: as_setting(value) for key, value in named.items() if key.startswith("extra_")}
+    given = {key: value for key, value in extra.items() if value != arguments.defaults[key]}
+    if "score" in parts and suite.judge_calls:
+        judging.endpoint_of(arguments, os.environ.get(KEY, ""))  # wrong options are told before anything is made
+    request = Request(
+        data=arguments.data or Path(extra.get("results") or ""),
+        output=arguments.output,
+        model=arguments.name,
+        mode=arguments.mode or "official",
+        limit=arguments.limit,
+        options={key[7:]: value for key, value in named.items() if key.startswith("option_") and value is not None},
+        extra=extra,
+    )
     if "generate" in parts:
-        named = vars(arguments)
-        request = Request(
-            data=arguments.data,
-            output=arguments.output,
-            model=arguments.name,
-            mode=arguments.mode or "official",
-            limit=arguments.limit,
-            options={key[7:]: value for key, value in named.items() if key.startswith("option_") and value is not None},
-            extra={key[6:]: value for key, value in named.items() if key.startswith("extra_")},
-        )
-        names = ("bundle", "batch", "weights", "dtype", "quantize", "low_memory")
-        machine = running.Machine(**{name: named[name] for name in names})
+        machine = running.Machine(**{name: named[name] for name in MACHINE})
         failed += running.generate(suite, request, machine, overwrite=arguments.overwrite)
     if parts == ("generate",):
         return 1 if failed else 0
-    request = running.opened(suite, arguments.output, arguments.mode, arguments.limit)
+    if extra.get("results") and not (arguments.output / running.SETTINGS).exists():
+        running.adopt(suite, request)
+    request = running.opened(suite, arguments.output, arguments.mode, arguments.limit, data=arguments.data, extra=given)
     if "score" in parts:
-        judge = None
-        if suite.judge_calls:
-            judge = judging.from_arguments(
-                arguments, os.environ.get("OPENAI_API_KEY", ""), request.output / running.JUDGEMENTS
-            )
-        guess = getattr(arguments, "official_guess", False)
-        scores = running.score(suite, request, lambda update: Scorer(judge, guess, update))
-        failed += sum(bool(score.failed) for score in scores)
+        failed += score(suite, request, arguments)
     if "report" in parts:
         print(running.report(suite, request))
     return 1 if failed else 0
 
 
+def as_setting(value):
+    """The value of an option as settings.json has it."""
+    return str(value.resolve()) if isinstance(value, Path) else value
+
+
+def score(suite, request, arguments: argparse.Namespace) -> int:
+    """Scores a run. Returns how many of its items could not be scored."""
+    from unialign_jax.evaluation import judging, running
+    from unialign_jax.evaluation.suite import Scorer
+
+    judge = None
+    if suite.judge_calls:
+        journal = request.output / running.JUDGEMENTS
+        judge = judging.from_arguments(arguments, os.environ.get(KEY, ""), journal)
+    guess = getattr(arguments, "official_guess", False)
+    try:
+        scores = running.score(suite, request, lambda update: Scorer(judge, guess, update))
+    except KeyboardInterrupt as stop:
+        raise type(stop)("what was judged is kept; the same command resumes there") from None
+    finally:
+        if judge:
+            judge.close()
+    return sum(bool(score.failed) for score in scores)
+
+
 def main(argv: list[str] | None = None) -> int:
-    arguments = parse_arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    arguments = parse_arguments(argv)
+    for name in ("absl", "asyncio"):  # the storage library logs its own tracebacks; the error raised says it all
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     hint = ": a smaller --batch takes less"
     if arguments.command == "shapes":
         from unialign_jax.evaluation import shapes_command
 
         work = shapes_command.run
     else:
+        logging.getLogger("unialign_jax").setLevel(logging.INFO)  # what is sampled, what a judge is asked
         work = run_suite
     resumes = "what is done is kept; the same command resumes"
-    return run_command(lambda: work(arguments), traceback=arguments.traceback, hint=hint, interrupted=resumes)
+
+    def interruptible():
+        with sigterm_interrupts(), logging_redirect_tqdm():
+            return work(arguments)
+
+    return run_command(interruptible, traceback=arguments.traceback, hint=hint, interrupted=resumes)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,16 @@
 """Images and texts from a bundle: python launch/generate.py --help"""
 
 import argparse
-import contextlib
 import functools
 import logging
 import os
-import signal
 import sys
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from unialign_jax.command_line import Parser, explain_missing_packages, run_command
+from unialign_jax.command_line import Parser, explain_missing_packages, run_command, sigterm_interrupts
 
 explain_missing_packages()
 
@@ -61,12 +59,6 @@ jobs
   for every job. A bad job is reported and passed over (the exit status is then 1). After an interruption the same
   command resumes, and tries failed jobs again; with --overwrite it redoes changed jobs. More: docs/inference.md.
 """
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM: handled like Ctrl-C, with another exit status."""
-
-    status = 143
 
 
 def parse_arguments(argv):
@@ -203,18 +195,6 @@ def run_jobs(options) -> int:
         raise type(stop)(f"{done} of {len(read)} jobs are done and kept; the same command resumes there") from None
     print(f"{results.earlier + results.done} of {len(read)} jobs are done, {results.failed} failed: {results.path}")
     return 1 if results.failed else 0
-
-
-@contextlib.contextmanager
-def sigterm_interrupts():
-    def terminate(number, frame):
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def main(argv=None) -> int:

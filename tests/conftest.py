@@ -1,13 +1,18 @@
 """Every test sees eight virtual CPU devices; programs that name no mesh use the first."""
 
+import collections
 import dataclasses
 import gc
+import http.server
 import importlib.machinery
 import importlib.util
+import json
 import logging
 import os
 import re
 import sys
+import threading
+import time
 from pathlib import Path
 
 import jax
@@ -273,3 +278,77 @@ def positioned_bundle(tiny_bundle, tmp_path_factory):
     config = dataclasses.replace(config, transformer=transformer)
     bundle.save(directory, config, params, tokenizer=bundle.tokenizer_path(tiny_bundle))
     return directory
+
+
+class ChatServer(http.server.ThreadingHTTPServer):
+    """An OpenAI-compatible endpoint on this machine, as well or badly behaved as a test wants it.
+
+    Attributes:
+      name_of: the name of a request by its body; what `asked` counts.
+      behave: (name, how often it was asked) -> (status, headers, content); a status of None hangs up, and a list of
+        contents comes drop by drop.
+      requests: (path, headers, body) of all, in their order.
+      most: how many were answered at a time.
+    """
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), ChatHandler)
+        self.asked, self.requests, self.running, self.most = collections.Counter(), [], 0, 0
+        self.lock = threading.Lock()
+        self.name_of = lambda body: json.dumps(body, sort_keys=True)
+        self.behave = lambda name, times: (200, {}, self.answer("yes"))
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+    @staticmethod
+    def answer(text, **choice):
+        """The content of an answer that says `text`."""
+        usage = {"prompt_tokens": 100, "completion_tokens": 7}
+        return json.dumps({"choices": [{"message": {"content": text}} | choice], "usage": usage}).encode()
+
+
+class ChatHandler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        server = self.server
+        name = server.name_of(body)
+        with server.lock:
+            server.asked[name] += 1
+            times = server.asked[name]
+            server.requests.append((self.path, dict(self.headers), body))
+            server.running += 1
+            server.most = max(server.most, server.running)
+        try:
+            status, headers, content = server.behave(name, times)
+            if status is None:  # hangs up
+                self.connection.close()
+                return
+            self.send_response(status)
+            for key, value in headers.items():
+                self.send_header(key, value)
+            self.end_headers()
+            for piece in content if isinstance(content, list) else [content]:
+                self.wfile.write(piece)
+                self.wfile.flush()
+                time.sleep(0.1 if isinstance(content, list) else 0)
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+        finally:
+            with server.lock:
+                server.running -= 1
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def chat_server():
+    """A running `ChatServer`."""
+    with ChatServer() as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield server
+        server.shutdown()

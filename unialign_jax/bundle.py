@@ -19,6 +19,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -110,7 +111,7 @@ def load(
     *,
     components: Iterable[str] | None = None,
     mesh: jax.sharding.Mesh | None = None,
-    dtype=None,
+    dtype: Any = None,
     verify: bool = True,
 ) -> tuple[BundleConfig, dict]:
     """The bundle's architecture and its parameters on the devices: (config, {component: params}).
@@ -342,7 +343,7 @@ class Writer:
         self.scratch = self._folder.enter_context(replacing_folder(self.directory, **self._options))
         return self
 
-    def add(self, name: str, config, leaves: Iterable[tuple[str, np.ndarray]]) -> None:
+    def add(self, name: str, config: dict, leaves: Iterable[tuple[str, np.ndarray]]) -> None:
         """Writes a component from its (path, array) pairs. Holds a few small arrays or one large one at a time."""
         context = ocp.Context()
         context.array.saving.use_compression = False  # weights hardly compress

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 from unialign_jax import files
 from unialign_jax.data.kinds import TASKS, task_name
@@ -173,7 +174,7 @@ def parse_config(directory: str | os.PathLike, content: dict) -> BundleConfig:
     return BundleConfig(**components, **found, tasks=tasks)
 
 
-def parse_component(kind: type, values, where: str):
+def parse_component(kind: type, values: Any, where: str):
     """The configuration dataclass `kind` from a JSON value. Raises ValueError with a line that begins with `where`."""
     if not isinstance(values, dict):
         raise ValueError(f"{where} is {shown(values)}, expected an object")
@@ -227,7 +228,7 @@ def _check_sampling(sampling: dict, where: str) -> None:
             raise ValueError(f"{where}: sampling.{key} is {shown(value)}, expected {expected}")
 
 
-def is_number(value) -> bool:
+def is_number(value: Any) -> bool:
     """Whether a JSON value is a finite number that a float can hold."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 

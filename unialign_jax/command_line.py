@@ -4,11 +4,13 @@ Commands import it first, and it needs the standard library alone: so a missing 
 """
 
 import argparse
+import contextlib
 import os
 import re
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from unialign_jax.files import first_line
@@ -30,6 +32,26 @@ class Parser(argparse.ArgumentParser):
         for name, low in least.items():
             if getattr(arguments, name) < low:
                 self.error(f"--{name.replace('_', '-')} is {getattr(arguments, name)}, expected at least {low}")
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: handled like Ctrl-C, with another exit status."""
+
+    status = 143
+
+
+@contextlib.contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Within the block SIGTERM raises `Terminated`, as Ctrl-C raises KeyboardInterrupt."""
+
+    def terminate(number, frame):
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run_command(

@@ -11,6 +11,7 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 MAX_JSON = 2**26  # bytes of a JSON file that is read whole
 _CLAIM = ".being-written"  # a file in an unfinished folder; the process that writes the folder holds a lock on it
@@ -27,7 +28,7 @@ def first_line(error: BaseException, most: int = 300) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
 
 
-def shown(value, most: int = 60, show: Callable[[object], str] = repr) -> str:
+def shown(value: Any, most: int = 60, show: Callable[[object], str] = repr) -> str:
     """A value for a message: its repr on one line, at most `most` characters."""
     try:
         text = " ".join(show(value).split())
@@ -155,7 +156,7 @@ def replacing_file(path: str | os.PathLike) -> Iterator[Path]:
             os.unlink(scratch)
 
 
-def write_json(path: str | os.PathLike, content, indent: int = 2) -> None:
+def write_json(path: str | os.PathLike, content: Any, indent: int = 2) -> None:
     """Writes `content` as a JSON file, by `replacing_file`."""
     with replacing_file(path) as scratch:
         scratch.write_text(json.dumps(content, indent=indent) + "\n")

@@ -1,12 +1,7 @@
 """What the tests of data share: images of people, the command of preparation, and an endpoint for captions."""
 
 import base64
-import collections
-import http.server
 import io
-import json
-import threading
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -45,66 +40,15 @@ def prepare(launch_command, tmp_path, capsys):
     return run
 
 
-def _answer(caption, **choice):
-    usage = {"prompt_tokens": 100, "completion_tokens": 7}
-    return json.dumps({"choices": [{"message": {"content": caption}} | choice], "usage": usage}).encode()
-
-
-class CaptionServer(http.server.ThreadingHTTPServer):
-    """Answers each image by its grey: `behave(grey, how often it was asked)` -> (status, headers, body)."""
-
-    daemon_threads = True
-    answer = staticmethod(_answer)
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.asked, self.requests, self.running, self.most = collections.Counter(), [], 0, 0
-        self.lock = threading.Lock()
-        self.behave = lambda grey, times: (200, {}, _answer(f"grey {grey}"))
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        url = body["messages"][0]["content"][0]["image_url"]["url"]
-        image = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
-        grey = round(np.asarray(image).mean())
-        server = self.server
-        with server.lock:
-            server.asked[grey] += 1
-            server.requests.append((self.path, dict(self.headers), body, image.size))
-            server.running += 1
-            server.most = max(server.most, server.running)
-        try:
-            status, headers, content = server.behave(grey, server.asked[grey])
-            if status is None:  # hangs up
-                self.connection.close()
-                return
-            self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name, value)
-            self.end_headers()
-            for piece in content if isinstance(content, list) else [content]:
-                self.wfile.write(piece)
-                self.wfile.flush()
-                time.sleep(0.1 if isinstance(content, list) else 0)
-        except (BrokenPipeError, ConnectionResetError):
-            pass
-        finally:
-            with server.lock:
-                server.running -= 1
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture
-def server():
-    with CaptionServer() as found:
-        threading.Thread(target=found.serve_forever, args=(0.02,), daemon=True).start()
-        yield found
-        found.shutdown()
+def server(chat_server):
+    """`chat_server` as an endpoint for captions: it answers each image by its grey."""
+
+    def image_of(body):
+        url = body["messages"][0]["content"][0]["image_url"]["url"]
+        return Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+
+    chat_server.image_of = image_of
+    chat_server.name_of = lambda body: round(np.asarray(image_of(body)).mean())
+    chat_server.behave = lambda grey, times: (200, {}, chat_server.answer(f"grey {grey}"))
+    return chat_server

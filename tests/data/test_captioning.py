@@ -46,10 +46,10 @@ def test_every_image_is_asked_once_and_many_at_a_time(server, tmp_path):
     assert journal[image_digest(images[1])] == "grey 20"
     assert (done.asked, done.answered, done.failed, done.prompt_tokens, done.answer_tokens) == (4, 4, 0, 400, 28)
     assert done.cost(1.0, 10.0) == pytest.approx((400 + 280) / 1e6)
-    path, headers, body, size = server.requests[0]
+    path, headers, body = server.requests[0]
     assert path == "/v1/chat/completions"
     assert headers["Authorization"] == "Bearer secret"
-    assert size == (30, 20)
+    assert server.image_of(body).size == (30, 20)
     assert body["model"] == "some-model"
     assert body["messages"][0]["content"][1] == {"type": "text", "text": "What is it?"}
 

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 LOAD = """
@@ -111,7 +112,7 @@ def make_t5(scratch: Path) -> tuple[Path, list[str]]:
     return path, ["--components=text_encoder", f"--tokenizer={scratch / 'tokenizer'}"]
 
 
-def shapes_of(config) -> dict[str, dict]:
+def shapes_of(config: Any) -> dict[str, dict]:
     """{component: {path: shape}} of a bundle's parameters."""
     from flax.traverse_util import flatten_dict
 

@@ -12,6 +12,7 @@ Without --input the pictures are made: smooth random fields with texture as JPEG
 of about 2 bits a pixel as photographs are, of 4:3 and 3:2, upright and wide, with the shorter side of --stored pixels.
 """
 
+import argparse
 import functools
 import importlib.util
 import io
@@ -19,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +33,7 @@ PIXELS_OF_A_LATENT = 8  # a side
 WORDS = "a small red yellow blue green circle square triangle star left right above below of the two three on".split()
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--input", type=Path, metavar="DIR", help="a data folder of your own; default: made pictures")
     parser.add_argument("--image-size", type=int, default=512, help="pixels a side of an example, default %(default)s")
     parser.add_argument("--stored", default="512,1024", help="shorter sides of made pictures, default %(default)s")
@@ -43,7 +45,7 @@ def add_arguments(parser):
     parser.add_argument("--scratch", type=Path, help="where folders are made, default the system's")
 
 
-def benchmark_data(arguments) -> dict:
+def benchmark_data(arguments: argparse.Namespace) -> dict:
     """{figure: value}, three tables among them. Raises ValueError, OSError for bad options and folders."""
     from unialign_jax.data.records import read_metadata
     from unialign_jax.data.tokenizer import load_tokenizer
@@ -159,7 +161,7 @@ def make_decoders() -> dict[str, Callable[[bytes], np.ndarray]]:
     return decoders
 
 
-def open_stream(folder: Path, tokenizer, arguments, **options):
+def open_stream(folder: Path, tokenizer: Any, arguments: argparse.Namespace, **options):
     """The folder's first --count records as a stream."""
     from unialign_jax.data.kinds import find_kind
     from unialign_jax.data.records import read_metadata
@@ -196,7 +198,7 @@ def fastest(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str
     return {name: min(found) for name, found in seconds.items()}
 
 
-def measure_decoders(stream, arguments) -> dict:
+def measure_decoders(stream: Any, arguments: argparse.Namespace) -> dict:
     """A row: images/s of each decoder and of the stream, and the stream's share of the fastest.
 
     The images of a record are its target and as many references as the stream takes.
@@ -223,7 +225,7 @@ def rates(seconds: dict[str, float], count: int) -> dict:
     return row | {"fastest": best, "share": f"{100 * seconds[best] / seconds['stream']:.0f}%"}
 
 
-def measure_cache(folder: Path, tokenizer, arguments) -> dict:
+def measure_cache(folder: Path, tokenizer: Any, arguments: argparse.Namespace) -> dict:
     """A row: examples/s of a stream that reads caches, and the bytes that each takes."""
     from unialign_jax.data import caches
 
@@ -286,7 +288,7 @@ class Repeated:
         return self._stream[index % len(self._stream)]
 
 
-def measure_mixture(stream, threads: list[int], arguments) -> list[dict]:
+def measure_mixture(stream: Any, threads: list[int], arguments: argparse.Namespace) -> list[dict]:
     """A row for each number of threads: examples/s in wall time, the cores that were busy, and examples/s of a core."""
     from unialign_jax.data.mixture import Mixture
 

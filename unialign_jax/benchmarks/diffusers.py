@@ -7,6 +7,7 @@ documentation advises; on a CPU it runs as it is. No text encoder and no autoenc
 import functools
 import statistics
 import timeit
+from typing import Any
 
 from unialign_jax.benchmarks import sample
 from unialign_jax.conversion.exporting import sd3_settings
@@ -14,7 +15,7 @@ from unialign_jax.conversion.transformer import POOLED_WIDTH
 from unialign_jax.training.metrics import memory_use
 
 
-def open_network(settings):
+def open_network(settings: dict):
     """(config, SD3Transformer2DModel with random weights of the same size, device, dtype)."""
     import torch
     from diffusers import SD3Transformer2DModel
@@ -34,7 +35,7 @@ def open_network(settings):
     return config, network, device, getattr(torch, dtype)
 
 
-def taken_on(device, dtype) -> str:
+def taken_on(device: str, dtype: str) -> str:
     import diffusers
     import torch
 
@@ -50,7 +51,7 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def torch_matmul(device, dtype) -> float:
+def torch_matmul(device: str, dtype: str) -> float:
     import torch
 
     side, calls = sample.MATMUL.get(device, sample.LARGE_MATMUL)
@@ -64,7 +65,7 @@ def torch_matmul(device, dtype) -> float:
     return sample.matmul_rate(side, calls, run)
 
 
-def torch_inputs(settings, config, batch, device, dtype):
+def torch_inputs(settings: dict, config: Any, batch: int, device: str, dtype: str):
     """Noise, text embeddings and pooled text of `batch` samples, as diffusers takes them."""
     import torch
 
@@ -73,7 +74,7 @@ def torch_inputs(settings, config, batch, device, dtype):
     return [torch.randn(batch, *shape, device=device, dtype=dtype) for shape in shapes]
 
 
-def forward(settings) -> dict:
+def forward(settings: dict) -> dict:
     import torch
 
     config, network, device, dtype = open_network(settings)
@@ -91,7 +92,7 @@ def forward(settings) -> dict:
         }
 
 
-def loop(settings) -> dict:
+def loop(settings: dict) -> dict:
     """The Euler loop with guidance, both halves in one forward, latents float32 between steps."""
     import torch
 

@@ -6,6 +6,7 @@ Alternates between two ways to run the same number of optimizer steps: the bare 
 on the device, and the training loop with data, metrics and progress bar. Their ratio is the overhead of the loop.
 """
 
+import argparse
 import collections
 import contextlib
 import logging
@@ -17,13 +18,13 @@ import time
 from unialign_jax.benchmarks.sample import MOST_ROUNDS, check_counts
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--config", default="configs/stage1.py:tiny", help="stage file, default %(default)s")
     parser.add_argument("--steps", type=int, default=30, help="steps of one measurement, default %(default)s")
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each kind, taken in turn; medians count")
 
 
-def benchmark_train(arguments) -> dict:
+def benchmark_train(arguments: argparse.Namespace) -> dict:
     """{figure: value}. Raises ValueError for bad options."""
     import jax
 

@@ -10,6 +10,7 @@ start of the process: "real is of" says whether the steps had that peak, or the 
 out. The plan is one device's peak by `planning.step.plan_step` times their number. Each case has its own process.
 """
 
+import argparse
 import ctypes
 import os
 import re
@@ -46,7 +47,7 @@ MEDIUM = (
 )
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument(
         "--config", default="configs/stage1.py", help="stage file, default %(default)s, on CPUs made small"
     )
@@ -61,7 +62,7 @@ def add_arguments(parser):
     parser.add_argument("--remat", default="none,block", help="policies to try, default %(default)s")
 
 
-def benchmark_memory(arguments) -> dict:
+def benchmark_memory(arguments: argparse.Namespace) -> dict:
     """A table with a row for each mesh and policy. Raises ValueError for a case that cannot run."""
     from unialign_jax.inference.options import check_whole
     from unialign_jax.training.config import config_problems, read_config

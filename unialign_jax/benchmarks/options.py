@@ -10,6 +10,7 @@ Prompts and images are those of the shapes world (a seed that training does not 
 configs/stage1.py:tiny. With --prompts the prompts are its lines, and the images to caption are the ones made.
 """
 
+import argparse
 import timeit
 from pathlib import Path
 
@@ -35,7 +36,7 @@ QUANTIZE = ("int8", "w8a8")
 DECODING_STEPS = {"ancestral": (32, 16, 8), "top_k": (32, 16, 8), "confidence": (32,), "entropy": (32,)}
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--bundle", required=True, help="a bundle written by launch/convert.py")
     parser.add_argument("--prompts", type=Path, help="a file of prompts, one a line")
     parser.add_argument("--count", type=int, default=16, help="prompts of the shapes world, default %(default)s")
@@ -44,7 +45,7 @@ def add_arguments(parser):
     parser.add_argument("--rounds", type=int, default=5, help="calls of which the fastest counts, default %(default)s")
 
 
-def benchmark_options(arguments) -> dict[str, str]:
+def benchmark_options(arguments: argparse.Namespace) -> dict[str, str]:
     """{option: its cost and effect}. Raises ValueError or OSError for arguments that do not fit."""
     from unialign_jax import Pipeline, bundle
     from unialign_jax.benchmarks.sample import MOST_ROUNDS, Stopwatch, check_counts
@@ -96,7 +97,7 @@ def benchmark_options(arguments) -> dict[str, str]:
     return figures
 
 
-def read_inputs(arguments, size):
+def read_inputs(arguments: argparse.Namespace, size: int):
     """(prompts, pictures to caption or None)."""
     from unialign_jax.files import check_regular
 
@@ -114,6 +115,6 @@ def read_inputs(arguments, size):
     return [example.caption for example in examples], [Image.fromarray(example.image) for example in examples]
 
 
-def difference(a, b) -> float:
+def difference(a: np.ndarray, b: np.ndarray) -> float:
     """Root mean square, in 255ths."""
     return float(np.sqrt(np.mean(np.square(a - b))))

@@ -16,6 +16,7 @@ side is SD3Transformer2DModel of the same size and dtype with random weights in 
 a GPU. All times are medians of --rounds calls after a first one.
 """
 
+import argparse
 import dataclasses
 import functools
 import importlib.util
@@ -27,7 +28,9 @@ import sys
 import tempfile
 import time
 import timeit
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -44,7 +47,7 @@ MOST_ROUNDS = 1_000_000  # of steps, rounds and the like: more is a mistake
 FORWARD_TURNS = 2  # ours and diffusers are measured in turn, so that a busy moment of the machine meets both
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser):
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--bundle", type=Path, help="a bundle written by launch/convert.py")
     model.add_argument("--random", choices=RANDOM, help="random weights of this size, T5 and autoencoder included")
@@ -62,7 +65,7 @@ def add_arguments(parser):
     parser.add_argument("--rounds", type=int, default=3, help="calls of which the median counts, default %(default)s")
 
 
-def benchmark_sample(arguments) -> dict:
+def benchmark_sample(arguments: argparse.Namespace) -> dict:
     """{figure: value}; a figure that could not be measured says so. Raises ValueError for options that do not fit."""
     from unialign_jax.inference.options import MAX_STEPS, MAX_TOKENS, check_range, check_whole
     from unialign_jax.planning.sampling import check_sampling
@@ -102,7 +105,7 @@ def benchmark_sample(arguments) -> dict:
     return figures
 
 
-def compare_forward(settings) -> dict:
+def compare_forward(settings: dict) -> dict:
     sides = ["ours"] + ([settings["compare"]] if settings["compare"] else [])
     turns = {side: [] for side in sides}
     for _ in range(FORWARD_TURNS if settings["compare"] else 1):
@@ -126,7 +129,7 @@ def compare_forward(settings) -> dict:
     return figures | {"forward, ours / diffusers": ratio}
 
 
-def compare_loop(settings, ours) -> dict:
+def compare_loop(settings: dict, ours: dict) -> dict:
     """diffusers' loop at the batch sizes of ours, and the ratios of the times."""
     if not settings["compare"]:
         return {"image loop, ours / diffusers": not_measured("no --compare=diffusers")}
@@ -141,7 +144,7 @@ def compare_loop(settings, ours) -> dict:
     return figures
 
 
-def check_counts(arguments, **most: int) -> None:
+def check_counts(arguments: argparse.Namespace, **most: int) -> None:
     """Raises ValueError for an option that is given, and no whole number from 1 to its most."""
     from unialign_jax.inference.options import check_whole, flag
 
@@ -150,7 +153,7 @@ def check_counts(arguments, **most: int) -> None:
             check_whole(flag(name), getattr(arguments, name), 1, high)
 
 
-def batch_sizes(option, text) -> list[int]:
+def batch_sizes(option: str, text: str) -> list[int]:
     try:
         sizes = [int(part) for part in text.split(",")]
     except ValueError:
@@ -160,18 +163,18 @@ def batch_sizes(option, text) -> list[int]:
     return sizes
 
 
-def not_measured(why) -> str:
+def not_measured(why: str) -> str:
     return f"not measured: {why}"
 
 
-def worker(side, function, settings) -> dict:
+def worker(side: str, function: str, settings: dict) -> dict:
     """The result of `function` of this module, or of the one for diffusers, called in a process of its own."""
     module = {"ours": "sample", "diffusers": "diffusers"}[side]
     print(f"measuring {side}: {function} ...", file=sys.stderr, flush=True)
     return call_alone(module, function, settings)
 
 
-def call_alone(module, function, settings) -> dict:
+def call_alone(module: str, function: str, settings: dict) -> dict:
     """The result of a module of this folder, run in a process of its own as FUNCTION SETTINGS RESULT, both JSON.
 
     -P keeps this folder off the path: it has modules named like packages (diffusers). Raises ValueError when it fails.
@@ -191,7 +194,7 @@ def call_alone(module, function, settings) -> dict:
 # In a process of its own
 
 
-def model_config(settings):
+def model_config(settings: dict):
     """The BundleConfig of --bundle or --random."""
     from unialign_jax import bundle
     from unialign_jax.models import presets
@@ -208,7 +211,7 @@ def model_config(settings):
     )
 
 
-def parameter_loader(settings, config, dtype):
+def parameter_loader(settings: dict, config: Any, dtype: Any):
     """A function, name of a component -> its parameters on the device, read from the bundle or random."""
     import jax
     from flax.traverse_util import flatten_dict
@@ -228,13 +231,13 @@ def parameter_loader(settings, config, dtype):
     return weights.Loader(leaves, dtype=dtype, device=device, quantize=settings["quantize"])
 
 
-def random_array(shape, dtype):
+def random_array(shape: tuple[int, ...], dtype: Any):
     """Small normal numbers, repeated after four million, which changes no time."""
     return np.resize(random_pool(np.dtype(dtype)), shape)
 
 
 @functools.cache
-def random_pool(dtype):
+def random_pool(dtype: Any):
     return (0.02 * np.random.default_rng(0).standard_normal(2**22, np.float32)).astype(dtype)
 
 
@@ -265,13 +268,13 @@ class Stopwatch:
 
         return call
 
-    def measure(self, task) -> dict[str, float]:
+    def measure(self, task: Callable) -> dict[str, float]:
         """The seconds of a call of `task`: by part, and "all"."""
         self.seconds = {}
         seconds = timeit.timeit(task, number=1)
         return self.seconds | {"all": seconds}
 
-    def median(self, task, rounds) -> tuple[dict, float]:
+    def median(self, task: Callable, rounds: int) -> tuple[dict, float]:
         """(medians of `measure` over `rounds` calls, seconds of compiling: the excess of a first call's programs)."""
         first = self.measure(task)
         calls = [self.measure(task) for _ in range(rounds)]
@@ -279,7 +282,7 @@ class Stopwatch:
         return seconds, sum(max(0.0, first[part] - seconds[part]) for part in first if part != "all")
 
 
-def pipeline(settings) -> dict:
+def pipeline(settings: dict) -> dict:
     """Images and captions by our pipeline."""
     import jax
 
@@ -314,7 +317,7 @@ def pipeline(settings) -> dict:
     return figures
 
 
-def measure_images(settings, model, watch, limits) -> dict:
+def measure_images(settings: dict, model: Any, watch: Any, limits: dict) -> dict:
     from unialign_jax.models import flops
 
     config, steps = model.config, settings["steps"]
@@ -348,7 +351,7 @@ def measure_images(settings, model, watch, limits) -> dict:
     return figures
 
 
-def measure_captions(settings, model, watch, limits) -> dict:
+def measure_captions(settings: dict, model: Any, watch: Any, limits: dict) -> dict:
     from PIL import Image
 
     from unialign_jax.models import flops
@@ -382,7 +385,7 @@ def measure_captions(settings, model, watch, limits) -> dict:
     return figures | {f"captions / s, batch {most} against {least}": speedup}
 
 
-def shares(name, seconds, work, limits) -> dict:
+def shares(name: str, seconds: dict, work: dict, limits: dict) -> dict:
     """Seconds by part, and the rates of the loop and of the whole, for the FLOPs `work` by part."""
     figures = {f"{name}: {part}, s": seconds[part] for part in work}
     figures[f"{name}: all, s"] = seconds["all"]
@@ -395,7 +398,7 @@ def shares(name, seconds, work, limits) -> dict:
     return figures
 
 
-def compile_times(name, task, watch, cold) -> dict:
+def compile_times(name: str, task: Callable, watch: Any, cold: dict) -> dict:
     """The seconds of compiling the programs of `task`, without and with the persistent cache."""
     import jax
 
@@ -404,7 +407,7 @@ def compile_times(name, task, watch, cold) -> dict:
     return {f"{name}: compiling, s": cold, f"{name}: compiling, from the persistent cache, s": cached}
 
 
-def jax_matmul(dtype) -> float:
+def jax_matmul(dtype: Any) -> float:
     """FLOP/s of a large square matmul in JAX."""
     import jax
     import jax.numpy as jnp
@@ -415,12 +418,12 @@ def jax_matmul(dtype) -> float:
     return matmul_rate(side, calls, lambda: jax.block_until_ready([multiply(x, x) for _ in range(calls)]))
 
 
-def matmul_rate(side, calls, run) -> float:
+def matmul_rate(side: int, calls: int, run: Callable) -> float:
     """The best FLOP/s of `run()`, which multiplies two square matrices `calls` times and waits for the last."""
     return 2 * side**3 * calls / min(timeit.repeat(run, number=1, repeat=5))
 
 
-def forward(settings) -> dict:
+def forward(settings: dict) -> dict:
     """One forward of the MM-DiT, of one image with its text, from noise to velocity."""
     import jax
 
@@ -443,14 +446,14 @@ def forward(settings) -> dict:
     }
 
 
-def forward_shapes(settings, config):
+def forward_shapes(settings: dict, config: Any):
     """Shapes of the latents [1, h, w, C] and of the text [1, L, D] of one sample."""
     side = (settings["size"] or config.image_size) // config.autoencoder.downsample_factor
     text = (1, config.text_length, config.transformer.text_width)
     return (1, side, side, config.transformer.latent_channels), text
 
 
-def measure_forward(settings, config, run) -> dict:
+def measure_forward(settings: dict, config: Any, run: Callable) -> dict:
     from unialign_jax.models import flops
     from unialign_jax.training.metrics import memory_use
 
@@ -465,7 +468,7 @@ def measure_forward(settings, config, run) -> dict:
     }
 
 
-def answer(functions):
+def answer(functions: dict[str, Callable]):
     """The other end of `worker`: calls one of the functions with the settings and writes its result."""
     name, settings, output = sys.argv[1:]
     try:

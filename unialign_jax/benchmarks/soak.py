@@ -8,6 +8,7 @@ last the median memory grew by less than 2%, and the largest counts of descripto
 The exit status is 1 when it is not. Linux only.
 """
 
+import argparse
 import statistics
 import subprocess
 import sys
@@ -19,14 +20,14 @@ from pathlib import Path
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--config", default="configs/stage1.py:tiny", help="stage file, default %(default)s")
     parser.add_argument("--steps", type=int, default=2000, help="steps of the run, default %(default)s")
     parser.add_argument("--saves", type=int, default=200, help="saves of the run, default %(default)s")
     parser.add_argument("--scratch", type=Path, help="where the run's folder is made, default the system's")
 
 
-def benchmark_soak(arguments) -> dict:
+def benchmark_soak(arguments: argparse.Namespace) -> dict:
     """{figure: value}, of which `by tenth of the run` is a table. Raises ValueError, OSError when the run fails."""
     from unialign_jax.files import make_folder
     from unialign_jax.training.config import read_config

@@ -13,6 +13,7 @@ and a chain of matmuls of the blocks' shapes, an upper bound for the step. Weigh
 no data is read.
 """
 
+import argparse
 import functools
 import os
 import re
@@ -21,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from unialign_jax.benchmarks.sample import (
     MOST_ROUNDS,
@@ -36,7 +38,7 @@ PROFILED_STEPS = 3
 FAILED = "failed"  # how the outcome of a setting begins that broke for another reason than memory
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--config", default="configs/stage1.py", help="stage file, default %(default)s")
     parser.add_argument("--devices", type=int, help="how many of those here to use, default all")
     parser.add_argument("--stream", help="whose step, default the first of the configuration")
@@ -51,7 +53,7 @@ def add_arguments(parser):
     parser.add_argument("--profile", type=Path, metavar="DIR", help="keep a trace of three steps of each setting there")
 
 
-def benchmark_step(arguments) -> dict:
+def benchmark_step(arguments: argparse.Namespace) -> dict:
     """{figure: value}, of which some are tables. Raises ValueError for bad options, and when nothing was measured."""
     from unialign_jax.files import make_folder
     from unialign_jax.training.config import active_streams, config_problems, read_config
@@ -334,7 +336,7 @@ class Given:
     def __init__(self, config):
         self.config = config
 
-    def apply(self, variables, *_, **__):
+    def apply(self, variables: dict, *_, **__):
         return variables["params"]
 
 
@@ -431,7 +433,7 @@ def part_seconds(setup: Setup, measure: Callable) -> dict[str, float]:
     return seconds
 
 
-def encoder_outputs(networks, frozen: dict, batch: dict, ids: list) -> dict:
+def encoder_outputs(networks: Any, frozen: dict, batch: dict, ids: list) -> dict:
     """The outputs of the frozen networks in a step, in its order: moments of all images, embeddings of all texts."""
     import jax.numpy as jnp
 

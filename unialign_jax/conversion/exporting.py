@@ -9,7 +9,7 @@ the text head reads) and for the alignment heads.
 import shutil
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -237,7 +237,7 @@ def plan_component(name: str, trees: dict[str, StoredTree], format: str, dtype: 
     return Piece(name, tree.config, tensors, lambda: export_all(sources), heads)
 
 
-def export_table(name: str, config, format: str) -> Table:
+def export_table(name: str, config: Any, format: str) -> Table:
     """The table of a component in a format. Raises ValueError for an autoencoder that the format cannot hold."""
     if name == "text_encoder":
         return text_encoder.t5_table(config)

@@ -9,6 +9,7 @@ been read leaves memory with the array that held it.
 import contextlib
 import json
 import math
+import os
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -53,7 +54,7 @@ class TensorInfo(NamedTuple):
         return math.prod(self.shape)
 
 
-def read_header(path) -> dict[str, TensorInfo]:
+def read_header(path: str | os.PathLike) -> dict[str, TensorInfo]:
     """The tensors of one file by name.
 
     Raises FileNotFoundError, and ValueError for a file that is no safetensors file, not all of it, or damaged.
@@ -85,7 +86,7 @@ def read_header(path) -> dict[str, TensorInfo]:
     }
 
 
-def announced_bytes(text) -> int:
+def announced_bytes(text: str) -> int:
     """How many bytes of tensors a header speaks of, of any kind; 0 where it is too damaged to tell."""
     try:
         entries = [entry for name, entry in json.loads(text).items() if name != "__metadata__"]
@@ -104,7 +105,7 @@ def describe_start(start: bytes) -> str:
     return "its first bytes give no header length"
 
 
-def truncated(path, found, expected):
+def truncated(path: str | os.PathLike, found: int, expected: int):
     return ValueError(f"{path} is cut short: {found:,} bytes of {expected:,}. Download it again")
 
 
@@ -155,7 +156,7 @@ class Writer:
         self._missing = set(tensors)
         self._header, self._size = len(text).to_bytes(8, "little") + text, self._data_start + position
 
-    def write(self, name, array):
+    def write(self, name: str, array: np.ndarray):
         """Raises KeyError for an unknown name, ValueError for another shape than announced."""
         dtype, shape, begin = self._entries[name]
         if array.shape != shape:

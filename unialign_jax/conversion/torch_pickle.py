@@ -6,11 +6,12 @@ and descriptions of tensors, and refuses all else. No tensor is read: what comes
 """
 
 import math
+import os
 import pickletools
 import struct
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -53,7 +54,7 @@ class Storage(NamedTuple):
     crc: int
 
 
-def read_header(path) -> dict[str, TensorInfo]:
+def read_header(path: str | os.PathLike) -> dict[str, TensorInfo]:
     """The tensors of a state dictionary, a `.pth` file of {name: tensor}, by name.
 
     Raises FileNotFoundError, and ValueError for a file that is damaged, compressed, or asks for anything but tensors.
@@ -67,7 +68,7 @@ def read_header(path) -> dict[str, TensorInfo]:
     return content
 
 
-def read_single(path) -> np.ndarray:
+def read_single(path: str | os.PathLike) -> np.ndarray:
     """The one tensor of floats that a `.pth` file holds, bare or in a dictionary; errors as `read_header`."""
     content = read_content(path)
     tensors = list(content.values()) if isinstance(content, dict) else [content]
@@ -78,7 +79,7 @@ def read_single(path) -> np.ndarray:
     return read_tensor(tensors[0])
 
 
-def describe(value) -> str:
+def describe(value: Any) -> str:
     if isinstance(value, TensorInfo):
         return "a tensor"
     if isinstance(value, dict | list | tuple):
@@ -86,7 +87,7 @@ def describe(value) -> str:
     return "text" if isinstance(value, str) else "nothing" if value is None else "a number"
 
 
-def read_content(path):
+def read_content(path: str | os.PathLike):
     """What the file's pickle describes: nested dictionaries, lists and tuples of TensorInfo, numbers and text."""
     path = Path(path)
     check_regular(path)
@@ -113,7 +114,7 @@ def read_content(path):
         ) from None
 
 
-def check_members(archive) -> dict[str, zipfile.ZipInfo]:
+def check_members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     """The archive's members by name, none compressed: a small file must not become a large one."""
     members = {}
     for info in archive.infolist():
@@ -125,7 +126,7 @@ def check_members(archive) -> dict[str, zipfile.ZipInfo]:
     return members
 
 
-def locate(path, members, name) -> tuple[int, zipfile.ZipInfo]:
+def locate(path: str | os.PathLike, members: dict[str, zipfile.ZipInfo], name: str) -> tuple[int, zipfile.ZipInfo]:
     """Where the bytes of a member begin in the file."""
     if name not in members:
         raise Refused(f"it lacks {name[:80]!r}")
@@ -274,11 +275,11 @@ class Machine:
         raise Refused("its pickle calls a function in a way that no plain tensor needs")
 
 
-def damaged(reason) -> Refused:
+def damaged(reason: str) -> Refused:
     return Refused(f"its pickle is damaged ({reason})")
 
 
-def known(name) -> Global:
+def known(name: str) -> Global:
     """Refuses a name that no plain file of tensors needs."""
     if name not in CALLS and not (name.startswith("torch ") and name.removeprefix("torch ") in STORAGES):
         wanted = name.replace(" ", ".")[:100]
@@ -286,11 +287,11 @@ def known(name) -> Global:
     return Global(name)
 
 
-def is_count(value) -> bool:
+def is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**48
 
 
-def rebuild_tensor(path, storage, offset, shape, strides) -> TensorInfo:
+def rebuild_tensor(path: str | os.PathLike, storage: Any, offset: Any, shape: Any, strides: Any) -> TensorInfo:
     """A tensor as a view of its storage, as PyTorch describes it: offset and strides count values."""
     fits = isinstance(storage, Storage) and isinstance(shape, tuple) and isinstance(strides, tuple)
     if not fits or len(shape) != len(strides) or len(shape) > 32 or not all(map(is_count, (offset, *shape, *strides))):

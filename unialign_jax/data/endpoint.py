@@ -30,11 +30,16 @@ class Failed(Exception):
 
 
 class Retry(Exception):
-    """One attempt gave no answer. Another may; not before `after` seconds."""
+    """One attempt gave no answer. Another may.
 
-    def __init__(self, reason: str, after: float = 0.0):
+    Attributes:
+      after: seconds before the next attempt at least, as the endpoint asks.
+      pauses: whether to wait at all, which is of use where the endpoint is busy or down.
+    """
+
+    def __init__(self, reason: str, after: float = 0.0, *, pauses: bool = True):
         super().__init__(reason)
-        self.after = after
+        self.after, self.pauses = after, pauses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,10 +121,10 @@ def ask(
         except Retry as error:
             last = error
         if attempt + 1 < endpoint.attempts:
-            usage.add(retries=1)
             pause = min(_LONGEST_PAUSE, endpoint.first_pause * 2**attempt * random.uniform(0.5, 1))
-            if stop.wait(max(pause, min(last.after, _LONGEST_PAUSE))):
+            if stop.wait(max(pause, min(last.after, _LONGEST_PAUSE)) if last.pauses else 0):
                 break
+            usage.add(retries=1)
     raise Failed(str(last))
 
 
@@ -149,7 +154,8 @@ def _post(session, endpoint, path, body) -> bytes:
     if status == 400 or status == 413 or status == 422:
         raise Failed(f"status {status}: {one_line(content.decode(errors='replace'), 200)}")
     if status != 200:
-        raise Refused(f"{url} answers with status {status}: {one_line(content.decode(errors='replace'), 200)}")
+        keyless = ", to a request without an API key" if status in (401, 403) and not endpoint.key else ""
+        raise Refused(f"{url} answers with status {status}{keyless}: {one_line(content.decode(errors='replace'), 200)}")
     return content
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, Any, NamedTuple
 
 from PIL import Image
 
@@ -174,7 +174,7 @@ def check_source(path: str | os.PathLike) -> int:
     return size
 
 
-def lines_of(file, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
+def lines_of(file: IO[bytes], on_bytes: Callable[[int], None]) -> Iterator[bytes]:
     """The lines of a file; of one that is longer than MAX_LINE its first MAX_LINE + 1 bytes."""
     while line := file.readline(MAX_LINE + 1):
         on_bytes(len(line))
@@ -336,7 +336,7 @@ def _read_questions(row: _Row):
     return records, ["turn(s) without a question or without an answer left out"] * lone
 
 
-def checked_text(value, where: str) -> str:
+def checked_text(value: Any, where: str) -> str:
     """A text of a row without the spaces around it. Raises BadRow."""
     if not isinstance(value, str) or not value.strip():
         raise BadRow("text missing", f"expected a text in {where}, found {value!r:.200}")

@@ -4,6 +4,7 @@ Readers and writers of formats have tables of their own (`jsonl.READERS`, `shape
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ KINDS = {
 }
 
 
-def task_name(name):
+def task_name(name: Any):
     """The name in TASKS of a task; what is no name of one is returned as it is."""
     return TASK_ALIASES.get(name, name) if isinstance(name, str) else name
 

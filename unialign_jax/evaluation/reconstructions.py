@@ -10,7 +10,7 @@ from unialign_jax.evaluation.shapes import claim_of
 from unialign_jax.models.autoencoder import AutoencoderConfig, from_pixels, make_autoencoder, to_pixels
 
 
-def reconstructions_exact(config: AutoencoderConfig, params, scenes: int, *, image_size: int) -> float:
+def reconstructions_exact(config: AutoencoderConfig, params: dict, scenes: int, *, image_size: int) -> float:
     """The share of held-out scenes that the detector still reads right from their reconstruction."""
     module = make_autoencoder(config)
     examples = shapes_run.held_out("text_to_image", scenes, image_size)

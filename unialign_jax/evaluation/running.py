@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -21,14 +23,17 @@ from unialign_jax.evaluation.suite import (
     read_scores,
     write_scores,
 )
-from unialign_jax.files import check_regular, parse_json, read_json, replacing_file, shown, write_json
+from unialign_jax.files import check_regular, make_folder, parse_json, read_json, replacing_file, shown, write_json
 from unialign_jax.inference import job_runner, jobs
 from unialign_jax.inference.opening import ModelSource, keep_compiled
+from unialign_jax.inference.options import options_of
+
+log = logging.getLogger(__name__)
 
 SETTINGS, JOBS, JUDGEMENTS, SCORES = "settings.json", "jobs.jsonl", "judgements.jsonl", "scores.jsonl"
 PARTS = ("generate", "score", "report")
-# Of the request: what a later run of the same folder may change.
-_FREE = ("output", "limit")
+# What a later run of the same folder may change: of the request, and of the model.
+_FREE, _FREE_OF_MODEL = ("data", "output", "limit"), ("bundle", "unialign_jax")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +70,9 @@ def generate(suite: Suite, request: Request, machine: Machine, *, overwrite: boo
     items = limited(every, request.limit)
     stamp = source.stamp(machine.dtype, machine.quantize)
     settings = describe(suite, request) | {"model": stamp, "items": len(every), "unialign_jax": __version__}
-    check_settings(request.output, settings, overwrite=overwrite)
-    request.output.mkdir(parents=True, exist_ok=True)
+    kept = check_settings(suite, request.output, settings, overwrite=overwrite)
+    settings |= kept
+    make_folder(request.output, "--output")
     write_json(request.output / SETTINGS, settings)
     suite.prepare(request, items)
     write_jobs(request, items)
@@ -84,48 +90,75 @@ def generate(suite: Suite, request: Request, machine: Machine, *, overwrite: boo
         pipeline = source.open(max_batch=machine.batch, **how)
         if not machine.low_memory:
             pipeline.load()  # damaged weights are one error, not one for each job
-        with tqdm(total=len(read), initial=len(read) - len(todo), desc=suite.name, unit="job", disable=None) as bar:
-            job_runner.run(todo, pipeline, results, machine.batch, bar.update)
+        try:
+            with tqdm(total=len(read), initial=len(read) - len(todo), desc=suite.name, unit="job", disable=None) as bar:
+                job_runner.run(todo, pipeline, results, machine.batch, bar.update)
+        except KeyboardInterrupt as stop:
+            done = results.earlier + results.done
+            raise type(stop)(f"{done} of {len(read)} jobs are done and kept; the same command resumes there") from None
     seconds = time.monotonic() - began
     if results.done:
         write_json(request.output / SETTINGS, settings | {"seconds_per_job": round(seconds / results.done, 3)})
     suite.arrange(request, items, read_results(request))
+    done = results.earlier + results.done
+    log.info("%d of %d jobs are done, %d failed: %s", done, len(read), results.failed, request.made)
     return results.failed
+
+
+def adopt(suite: Suite, request: Request) -> None:
+    """Makes the folder of a run whose answers are in a file of the user's (`--results`), and are not made here.
+
+    Raises ValueError or OSError, in one line, for data or answers that cannot be read, and for another run's folder.
+    """
+    settings = describe(suite, request) | {"model": {"results": request.extra["results"]}}
+    settings |= {"items": len(suite.items(request)), "unialign_jax": __version__}
+    settings |= check_settings(suite, request.output, settings)
+    make_folder(request.output, "--output")
+    write_json(request.output / SETTINGS, settings)
 
 
 def describe(suite: Suite, request: Request) -> dict:
     """What settings.json says of a run before its model is known."""
-    asked = {key: value for key, value in dataclasses.asdict(request).items()}
+    asked = dataclasses.asdict(request)
     asked |= {"data": str(request.data.resolve()), "output": str(request.output.resolve())}
-    return {"suite": suite.name, "request": asked, "data": hashes(suite.files(request))}
+    return {"suite": suite.name, "request": asked, "data": hashes(request, suite.files(request))}
 
 
-def check_settings(output: Path, settings: dict, *, overwrite: bool = False) -> None:
-    """Raises ValueError where a folder holds a run of another suite, or one that was made in another way."""
+def check_settings(suite: Suite, output: Path, settings: dict, *, overwrite: bool = False) -> dict:
+    """What stays of the settings that a folder has, if `settings` may replace them.
+
+    Raises ValueError where the folder holds a run of another suite, or one that was made in another way.
+    """
     path = output / SETTINGS
     if not path.exists():
-        if output.is_dir() and any(output.iterdir()):
+        if output.is_dir() and any(not path.name.endswith(".partial") for path in output.iterdir()):
             raise FileExistsError(f"{output} holds what was not written by this command; choose another --output")
-        return
+        return {}
     found = read_json(path)
     if found.get("suite") != settings["suite"]:
         raise ValueError(
             f"{output} holds a run of {shown(found.get('suite'))}, this is {settings['suite']}: choose another --output"
         )
     if overwrite:
-        return
-    before, after = found.get("request", {}), json.loads(json.dumps(settings["request"]))
-    changed = [key for key in after if key not in _FREE and before.get(key) != after[key]]
-    pairs = [(f"request {key}", before.get(key), after[key]) for key in changed]
-    pairs += [
-        (name, found.get(name), settings[name]) for name in ("data", "model") if found.get(name) != settings[name]
-    ]
-    if pairs:
-        name, was, now = pairs[0]
-        raise ValueError(
-            f"{output} was made with {name} {shown(was)}, now it is {shown(now)}: choose another --output, or "
-            "give --overwrite"
-        )
+        return {}
+    before, after = _fixed(suite, found), _fixed(suite, json.loads(json.dumps(settings)))
+    for name in after:
+        if before.get(name) != after[name]:
+            raise ValueError(
+                f"{output} was made with {name} {shown(before.get(name))}, now it is {shown(after[name])}: choose "
+                "another --output, or give --overwrite"
+            )
+    return {key: found[key] for key in ("seconds_per_job", "scoring") if key in found}
+
+
+def _fixed(suite: Suite, settings: dict) -> dict[str, Any]:
+    """What may not change between runs of a folder, by a name for messages."""
+    free = _FREE if suite.made_by_mode else (*_FREE, "mode")
+    request, model = settings.get("request", {}), settings.get("model", {})
+    extra = {key: value for key, value in request.get("extra", {}).items() if key not in suite.scoring_options}
+    fixed = {key: value for key, value in (request | {"extra": extra}).items() if key not in free}
+    fixed |= {f"data {name}": digest for name, digest in settings.get("data", {}).items()}
+    return fixed | {f"the model's {key}": value for key, value in model.items() if key not in _FREE_OF_MODEL}
 
 
 def write_jobs(request: Request, items: Sequence[Item]) -> None:
@@ -133,13 +166,14 @@ def write_jobs(request: Request, items: Sequence[Item]) -> None:
     lines = []
     for item in items:
         for job in item.jobs:
-            lines.append(json.dumps(job | {key: value for key, value in request.options.items()}, default=str))
+            takes = options_of(job["task"])
+            lines.append(json.dumps(job | {key: value for key, value in request.options.items() if key in takes}))
     with replacing_file(request.output / JOBS) as scratch:
         scratch.write_text("".join(line + "\n" for line in lines))
 
 
 def read_results(request: Request) -> dict[str, dict]:
-    """The lines of the runner's results.jsonl of jobs that are done, by their ids."""
+    """The lines of the runner's results.jsonl of jobs that are done and whose images are there, by their ids."""
     path, found = request.made / jobs.RESULTS, {}
     if not path.exists():
         return {}
@@ -149,7 +183,7 @@ def read_results(request: Request) -> dict[str, dict]:
             entry = parse_json(line, f"{path}, line {number}")
         except ValueError:
             continue  # torn by a kill
-        if entry.get("status") == "done":
+        if entry.get("status") == "done" and all((request.made / name).is_file() for name in entry.get("files", ())):
             found[entry["id"]] = entry
         else:
             found.pop(entry.get("id"), None)
@@ -159,25 +193,43 @@ def read_results(request: Request) -> dict[str, dict]:
 # Score and report
 
 
-def opened(suite: Suite, output: Path, mode: str | None = None, limit: int | None = None) -> Request:
+def opened(
+    suite: Suite,
+    output: Path,
+    mode: str | None = None,
+    limit: int | None = None,
+    data: Path | None = None,
+    extra: dict[str, Any] | None = None,
+) -> Request:
     """The request that a run's folder was made by, with another mode or limit of scoring if they are named.
 
-    Raises ValueError or OSError, in one line, for a folder that is no run of this suite, and for changed data.
+    Args:
+      data: where the same data lie now; None for where they were.
+      extra: options of the suite that were given to score by.
+
+    Raises ValueError or OSError, in one line, for a folder that is no run of this suite, for changed data, and for
+    options that differ from those that the folder was made by.
     """
     settings = read_settings(output)
     if settings.get("suite") != suite.name:
         raise ValueError(f"{output} holds a run of {shown(settings.get('suite'))}, this is {suite.name}")
     asked = settings["request"]
+    for name, value in (extra or {}).items():
+        if name not in suite.scoring_options and asked["extra"].get(name) != value:
+            raise ValueError(
+                f"{output} was made with --{name.replace('_', '-')}={asked['extra'].get(name)}, not {shown(value)}"
+            )
     request = Request(
         **asked
         | {
-            "data": Path(asked["data"]),
+            "data": data or Path(asked["data"]),
             "output": Path(output),
             "mode": mode or asked["mode"],
             "limit": limit or asked["limit"],
+            "extra": asked["extra"] | (extra or {}),
         }
     )
-    if (found := hashes(suite.files(request))) != settings["data"]:
+    if (found := hashes(request, suite.files(request))) != settings["data"]:
         name = next(name for name in {**found, **settings["data"]} if found.get(name) != settings["data"].get(name))
         raise ValueError(
             f"{request.data}: {name} has changed since {output} was made: bring the old file back, or make a new run"
@@ -195,7 +247,7 @@ def read_settings(output: Path) -> dict:
 
 
 def score(suite: Suite, request: Request, make_scorer: Callable[[Callable[[int], None]], Scorer]) -> list[Score]:
-    """Scores what a run has made, and writes OUTPUT/MODE/scores.jsonl.
+    """Scores what a run has made, and writes OUTPUT/MODE/scores.jsonl and, in settings.json, how it was scored.
 
     Args:
       make_scorer: makes the scorer, which gets the progress bar's `update`.
@@ -203,7 +255,7 @@ def score(suite: Suite, request: Request, make_scorer: Callable[[Callable[[int],
     Raises ValueError or OSError, in one line, where images or texts are missing, or nothing can be scored.
     """
     items, results = limited(suite.items(request), request.limit), read_results(request)
-    wanted = [job["id"] for item in items for job in item.jobs]
+    wanted = [job["id"] for item in items for job in item.jobs] if suite.needs_results(request) else []
     missing = [name for name in wanted if name not in results]
     if len(missing) == len(wanted) and wanted:
         raise ValueError(f"{request.made} has none of the {len(wanted)} results: generate them first")
@@ -214,10 +266,17 @@ def score(suite: Suite, request: Request, make_scorer: Callable[[Callable[[int],
             "by --limit"
         )
     with tqdm(total=len(items), desc=f"{suite.name}, scores", unit="item", disable=None) as bar:
-        scores = suite.score(request, items, results, make_scorer(bar.update))
+        scorer = make_scorer(bar.update)
+        scores = suite.score(request, items, results, scorer)
     folder = request.output / request.mode
     folder.mkdir(parents=True, exist_ok=True)
     write_scores(folder / SCORES, scores)
+    how = {"items": len(items), "extra": {name: request.extra.get(name) for name in suite.scoring_options}}
+    how |= {"failed": sum(bool(score.failed) for score in scores), **suite.describe_scoring(request)}
+    if scorer.judge:
+        how |= {"judge": scorer.judge.describe(), "official_guess": scorer.official_guess}
+    settings = read_settings(request.output)
+    write_json(request.output / SETTINGS, settings | {"scoring": settings.get("scoring", {}) | {request.mode: how}})
     return scores
 
 

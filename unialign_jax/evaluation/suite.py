@@ -6,18 +6,17 @@ A run of a suite is a folder:
     jobs.jsonl          the jobs of launch/generate.py's runner
     MODEL/              what the model made, in the official layout, and the runner's results.jsonl
     judgements.jsonl    every answer of a judge, where the suite has one
-    scores.jsonl        a line for each item
-    report.json .md .html
+    MODE/               scores.jsonl, a line for each item, and report.json, .md and .html
 """
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from unialign_jax.evaluation.judging import Judge
+from unialign_jax.files import check_regular, parse_json, replacing_file, sha256
 
 MODES = ("official", "corrected")
 
@@ -33,7 +32,7 @@ class Request:
       mode: "official" reproduces the official code with its defects, "corrected" mends them.
       limit: so many items of each group at most; None for all.
       options: of the sampler, which replace the suite's own (`inference.options`).
-      extra: options of the suite alone (`Suite.add_arguments`), by name.
+      extra: options of the suite alone (`Suite.add_arguments`), by name: what JSON can hold, paths as absolute texts.
       image_size: pixels a side that the model was trained for.
     """
 
@@ -110,6 +109,10 @@ class Suite:
       leading: the figure that a table of runs shows.
       worst_by: the value of a score that orders the worst and the best items.
       scale: the highest that `leading` can be.
+      made_by_mode: whether `Request.mode` changes what is made, and not only how it is scored. A folder that was made
+        in one mode can be scored in both all the same.
+      scoring_options: the names of those in `Request.extra` that may change from one call on a folder to the next: what
+        scoring alone reads, and where files lie. Scoring takes them from its own command line.
     """
 
     name: ClassVar[str]
@@ -123,11 +126,14 @@ class Suite:
     leading: ClassVar[str]
     worst_by: ClassVar[str]
     scale: ClassVar[float] = 1.0
+    made_by_mode: ClassVar[bool] = False
+    scoring_options: ClassVar[tuple[str, ...]] = ()
 
     def add_arguments(self, add: Callable) -> None:
         """Adds the options of this suite alone by `add`, which is a parser's `add_argument`.
 
-        Each must have a default, and a name that no other option of the command has.
+        Each must have a default, which may be None, and a name that no other option of the command has. Paths are of
+        the type Path, and become absolute texts in `Request.extra`.
         """
 
     def files(self, request: Request) -> list[Path]:
@@ -157,6 +163,14 @@ class Suite:
         Raises ValueError or OSError, in one line, where nothing can be scored, as without a judge that is needed.
         """
         raise NotImplementedError
+
+    def needs_results(self, request: Request) -> bool:
+        """Whether `score` needs the model's results: not where it reads a file of the user's (option `--results`)."""
+        return True
+
+    def describe_scoring(self, request: Request) -> dict[str, Any]:
+        """What settings.json says of scoring besides the judge, such as the hashes of prompts; called after `score`."""
+        return {}
 
     def figures(self, scores: Sequence[Score], mode: str) -> dict[str, float]:
         """The suite's figures by name, "GROUP/NAME" for those of a group: a pure function of the scores.
@@ -189,6 +203,15 @@ class Scorer:
     official_guess: bool = False
     progress: Callable[[int], None] = lambda count: None
 
+    def needed_judge(self, suite: Suite, request: Request) -> Judge:
+        """The judge. Raises ValueError that says how to score with one where there is none."""
+        if self.judge is None:
+            raise ValueError(
+                f"{suite.title} is scored by a judge and none is named: python launch/evaluate.py {suite.name} score "
+                f"--output={request.output} --judge=URL --judge-model=NAME"
+            )
+        return self.judge
+
 
 def limited(items: Sequence[Item], limit: int | None) -> list[Item]:
     """The first `limit` items of each group, in their order."""
@@ -210,8 +233,6 @@ def missing_images(request: Request, item: Item) -> list[str]:
 
 def write_scores(path: Path, scores: Sequence[Score]) -> None:
     """Writes scores.jsonl."""
-    from unialign_jax.files import replacing_file
-
     with replacing_file(path) as scratch:
         lines = (json.dumps(dataclasses.asdict(score), ensure_ascii=True) for score in scores)
         scratch.write_text("".join(line + "\n" for line in lines))
@@ -219,8 +240,6 @@ def write_scores(path: Path, scores: Sequence[Score]) -> None:
 
 def read_scores(path: Path) -> list[Score]:
     """Reads scores.jsonl. Raises FileNotFoundError or ValueError, in one line."""
-    from unialign_jax.files import check_regular, parse_json
-
     check_regular(path)
     scores = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
@@ -232,9 +251,18 @@ def read_scores(path: Path) -> list[Score]:
     return scores
 
 
-def hashes(files: Sequence[Path]) -> dict[str, str]:
-    """{name: SHA-256} of files of the data."""
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+def hashes(request: Request, files: Sequence[Path]) -> dict[str, str]:
+    """{path below `request.data`, or name: SHA-256} of files. Raises FileNotFoundError or ValueError, in one line.
+
+    A file that lies elsewhere is called by its whole path where another has its name.
+    """
+    found = {}
+    for path in files:
+        check_regular(path)
+        inside = path.is_relative_to(request.data) and path != request.data
+        name = str(path.relative_to(request.data)) if inside else path.name
+        found[str(path) if name in found else name] = sha256(path)
+    return found
 
 
 def each(items: Sequence[Item]) -> Iterator[tuple[int, dict]]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 from pathlib import Path
 
@@ -84,7 +85,7 @@ class Conversation:
             talk.edit(step.instruction, **step.options)
         return talk
 
-    def save(self, directory, *, overwrite: bool = False) -> None:
+    def save(self, directory: str | os.PathLike, *, overwrite: bool = False) -> None:
         """Writes 0.png (the original), 1.png, ... and conversation.json into a folder, which it makes.
 
         Raises FileExistsError when the folder holds anything, unless this conversation was saved there before, or

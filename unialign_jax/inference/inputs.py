@@ -6,6 +6,7 @@ Every error is a ValueError of one line.
 import dataclasses
 import os
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -34,7 +35,7 @@ def batches(keys: Sequence[Hashable], most: int) -> list[list[int]]:
     return [group[start : start + most] for group in groups.values() for start in range(0, len(group), most)]
 
 
-def open_images(images, what: str = "image") -> list[Image.Image]:
+def open_images(images: Any, what: str = "image") -> list[Image.Image]:
     """PIL images or paths, one or a list -> upright RGB images, wholly decoded."""
     if not isinstance(images, list | tuple):
         images = [images]
@@ -43,7 +44,7 @@ def open_images(images, what: str = "image") -> list[Image.Image]:
     return [open_image(image, f"{what} {number}") for number, image in enumerate(images)]
 
 
-def open_image(image, what: str) -> Image.Image:
+def open_image(image: Any, what: str) -> Image.Image:
     """A PIL image or a path -> an upright RGB image, wholly decoded."""
     if isinstance(image, Image.Image):
         images.check_shape(image, what)
@@ -56,7 +57,7 @@ def open_image(image, what: str) -> Image.Image:
         raise ValueError(f"{what}: {error}") from None
 
 
-def check_texts(texts, what: str) -> list[str]:
+def check_texts(texts: Any, what: str) -> list[str]:
     """One text or a list -> a list of texts that are not empty."""
     if isinstance(texts, str):
         texts = [texts]
@@ -71,7 +72,7 @@ def check_texts(texts, what: str) -> list[str]:
     return list(texts)
 
 
-def check_text(text, what: str) -> str:
+def check_text(text: Any, what: str) -> str:
     """The text, if it is one of at most MAX_CHARACTERS and without halves of characters."""
     if not isinstance(text, str):
         raise ValueError(f"{what} is a {type(text).__name__}, expected a text")
@@ -90,7 +91,7 @@ def spread(texts: list[str], images: list, what: str) -> tuple[list[str], list]:
     return texts * (count // len(texts)), images * (count // len(images))
 
 
-def check_negatives(texts, count: int) -> list[str]:
+def check_negatives(texts: Any, count: int) -> list[str]:
     """One negative prompt for each of `count` prompts; a single text stands for all."""
     texts = [texts] * count if isinstance(texts, str) else texts
     if not isinstance(texts, list | tuple):
@@ -102,7 +103,7 @@ def check_negatives(texts, count: int) -> list[str]:
     return list(texts)
 
 
-def check_seeds(seeds, count: int) -> list[int]:
+def check_seeds(seeds: Any, count: int) -> list[int]:
     """One seed for each of `count` results; a number s stands for s, s + 1, ..., and None for 0, 1, ..."""
     seeds = 0 if seeds is None else seeds
     if is_whole(seeds):

@@ -11,6 +11,7 @@ import math
 import numbers
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
@@ -67,7 +68,7 @@ class Option:
             return "{:g},{:g}".format(*self.default)
         return self.usual or (f"{self.default:g}" if self.kind in ("whole", "number") else self.default)
 
-    def check(self, name: str, value, show: Callable[[object], str] = shown):
+    def check(self, name: str, value: Any, show: Callable[[object], str] = shown):
         """The value, as a plain number where it is one. Raises ValueError that says what `name` was expected to be."""
         if self.kind == "whole" and is_whole(value) and self.low <= value <= self.high:
             return int(value)
@@ -230,21 +231,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(flag(alias), dest=name, type=OPTIONS[name].parse, help=argparse.SUPPRESS)
 
 
-def check_whole(name: str, value, low: int, high: int) -> int:
+def check_whole(name: str, value: Any, low: int, high: int) -> int:
     """The value. Raises ValueError when it is no whole number from `low` to `high`."""
     return Option("whole", (), "", low=low, high=high).check(name, value)
 
 
-def check_range(name: str, value, low: float, high: float) -> float:
+def check_range(name: str, value: Any, low: float, high: float) -> float:
     """The value. Raises ValueError when it is no number from `low` to `high`."""
     return Option("number", (), "", low=low, high=high).check(name, value)
 
 
-def is_whole(value) -> bool:
+def is_whole(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def is_number(value) -> bool:
+def is_number(value: Any) -> bool:
     """Whether it is a real number that a float can hold."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         return False
@@ -254,7 +255,7 @@ def is_number(value) -> bool:
         return False
 
 
-def is_text(value) -> bool:
+def is_text(value: Any) -> bool:
     """Whether a tokenizer can read it: JSON and the command line may bring halves of characters (lone surrogates)."""
     if not isinstance(value, str) or len(value) > MAX_CHARACTERS:
         return False

@@ -12,7 +12,9 @@ import dataclasses
 import functools
 import json
 import logging
+import os
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +72,7 @@ class Pipeline(Model):
     @classmethod
     def from_bundle(
         cls,
-        directory,
+        directory: str | os.PathLike,
         *,
         weights: str | None = None,
         verify: bool = True,
@@ -413,7 +415,7 @@ class Pipeline(Model):
             self._say_once(f"sides beyond {trained} pixels, which the model was trained at, may repeat what they show")
 
 
-def finish(array: np.ndarray, task: str, picture: Picture, seed: int, chosen) -> Image.Image:
+def finish(array: np.ndarray, task: str, picture: Picture, seed: int, chosen: SimpleNamespace) -> Image.Image:
     """uint8 [H, W, 3] -> the image at its final size, with the parameters that made it in `info["parameters"]`."""
     image = Image.fromarray(array)
     height, width = picture.final_size or picture.size

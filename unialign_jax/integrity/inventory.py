@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from unialign_jax import files
 from unialign_jax.integrity import checksums
@@ -34,7 +35,7 @@ def _entry(path: Path) -> dict:
     return {"size": size, "sha256": files.sha256(path), "checksum": checksum}
 
 
-def check_form(inventory, where: str) -> dict[str, dict]:
+def check_form(inventory: Any, where: str) -> dict[str, dict]:
     """The inventory itself. Raises ValueError for anything else, in one line that begins with `where`."""
     if not isinstance(inventory, dict):
         raise ValueError(f"{where}: files is a JSON {type(inventory).__name__}, expected an object")
@@ -50,7 +51,7 @@ def check_form(inventory, where: str) -> dict[str, dict]:
     return inventory
 
 
-def is_whole(value, low: int, high: float = float("inf")) -> bool:
+def is_whole(value: Any, low: int, high: float = float("inf")) -> bool:
     """Whether a JSON value is a whole number from `low` to `high`."""
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 

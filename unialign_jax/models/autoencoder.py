@@ -7,7 +7,7 @@ Shape letters: B batch, H W image height and width, h w latent height and width,
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -81,12 +81,12 @@ def denormalize(latents: jax.Array, config: AutoencoderConfig) -> jax.Array:
     return latents.astype(jnp.float32) / config.scale + config.shift
 
 
-def from_pixels(images) -> jax.Array:
+def from_pixels(images: jax.Array) -> jax.Array:
     """Pixels 0 to 255 of any shape and type -> float32 in [-1, 1], which `encode` takes."""
     return jnp.float32(images) / 127.5 - 1
 
 
-def to_pixels(images) -> jax.Array:
+def to_pixels(images: jax.Array) -> jax.Array:
     """Floats near [-1, 1], which `decode` gives -> uint8, clipped and rounded to the nearest."""
     return jnp.clip((images + 1) * 127.5 + 0.5, 0, 255).astype(jnp.uint8)
 
@@ -123,7 +123,7 @@ class SpaceToDepth(nn.Module):
 
     config: AutoencoderConfig
 
-    def encode(self, images):
+    def encode(self, images: jax.Array):
         check_images(images, self.config)
         batch, height, width, _ = images.shape
         f = self.config.downsample_factor
@@ -131,7 +131,7 @@ class SpaceToDepth(nn.Module):
         mean = jnp.swapaxes(x, 2, 3).reshape(batch, height // f, width // f, f * f * 3)
         return Moments(mean, jnp.full_like(mean, -30.0))
 
-    def decode(self, latents):
+    def decode(self, latents: jax.Array):
         check_latents(latents, self.config)
         batch, height, width, _ = latents.shape
         f = self.config.downsample_factor
@@ -151,12 +151,12 @@ class AutoencoderKL(nn.Module):
         self.encoder = Encoder(self.config)
         self.decoder = Decoder(self.config)
 
-    def encode(self, images):
+    def encode(self, images: jax.Array):
         check_images(images, self.config)
         mean, log_variance = jnp.split(self.encoder(images).astype(jnp.float32), 2, axis=-1)
         return Moments(mean, jnp.clip(log_variance, -30.0, 20.0))
 
-    def decode(self, latents):
+    def decode(self, latents: jax.Array):
         check_latents(latents, self.config)
         return self.decoder(latents).astype(jnp.float32)
 
@@ -247,7 +247,9 @@ class SpatialAttention(nn.Module):
         return x + dense("out")(attended).reshape(x.shape)
 
 
-def conv(config: AutoencoderConfig, features: int, name: str, kernel=3, strides=1, padding="SAME") -> nn.Conv:
+def conv(
+    config: AutoencoderConfig, features: int, name: str, kernel: int = 3, strides: int = 1, padding: Any = "SAME"
+) -> nn.Conv:
     return nn.Conv(features, (kernel, kernel), strides, padding, dtype=config.dtype, name=name)
 
 

@@ -11,7 +11,7 @@ D width, V vocabulary.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import flax.linen as nn
@@ -115,7 +115,7 @@ def layer_norm(x: jax.Array) -> jax.Array:
     return (x - mean) * jax.lax.rsqrt(variance + 1e-6)
 
 
-def modulated_norm(x: jax.Array, shift: jax.Array, scale: jax.Array, dtype) -> jax.Array:
+def modulated_norm(x: jax.Array, shift: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
     return (layer_norm(x) * (1 + scale.astype(jnp.float32)) + shift.astype(jnp.float32)).astype(dtype)
 
 
@@ -181,13 +181,13 @@ def kernel_path(module: nn.Module, name: str) -> str:
     return "/".join((*module.path, name, "kernel"))
 
 
-def dense(module: nn.Module, name: str, features, axis=-1, init=XAVIER) -> nn.DenseGeneral:
+def dense(module: nn.Module, name: str, features: Any, axis: Any = -1, init: Callable = XAVIER) -> nn.DenseGeneral:
     """The dense layer of a module's attribute `name`."""
     dot_general = split_dot_general(kernel_path(module, name))
     return nn.DenseGeneral(features, axis=axis, dtype=module.config.dtype, kernel_init=init, dot_general=dot_general)
 
 
-def head(module: nn.Module, name: str, features: int, init) -> nn.Dense:
+def head(module: nn.Module, name: str, features: int, init: Callable) -> nn.Dense:
     """The dense layer of a module's attribute `name`, with a float32 result."""
     dot_general = functools.partial(split_dot_general(kernel_path(module, name)), preferred_element_type=jnp.float32)
     return nn.Dense(features, dtype=module.config.dtype, kernel_init=init, dot_general=dot_general)
@@ -206,16 +206,16 @@ class StreamHalf(nn.Module):
         self.mlp_in = dense(self, "mlp_in", c.mlp_ratio * c.width)
         self.mlp_out = dense(self, "mlp_out", c.width)
 
-    def modulate(self, time_embedding):
+    def modulate(self, time_embedding: jax.Array):
         """The stream's adaLN vectors: [B, D] -> [B, 6, D]."""
         return self.modulation(nn.silu(time_embedding))
 
-    def project(self, x, m):
+    def project(self, x: jax.Array, m: Any):
         """Queries, keys and values of the normed and modulated x, each [B, tokens, heads, head width]."""
         qkv = self.qkv(modulated_norm(x, m.shift_attention, m.scale_attention, self.config.dtype))
         return qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
 
-    def update(self, x, attended, m):
+    def update(self, x: jax.Array, attended: jax.Array, m: Any):
         """The two residual steps of the stream: attention, then MLP."""
         x = x + m.gate_attention * self.out(attended)
         hidden = self.mlp_in(modulated_norm(x, m.shift_mlp, m.scale_mlp, self.config.dtype))
@@ -347,7 +347,7 @@ class MMDiT(nn.Module):
         carry = self.scan_blocks(self.blocks, block, c.depth, carry, vectors, time_embedding, late=late)
         return self.read_out(*carry, head_modulation, latents.shape[1:3], paired)
 
-    def embed(self, latents, conditions, text_embeddings):
+    def embed(self, latents: jax.Array, conditions: jax.Array | None, text_embeddings: jax.Array):
         """The image tokens [B, N, D], the target's before the conditions', and the text tokens [B, L, D]."""
         c = self.config
         image = self.embed_image(latents)
@@ -360,14 +360,23 @@ class MMDiT(nn.Module):
             text = text + self.text_positions[: text.shape[1]].astype(c.dtype)
         return image, text
 
-    def embed_image(self, x):
+    def embed_image(self, x: jax.Array):
         """Patch embedding and positions: [..., H, W, C] -> [..., N, D]."""
         c = self.config
         rows, columns = x.shape[-3] // c.patch_size, x.shape[-2] // c.patch_size
         positions = position_table(rows, columns, c.width, c.max_patches, c.base_patches)
         return self.patch_embed(patchify(x, c.patch_size)) + jnp.asarray(positions, c.dtype)
 
-    def read_out(self, image, text, image_tap, text_tap, head_modulation, latent_size, paired):
+    def read_out(
+        self,
+        image: jax.Array,
+        text: jax.Array,
+        image_tap: jax.Array,
+        text_tap: jax.Array,
+        head_modulation: Any,
+        latent_size: tuple[int, int],
+        paired: bool,
+    ):
         """The final norms and the heads, on the outputs of the last block."""
         c = self.config
         if paired:
@@ -391,7 +400,7 @@ def head_modulation_layer(config: MMDiTConfig) -> nn.DenseGeneral:
     return nn.DenseGeneral((2, config.width), kernel_init=nn.initializers.zeros)
 
 
-def block_modulations(config: MMDiTConfig, params, sigma: jax.Array) -> Modulations:
+def block_modulations(config: MMDiTConfig, params: dict, sigma: jax.Array) -> Modulations:
     """The adaLN vectors of every block for the noise levels sigma [S], by the network's own layers.
 
     The layers that compute them hold a third of the parameters. A sampler computes the vectors once, outside its loop,
@@ -420,7 +429,14 @@ def without_modulations(params: dict) -> dict:
     return rest | {"blocks": {"joint": streams}}
 
 
-def check_inputs(config: MMDiTConfig, latents, text_embeddings, sigma, conditions, modulations=None) -> None:
+def check_inputs(
+    config: MMDiTConfig,
+    latents: jax.Array,
+    text_embeddings: jax.Array,
+    sigma: jax.Array,
+    conditions: jax.Array | None,
+    modulations: Modulations | None = None,
+) -> None:
     """Raises ValueError, with the numbers, when the inputs of the MM-DiT do not fit it or each other."""
     c = config
     if not 1 <= c.tap_depth <= c.depth:

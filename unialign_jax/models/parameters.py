@@ -1,6 +1,7 @@
 """The parameters of a network: random ones from its configuration, and the dtype that each may be kept in."""
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,6 @@ def init(
     return module.init(key, *inputs).get("params", {})
 
 
-def storage_dtype(path: str, dtype) -> jnp.dtype:
+def storage_dtype(path: str, dtype: Any) -> jnp.dtype:
     """The dtype that the parameter at `path` may be kept in for a network that computes in `dtype`."""
     return jnp.dtype(jnp.float32 if FLOAT32.search(path) else dtype)

@@ -1,6 +1,6 @@
 """The image sizes that a model takes: one rule for training, sampling, jobs and benchmarks. Does not import JAX."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from unialign_jax.files import shown
 
@@ -13,12 +13,12 @@ class ImageSizes(NamedTuple):
     largest: int
 
     @classmethod
-    def of(cls, transformer, autoencoder) -> "ImageSizes":
+    def of(cls, transformer: Any, autoencoder: Any) -> "ImageSizes":
         """The sizes of an MMDiTConfig and an AutoencoderConfig, or of objects with their fields."""
         multiple = autoencoder.downsample_factor * transformer.patch_size
         return cls(multiple, multiple * transformer.max_patches)
 
-    def problem(self, name: str, value) -> str | None:
+    def problem(self, name: str, value: Any) -> str | None:
         """The error message if `value` is not a valid side `name` of an image, else None."""
         is_whole = hasattr(value, "__index__") and not isinstance(value, bool)
         if is_whole and value % self.multiple == 0 and self.multiple <= value <= self.largest:
@@ -29,7 +29,7 @@ class ImageSizes(NamedTuple):
             f"{fitting or self.multiple}"
         )
 
-    def check(self, name: str, value) -> None:
+    def check(self, name: str, value: Any) -> None:
         """Raises ValueError when `value` is not a valid side of an image."""
         if problem := self.problem(name, value):
             raise ValueError(problem)

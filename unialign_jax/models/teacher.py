@@ -13,6 +13,7 @@ T width of the features.
 
 import dataclasses
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -199,7 +200,9 @@ def from_windows(x: jax.Array, grid: tuple[int, int], config: TeacherConfig) -> 
     return x.reshape(x.shape[0], grid[0] * grid[1], *x.shape[4:])
 
 
-def window_attention(query, key, value, grid: tuple[int, int], config: TeacherConfig) -> jax.Array:
+def window_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, grid: tuple[int, int], config: TeacherConfig
+) -> jax.Array:
     """Attention inside windows, [B, N, heads, head width] each; the softmax is float32."""
     query, key, value = (to_windows(x, grid, config) for x in (query, key, value))
     inside = to_windows(jnp.ones((1, grid[0] * grid[1]), bool), grid, config)[:, :, None, None]
@@ -213,7 +216,7 @@ def rms_norm(config: TeacherConfig, name: str) -> nn.RMSNorm:
     return nn.RMSNorm(epsilon=1e-6, dtype=config.dtype, name=name)
 
 
-def dense(config: TeacherConfig, features, name: str, axis=-1, use_bias=True) -> nn.DenseGeneral:
+def dense(config: TeacherConfig, features: Any, name: str, axis: Any = -1, use_bias: bool = True) -> nn.DenseGeneral:
     return nn.DenseGeneral(features, axis=axis, use_bias=use_bias, dtype=config.dtype, name=name)
 
 
@@ -296,7 +299,7 @@ def init_teacher(key: jax.Array, config: TeacherConfig) -> dict:
 
 
 def encode_images(
-    params, images: jax.Array, config: TeacherConfig, *, pool: bool = True, round_to_bytes: bool = False
+    params: dict, images: jax.Array, config: TeacherConfig, *, pool: bool = True, round_to_bytes: bool = False
 ) -> jax.Array:
     """The features of images of one size, [B, H, W, 3] uint8 or float in [-1, 1] -> [B, T] float32.
 
@@ -319,7 +322,7 @@ def pooled_features(params: dict, batch: dict[str, jax.Array], config: TeacherCo
     return {"teacher_image": image.astype(jnp.float16), "teacher_text": text.astype(jnp.float16)}
 
 
-def encode_texts(params, ids: jax.Array, is_token: jax.Array | None = None) -> jax.Array:
+def encode_texts(params: dict, ids: jax.Array, is_token: jax.Array | None = None) -> jax.Array:
     """The mean input embedding of each text: ids int32 [B, L], is_token bool [B, L] -> [B, T] float32.
 
     `is_token` is false on pads; None averages over them too, as the released code does. A text without tokens gives

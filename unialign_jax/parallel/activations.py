@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 import jax
+from jax.sharding import Mesh
 
 # The axes that split a batch: everywhere, and inside the text encoder, where "encoder" splits the weights instead.
 BATCH_AXES = ("replica", "data", "encoder", "fsdp")
@@ -42,7 +43,7 @@ def gather_rows(x: jax.Array) -> jax.Array:
 gather_rows.defvjp(lambda x: (gather_rows(x), None), lambda _, cotangent: (keep_batch_sharded(cotangent),))
 
 
-def axes_that_divide(names: Iterable[str], mesh, length: int) -> tuple[str, ...]:
+def axes_that_divide(names: Iterable[str], mesh: Mesh, length: int) -> tuple[str, ...]:
     """The axes among `names`, larger than 1 and Auto, that split `length` evenly; taken greedily, in order."""
     chosen, parts = [], 1
     for name in names:

@@ -8,11 +8,13 @@ along an open line.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from unialign_jax.parallel.activations import BATCH_AXES, axes_that_divide
 from unialign_jax.parallel.sharding import partition_spec, path_string, table_spec
@@ -21,7 +23,15 @@ TILE = 8 * 128  # numbers that a TPU keeps together
 
 
 def scan_blocks(
-    blocks: nn.Module, block: nn.Module, depth: int, carry, inputs, shared, *, late=True, axes_without_wraparound=()
+    blocks: nn.Module,
+    block: nn.Module,
+    depth: int,
+    carry: Any,
+    inputs: Any,
+    shared: Any,
+    *,
+    late: bool = True,
+    axes_without_wraparound: Sequence[str] = (),
 ):
     """Runs a network's blocks, carry, _ = block(carry, i, inputs[i], shared) for each i, and returns the last carry.
 
@@ -46,21 +56,21 @@ def scan_blocks(
     return scan_reducing_late(layer, params, carry, shared, blocks.name, axes_without_wraparound)
 
 
-def reduces_late(mesh, batch_size: int) -> bool:
+def reduces_late(mesh: Mesh, batch_size: int) -> bool:
     """Whether `scan_reducing_late` applies: every device has whole weights, and a part of the state and the batch."""
     used, scattered = gradient_axes(mesh)
     whole = mesh.shape.get("fsdp", 1) == mesh.shape.get("tensor", 1) == 1
     return whole and bool(scattered) and axes_that_divide(BATCH_AXES, mesh, batch_size) == used
 
 
-def gradient_axes(mesh) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def gradient_axes(mesh: Mesh) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The axes of a mesh that gradients are summed over, and those among them that split the sum too."""
     used = tuple(name for name in BATCH_AXES if mesh.shape.get(name, 1) > 1)
     return used, tuple(name for name in used if name != "replica")
 
 
 def scan_reducing_late(
-    layer: Callable, params, carry, shared, path: str, axes_without_wraparound: tuple[str, ...] = ()
+    layer: Callable, params: dict, carry: Any, shared: Any, path: str, axes_without_wraparound: tuple[str, ...] = ()
 ):
     """Computes carry = layer(params[i], i, carry, shared) for each i under a mesh, and returns the last carry.
 
@@ -140,7 +150,7 @@ def scan_reducing_late(
     return scan(params, carry, shared)
 
 
-def depths(params):
+def depths(params: dict):
     return jnp.arange(jax.tree.leaves(params)[0].shape[0])
 
 
@@ -168,7 +178,7 @@ class Packing:
             [jax.P() if axis is None else jax.P(*[None] * (axis + 1), wanted) for axis in self.axes],
         )
 
-    def pack(self, gradients):
+    def pack(self, gradients: Any):
         leaves = self.tree.flatten_up_to(gradients)
         halves = []
         for half in self.halves:
@@ -184,7 +194,7 @@ class Packing:
             lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(lambda g: self.pack(g)[0], gradients)
         )
 
-    def unpack(self, halves, rest):
+    def unpack(self, halves: Any, rest: Any):
         """The tree of gradients from this device's pieces [depth, tiles, 8, 128] of all layers, and the rest."""
         leaves, rest = [None] * len(self.axes), iter(rest)
         for half, indices in zip(halves, self.halves, strict=True):
@@ -199,7 +209,7 @@ class Packing:
         return jax.tree.unflatten(self.tree, leaves)
 
 
-def reduce_scatter(halves, axis_names, axes_without_wraparound=()):
+def reduce_scatter(halves: Any, axis_names: Sequence[str], axes_without_wraparound: Sequence[str] = ()):
     """This device's part of the sums over the axes of up to two arrays [parts, ...], one for each way round a ring."""
     for name in axis_names:
         if name in axes_without_wraparound:
@@ -209,25 +219,25 @@ def reduce_scatter(halves, axis_names, axes_without_wraparound=()):
     return [half[0] for half in halves]
 
 
-def reduce_scatter_ring(x, name, direction):
+def reduce_scatter_ring(x: jax.Array, name: str, direction: int):
     """Reduce-scatter of the first axis over the mesh axis `name`; every device sends to one neighbour."""
     x, own = split_pieces(x, name)
     return reduce_along(x, name, direction, closed=True) + own
 
 
-def reduce_scatter_line(x, name):
+def reduce_scatter_line(x: jax.Array, name: str):
     """The same without a wrap-around link: partial sums come from both sides, with twice the bytes of a ring."""
     x, own = split_pieces(x, name)
     return reduce_along(x, name, 1, closed=False) + reduce_along(x, name, -1, closed=False) + own
 
 
-def split_pieces(x, name):
+def split_pieces(x: jax.Array, name: str):
     """x as [devices, ...], one piece for each device of the axis, and this device's piece."""
     x = x.reshape(jax.lax.axis_size(name), -1, *x.shape[1:])
     return x, jax.lax.dynamic_index_in_dim(x, jax.lax.axis_index(name), keepdims=False)
 
 
-def reduce_along(x, name, direction, closed):
+def reduce_along(x: jax.Array, name: str, direction: int, closed: bool):
     """The sum of this device's piece over the other devices: all of them on a ring, on a line those on one side.
 
     At each hop a device passes its partial sum to its neighbour, which adds its own contribution to the same piece. On
@@ -307,7 +317,7 @@ def split_dot_general(path: str) -> Callable:
     return dot_general
 
 
-def scatter_sum(x, axis_names, parts, axis):
+def scatter_sum(x: jax.Array, axis_names: Sequence[str], parts: int, axis: int):
     """The sum of `x` over the devices of `axis_names`, inside shard_map; each gets its piece along `axis`.
 
     XLA on TPU reduce-scatters only along one axis of the torus, and only whole tiles of 8 x 128 numbers; anything else

@@ -28,7 +28,15 @@ AXES = ("replica", "data", "encoder", "fsdp", "tensor")
 CHIPS_PER_TEXT_ENCODER = 4
 
 
-def make_mesh(devices: Sequence | None = None, *, replica=1, data=1, encoder=1, fsdp=-1, tensor=1) -> Mesh:
+def make_mesh(
+    devices: Sequence | None = None,
+    *,
+    replica: int = 1,
+    data: int = 1,
+    encoder: int = 1,
+    fsdp: int = -1,
+    tensor: int = 1,
+) -> Mesh:
     """A mesh over the devices, by default all; one axis may be -1 and takes the remaining devices.
 
     With several TPU slices `replica` must be a multiple of their number: only that axis crosses the network between
@@ -74,7 +82,7 @@ def format_mesh(sizes: dict[str, int]) -> str:
     return ", ".join(f"{axis}={sizes[axis]}" for axis in AXES if sizes.get(axis, 1) > 1) or "of one device"
 
 
-def count_slices(devices) -> int:
+def count_slices(devices: Sequence[jax.Device]) -> int:
     """The number of TPU slices among the devices; 1 for GPUs, where JAX gives each host a slice_index."""
     if devices[0].platform != "tpu":
         return 1
@@ -121,7 +129,7 @@ class MeshChoice:
         return f"mesh {format_mesh(self.sizes)}: {self.reason}"
 
 
-def read_topology(devices) -> Topology:
+def read_topology(devices: Sequence[jax.Device]) -> Topology:
     """Reads the torus from the devices' coordinates."""
     kind = devices[0].device_kind
     chip = hardware.find_chip(kind)

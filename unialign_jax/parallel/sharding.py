@@ -7,6 +7,7 @@ import functools
 import math
 import re
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -73,7 +74,7 @@ def _dividing(axes, size, mesh, state):
     return tuple(names) if len(names) > 1 else names[0] if names else None
 
 
-def tree_shardings(abstract_tree, mesh: Mesh, *, state: bool = False):
+def tree_shardings(abstract_tree: Any, mesh: Mesh, *, state: bool = False):
     """The NamedSharding of every leaf of a tree of arrays or ShapeDtypeStructs, by its path."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: NamedSharding(mesh, partition_spec(path_string(path), leaf.shape, mesh, state=state)),
@@ -81,7 +82,7 @@ def tree_shardings(abstract_tree, mesh: Mesh, *, state: bool = False):
     )
 
 
-def with_shardings(abstract_tree, shardings):
+def with_shardings(abstract_tree: Any, shardings: Any):
     """ShapeDtypeStructs that carry their shardings, as the compiler and Orbax want them."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract_tree, shardings
@@ -96,7 +97,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def params_for_compute(params, dtypes: Callable[[str], jax.typing.DTypeLike]):
+def params_for_compute(params: dict, dtypes: Callable[[str], jax.typing.DTypeLike]):
     """The state's parameters, cast and gathered for compute: only the axes that split the weights still split them.
 
     The backward pass reduces gradients straight into the state's pieces (a reduce-scatter; an all-reduce would move

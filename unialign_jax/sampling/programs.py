@@ -13,16 +13,25 @@ L text tokens, D width of the text embeddings, E evaluations of the network.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from unialign_jax.models.autoencoder import Moments, denormalize, from_pixels, to_pixels
 from unialign_jax.models.autoencoder import sample_latents as latents_of
-from unialign_jax.models.mmdit import block_modulations, first_of_pairs, in_pairs, second_of_pairs, without_modulations
+from unialign_jax.models.mmdit import (
+    MMDiT,
+    block_modulations,
+    first_of_pairs,
+    in_pairs,
+    second_of_pairs,
+    without_modulations,
+)
+from unialign_jax.models.text_encoder import TextEncoder
 from unialign_jax.parallel.activations import BATCH_AXES, axes_that_divide
 from unialign_jax.parallel.sharding import batch_sharding, replicated
 from unialign_jax.sampling import image as image_sampler
@@ -64,12 +73,12 @@ def make_guidance(
     return guidance if (low, high) == (0, 1) else guidance._replace(active=(table.sigma >= low) & (table.sigma <= high))
 
 
-def encode_prompts(text_encoder, params, ids: jax.Array) -> jax.Array:
+def encode_prompts(text_encoder: TextEncoder, params: dict, ids: jax.Array) -> jax.Array:
     """Token ids int32 [B, L] -> T5 embeddings [B, L, D]."""
     return text_encoder.apply({"params": params}, ids)
 
 
-def encode_images(autoencoder, params, images: jax.Array) -> jax.Array:
+def encode_images(autoencoder: Any, params: dict, images: jax.Array) -> jax.Array:
     """uint8 [B, H, W, 3] or [B, K, H, W, 3] -> normalised latents float32: the mean of the posterior, nothing drawn."""
     chex.assert_rank(images, {4, 5})
     chex.assert_shape(images, (..., 3))
@@ -83,7 +92,7 @@ def encode_images(autoencoder, params, images: jax.Array) -> jax.Array:
     return latents.reshape(*images.shape[:-3], *latents.shape[1:])
 
 
-def decode_images(autoencoder, params, latents: jax.Array) -> jax.Array:
+def decode_images(autoencoder: Any, params: dict, latents: jax.Array) -> jax.Array:
     """Normalised latents [B, h, w, C] -> uint8 [B, H, W, 3]."""
     chex.assert_shape(latents, (None, None, None, autoencoder.config.latent_channels))
 
@@ -94,7 +103,7 @@ def decode_images(autoencoder, params, latents: jax.Array) -> jax.Array:
     return one_by_one(decode, params, latents)
 
 
-def one_by_one(function: Callable, params, samples: jax.Array) -> jax.Array:
+def one_by_one(function: Callable, params: dict, samples: jax.Array) -> jax.Array:
     """`function(params, sample)` of each sample [B, ...] in turn; under a mesh each device does its own.
 
     One image fills a device, and memory does not grow with the batch. XLA's partitioner cannot split such a loop.
@@ -116,8 +125,8 @@ def initial_noise(seeds: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def advance_images(
-    transformer,
-    params,
+    transformer: MMDiT,
+    params: dict,
     state: SamplerState,
     table: SolverTable,
     prompt: jax.Array,
@@ -182,8 +191,8 @@ def advance_images(
 
 
 def sample_images(
-    transformer,
-    params,
+    transformer: MMDiT,
+    params: dict,
     seeds: jax.Array,
     table: SolverTable,
     prompt: jax.Array,
@@ -205,9 +214,9 @@ def sample_images(
 
 
 def describe(
-    transformer,
-    text_encoder,
-    params,
+    transformer: MMDiT,
+    text_encoder: TextEncoder,
+    params: dict,
     latents: jax.Array,
     ids: jax.Array,
     is_target: jax.Array,
@@ -272,7 +281,16 @@ class Programs:
     describe: Callable[..., TextSample]  # static: decoding
 
     @classmethod
-    def of(cls, transformer, text_encoder, autoencoder, *, mask_id: int, eos_id: int, mesh=None) -> "Programs":
+    def of(
+        cls,
+        transformer: MMDiT,
+        text_encoder: TextEncoder,
+        autoencoder: Any,
+        *,
+        mask_id: int,
+        eos_id: int,
+        mesh: Mesh | None = None,
+    ) -> "Programs":
         """The programs of three modules. A module may be None; its programs cannot be called then.
 
         Args:

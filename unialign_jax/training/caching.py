@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ def local_mesh() -> jax.sharding.Mesh:
     return make_mesh(fsdp=len(devices), devices=devices)
 
 
-def image_moments(params: dict, batch: dict[str, jax.Array], autoencoder) -> dict[str, jax.Array]:
+def image_moments(params: dict, batch: dict[str, jax.Array], autoencoder: Any) -> dict[str, jax.Array]:
     """The moments of a batch's raw latents, float16 [B, h, w, 2C], and those of its conditions [B, K, h, w, 2C]."""
     images = batch["image"][:, None]
     if "conditions" in batch:

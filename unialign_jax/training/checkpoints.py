@@ -14,6 +14,7 @@ import json
 import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import tensorstore as ts
@@ -230,7 +231,7 @@ def stored_shapes(directory: Path) -> dict[str, tuple]:
     return leaf_shapes(ocp.checkpointables_metadata(directory).metadata["state"])
 
 
-def leaf_shapes(tree) -> dict[str, tuple]:
+def leaf_shapes(tree: Any) -> dict[str, tuple]:
     """{path: shape} of a tree's arrays, or of their metadata."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {path_string(path): tuple(leaf.shape) for path, leaf in leaves if hasattr(leaf, "shape")}

@@ -62,7 +62,7 @@ class Sampler:
     def _stem(self, name: str, step: int) -> Path:
         return self._directory / f"{name}_{step:06d}"
 
-    def write(self, step: int, params, frozen) -> list[Path]:
+    def write(self, step: int, params: dict, frozen: dict) -> list[Path]:
         """Samples every stream with the transformer's `params`; returns the files written, none for a count of 0."""
         paths = []
         if not self._config.samples.count:
@@ -76,7 +76,7 @@ class Sampler:
                     paths += self._write_stream(self._stem(name, step), batch, generated, ids)
         return paths
 
-    def sample(self, stream, step: int, params, frozen):
+    def sample(self, stream: str, step: int, params: dict, frozen: dict):
         """(examples, images, ids): the stream's first examples, images from their prompts and texts from their images.
 
         Examples are one batch, images uint8 [count, H, W, 3] (None without an image pass), ids int32 [count, L].

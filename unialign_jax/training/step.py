@@ -6,7 +6,7 @@ the step number, the micro-batch and a name, so they are the same on any number 
 
 import zlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +92,16 @@ def bucketed(name: str, values: jax.Array, positions: jax.Array) -> dict[str, ja
 
 
 def compute_losses(
-    config, networks: Networks, kind: str, mask_id: int, eos_id: int, params, frozen, batch, key, levels=None
+    config: ConfigDict,
+    networks: Networks,
+    kind: str,
+    mask_id: int,
+    eos_id: int,
+    params: dict,
+    frozen: dict,
+    batch: dict,
+    key: jax.Array,
+    levels: Any = None,
 ):
     """Both passes of one micro-batch -> (total loss, metrics as sums and counts).
 
@@ -195,7 +204,13 @@ def micro_batches(batch: dict[str, jax.Array], count: int) -> dict[str, jax.Arra
 
 
 def make_train_step(
-    config, networks: Networks, tx: Optimizer, schedule: optax.Schedule, kind: str, mask_id: int, eos_id: int
+    config: ConfigDict,
+    networks: Networks,
+    tx: Optimizer,
+    schedule: optax.Schedule,
+    kind: str,
+    mask_id: int,
+    eos_id: int,
 ) -> Callable:
     """The step of one stream: (TrainState, frozen, batch) -> (TrainState, metrics).
 

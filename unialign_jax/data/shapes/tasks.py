@@ -8,7 +8,7 @@ import dataclasses
 import io
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -327,7 +327,7 @@ def write_shapes(
     teacher_width: int = 64,
     streams: tuple[str, ...] = STREAMS,
     overwrite: bool = False,
-    progress=lambda stream, total, records: records,
+    progress: Callable | None = lambda stream, total, records: records,
 ) -> dict[str, bool]:
     """Writes `output_dir/<stream>/` for every stream, unless it is there with the same parameters: {stream: is new}.
 

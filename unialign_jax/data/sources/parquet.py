@@ -1,6 +1,7 @@
 """Parquet files, read by row group; an image is a column of bytes, or a struct of `bytes` and `path`."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from unialign_jax.data.jsonl import BadRow
 from unialign_jax.data.sources import locations, rows
@@ -58,6 +59,6 @@ def read_part(part: Part, options: SourceOptions) -> Iterator[Row]:
         yield Row(make_key(part.label, number), {}, base, fault, shown)
 
 
-def values(batch, position: int) -> dict:
+def values(batch: Any, position: int) -> dict:
     """One row of a batch, as Python's values."""
     return {name: batch.column(i)[position].as_py() for i, name in enumerate(batch.schema.names)}

@@ -9,7 +9,7 @@ A row is a dict of plain values with a stable key. What makes a record of it is 
 """
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from unialign_jax.data.jsonl import BadRow
@@ -90,7 +90,7 @@ def make_key(label: str, number: int | str, sign: str = ":") -> str:
     return f"{one_line(label)}{sign}{number}"
 
 
-def in_chunks(rows, most: int, most_bytes: int = 2**23):
+def in_chunks(rows: Iterable, most: int, most_bytes: int = 2**23):
     """Tuples of up to `most` rows (number, content), and of about `most_bytes` bytes of content."""
     chunk, held = [], 0
     for row in rows:

@@ -2,7 +2,7 @@
 
 import io
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -56,7 +56,7 @@ class Picture(NamedTuple):
     hash: int
 
 
-def read_image(value, base: str, root: str | None, free_paths: bool) -> tuple[bytes, str]:
+def read_image(value: Any, base: str, root: str | None, free_paths: bool) -> tuple[bytes, str]:
     """The bytes that a field's value stands for, and a name for messages.
 
     Args:

@@ -1,6 +1,7 @@
 """From a row to records: which column is the image, which one the caption; the layouts that people's data have."""
 
 import collections
+from collections.abc import Iterable
 
 from unialign_jax.data import jsonl
 from unialign_jax.data.jsonl import IMAGE_MARK, MAX_CONDITIONS, BadRow, checked_text
@@ -47,21 +48,21 @@ _TALKS = ("conversations", "messages", "texts")  # LLaVA's, the chat templates',
 _SPEAKERS = {"user": "human", "assistant": "gpt", "system": "system"}
 
 
-def find_column(field: str, names, options: SourceOptions) -> str | None:
+def find_column(field: str, names: Iterable[str], options: SourceOptions) -> str | None:
     """The column of a field among `names`: the one that the user named, or else the first that is known."""
     if field in options.columns:
         return options.columns[field] if options.columns[field] in names else None
     return next((name for name in FIELDS[options.kind][field] if name in names), None)
 
 
-def wanted_columns(names, options: SourceOptions) -> list[str]:
+def wanted_columns(names: Iterable[str], options: SourceOptions) -> list[str]:
     """The columns of a table that its rows are made of, so that nothing else is read."""
     known = {name for field in FIELDS[options.kind].values() for name in field} | set(options.columns.values())
     known |= {*_TALKS, "original_images", "generated_images", options.key}
     return [name for name in names if name in known]
 
 
-def check_columns(names, options: SourceOptions) -> None:
+def check_columns(names: Iterable[str], options: SourceOptions) -> None:
     """Raises BadRow for a table of which no row can become a record."""
     named = [column for column in options.columns.values() if column not in names]
     if named:

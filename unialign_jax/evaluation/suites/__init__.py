@@ -6,7 +6,12 @@ from unialign_jax.evaluation.suite import Suite
 
 # Name on the command line -> class in the module of that name.
 SUITES = {
+    "semgen": "SemGen",
     "geneval": "GenEval",
+    "gedit": "GEdit",
+    "mmbench": "MMBench",
+    "mmmu": "MMMU",
+    "mmvet": "MMVet",
 }
 
 
