@@ -8,6 +8,7 @@
     python launch/benchmark.py memory
     python launch/benchmark.py soak --steps=2000 --saves=200
     python launch/benchmark.py data
+    python launch/benchmark.py serve
 
 `python launch/benchmark.py PART --help` says what each measures, and how.
 `train`, `step`, `memory` and `soak` read a stage, and take --config.KEY=VALUE for its keys as launch/train.py does.
@@ -24,7 +25,7 @@ from unialign_jax.command_line import Parser, explain_missing_packages, split_ch
 
 explain_missing_packages()
 
-from unialign_jax.benchmarks import convert, data, loop, memory, options, sample, soak, step
+from unialign_jax.benchmarks import convert, data, loop, memory, options, sample, serve, soak, step
 
 
 def main(argv=None):
@@ -39,6 +40,7 @@ def main(argv=None):
         ("memory", memory, memory.benchmark_memory, "the plan's memory of a training step beside a run's"),
         ("soak", soak, soak.benchmark_soak, "a long run with many saves: memory, descriptors and threads"),
         ("data", data, data.benchmark_data, "images per second of one core, from JPEGs and from caches"),
+        ("serve", serve, serve.benchmark_serve, "a server under load: throughput, waiting times, losses, memory"),
     ):
         command = commands.add_parser(name, help=explained, description=part.__doc__)
         part.add_arguments(command)

@@ -8,6 +8,7 @@ Results of other jobs are not replaced unless that is asked for.
 import collections
 import contextlib
 import dataclasses
+import io
 import json
 import logging
 import tempfile
@@ -378,17 +379,24 @@ def describe(image: Image.Image, sample: Sample, stamp: dict) -> dict:
     return made | ({"id": sample.job.id} if sample.job.id else {}) | stamp
 
 
+def png_bytes(image: Image.Image, parameters: dict) -> bytes:
+    """An image as PNG, with its parameters as a text chunk."""
+    info, buffer = PngInfo(), io.BytesIO()
+    info.add_text("parameters", json.dumps(parameters))
+    image.save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
 def save_png(image: Image.Image, path: Path, parameters: dict) -> None:
     """Writes a PNG with its parameters as a text chunk, and makes its folder; the file appears when it is whole.
 
     Raises OSError in one line.
     """
-    info = PngInfo()
-    info.add_text("parameters", json.dumps(parameters))
+    content = png_bytes(image, parameters)
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing_file(path) as partial:
-            image.save(partial, "PNG", pnginfo=info)
+            partial.write_bytes(content)
 
 
 def save_text(text: str, path: Path) -> None:

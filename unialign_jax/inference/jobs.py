@@ -198,7 +198,14 @@ def _refuse_constant(name):
 
 
 def make_job(
-    fields: dict, folder: Path, *, id: str = "", line: int = 0, model: str = "", named: Callable[[str], str] = str
+    fields: dict,
+    folder: Path,
+    *,
+    id: str = "",
+    line: int = 0,
+    model: str = "",
+    named: Callable[[str], str] = str,
+    inspect: Callable[[Path], tuple[str, tuple[int, int]]] | None = None,
 ) -> Job:
     """A job from its keys and values.
 
@@ -207,6 +214,7 @@ def make_job(
       folder: what image paths are relative to.
       id, line, model: see `Job` and `read_jobs`.
       named: how messages call a key.
+      inspect: gives (hash, (width, height)) of an image; None reads the file's header.
 
     Raises ValueError for keys and values that the task does not take, a missing text, and images that do not fit.
     """
@@ -231,7 +239,7 @@ def make_job(
     if seed + count > SEEDS:
         raise ValueError(f"{named('seed')} is {seed}, too large for {count} images: the last seed is {SEEDS - 1}")
     paths = tuple(Path(folder) / path for path in paths)
-    contents = [_inspect_image(path) for path in paths]
+    contents = [(inspect or _inspect_image)(path) for path in paths]
     hashed = {HASHED_NAMES.get(key, key): value for key, value in values.items()}
     depends_on = {"task": HASHED_NAMES.get(task, task), "text": text, "model": model, **hashed}
     depends_on["images"] = [digest for digest, _ in contents]

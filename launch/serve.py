@@ -1,0 +1,165 @@
+"""A model as a web service: python launch/serve.py --help"""
+
+import argparse
+import json
+import logging
+import os
+import secrets
+import socket
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from unialign_jax.command_line import Parser, explain_missing_packages, run_command
+
+explain_missing_packages()
+
+log = logging.getLogger("serve")
+
+DESCRIPTION = """\
+Serves a bundle, or a training run's newest checkpoint, by OpenAI's API: images, edits, captions and answers. Requests
+of one shape are done in batches, on all devices that are there.
+"""
+
+EXAMPLES = """\
+examples
+  python launch/serve.py
+  python launch/serve.py --bundle=BUNDLE --batch=16 --warm-up=512x512
+  UNIALIGN_API_KEYS=secret1,secret2 python launch/serve.py --bundle=BUNDLE --host=0.0.0.0
+
+  curl http://127.0.0.1:8000/v1/images/generations -H 'Content-Type: application/json' \\
+       -d '{"prompt": "a large red circle", "seed": 7}'
+The paths, their options and clients in Python: docs/serving.md, and /docs of the running server.
+"""
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description=DESCRIPTION, epilog=EXAMPLES)
+    add = parser.add_argument
+    add("--bundle", default="demo", metavar="DIR", help="a bundle, a run's folder, or demo (default %(default)s)")
+    add("--name", metavar="NAME", help="of the model in answers (default: the folder's)")
+    add("--traceback", action="store_true", help="show where an error came from")
+    add = parser.add_argument_group("the network").add_argument
+    add("--host", default="127.0.0.1", help="address to listen on (default %(default)s: this machine alone)")
+    add("--port", type=int, default=8000, help="default %(default)s; 0 takes a free one")
+    add("--no-key", action="store_true", help="let everybody in who reaches a --host that is not this machine alone")
+    add("--cors-origin", action="append", default=[], metavar="URL", help="lets pages of this origin call; repeatable")
+    add("--log-prompts", action="store_true", help="write the texts of requests into the log")
+    add = parser.add_argument_group("the queue").add_argument
+    add("--batch", type=int, default=8, metavar="N", help="most samples at a time (default %(default)s)")
+    add("--queue", type=int, default=256, metavar="N", help="samples that may wait; 429 beyond (default %(default)s)")
+    add("--time-limit", type=float, default=300.0, metavar="S", help="that a request may wait (default %(default)g)")
+    add("--max-samples", type=int, default=16, metavar="N", help="images of one request (default %(default)s)")
+    add("--max-steps", type=int, default=100, metavar="N", help="of the sampler (default %(default)s)")
+    add("--max-side", type=int, default=2048, metavar="N", help="pixels of an image (default %(default)s)")
+    add("--max-megabytes", type=int, default=32, metavar="N", help="of a request (default %(default)s)")
+    add = parser.add_argument_group("the machine").add_argument
+    add("--devices", type=int, metavar="N", help="replicas of the model, one a device (default: all; on a CPU 1)")
+    add("--dtype", choices=["bfloat16", "float32"], help="default bfloat16, on a CPU float32")
+    add("--quantize", choices=["int8", "w8a8"], help="int8 weights; w8a8: int8 activations too")
+    add("--weights", choices=["raw", "ema"], help="of a run: default its average, if it keeps one")
+    add("--attention", default="auto", metavar="NAME", help="auto, xla, cudnn (GPU) or splash (TPU)")
+    add(
+        "--warm-up",
+        metavar="WxH,..",
+        help="compile images of these sizes first, alone and in full batches; none: nothing",
+    )
+    add(
+        "--compilation-cache",
+        metavar="DIR",
+        default=str(Path("~") / ".cache" / "unialign_jax" / "compiled"),
+        help="keeps compiled programs, for a fast second start; none: keep nothing (default %(default)s)",
+    )
+    arguments = parser.parse_args(argv)
+    parser.check_least(arguments, batch=1, queue=1, time_limit=0.1, max_samples=1, max_steps=1, max_side=1, port=0)
+    if arguments.devices is not None:
+        parser.check_least(arguments, devices=1)
+    return arguments
+
+
+def api_keys(arguments: argparse.Namespace) -> list[str]:
+    """The keys of the environment. Raises ValueError where an open address has none."""
+    keys = [key.strip() for key in os.environ.get("UNIALIGN_API_KEYS", "").split(",") if key.strip()]
+    is_local = arguments.host in ("127.0.0.1", "::1", "localhost")
+    if not keys and not is_local and not arguments.no_key:
+        raise ValueError(
+            f"--host={arguments.host} can be reached from other machines, and there is no key: set UNIALIGN_API_KEYS, "
+            f"for example to {secrets.token_urlsafe(24)}, or give --no-key"
+        )
+    return keys
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket. Raises OSError, in one line, where the address is taken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    found = socket.socket(family, socket.SOCK_STREAM)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind((host, port))
+        found.listen(128)  # so that a second server on this port is refused now
+    except OSError as error:
+        found.close()
+        raise OSError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from None
+    return found
+
+
+def serve(arguments: argparse.Namespace) -> None:
+    """Runs until SIGINT or SIGTERM; requests that were taken are answered first."""
+    import uvicorn
+    from fastapi.middleware.cors import CORSMiddleware
+
+    from unialign_jax.inference.opening import ModelSource, keep_compiled
+    from unialign_jax.serving import api, warming
+    from unialign_jax.serving.engine import Engine
+    from unialign_jax.serving.metrics import Metrics
+    from unialign_jax.serving.requests import Limits
+
+    keys, bound = api_keys(arguments), listen(arguments.host, arguments.port)
+    sizes = warming.parse_sizes(arguments.warm_up)
+    source = ModelSource(arguments.bundle, weights=arguments.weights)
+    source.check_complete()
+    keep_compiled(arguments.compilation_cache)
+    how = {name: getattr(arguments, name) for name in ("dtype", "quantize", "attention")}
+    pipelines = warming.open_replicas(source, arguments.devices, max_batch=arguments.batch, **how)
+    metrics = Metrics()
+    engine = Engine(pipelines, max_waiting=arguments.queue, time_limit=arguments.time_limit, observe=metrics.observe)
+    metrics.watch(engine)
+    warming.warm_up(pipelines, sizes)
+    limits = Limits(
+        request_bytes=arguments.max_megabytes * 2**20,
+        samples=arguments.max_samples,
+        max_steps=arguments.max_steps,
+        max_side=arguments.max_side,
+    )
+    app = api.make_app(
+        engine,
+        model=arguments.name or source.folder.resolve().name,
+        keys=keys,
+        limits=limits,
+        metrics=metrics,
+        log_prompts=arguments.log_prompts,
+        stamp=source.stamp(arguments.dtype, arguments.quantize),
+    )
+    if arguments.cors_origin:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=arguments.cors_origin, allow_methods=["*"], allow_headers=["*"]
+        )
+    host, port = bound.getsockname()[:2]
+    log.info(json.dumps({"serving": source.folder.name, "url": f"http://{host}:{port}/v1", "replicas": len(pipelines)}))
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_keep_alive=30))
+    server.run(sockets=[bound])
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for name in ("serve", "unialign_jax"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    hint = "; try a smaller --batch or --quantize=int8"
+    return run_command(
+        lambda: serve(arguments), traceback=arguments.traceback, hint=hint, interrupted="the server ended"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

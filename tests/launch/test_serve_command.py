@@ -1,0 +1,93 @@
+"""launch/serve.py as a user runs it: an end under load, a port that is taken, an open address without a key."""
+
+import base64
+import concurrent.futures
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import requests
+
+pytest.importorskip("fastapi", reason="fastapi is not installed")
+
+COMMAND = Path(__file__).resolve().parents[2] / "launch" / "serve.py"
+
+
+@pytest.mark.slow
+def test_an_end_under_load_answers_all_that_was_taken(tiny_bundle, compilation_cache):
+    command = [sys.executable, str(COMMAND), f"--bundle={tiny_bundle}", "--port=0", "--warm-up=none", "--batch=2"]
+    with subprocess.Popen(
+        [*command, f"--compilation-cache={compilation_cache}"], stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            lines, url = [], None
+            for line in process.stderr:
+                lines.append(line)
+                if url := re.search(r'"url": "(http[^"]+)"', line):
+                    break
+            assert url, lines
+            reader = threading.Thread(target=lambda: lines.extend(process.stderr))
+            reader.start()
+            port = url[1].split(":")[2].split("/")[0]
+            second = subprocess.run(
+                [sys.executable, str(COMMAND), f"--bundle={tiny_bundle}", f"--port={port}"],
+                capture_output=True,
+                text=True,
+                timeout=120,
+            )
+            assert second.returncode == 1
+            assert second.stderr == (
+                f"error: cannot listen on 127.0.0.1:{port}: Address already in use; choose another --port\n"
+            )
+            body = {"prompt": "a secret prompt", "steps": 4, "seed": 1}
+
+            def ask(number):
+                answer = requests.post(f"{url[1]}/images/generations", json=body | {"seed": number}, timeout=120)
+                return answer.status_code, answer.json()["data"][0]["b64_json"]
+
+            ask(0)  # compiles
+            with concurrent.futures.ThreadPoolExecutor(12) as pool:
+                futures = [pool.submit(ask, number) for number in range(12)]
+                while requests.get(f"{url[1][:-3]}/health", timeout=60).json()["working"] == 0:
+                    time.sleep(0.01)
+                process.send_signal(signal.SIGTERM)
+                answers = [future.result() for future in futures]
+            assert process.wait(60) in (0, -signal.SIGTERM)
+            reader.join(10)
+            assert {status for status, _ in answers} == {200}
+            assert all(base64.b64decode(image).startswith(b"\x89PNG") for _, image in answers)
+            log = "".join(lines)
+            assert "secret" not in log
+            entries = [json.loads(line) for line in lines if line.startswith('{"method"')]
+            assert sum(entry["path"] == "/v1/images/generations" for entry in entries) == 13
+        finally:
+            process.kill()
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--host=0.0.0.0"], ["--host=0.0.0.0 can be reached", "UNIALIGN_API_KEYS", "--no-key"]),
+        (["--bundle=nowhere"], ["nowhere", "no such bundle"]),
+        (["--warm-up=big", "--bundle=demo"], ["--warm-up is 'big'", "512x512"]),
+        (["--batch=0"], ["--batch is 0"]),
+        (["--host=192.0.2.1", "--no-key"], ["cannot listen on 192.0.2.1"]),
+    ],
+)
+def test_what_cannot_be_served(command_refuses, monkeypatch, arguments, words):
+    monkeypatch.delenv("UNIALIGN_API_KEYS", raising=False)
+    command_refuses("serve", ["--port=0", *arguments], *words)
+
+
+def test_keys_come_from_the_environment(launch_command, monkeypatch):
+    monkeypatch.setitem(os.environ, "UNIALIGN_API_KEYS", " one, two ,,")
+    command = launch_command("serve")
+    assert command.api_keys(command.parse_arguments(["--host=0.0.0.0"])) == ["one", "two"]

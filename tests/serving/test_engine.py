@@ -1,0 +1,208 @@
+"""The engine with pipelines that make no images: batches, order, limits, failures, an end under load."""
+
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+from unialign_jax.inference.jobs import make_job
+from unialign_jax.serving.engine import Busy, Closing, Engine, TooLate
+
+IMAGE = Image.new("RGB", (8, 8))
+
+
+class FakePipeline:
+    """Answers with the words that it was asked; waits at a gate, and fails for some words."""
+
+    def __init__(self, max_batch=4):
+        self.max_batch, self.calls, self.gate = max_batch, [], threading.Event()
+        self.sizes, self.edit_limit = SimpleNamespace(of_edit=lambda *size: (size, size)), 1024
+        self.gate.set()
+
+    def generate(self, prompts, seed, **options):
+        self.calls.append(("text_to_image", list(prompts)))
+        assert self.gate.wait(10)
+        if "bad" in prompts:
+            raise ValueError("a bad prompt")
+        return [f"{prompt} {number}" for prompt, number in zip(prompts, seed, strict=True)]
+
+    def caption(self, images, seed, **options):
+        self.calls.append(("caption", len(images)))
+        assert self.gate.wait(10)
+        return [f"caption {number}" for number in seed]
+
+
+def job(prompt="a", task="text_to_image", **fields):
+    if task == "caption":
+        return make_job({"task": task, "image": "0", **fields}, Path(), inspect=lambda path: ("0", (8, 8)))
+    return make_job({"task": task, "prompt": prompt, **fields}, Path())
+
+
+@pytest.fixture
+def pipeline():
+    return FakePipeline()
+
+
+@pytest.fixture
+def make_engine(pipeline):
+    engines = []
+
+    def make(*more, **options):
+        engines.append(Engine([pipeline, *more], **options))
+        return engines[-1]
+
+    yield make
+    pipeline.gate.set()
+    for engine in engines:
+        engine.close(timeout=10)
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def hold(engine, pipeline):
+    """A request in the making, so that what follows waits in the queue."""
+    pipeline.gate.clear()
+    ticket = engine.submit(job("first"))
+    wait_for(lambda: pipeline.calls)
+    return ticket
+
+
+def test_requests_of_one_shape_share_batches_and_each_gets_its_own(make_engine, pipeline):
+    engine = make_engine()
+    first = hold(engine, pipeline)
+    tickets = [engine.submit(job(f"p{i}", seed=10 * i, images_per_prompt=2)) for i in range(3)]
+    other = engine.submit(job("other", steps=3))  # another shape
+    pipeline.gate.set()
+    assert first.future.result(10) == ["first 0"]
+    assert [ticket.future.result(10) for ticket in tickets] == [
+        ["p0 0", "p0 1"],
+        ["p1 10", "p1 11"],
+        ["p2 20", "p2 21"],
+    ]
+    assert other.future.result(10) == ["other 0"]
+    sizes = [len(prompts) for _, prompts in pipeline.calls]
+    assert sizes == [1, 4, 2, 1]
+    assert tickets[1].batch_sizes == [4, 4] and tickets[2].batch_sizes == [2, 2]
+    assert engine.counts().done == {"text_to_image": 8}
+
+
+def test_short_work_passes_long_work_that_came_just_before_but_not_work_that_waits_longer(make_engine, pipeline):
+    engine = make_engine()
+    engine._seconds |= {"text_to_image": 0.5, "caption": 0.01}  # what a sample of each has taken
+    hold(engine, pipeline)
+    engine.submit(job("long"))
+    engine.submit(job(task="caption"), [IMAGE])
+    time.sleep(0.6)
+    engine.submit(job(task="caption", temperature=0), [IMAGE])  # 0.6 s after a request that takes 0.5 s
+    done = engine.submit(job("last", steps=2))
+    pipeline.gate.set()
+    done.future.result(10)
+    assert [call[0] for call in pipeline.calls] == [
+        "text_to_image",
+        "caption",
+        "text_to_image",
+        "caption",
+        "text_to_image",
+    ]
+
+
+def test_a_failure_is_its_own_and_the_engine_serves_the_next(make_engine, pipeline):
+    engine = make_engine()
+    hold(engine, pipeline)
+    tickets = [engine.submit(job(prompt)) for prompt in ("good", "bad", "fine")]
+    pipeline.gate.set()
+    assert tickets[0].future.result(10) == ["good 0"]
+    with pytest.raises(ValueError, match="a bad prompt"):
+        tickets[1].future.result(10)
+    assert tickets[2].future.result(10) == ["fine 0"]
+    assert engine.submit(job("next")).future.result(10) == ["next 0"]
+    assert engine.counts().failed == {"text_to_image": 1}
+
+
+def test_what_no_pipeline_foresees_ends_no_thread(make_engine, pipeline):
+    engine = make_engine()
+    pipeline.generate = lambda prompts, **options: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        engine.submit(job()).future.result(10)
+    del pipeline.generate
+    assert engine.submit(job("next")).future.result(10) == ["next 0"]
+
+
+def test_a_full_queue_says_when_to_come_back(make_engine, pipeline):
+    engine = make_engine(max_waiting=4)
+    engine._seconds["text_to_image"] = 2.0
+    hold(engine, pipeline)
+    engine.submit(job(images_per_prompt=3))
+    with pytest.raises(Busy) as caught:
+        engine.submit(job(images_per_prompt=2))
+    assert caught.value.retry_after == pytest.approx(6.0)
+    engine.submit(job())  # there is room for one
+    with pytest.raises(ValueError, match="5 images are asked for at once, expected at most 4"):
+        engine.submit(job(images_per_prompt=5))
+    assert engine.counts().rejected == 2 and engine.counts().waiting == 4
+
+
+def test_what_nobody_waits_for_is_not_done(make_engine, pipeline):
+    engine = make_engine()
+    hold(engine, pipeline)
+    left = engine.submit(job("left", steps=5, images_per_prompt=3))
+    left.cancel()
+    pipeline.gate.set()
+    engine.submit(job("stays")).future.result(10)
+    wait_for(lambda: engine.counts().cancelled == 3)
+    assert ["left"] not in [prompts for _, prompts in pipeline.calls]
+
+
+def test_a_request_that_waited_too_long_is_told_so(make_engine, pipeline):
+    engine = make_engine(time_limit=60)
+    hold(engine, pipeline)
+    late = engine.submit(job("late", steps=5), time_limit=0.05)
+    time.sleep(0.1)
+    pipeline.gate.set()
+    with pytest.raises(TooLate, match="longer than it may"):
+        late.future.result(10)
+    assert engine.counts().expired == 1
+
+
+def test_an_end_answers_all_that_was_taken_and_takes_no_more(make_engine, pipeline):
+    engine = make_engine()
+    first = hold(engine, pipeline)
+    tickets = [engine.submit(job(f"p{i}")) for i in range(9)]
+    ends = threading.Thread(target=engine.close)
+    ends.start()
+    wait_for(lambda: engine._is_closing)
+    with pytest.raises(Closing):
+        engine.submit(job())
+    pipeline.gate.set()
+    ends.join(10)
+    assert not ends.is_alive()
+    assert [ticket.future.result(0) for ticket in (first, *tickets)] == [["first 0"], *([f"p{i} 0"] for i in range(9))]
+
+
+def test_an_end_in_a_hurry_fails_what_is_left(make_engine, pipeline):
+    engine = make_engine()
+    hold(engine, pipeline)
+    left = engine.submit(job("left", steps=5))
+    assert not engine.close(timeout=0.05)
+    with pytest.raises(Closing, match="shut down before"):
+        left.future.result(0)
+
+
+def test_replicas_work_side_by_side(make_engine, pipeline):
+    other = FakePipeline()
+    engine = make_engine(other)
+    pipeline.gate.clear()
+    other.gate.clear()
+    tickets = [engine.submit(job(f"p{i}", steps=i + 1)) for i in range(2)]
+    wait_for(lambda: pipeline.calls and other.calls)
+    pipeline.gate.set()
+    other.gate.set()
+    assert [ticket.future.result(10) for ticket in tickets] == [["p0 0"], ["p1 0"]]

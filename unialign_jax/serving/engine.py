@@ -1,0 +1,295 @@
+"""One queue of requests before one or several pipelines, which do them in batches of one shape.
+
+A request is a `Job` with its images. Its samples wait in the queue; whenever a pipeline is free it takes the samples of
+one shape that are due, at most `max_batch` of them, whoever asked for them.
+
+Which shape is next: each sample is due at its arrival plus what its task is expected to take, and the shape of the
+earliest goes first. So short work passes long work that came a little before it, and whatever has waited longer than
+the dearest task takes is passed by nothing.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from PIL import Image
+
+from unialign_jax.files import first_line
+from unialign_jax.inference import job_runner
+from unialign_jax.inference.job_runner import Sample
+from unialign_jax.inference.jobs import Job
+
+log = logging.getLogger(__name__)
+
+
+class Busy(Exception):
+    """The queue is full. `retry_after` is in how many seconds there will probably be room."""
+
+    def __init__(self, waiting: int, retry_after: float):
+        super().__init__(f"{waiting} samples are waiting already: try again in {retry_after:.0f} s")
+        self.retry_after = retry_after
+
+
+class Closing(Exception):
+    """The engine takes no more requests, since it ends."""
+
+
+class TooLate(Exception):
+    """A request waited longer than it may."""
+
+
+@dataclasses.dataclass
+class Ticket:
+    """A request that was taken.
+
+    Attributes:
+      job: what is asked.
+      images: its images, upright and RGB.
+      future: gets the list of its results: images of PIL, or a text; or the error of its first sample that failed.
+      deadline: by `time.monotonic`, when its samples must have begun.
+      queued, working: seconds that it waited, and from its first batch's begin to its last one's end.
+      batch_sizes: samples of each batch that it was in.
+    """
+
+    job: Job
+    images: Sequence[Image.Image]
+    deadline: float
+    arrived: float = dataclasses.field(default_factory=time.monotonic)
+    future: concurrent.futures.Future = dataclasses.field(default_factory=concurrent.futures.Future)
+    queued: float | None = None
+    working: float = 0.0
+    batch_sizes: list[int] = dataclasses.field(default_factory=list)
+    _outcomes: dict = dataclasses.field(default_factory=dict)
+
+    def cancel(self) -> None:
+        """Nobody waits for it any more: what has not begun is not done."""
+        self.future.cancel()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Waiting:
+    """A sample in the queue."""
+
+    sample: Sample
+    ticket: Ticket
+    due: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """What an engine has done so far: numbers of samples, by task where a dict."""
+
+    waiting: int
+    working: int
+    done: dict[str, int]
+    failed: dict[str, int]
+    rejected: int
+    cancelled: int
+    expired: int
+
+
+class Engine:
+    """Does requests through pipelines of one model, one thread each.
+
+    `observe` is told of each batch: (task, size, seconds, whether it failed).
+    """
+
+    def __init__(
+        self,
+        pipelines: Sequence,
+        *,
+        max_waiting: int = 256,
+        time_limit: float = 300.0,
+        observe: Callable[[str, int, float, bool], None] = lambda task, size, seconds, failed: None,
+    ):
+        """Starts the threads.
+
+        Args:
+          pipelines: replicas: `Pipeline`s of the same model on different devices.
+          max_waiting: samples in the queue at most.
+          time_limit: seconds after which a sample that has not begun is given up.
+        """
+        self._pipelines, self._observe = pipelines, observe
+        self._max_waiting, self._time_limit = max_waiting, time_limit
+        self._lock = threading.Condition()
+        self._queues: dict[tuple, collections.deque[_Waiting]] = {}  # by shape; none is empty
+        self._waiting = self._working = self._rejected = self._cancelled = self._expired = 0
+        self._done, self._failed = collections.Counter(), collections.Counter()
+        self._seconds: dict[str, float] = {}  # task -> of a sample, a moving average
+        self._is_closing = False
+        self._threads = [
+            threading.Thread(target=self._work, args=(pipeline,), name=f"pipeline {number}", daemon=True)
+            for number, pipeline in enumerate(pipelines)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def pipeline(self):
+        """The first replica, for what all have alike."""
+        return self._pipelines[0]
+
+    def submit(self, job: Job, images: Sequence[Image.Image] = (), *, time_limit: float | None = None) -> Ticket:
+        """Queues a request.
+
+        Args:
+          job: of `jobs.make_job`; its seed is set.
+          time_limit: seconds, shorter than the engine's.
+
+        Raises Busy when the queue has no room for all of its samples, Closing when the engine ends, ValueError when
+        there are more samples than it ever has room for.
+        """
+        count, shape = job.images_per_prompt, job_runner.shape_of(job, self.pipeline)
+        if count > self._max_waiting:
+            raise ValueError(f"{count} images are asked for at once, expected at most {self._max_waiting}")
+        now = time.monotonic()
+        ticket = Ticket(job, images, now + min(time_limit or self._time_limit, self._time_limit), now)
+        with self._lock:
+            if self._is_closing:
+                raise Closing("the server is shutting down")
+            if self._waiting + count > self._max_waiting:
+                self._rejected += count
+                raise Busy(self._waiting, self._expected_wait())
+            due = now + self._seconds.get(job.task, 1.0)
+            queue = self._queues.setdefault(shape, collections.deque())
+            queue.extend(_Waiting(Sample(job, index), ticket, due) for index in range(count))
+            self._waiting += count
+            self._lock.notify()
+        return ticket
+
+    def counts(self) -> Counts:
+        """What was done until now."""
+        with self._lock:
+            return Counts(
+                self._waiting,
+                self._working,
+                dict(self._done),
+                dict(self._failed),
+                self._rejected,
+                self._cancelled,
+                self._expired,
+            )
+
+    def close(self, *, timeout: float | None = None) -> bool:
+        """Takes no more requests, does those in the queue, and ends the threads.
+
+        Returns whether all was done within `timeout` seconds; what is left then fails with Closing.
+        """
+        with self._lock:
+            self._is_closing = True
+            self._lock.notify_all()
+        deadline = None if timeout is None else time.monotonic() + timeout
+        for thread in self._threads:
+            thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        with self._lock:
+            left = list(itertools.chain.from_iterable(self._queues.values()))
+            self._queues, self._waiting = {}, 0
+            self._lock.notify_all()
+        for waiting in left:
+            _fail(waiting.ticket, Closing("the server shut down before this was done"))
+        return not left and not any(thread.is_alive() for thread in self._threads)
+
+    def _expected_wait(self) -> float:
+        """Seconds in which the queue as it is will probably be done; at least one."""
+        tasks = collections.Counter(w.sample.job.task for queue in self._queues.values() for w in queue)
+        work = sum(count * self._seconds.get(task, 1.0) for task, count in tasks.items())
+        return max(1.0, work / len(self._pipelines))
+
+    def _work(self, pipeline) -> None:
+        while batch := self._take(pipeline.max_batch):
+            try:
+                self._do(pipeline, batch)
+            except BaseException as error:  # a thread that ends would leave its clients waiting for ever
+                log.exception("a batch of %d was given up", len(batch))
+                for waiting in batch:
+                    _fail(waiting.ticket, error)
+            finally:
+                with self._lock:
+                    self._working -= len(batch)
+
+    def _take(self, most: int) -> list[_Waiting]:
+        """The next batch; waits for one. Empty when the engine ends."""
+        with self._lock:
+            while True:
+                self._drop_dead()
+                if self._queues:
+                    shape = min(self._queues, key=lambda shape: self._queues[shape][0].due)
+                    queue = self._queues[shape]
+                    batch = [queue.popleft() for _ in range(min(most, len(queue)))]
+                    if not queue:
+                        del self._queues[shape]
+                    self._waiting -= len(batch)
+                    self._working += len(batch)
+                    return batch
+                if self._is_closing:
+                    return []
+                self._lock.wait()
+
+    def _drop_dead(self) -> None:
+        """Removes samples that nobody waits for, and those that waited too long."""
+        now = time.monotonic()
+        for shape, queue in list(self._queues.items()):
+            kept = collections.deque()
+            for waiting in queue:
+                if waiting.ticket.future.done():  # cancelled, or another sample of it failed
+                    self._cancelled += 1
+                elif now > waiting.ticket.deadline:
+                    self._expired += 1
+                    limit = waiting.ticket.deadline - waiting.ticket.arrived
+                    _fail(waiting.ticket, TooLate(f"it waited for {limit:.0f} s, longer than it may"))
+                else:
+                    kept.append(waiting)
+            self._waiting -= len(queue) - len(kept)
+            if kept:
+                self._queues[shape] = kept
+            else:
+                del self._queues[shape]
+
+    def _do(self, pipeline, batch: list[_Waiting]) -> None:
+        """Makes a batch and hands out what came of it."""
+        began, task = time.monotonic(), batch[0].sample.job.task
+        for waiting in batch:
+            if waiting.ticket.queued is None:
+                waiting.ticket.queued = began - waiting.ticket.arrived
+        samples = [waiting.sample for waiting in batch]
+        outcomes = job_runner.attempt(pipeline, samples, [list(waiting.ticket.images) for waiting in batch])
+        seconds = time.monotonic() - began
+        failed = sum(isinstance(outcome, Exception) for outcome in outcomes)
+        self._observe(task, len(batch), seconds, bool(failed))
+        with self._lock:
+            before = self._seconds.get(task, seconds / len(batch))
+            self._seconds[task] = 0.8 * before + 0.2 * seconds / len(batch)
+            self._done[task] += len(batch) - failed
+            self._failed[task] += failed
+        for waiting, outcome in zip(batch, outcomes, strict=True):
+            ticket = waiting.ticket
+            if isinstance(outcome, Exception):
+                log.warning("a request failed: %s", first_line(outcome))
+                _fail(ticket, outcome)
+                continue
+            with self._lock:
+                ticket.working = time.monotonic() - ticket.arrived - ticket.queued
+                ticket.batch_sizes.append(len(batch))
+                ticket._outcomes[waiting.sample.index] = outcome
+                is_whole = len(ticket._outcomes) == ticket.job.images_per_prompt
+            if is_whole:
+                _finish(ticket, [ticket._outcomes[index] for index in range(ticket.job.images_per_prompt)])
+
+
+def _finish(ticket: Ticket, results: list) -> None:
+    try:
+        ticket.future.set_result(results)
+    except concurrent.futures.InvalidStateError:
+        pass  # cancelled meanwhile
+
+
+def _fail(ticket: Ticket, error: BaseException) -> None:
+    try:
+        ticket.future.set_exception(error)
+    except concurrent.futures.InvalidStateError:
+        pass  # cancelled, or another sample of it failed before
