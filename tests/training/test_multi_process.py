@@ -38,7 +38,7 @@ def running(count, command, logs: Path):
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
     # Four compilations on two cores take as long as the optimisation they do; results differ by rounding.
-    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    quick = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
     environ = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "XLA_", "JAX_"))}
     environ |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": quick}
     started = []

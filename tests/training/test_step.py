@@ -56,8 +56,8 @@ def frozen(trainer):
 
 
 @pytest.fixture(scope="module")
-def programs(trainer):
-    """kind -> its compiled step, compiled once."""
+def programs(trainer, optimized):
+    """kind -> its compiled step, compiled once. They run for 300 steps."""
     return functools.cache(trainer.compile_step)
 
 
