@@ -101,7 +101,7 @@ class Trainer(StepProgram):
         key = jax.random.key(config.seed)
         with jax.set_mesh(self.mesh):
             state = create_sharded(
-                lambda k: init_state(self.networks, self.tx, config.ema_decay, k), self.mesh, key, state=True
+                lambda k: init_state(self.networks, self.tx, config.ema_decay, k), self.abstract_state, key
             )
             if config.init_from:
                 params = self._load_params(state.params)
@@ -138,7 +138,7 @@ class Trainer(StepProgram):
         if self.config.autoencoder.kind == "kl":
             log.warning("no frozen_from bundle: T5 and autoencoder are random, of use for measuring speed only")
         with jax.set_mesh(self.mesh):
-            return create_sharded(lambda: init_frozen(self.networks), self.mesh) | teacher
+            return create_sharded(lambda: init_frozen(self.networks), encoders) | teacher
 
     def compile_steps(self, alive: Callable[[], None] = lambda: None) -> dict[str, jax.stages.Compiled]:
         """The executable of every stream; `alive` is called before each."""
