@@ -161,7 +161,7 @@ def toy_networks(autoencoder):
         velocity = (mixed[0] @ p["image"].T).reshape(latents.shape)
         return MMDiTOutput(velocity, mixed[1] @ p["logits"], *mixed, *mixed)
 
-    def align(variables, image, text):
+    def align(variables, image, text, **_):
         return image.mean(axis=1) @ variables["params"]["head"], text.mean(axis=1) @ variables["params"]["head"]
 
     stubs = [types.SimpleNamespace(apply=apply) for apply in (transform, align, encode)]
