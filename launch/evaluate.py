@@ -23,10 +23,10 @@ one after another, or alone the one that is named after the suite. After an inte
 EXAMPLES = """\
 examples
   python launch/evaluate.py shapes --bundle=runs/quickstart --output=scores/quickstart
-  python launch/evaluate.py geneval --bundle=BUNDLE --data=data/geneval --output=scores/geneval
+  python launch/evaluate.py mmmu --bundle=BUNDLE --data=data/mmmu --output=scores/mmmu
   python launch/evaluate.py semgen generate --bundle=BUNDLE --data=data/semgen --output=scores/semgen --limit=10
   python launch/evaluate.py semgen score --output=scores/semgen --judge=http://localhost:8000/v1 --judge-model=NAME
-  python launch/evaluate.py list --run=scores/geneval
+  python launch/evaluate.py list --run=scores/mmmu
   python launch/evaluate.py fetch geneval --data=data/geneval
   python launch/evaluate.py compare scores/before scores/after --output=comparison.md
 A judge's key is read from the environment variable OPENAI_API_KEY. Suites, data and figures: docs/evaluation.md.

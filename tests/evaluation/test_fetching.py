@@ -1,5 +1,6 @@
 """launch/evaluate.py fetch, from a server on this machine: whole files, broken ones, cut connections, other hosts."""
 
+import argparse
 import hashlib
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -198,10 +199,21 @@ def test_a_file_of_the_users_is_kept(server, tmp_path):
     assert one.state == "fetched"
 
 
-def test_no_host_no_traceback(tmp_path):
-    files = [official()]
-    (one,) = fetching.fetch(files, tmp_path, mirror="http://127.0.0.1:9", timeout=1.0)
-    assert "there is no connection" in one.failure and "object at" not in one.failure
+@pytest.mark.bad_input
+def test_a_host_that_does_not_answer_is_not_asked_for_every_file(tmp_path, monkeypatch, capsys):
+    tries = []
+    get = fetching._get
+    monkeypatch.setattr(fetching, "_get", lambda *arguments: tries.append(arguments) or get(*arguments))
+    monkeypatch.setattr(fetching, "of_suite", lambda suite: [official("whole"), *map(official, "abc")])
+    (tmp_path / "whole").write_bytes(BYTES)
+    fetching.run(
+        argparse.Namespace(suite="mmmu", data=tmp_path, base_url="http://127.0.0.1:9", timeout=1.0, overwrite=False)
+    )
+    printed = capsys.readouterr().out
+    assert len(tries) == fetching.ATTEMPTS and "object at" not in printed
+    [failed] = [line for line in printed.splitlines() if line.startswith("failed: ")]
+    assert failed.startswith("failed: a and 2 more: http://127.0.0.1:9/repo/a cannot be read: there is no connection")
+    assert "whole  was there" in printed
 
 
 def test_the_command_fetches_geneval_and_names_the_rest(server, tmp_path, launch_command, capsys, monkeypatch):

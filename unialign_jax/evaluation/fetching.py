@@ -29,6 +29,10 @@ class Interrupted(Exception):
     """A download that broke off: another attempt may go on."""
 
 
+class Unreachable(Interrupted):
+    """The host did not answer at all."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Fetched:
     """What became of a file: a state for the table, and for a failure its reason."""
@@ -60,9 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
         print("\n".join(table(fetched)))
     for line in ELSEWHERE.get(arguments.suite, ()):
         print(f"not fetched: {line}")
-    for one in fetched:
-        if one.failure:
-            print(f"failed: {one.file.path}: {one.failure}")
+    for failure, files in failures(fetched).items():
+        print(f"failed: {files[0]}{f' and {len(files) - 1} more' if len(files) > 1 else ''}: {failure}")
     return 1 if any(one.failure for one in fetched) else 0
 
 
@@ -75,32 +78,46 @@ def fetch(
       mirror: stands for the scheme and host of every address; None for the original.
       timeout: seconds without data after which a request is given up.
     """
-    fetched = []
+    fetched: list[Fetched] = []
+    unreachable: dict[str, str] = {}  # host -> how it failed: its other files would only be waited for in vain
     with requests.Session() as session, tqdm(total=len(files), desc="fetch", unit="file", disable=None) as bar:
         for file in files:
+            target, url = folder / file.path, _mirrored(file.url, mirror)
+            host = urlsplit(url).netloc
             try:
-                state, failure = _one(
-                    session, file, folder / file.path, mirror, timeout, overwrite, bar.set_postfix_str
-                )
+                if (state := _there(file, target, overwrite)) is None:
+                    if host in unreachable:
+                        raise Unreachable(unreachable[host])
+                    state = _one(session, file, target, url, timeout, bar.set_postfix_str)
+                failure = ""
             except (ValueError, OSError, Interrupted) as error:
                 state, failure = "failed", first_line(error)
+                if isinstance(error, Unreachable):
+                    unreachable[host] = failure
             fetched.append(Fetched(file, state, failure))
             bar.update()
     return fetched
 
 
-def _one(session, file, target, mirror, timeout, overwrite, tell) -> tuple[str, str]:
-    """(state, failure) of one file."""
-    verified = "" if file.is_hashed else ", not verified: its hash is not known here"
-    if os.path.lexists(target) and not overwrite:
-        try:
-            check(file, target)
-        except ValueError as error:
-            return "failed", f"{error}; it is kept: move it away, or give --overwrite"
-        return f"was there{verified}", ""
+def _verified(file) -> str:
+    return "" if file.is_hashed else ", not verified: its hash is not known here"
+
+
+def _there(file, target, overwrite) -> str | None:
+    """The state of a file that is there and whole; None where it is to be fetched."""
+    if not os.path.lexists(target) or overwrite:
+        return None
+    try:
+        check(file, target)
+    except ValueError as error:
+        raise ValueError(f"{error}; it is kept: move it away, or give --overwrite") from None
+    return f"was there{_verified(file)}"
+
+
+def _one(session, file, target, url, timeout, tell) -> str:
+    """The state of a file after it was fetched."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".partial")
-    url = _mirrored(file.url, mirror)
     for attempt in range(ATTEMPTS):
         try:
             _download(
@@ -109,7 +126,7 @@ def _one(session, file, target, mirror, timeout, overwrite, tell) -> tuple[str, 
             break
         except Interrupted as error:
             if attempt + 1 == ATTEMPTS:
-                raise Interrupted(f"{error} ({ATTEMPTS} attempts; the same command goes on from there)") from None
+                raise type(error)(f"{error} ({ATTEMPTS} attempts; the same command goes on from there)") from None
             time.sleep(min(2**attempt, timeout))
     try:
         check(file, partial)
@@ -117,7 +134,7 @@ def _one(session, file, target, mirror, timeout, overwrite, tell) -> tuple[str, 
         partial.unlink()  # going on from it could only fail again
         raise ValueError(f"{error}; {url} does not give the official file, and it is not kept") from None
     os.replace(partial, target)
-    return f"fetched{verified}", ""
+    return f"fetched{_verified(file)}"
 
 
 def _mirrored(url: str, mirror: str | None) -> str:
@@ -153,7 +170,10 @@ def _get(session, url: str, have: int, timeout: float) -> requests.Response:
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     first = urlsplit(url)
     for _ in range(REDIRECTS + 1):
-        answer = session.get(url, headers=headers, stream=True, timeout=timeout, allow_redirects=False)
+        try:
+            answer = session.get(url, headers=headers, stream=True, timeout=timeout, allow_redirects=False)
+        except requests.RequestException as error:
+            raise Unreachable(f"{url} cannot be read: {_reason(error)}") from None
         if not answer.is_redirect:
             break
         answer.close()
@@ -220,6 +240,15 @@ def check_format(path: Path) -> None:
             Image.open(path).verify()
         except Exception:
             raise ValueError(f"{path} is no picture") from None
+
+
+def failures(fetched: Sequence[Fetched]) -> dict[str, list[str]]:
+    """{why: the files that failed so}."""
+    found: dict[str, list[str]] = {}
+    for one in fetched:
+        if one.failure:
+            found.setdefault(one.failure, []).append(one.file.path)
+    return found
 
 
 def table(fetched: Sequence[Fetched]) -> list[str]:
