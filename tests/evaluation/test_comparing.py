@@ -1,5 +1,6 @@
 """launch/evaluate.py compare and list: hand-made runs side by side, what they must share, hours by a measured rate."""
 
+import contextlib
 import json
 import re
 import shlex
@@ -9,8 +10,8 @@ import pytest
 
 from unialign_jax.evaluation import comparing, listing
 from unialign_jax.evaluation.shapes_suite import Shapes
-from unialign_jax.evaluation.suite import Score, Suite, write_scores
-from unialign_jax.evaluation.suites import SUITES
+from unialign_jax.evaluation.suite import Request, Score, Suite, write_scores
+from unialign_jax.evaluation.suites import SUITES, find_suite
 
 
 @pytest.fixture
@@ -71,6 +72,16 @@ def test_other_data_and_settings_are_warned_of(make_run):
     assert "has 2 of the suite's 9 items" in said
 
 
+def test_files_of_results_are_of_each_model_its_own(make_run):
+    def made(name, results):
+        return make_run(name, [1.0, 0.0], request={"mode": "", "extra": {"results": results, "detector": None}})
+
+    one, two, three = made("one", "/home/me/one"), made("two", "/home/me/two"), made("three", None)
+    assert compared(one, two)["warnings"] == []
+    [said] = compared(one, three)["warnings"]
+    assert said.startswith("extra results is 'a file' in") and "None" in said
+
+
 @pytest.mark.bad_input
 def test_runs_that_cannot_be_compared(make_run, refuses, tmp_path, command_refuses):
     one = make_run("one", [1.0, 0.0])
@@ -121,14 +132,22 @@ def test_the_command_prints_and_writes(make_run, launch_command, tmp_path, capsy
 
 
 def test_the_commands_of_the_documents_can_be_given(launch_command):
-    """Where it stops the process: docs/evaluation.md has a command whose options are no longer these."""
-    text = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text().replace("\\\n", " ")
-    commands = re.findall(r"^ {4}python launch/evaluate\.py ([^#\n]*)", text, re.MULTILINE)
+    """Where it stops the process: a document has a command whose options are no longer these, or are too few."""
+    root, command = Path(__file__).parents[2], launch_command("evaluate")
+    texts = [command.EXAMPLES, *((root / name).read_text() for name in ("docs/evaluation.md", "README.md"))]
+    text = "\n".join(texts).replace("\\\n", " ")
+    commands = re.findall(r"^ {2,4}python launch/evaluate\.py ([^#\n]*)", text, re.MULTILINE)
     known = {*SUITES, "list", "fetch", "compare", "shapes", "fid", "clipscore"}
     given = [shlex.split(command) for command in commands if "--help" not in command]
     given = [words for words in given if words[0] in known and (words[0] != "fetch" or words[1] in known)]
     for arguments in given:
-        assert launch_command("evaluate").parse_arguments(arguments).command == arguments[0]
+        options = command.parse_arguments(arguments)
+        assert options.command == arguments[0]
+        if options.command in SUITES and options.part is None:
+            extra = {key[6:]: str(value) for key, value in vars(options).items() if key.startswith("extra_") and value}
+            request = Request(Path("data"), Path("run"), extra=dict.fromkeys(options.defaults) | extra)
+            with contextlib.suppress(FileNotFoundError):  # the user's files
+                find_suite(options.command).check_scoring(request, bool(getattr(options, "judge", None)))
     assert {arguments[0] for arguments in given} == known
 
 
@@ -153,7 +172,7 @@ def test_hours_are_counts_by_a_rate():
     suites = [Drawing(), Reading()]
     lines = listing.lines(suites, {}, rate=2.0)
     assert "7,200" in row_of(lines, "drawing") and " 1.0 " in row_of(lines, "drawing")  # 7,200 / 2 s
-    assert "a judge, a detector" in row_of(lines, "drawing") and " ? " in row_of(lines, "reading")
+    assert "a detector" in row_of(lines, "drawing") and " ? " in row_of(lines, "reading")
     lines = listing.lines(suites, {"drawing": 1.0, "reading": 0.5})
     assert " 2.0 " in row_of(lines, "drawing") and " 0.5 " in row_of(lines, "reading")
     assert "images by the run of drawing, 1 a second" in lines[-1]
@@ -164,6 +183,7 @@ def test_list_takes_the_rate_of_a_run(tmp_path, launch_command, capsys, command_
     (tmp_path / "settings.json").write_text('{"suite": "geneval", "seconds_per_job": 3.6}')
     assert launch_command("evaluate").main(["list", f"--run={tmp_path}"]) == 0
     printed = capsys.readouterr().out.splitlines()
+    assert row_of(printed, "shapes") and "a judge" in row_of(printed, "mmvet")
     assert "2,212" in row_of(printed, "geneval") and " 2.2 " in row_of(printed, "geneval")
     (tmp_path / "settings.json").write_text('{"suite": "geneval"}')
     command_refuses("evaluate", ["list", f"--run={tmp_path}"], "has made nothing yet")

@@ -1,5 +1,6 @@
 """Reports: intervals against closed forms, and what the three files say of hand-made scores."""
 
+import dataclasses
 import json
 import math
 import re
@@ -173,6 +174,18 @@ def test_report_json_has_figures_with_intervals_counts_hashes_and_published_valu
     text = "".join((request_.output / "official" / name).read_text() for name in ("report.json", "report.md"))
     assert "/home/someone" not in text and str(request_.output) not in text  # it does not tell where it lay
     assert found["official_command"] == "python evaluate.py --dir $RUN/model $DATA </pre> x"
+
+
+def test_a_report_says_who_judged_and_names_no_folder_in_failures(request_):
+    judge = {"model": "gpt", "url": "http://j/v1", "questions": 9, "unparsed": 2, "failed": 1}
+    scored = {"official": {"judge": judge, "official_guess": True}}
+    scores = [*some_scores(), Score("5", "group 1", {}, failed="/home/me/graded has no row of 5")]
+    request_ = dataclasses.replace(request_, extra={"results": "/home/me/graded", "runs": 5})
+    reporting.write(Colours(), request_, SETTINGS | {"scoring": scored}, scores)
+    for name in ("report.md", "report.html"):
+        text = (request_.output / "official" / name).read_text()
+        assert "Judge: gpt at http://j/v1. Of 9 questions 2 have an answer that cannot be read, and 1 none." in text
+        assert "Those got a random score" in text and "RESULTS has no row of 5" in text and "/home/me" not in text
 
 
 def test_texts_are_shown_as_they_are_and_do_nothing(request_):

@@ -109,8 +109,7 @@ def compare(runs: Sequence[Run], *, seed: int = 0) -> dict:
         if other.suite.name != first.suite.name:
             raise ValueError(
                 f"{first.label} is a run of {first.suite.name}, {other.label} of {other.suite.name}: they have no "
-                f"figures in "
-                "common"
+                "figures in common"
             )
         if other.mode != first.mode:
             raise ValueError(
@@ -125,8 +124,7 @@ def compare(runs: Sequence[Run], *, seed: int = 0) -> dict:
             if (one.group, one.text) != (other.group, other.text):
                 raise ValueError(
                     f"item {item} is {shown(one.text)} in {first.label} and {shown(other.text)} in {run.label}: the "
-                    f"runs "
-                    "were made of different data"
+                    "runs were made of different data"
                 )
     scores = [[run.scores[item] for item in items] for run in runs]
     figures = lambda found: first.suite.figures(found, first.mode)  # noqa: E731
@@ -185,7 +183,10 @@ def warnings(runs: Sequence[Run], common: int) -> list[str]:
 
 
 def settings_of(run: Run) -> dict[str, str]:
-    """The settings that should be the same in runs that are compared, by flat names."""
+    """The settings that should be the same in runs that are compared, by flat names.
+
+    Files of answers or of the official scorer's results differ from model to model: only whether there is one counts.
+    """
     settings = run.settings
     kept = {key: value for key, value in settings.items() if key not in _MAY_DIFFER}
     scoring = dict(settings.get("scoring", {}).get(run.mode, {}))
@@ -194,7 +195,12 @@ def settings_of(run: Run) -> dict[str, str]:
     kept |= {"scoring": {key: value for key, value in scoring.items() if key not in ("items", "failed")}}
     asked = {key: value for key, value in settings.get("request", {}).items() if key not in _MAY_DIFFER_IN_REQUEST}
     model = {key: value for key, value in (settings.get("model") or {}).items() if key in ("dtype", "quantize")}
-    return dict(words.flat({"model": model, "settings": {**asked, **kept}}))
+    flat = dict(words.flat({"model": model, "settings": {**asked, **kept}}))
+    return {
+        key: "a file" if key.endswith("results") else value
+        for key, value in flat.items()
+        if not key.endswith("results_sha256")
+    }
 
 
 def render(found: dict) -> str:

@@ -25,12 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Prints the table."""
     from unialign_jax.evaluation.running import read_settings
+    from unialign_jax.evaluation.shapes_suite import Shapes
     from unialign_jax.evaluation.suites import SUITES, find_suite
 
     for name in ("rate", "text_rate"):
         if getattr(arguments, name) is not None and not getattr(arguments, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(arguments, name):g}, expected a number above 0")
-    suites = [find_suite(name) for name in SUITES]
+    suites = [*map(find_suite, SUITES), Shapes()]
     measured = {}
     for folder in arguments.run:
         settings = read_settings(folder)
@@ -61,9 +62,8 @@ def lines(
         own = measured.get(suite.name)
         spent = [(count, own or seconds[kind]) for kind in seconds if (count := getattr(suite, kind))]
         hours = f"{sum(n * each for n, each in spent) / 3600:.1f}" if all(each for _, each in spent) else "?"
-        needs = ", ".join(filter(None, ("a judge" if suite.judge_calls else "", suite.needs))) or "nothing more"
         numbers = (f"{count:,}" if count else "" for count in (suite.images, suite.texts, suite.judge_calls))
-        rows.append((suite.name, *numbers, needs, hours if spent else "", suite.summary))
+        rows.append((suite.name, *numbers, suite.needs, hours if spent else "", suite.summary))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     table = ["  ".join([*(f"{c:<{w}}" for c, w in zip(row, widths, strict=False)), row[-1]]) for row in rows]
     table += ["", *(f"{suite.name}: {suite.source}" for suite in suites), ""]

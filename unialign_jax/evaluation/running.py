@@ -1,5 +1,6 @@
 """The three parts of a run of a suite: generate, score and report. Each resumes where it was stopped."""
 
+import collections
 import dataclasses
 import json
 import logging
@@ -283,6 +284,10 @@ def score(suite: Suite, request: Request, make_scorer: Callable[[Callable[[int],
         how |= {"judge": scorer.judge.describe(), "official_guess": scorer.official_guess}
     settings = read_settings(request.output)
     write_json(request.output / SETTINGS, settings | {"scoring": settings.get("scoring", {}) | {request.mode: how}})
+    log.info("%d of %d items are scored: %s", len(items) - how["failed"], len(items), folder / SCORES)
+    if how["failed"]:
+        reasons = collections.Counter(score.failed for score in scores if score.failed)
+        log.warning("%d items have no score, such as: %s", how["failed"], reasons.most_common(1)[0][0])
     return scores
 
 

@@ -11,6 +11,7 @@ A run of a suite is a folder:
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -106,7 +107,7 @@ class Suite:
       tasks: of the model that it uses (`data.kinds.TASKS`).
       images, texts: how many the whole suite asks of the model.
       judge_calls: how many the whole suite asks of a judge; 0 without one.
-      needs: what scoring needs besides a judge, in a few words; "" for nothing.
+      needs: what scoring needs, in a few words.
       leading: the figure that a table of runs shows.
       worst_by: the value of a score that orders the worst and the best items.
       scale: the highest that `leading` can be.
@@ -124,7 +125,7 @@ class Suite:
     images: ClassVar[int] = 0
     texts: ClassVar[int] = 0
     judge_calls: ClassVar[int] = 0
-    needs: ClassVar[str] = ""
+    needs: ClassVar[str] = "nothing more"
     leading: ClassVar[str]
     worst_by: ClassVar[str]
     scale: ClassVar[float] = 1.0
@@ -171,7 +172,7 @@ class Suite:
 
     def needs_results(self, request: Request) -> bool:
         """Whether `score` needs the model's results: not where it reads a file of the user's (option `--results`)."""
-        return True
+        return not request.extra.get("results")
 
     def describe_scoring(self, request: Request) -> dict[str, Any]:
         """What settings.json says of scoring besides the judge, such as the hashes of prompts; called after `score`."""
@@ -273,7 +274,7 @@ def hashes(request: Request, files: Sequence[Path]) -> dict[str, str]:
 
 def mean(values: Sequence[float]) -> float:
     """The mean; NaN without values."""
-    return sum(values) / len(values) if values else float("nan")
+    return sum(values) / len(values) if values else math.nan
 
 
 def each(items: Sequence[Item]) -> Iterator[tuple[int, dict]]:

@@ -1,6 +1,7 @@
 """SemGen-Bench: its items and layout, what the judge sees in either mode, the official files, bad data."""
 
 import csv
+import dataclasses
 import json
 import math
 import shutil
@@ -127,7 +128,7 @@ def asked(bodies, text):
 
 
 def test_the_official_judge_sees_images_of_prompts_as_edits(run):
-    """evaluation.md 1.3 a): the prompt for edits, with one image, and the least of two scores."""
+    """As the released test_bench_score.py: the prompt for edits, with one image, and the least of two scores."""
     scores, bodies = run("official")
     content = asked(bodies, "t2i_long of 1")
     assert [part["type"] for part in content] == ["image_url", "text"]  # one image, and first, as Qwen2.5-VL's code
@@ -225,7 +226,14 @@ def test_the_released_benchmark(tmp_path):
     assert len(items) == 600 and len({item.id for item in items}) == 600
     assert all(item.text.strip() for item in items)
     longest = max(len(item.text.split()) for item in items if item.group == "t2i_long")
-    assert longest == 115  # evaluation.md 1.1
+    assert longest == 115  # as docs/evaluation.md says
+    photographs = lambda: [note for note in SemGen().notes(request) if "photographs are not" in note]  # noqa: E731
+    (tmp_path / "settings.json").write_text('{"request": {"mode": "official"}}')
+    assert photographs() == []
+    shutil.copytree(SHARED / "photos", tmp_path / "photos")
+    (tmp_path / "photos/7.jpg").write_bytes((SHARED / "photos/8.jpg").read_bytes())
+    request = dataclasses.replace(request, extra=EXTRA | {"images": str(tmp_path / "photos")})
+    assert photographs() == ["1 of the 150 photographs are not the official files."]
 
 
 # Bad input

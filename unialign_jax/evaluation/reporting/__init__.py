@@ -25,6 +25,7 @@ def write(suite: Suite, request: Request, settings: dict, scores: Sequence[Score
       settings: what settings.json holds.
       seed: of the resampling.
     """
+    scores = [dataclasses.replace(score, failed=placeless(score.failed, request)) for score in scores]
     found = content(suite, request, settings, scores, seed=seed)
     write_files(request.output / request.mode, found, scores, worst_by=suite.worst_by, roots=roots(request))
     return found
@@ -81,8 +82,11 @@ def without_paths(settings: dict) -> dict:
 
 
 def placeless(text: str, request: Request) -> str:
-    """A text with $RUN and $DATA for the folders, so that a published report does not tell where they lie."""
-    for folder, name in ((request.output, "$RUN"), (request.data, "$DATA")):
+    """A text with $RUN, $DATA and such for the user's paths: a published report need not tell where they lay."""
+    given = {key: value for key, value in request.extra.items() if isinstance(value, str) and os.path.isabs(value)}
+    names = {request.output: "$RUN", request.data: "$DATA"} | {Path(v): f"${key.upper()}" for key, v in given.items()}
+    # The longest first, since one may lie in another.
+    for folder, name in sorted(names.items(), key=lambda pair: -len(str(pair[0].resolve()))):
         for path in (folder.resolve(), folder):
             if path.is_absolute() or len(path.parts) > 1:
                 text = text.replace(str(path), name)

@@ -22,6 +22,8 @@ def render(found: dict) -> str:
     scale, items = found["scale"], found["items"]
     lines = [f"# {escaped(found['title'])}: {escaped(words.model_name(found))}", ""]
     lines += [f"{words.sentence_of_counts(found)} {words.sentence_of_mode(found)}", ""]
+    if judge := words.sentence_of_judge(found):
+        lines += [escaped(judge), ""]
     rows = [
         (
             escaped(name) + (" (leading)" if name == found["leading"] else ""),
@@ -39,7 +41,8 @@ def render(found: dict) -> str:
     if found["published"]:
         lines += ["## Published values", "", f"Comparable: {escaped(found['comparable'] or '')}", ""]
         lines += [*published_table(found["published"]), ""]
-        lines += [f"- {escaped(error)}" for error in found["errors_in_print"]] + [""]
+        if found["errors_in_print"]:
+            lines += [*(f"- {escaped(error)}" for error in found["errors_in_print"]), ""]
     lines += ["## How it was made", ""]
     lines += [f"- {escaped(note)}" for note in found["notes"]]
     lines += [
@@ -48,7 +51,7 @@ def render(found: dict) -> str:
     ]
     lines += [f"- {escaped(key)}: {escaped(value)}" for key, value in words.flat(found)]
     if found["official_command"]:
-        lines += ["", "The official scorer over this folder:", "", *fenced(found["official_command"])]
+        lines += ["", "The official scorer over this folder ($RUN):", "", *fenced(found["official_command"])]
     return "\n".join(lines) + "\n"
 
 

@@ -83,6 +83,7 @@ def render(found: dict, scores: Sequence[Score], *, worst_by: str, roots: Sequen
         f"<h1>{escaped(title)}</h1>",
         leading(found),
         f"<p>{escaped(words.sentence_of_counts(found))} {escaped(words.sentence_of_mode(found))}</p>",
+        f"<p>{escaped(words.sentence_of_judge(found))}</p>",
         "<h2>Figures</h2>",
         figures(found),
         f'<p class="soft">{escaped(words.sentence_of_intervals(found))}</p>',
@@ -184,7 +185,8 @@ def published(found: dict) -> str:
         is_open = " open" if name == found["leading"] else ""
         inside = table(("model", "value", "read in", "how"), rows)
         parts.append(f"<details{is_open}><summary>{escaped(name)}</summary>{inside}</details>")
-    parts += ["<ul>", *(f"<li>{escaped(error)}</li>" for error in found["errors_in_print"]), "</ul>"]
+    if found["errors_in_print"]:
+        parts += ["<ul>", *(f"<li>{escaped(error)}</li>" for error in found["errors_in_print"]), "</ul>"]
     return "".join(parts)
 
 
@@ -320,5 +322,5 @@ def how(found: dict) -> str:
         + (f"<ul>{notes}</ul>" if notes else "")
         + (f"<h3>Data</h3>{table(('file', 'SHA-256', ''), data)}" if data else "")
         + f"<h3>Model and settings</h3>{table(('setting', 'value'), settings)}"
-        + (f"<h3>The official scorer over this folder</h3><pre>{escaped(command)}</pre>" if command else "")
+        + (f"<h3>The official scorer over this folder ($RUN)</h3><pre>{escaped(command)}</pre>" if command else "")
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 OFFICIAL = {
     True: "the official file",
     False: "not the official file",
-    None: "the official file's hash is not known here",
+    None: "the SHA-256 of the official file is not known here",
 }
 
 
@@ -41,6 +41,18 @@ def sentence_of_counts(found: dict) -> str:
 def sentence_of_mode(found: dict) -> str:
     """In which mode the items were scored; "" for a suite without modes."""
     return f"Mode: {found['mode']}." if found["mode"] else ""
+
+
+def sentence_of_judge(found: dict) -> str:
+    """Who judged, and how many answers are missing; "" without a judge."""
+    scoring = found["settings"].get("scoring", {})
+    if not (judge := scoring.get("judge")):
+        return ""
+    guess = " Those got a random score (--official-guess)." if scoring.get("official_guess") else ""
+    return (
+        f"Judge: {judge['model']} at {judge['url']}. Of {judge['questions']} questions {judge['unparsed']} have an "
+        f"answer that cannot be read, and {judge['failed']} none.{guess}"
+    )
 
 
 def sentence_of_intervals(found: dict) -> str:

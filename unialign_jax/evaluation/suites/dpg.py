@@ -35,7 +35,7 @@ class Dpg(Suite):
     leading = "dpg"
     worst_by = "score"
     scale = 100.0
-    needs = "dpg_bench.csv"
+    needs = "dpg_bench.csv, and a judge, a VQA model or the official scorer"
     scoring_options = ("dpg_csv", "vqa", "results")
 
     def add_arguments(self, add: Callable) -> None:
@@ -178,9 +178,6 @@ class Dpg(Suite):
         return dataclasses.replace(
             score, values={"score": mean(crops)}, answer="; ".join(no), facts={"categories": categories}
         )
-
-    def needs_results(self, request: Request) -> bool:
-        return not request.extra.get("results")
 
     def figures(self, scores: Sequence[Score], mode: str) -> dict[str, float]:
         """100 times the mean over items, and the means over answers of each category, as the official code has them."""

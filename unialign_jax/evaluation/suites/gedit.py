@@ -194,7 +194,7 @@ class GEdit(VIEScoreSuite):
             "The official scorer, test_gedit_score.py, runs once it takes the split: load_dataset(...)['train']. It "
             "gives no means of the Chinese instructions."
         )
-        return notes + self.changed(request, {})
+        return notes + self.notes_on_prompts(request)
 
     def official_command(self, request: Request) -> str | None:
         if request.extra["language"] != "en":  # calculate_statistics.py knows zh, and its data say cn

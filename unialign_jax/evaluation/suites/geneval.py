@@ -28,7 +28,7 @@ class GenEval(Suite):
     images = 2212
     leading = "overall"
     worst_by = "correct"
-    needs = "a detector, which needs PyTorch, or the official scorer"
+    needs = "a detector (with PyTorch) or the official scorer"
     scoring_options = ("detector", "color_model", "results")
 
     def add_arguments(self, add: Callable) -> None:
@@ -124,9 +124,6 @@ class GenEval(Suite):
             failed="" if correct else "none of its images has a result",
             facts={"correct": correct},
         )
-
-    def needs_results(self, request: Request) -> bool:
-        return not request.extra.get("results")
 
     def figures(self, scores: Sequence[Score], mode: str) -> dict[str, float]:
         """Means over images for each tag, and the mean of the tags' means, as summary_scores.py has them."""

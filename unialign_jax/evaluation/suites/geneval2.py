@@ -28,6 +28,7 @@ class GenEval2(Suite):
     leading = "gm"
     worst_by = "am"
     scale = 100.0
+    needs = "a judge or the official scorer"
     scoring_options = ("results",)
 
     def add_arguments(self, add: Callable) -> None:
@@ -65,9 +66,6 @@ class GenEval2(Suite):
     def arrange(self, request: Request, items: Sequence[Item], results: dict[str, dict]) -> None:
         made = {item.text: str((request.made / f"{item.id}.png").absolute()) for item in items if item.id in results}
         write_json(request.output / PATHS, made)
-
-    def needs_results(self, request: Request) -> bool:
-        return not request.extra.get("results")
 
     def score(self, request: Request, items: Sequence[Item], results: dict[str, dict], scorer: Scorer) -> list[Score]:
         self.check_scoring(request, scorer.judge is not None)

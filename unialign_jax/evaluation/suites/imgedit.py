@@ -26,6 +26,7 @@ class ImgEdit(Suite):
     tasks = ("edit",)
     images = COUNT
     judge_calls = COUNT
+    needs = "a judge"
     leading = "overall"
     worst_by = "score"
     scale = 5.0
@@ -122,9 +123,6 @@ class ImgEdit(Suite):
             answer=text or "",
             failed="" if score is not None else reason or "the judge has no answer about it",
         )
-
-    def needs_results(self, request: Request) -> bool:
-        return not request.extra.get("results")
 
     def figures(self, scores: Sequence[Score], mode: str) -> dict[str, float]:
         """Means by type, their mean, and BAGEL's mean over all items; official mode rounds the types' as step2 does."""
