@@ -188,6 +188,21 @@ def test_a_report_says_who_judged_and_names_no_folder_in_failures(request_):
         assert "Those got a random score" in text and "RESULTS has no row of 5" in text and "/home/me" not in text
 
 
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("cp {run}/made/1.png {data}", "cp $RUN/made/1.png $DATA"),
+        ("LMUData={folder} x", "LMUData=$DATA_FOLDER x"),  # of a file
+        ("{folder}/other /a /", "$DATA_FOLDER/other /a /"),
+    ],
+)
+def test_folders_have_names_in_a_report(request_, text, expected):
+    request_.data.parent.mkdir()
+    request_.data.write_text("{}")
+    given = text.format(run=request_.output, data=request_.data, folder=request_.data.parent)
+    assert reporting.placeless(given, request_) == expected
+
+
 def test_texts_are_shown_as_they_are_and_do_nothing(request_):
     reporting.write(Colours(), request_, SETTINGS, some_scores())
     html = (request_.output / "official" / "report.html").read_text()

@@ -12,7 +12,7 @@ A run of a suite is a folder:
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -233,11 +233,6 @@ def limited(items: Sequence[Item], limit: int | None) -> list[Item]:
     return chosen
 
 
-def missing_images(request: Request, item: Item) -> list[str]:
-    """Names, below `request.made`, of the images of an item that are not there."""
-    return [f"{job['id']}.png" for job in item.jobs if not (request.made / f"{job['id']}.png").is_file()]
-
-
 def write_scores(path: Path, scores: Sequence[Score]) -> None:
     """Writes scores.jsonl."""
     with replacing_file(path) as scratch:
@@ -275,10 +270,3 @@ def hashes(request: Request, files: Sequence[Path]) -> dict[str, str]:
 def mean(values: Sequence[float]) -> float:
     """The mean; NaN without values."""
     return sum(values) / len(values) if values else math.nan
-
-
-def each(items: Sequence[Item]) -> Iterator[tuple[int, dict]]:
-    """(number of the item, fields) of all jobs."""
-    for number, item in enumerate(items):
-        for job in item.jobs:
-            yield number, job

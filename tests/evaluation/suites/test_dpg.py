@@ -102,6 +102,15 @@ def test_zeroing_goes_in_the_order_of_the_table(tmp_path):
     assert aggregate(in_order, answers, "official")[0] == pytest.approx([1 / 4], abs=1e-9)
 
 
+def test_the_table_of_questions_is_known_by_its_hash(tmp_path):
+    path = tmp_path / "q.csv"
+    path.write_bytes(b"hello\n")
+    request = Request(tmp_path, tmp_path / "run", extra=EXTRA | {"dpg_csv": str(path)})
+    # sha256sum of a file with "hello" and a line end.
+    known = "5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03"
+    assert Dpg().describe_scoring(request) == {"dpg_csv_sha256": known}
+
+
 class Answers:
     """A judge that knows a row of answers for each image."""
 

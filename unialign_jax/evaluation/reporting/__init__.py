@@ -85,10 +85,12 @@ def placeless(text: str, request: Request) -> str:
     """A text with $RUN, $DATA and such for the user's paths: a published report need not tell where they lay."""
     given = {key: value for key, value in request.extra.items() if isinstance(value, str) and os.path.isabs(value)}
     names = {request.output: "$RUN", request.data: "$DATA"} | {Path(v): f"${key.upper()}" for key, v in given.items()}
+    if request.data.is_file():
+        names[request.data.resolve().parent] = "$DATA_FOLDER"
     # The longest first, since one may lie in another.
     for folder, name in sorted(names.items(), key=lambda pair: -len(str(pair[0].resolve()))):
         for path in (folder.resolve(), folder):
-            if path.is_absolute() or len(path.parts) > 1:
+            if len(path.parts) > 1:
                 text = text.replace(str(path), name)
     return text
 

@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
@@ -15,7 +16,7 @@ from unialign_jax.evaluation.answering import LocalJudge
 from unialign_jax.evaluation.judging import FAILED, Journal, Judgement, Question, Unparsed
 from unialign_jax.evaluation.running import JUDGEMENTS
 from unialign_jax.evaluation.suite import Item, Request, Score, Scorer, Suite, mean
-from unialign_jax.files import check_regular, read_json, replacing_file, shown
+from unialign_jax.files import check_regular, read_json, replacing_file, sha256, shown
 
 COUNT = 1065
 SEED = 42  # of each prompt's first image
@@ -178,6 +179,10 @@ class Dpg(Suite):
         return dataclasses.replace(
             score, values={"score": mean(crops)}, answer="; ".join(no), facts={"categories": categories}
         )
+
+    def describe_scoring(self, request: Request) -> dict[str, Any]:
+        table = request.extra.get("dpg_csv")
+        return {"dpg_csv_sha256": sha256(Path(table))} if table else {}
 
     def figures(self, scores: Sequence[Score], mode: str) -> dict[str, float]:
         """100 times the mean over items, and the means over answers of each category, as the official code has them."""
