@@ -68,7 +68,7 @@ def parse_arguments(argv):
     parser.add_argument("--dump", type=Path, metavar="DIR", help="training: keep the compiled steps' HLO text there")
     parser.add_argument("--size", type=int, default=512, help="sampling: pixels per side, default %(default)s")
     parser.add_argument("--batch", type=int, default=1, help="sampling: images at a time, default %(default)s")
-    parser.add_argument("--quantize", choices=("int8", "w8a8"), help="sampling: as in Pipeline.from_bundle")
+    parser.add_argument("--quantize", choices=("int8", "w8a8", "fp8"), help="sampling: as in Pipeline.from_bundle")
     parser.add_argument("--low-memory", action="store_true", help="sampling: ask whether it fits with low_memory")
     parser.add_argument("--output", type=Path, metavar="JSON", help="a file for the figures; --all: for the plans")
     arguments = parser.parse_args(argv)
