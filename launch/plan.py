@@ -1,4 +1,4 @@
-"""Plans sampling or training for TPU chips that are not here: python launch/plan.py --help"""
+"""Plans sampling or training for TPUs and GPUs that are not here: python launch/plan.py --help"""
 
 import os
 import shlex
@@ -14,10 +14,11 @@ explain_missing_packages()
 from unialign_jax.data.kinds import task_name
 
 DESCRIPTION = """\
-Compiles the programs of a sampling task for a TPU chip, or the training steps of a configuration for a TPU slice,
-and prints the memory and time that they need there. It reads neither weights nor data and uses no chips. It needs the
-TPU compiler: pip install 'libtpu==0.0.42.*' (for jax 0.10.2; best in an environment of its own). A full-size task takes
-a few minutes on two CPU cores.
+Compiles the programs of a sampling task for one TPU chip or GPU, or the training steps of a configuration for a TPU
+slice or for GPUs, and prints the memory and time that they need there. It reads neither weights nor data and uses no
+chips. It needs the compiler, for jax 0.10.2 and best in an environment of its own: for TPUs pip install
+'libtpu==0.0.42.*', for GPUs pip install 'jax-cuda12-plugin==0.10.2' 'nvidia-cuda-nvcc-cu12==12.9.86'. A full-size
+task takes a few minutes on two CPU cores.
 """
 EXAMPLES = """\
 examples
@@ -26,6 +27,8 @@ examples
   python launch/plan.py --config=configs/stage1.py --topology=v4:4x4x4
   python launch/plan.py --config=configs/stage1.py --topology=v5e-256 --config.mesh.fsdp=-1
   python launch/plan.py --config=configs/stage1.py --topology=v4-8 --search
+  python launch/plan.py --task=text_to_image --topology=h100:1 --quantize=fp8
+  python launch/plan.py --config=configs/stage1.py --topology=h100:8 --config.accumulation=2
   python launch/plan.py --config=configs/stage1.py --all --output=plans.json --topologies=v4-128,v5e-256,4xv5e-256
   python launch/plan.py --report=plans.json
 
@@ -35,8 +38,10 @@ processes may share the work by different --topologies. After a change of the co
 writes the tables of docs/tpu.md from the file.
 
 Topologies are named by kind and grid, v4:4x4x4, or as on Google Cloud, v4-128 (of v4 and v5p the number of cores, two
-per chip; of v5e and v6e the number of chips). Exit status 0 when all fits (with --low-memory: in that mode), 1 when it
-does not. With --all a slice on which nothing fits is a result; the status is 1 when something could not be planned.
+per chip; of v5e and v6e the number of chips); GPUs by the GPUs of a host, h100:1 and h100:8, and several hosts
+h100:2x8 (h100, h200, b200, a100-80g, a100-40g, l4, t4). Exit status 0 when all fits (with --low-memory: in that mode),
+1 when it does not. With --all a slice on which nothing fits is a result; the status is 1 when something could not be
+planned.
 """
 MOST_SLICES = 256
 # The options of each of the four modes.
@@ -91,6 +96,7 @@ def main(argv=None):
     # There is no TPU here, and no reason to keep another process from compiling.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the GPU compiler would say that there is no driver
     import jax
 
     jax.config.update("jax_platforms", "cpu")
@@ -186,25 +192,28 @@ def say_what_may_fit(arguments, changes, options):
 
 
 def say_what_training_may_fit(arguments, changes, remat):
-    from unialign_jax.parallel import hardware
+    from unialign_jax.planning import topology
 
-    alone, larger = not arguments.search, hardware.larger_slice(arguments.topology)
+    alone, larger = not arguments.search, topology.larger(arguments.topology)
     block = [*(change for change in changes if not change.startswith("model.remat=")), "model.remat=block"]
     may_block = alone and remat not in ("block", "offload")
     options = [
         (alone, "accumulation and remat, tried one after another (minutes each)", {"search": True}),
         (may_block, "recomputation of all blocks in the backward pass", {"changes": block}),
-        (larger, "twice the chips", {"topology": larger}),
+        (larger, "more chips", {"topology": larger}),
     ]
     say_what_may_fit(arguments, changes, options)
 
 
 def say_what_sampling_may_fit(arguments):
+    from unialign_jax.planning import gpus
+
+    larger, memory = ("h200:1", 141) if gpus.is_gpu(arguments.topology) else ("v6e:1x1", 32)
     options = [
         (not arguments.low_memory, "only the weights of the current program on the chip", {"low_memory": True}),
         (not arguments.quantize, "weights of 8 bits", {"quantize": "int8"}),
         (arguments.batch > 1, "fewer images at a time", {"batch": arguments.batch // 2}),
-        (arguments.topology != "v6e:1x1", "a chip with 32 GB", {"topology": "v6e:1x1"}),
+        (arguments.topology != larger, f"a chip with {memory} GB", {"topology": larger}),
     ]
     say_what_may_fit(arguments, [], options)
 
