@@ -434,7 +434,7 @@ def forward(settings: dict) -> dict:
     device = jax.devices()[0]
     dtype = settings["dtype"] or default_dtype(device)
     config = model_config(settings)
-    attention = "xla" if config.transformer.head_width % 64 else resolve_implementation("auto", device.platform, dtype)
+    attention = "xla" if config.transformer.head_width % 64 else resolve_implementation("auto", device, dtype)
     network = MMDiT(dataclasses.replace(config.transformer, dtype=dtype, attention=attention, remat="none"))
     params = parameter_loader(settings | {"quantize": None}, config, dtype)("transformer")
     latents, text = (jax.device_put(random_array(shape, "float32")) for shape in forward_shapes(settings, config))

@@ -77,7 +77,7 @@ class Model:
             # The flash kernels want heads of 64; the tiny models' are narrower.
             if attention == "auto" and part.head_width % 64:
                 attention = "xla"
-            attention = resolve_implementation(attention, self.device.platform, dtype)
+            attention = resolve_implementation(attention, self.device, dtype)
         transformer = module(MMDiT, config.transformer, attention=attention, remat="none")
         text_encoder = module(TextEncoder, config.text_encoder)
         if quantize:
