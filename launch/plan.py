@@ -31,11 +31,12 @@ examples
   python launch/plan.py --config=configs/stage1.py --topology=h100:8 --config.accumulation=2
   python launch/plan.py --config=configs/stage1.py --all --output=plans.json --topologies=v4-128,v5e-256,4xv5e-256
   python launch/plan.py --report=plans.json
+  python launch/plan.py --gpus --output=gpu_plans.json && python launch/plan.py --report=gpu_plans.json
 
 --all searches micro-batches and remat for every slice in docs/tpu.md (hours; --topologies names some of them) and
 collects the plans in the file --output. A plan in the file is not compiled again: the same command resumes, and several
 processes may share the work by different --topologies. After a change of the compiled code, name another file. --report
-writes the tables of docs/tpu.md from the file.
+writes the tables of docs/tpu.md from the file. --gpus compiles what the tables of docs/gpu.md need (hours; it resumes).
 
 Topologies are named by kind and grid, v4:4x4x4, or as on Google Cloud, v4-128 (of v4 and v5p the number of cores, two
 per chip; of v5e and v6e the number of chips); GPUs by the GPUs of a host, h100:1 and h100:8, and several hosts
@@ -47,6 +48,7 @@ MOST_SLICES = 256
 # The options of each of the four modes.
 TAKES = {
     "all": ("config", "topologies", "output"),
+    "gpus": ("output",),
     "report": ("docs",),
     "config": ("topology", "num_slices", "stream", "search", "dump", "output"),
     "task": ("topology", "size", "batch", "quantize", "low_memory", "output"),
@@ -60,7 +62,10 @@ def parse_arguments(argv):
     modes = parser.add_mutually_exclusive_group(required=True)
     modes.add_argument("--task", type=task_name, choices=("text_to_image", "edit", "caption"), help="to sample")
     modes.add_argument("--config", metavar="FILE", help="training: a stage file, and --config.KEY=VALUE for its keys")
-    modes.add_argument("--report", type=Path, metavar="JSON", help="docs/tpu.md and its plot from the plans of --all")
+    modes.add_argument("--gpus", action="store_true", help="what docs/gpu.md has, into the file --output")
+    modes.add_argument(
+        "--report", type=Path, metavar="JSON", help="docs/tpu.md and its plot from the plans of --all, or docs/gpu.md"
+    )
     parser.add_argument("--topology", default="v5e:1x1", help="the chips, default %(default)s; sampling uses one")
     parser.add_argument("--num-slices", type=int, default=1, help="training: slices of that topology, default 1")
     parser.add_argument("--stream", help="training: this stream only")
@@ -69,7 +74,7 @@ def parse_arguments(argv):
     )
     parser.add_argument("--all", action="store_true", help="training: --search on many slices, into the file --output")
     parser.add_argument("--topologies", metavar="A,B", help="with --all: these only, such as v4-128,4xv5e-256")
-    parser.add_argument("--docs", type=Path, metavar="DIR", default=ROOT / "docs", help="--report: tpu.md's folder")
+    parser.add_argument("--docs", type=Path, metavar="DIR", default=ROOT / "docs", help="--report: the page's folder")
     parser.add_argument("--dump", type=Path, metavar="DIR", help="training: keep the compiled steps' HLO text there")
     parser.add_argument("--size", type=int, default=512, help="sampling: pixels per side, default %(default)s")
     parser.add_argument("--batch", type=int, default=1, help="sampling: images at a time, default %(default)s")
@@ -81,6 +86,8 @@ def parse_arguments(argv):
         parser.error("--config is empty, expected a stage file such as configs/stage1.py")
     if arguments.all and not (arguments.config and arguments.output):
         parser.error("--all needs --config=FILE and --output=JSON")
+    if arguments.gpus and not arguments.output:
+        parser.error("--gpus needs --output=JSON")
     mode = next(mode for mode in TAKES if getattr(arguments, mode))
     given = [name for name, value in vars(arguments).items() if value != parser.get_default(name)]
     if refused := [name for name in given if name not in (mode, *TAKES[mode])]:
@@ -101,15 +108,22 @@ def main(argv=None):
 
     jax.config.update("jax_platforms", "cpu")
     from unialign_jax import files
-    from unialign_jax.planning import report, sweep
+    from unialign_jax.planning import gpu_report, gpu_sweep, report, sweep
     from unialign_jax.training.config import read_config
 
     try:
         if arguments.output:
             files.check_json_output(arguments.output)
         if arguments.report:
+            if gpu_sweep.is_gpu_file(arguments.report):
+                gpu_report.write_report(arguments.report, arguments.docs)
+                print(f"wrote {arguments.docs / 'gpu.md'}")
+                return
             report.write_report(arguments.report, arguments.docs)
             print(f"wrote {arguments.docs / 'tpu.md'} and {arguments.docs / report.PLOT}")
+            return
+        if arguments.gpus:
+            gpu_sweep.sweep_gpus(arguments.output)
             return
         if arguments.all:
             names = arguments.topologies.split(",") if arguments.topologies else sweep.TOPOLOGIES

@@ -1,7 +1,10 @@
 """The mesh of a configuration: what fits, by hand."""
 
 import dataclasses
+import functools
+import json
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +14,8 @@ from unialign_jax.parallel.mesh import AXES, Topology, choose_mesh, format_mesh
 from unialign_jax.training import meshes
 from unialign_jax.training.config import build_configs, read_config
 from unialign_jax.training.state import Networks
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # Bytes of the full model: 2.1e9 trained parameters in bf16, and 16 bytes each of state (float32 masters, two moments,
 # the average); T5's 4.76e9 in bf16, a small autoencoder; three float32 copies of the gradients; a sample's activations,
@@ -83,21 +88,65 @@ def test_smaller_micro_batches_make_room_for_repeated_weights():
     )
 
 
+@functools.cache
+def full_model(platform):
+    """(networks, StepMemory) of stage 1."""
+    config = read_config("stage1", [])
+    networks = Networks.create(*build_configs(config, platform))
+    return networks, meshes.step_memory(config, networks, platform)
+
+
 def test_what_the_full_model_needs():
     """Against counts of parameters (MM-DiT with heads 2.10e9, T5 v1.1 XXL's encoder 4.76e9), and two plans compiled
     with remat dots: 13.3 GB on v5e-256, 21.4 GB on v4-128.
     """
-    config = read_config("configs/stage1.py", [])
-    networks = Networks.create(*build_configs(config, "tpu"))
-    memory = meshes.step_memory(config, networks, "tpu")
+    networks, memory = full_model("tpu")
     assert memory.weights == pytest.approx(2 * 2.10e9, rel=0.02)
     assert memory.state == pytest.approx(16 * 2.10e9, rel=0.02)
     assert memory.text_encoder == pytest.approx(2 * 4.76e9, rel=0.01)
     sizes = dict.fromkeys(AXES, 1) | {"replica": 4, "encoder": 4}
     assert meshes.estimate(memory, sizes | {"data": 16}, 1, "dots", 1) == pytest.approx(13.3e9, rel=0.1)
     assert meshes.estimate(memory, sizes | {"data": 4}, 4, "dots", 1) == pytest.approx(21.4e9, rel=0.1)
-    several = meshes.step_memory(read_config("configs/stage2.py", []), networks, "tpu")
-    assert several.activations["block"] > 2 * memory.activations["block"]  # of three condition images
+    several = meshes.sample_activations(read_config("stage2", []), networks, "block", "tpu")
+    assert several > 2 * memory.activations["block"]  # of three condition images
+
+
+# The step that a shape in docs/plans.json stands for.
+SHAPES = {
+    "image0-text": ("stage1", "text_to_image"),
+    "image1-text": ("stage2", "edit"),
+    "image3-text": ("stage2", "personalization"),
+    "text": ("stage3", "vqa"),
+}
+
+
+def stored_plans():
+    """(stage, stream, platform, name, step) of the plans that the documents show."""
+    for plan in json.loads((ROOT / "docs/plans.json").read_text())["plans"]:
+        if plan["step"]:
+            yield *SHAPES[plan["shape"]], "tpu", plan["topology"], plan["step"]
+    for row in json.loads((ROOT / "docs/gpu_plans.json").read_text())["training"]:
+        yield row["stage"], row["stream"], "gpu", row["topology"], row["step"]
+
+
+def test_the_arithmetic_is_within_a_tenth_of_the_compilers():
+    networks, memory = full_model("tpu")
+    sums = {"tpu": memory.sums, "gpu": memory.sums * meshes.SUMS["gpu"] / meshes.SUMS["tpu"]}
+    stages = {name: read_config(name, []) for name in ("stage1", "stage2", "stage3")}
+    errors = {}
+    for stage, stream, platform, name, step in stored_plans():
+        alone = stages[stage].copy_and_resolve_references()
+        for other, settings in alone.streams.items():
+            settings.weight = float(other == stream)
+        saved = meshes.sample_activations(alone, networks, step["remat"], platform)
+        memory = dataclasses.replace(memory, sums=sums[platform], activations={step["remat"]: saved})
+        samples = step["batch_size"] / step["accumulation"] / step["chips"]
+        found = meshes.estimate(memory, step["mesh"], samples, step["remat"], step["accumulation"])
+        compiled = sum(value for key, value in step["memory"].items() if key != "usable")
+        errors[stream, name, step["accumulation"], step["remat"]] = found / compiled - 1
+    assert len(errors) > 45
+    assert {key: error for key, error in errors.items() if abs(error) > 0.1} == {}
+    assert abs(np.mean(list(errors.values()))) < 0.03
 
 
 def test_a_given_mesh_is_kept():

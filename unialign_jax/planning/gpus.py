@@ -84,9 +84,14 @@ device_description_str: "{gpu.kind}"
 """
 
 
+def room(kind: str) -> int:
+    """The bytes of a GPU, such as "h100", that programs may take: this project's number; the compiler has none."""
+    return int(SHARE * (GPUS[kind].chip.memory - CONTEXT))
+
+
 def usable_bytes(device: jax.Device) -> int:
-    """The bytes of a GPU that programs may take: this project's number, since the compiler has none."""
-    return int(SHARE * (hardware.find_chip(device.device_kind).memory - CONTEXT))
+    """`room` of a device of `gpu_devices`."""
+    return room(next(kind for kind, gpu in GPUS.items() if gpu.kind == device.device_kind))
 
 
 def is_gpu(topology: str) -> bool:

@@ -4,9 +4,9 @@ A configuration whose `mesh` is all 0, the default, leaves the choice open. Devi
 split weights and state (`fsdp`), which needs least memory. A TPU slice repeats the compute weights and splits only the
 state (ZeRO-1) if the arithmetic below says that this fits: with few samples per chip, gathers would dominate.
 
-The arithmetic per chip: encoders, state, weights, gradients and their sums over micro-batches, and activations that grow
-with the samples. Its constants are fitted to what the compilers for TPUs and for GPUs planned, and hold within 10% of
-that (tests/training/test_meshes.py). It is compared with the memory on the chip's data sheet, about 5% below the
+The arithmetic per chip: encoders, state, weights, gradients and their sums over micro-batches, and activations that
+grow with the samples. Its constants are fitted to what the compilers for TPUs and for GPUs planned, and hold within 10%
+of that (tests/training/test_meshes.py). It is compared with the memory on the chip's data sheet, about 5% below the
 compiler's (v5e: 16.0e9 of 16.9e9 bytes); `launch/plan.py` asks the compiler.
 """
 
@@ -27,7 +27,7 @@ SAVED = {
     "gpu": {"none": 45, "dots": 10, "block": 1, "offload": 0},
 }
 WORKING = {"tpu": 50, "gpu": 28}  # the same units, of the block whose backward pass runs; fitted
-SEPARATE_PASS = 800  # tokens' worth that a second pass of other shapes saves more than one pass of both; fitted
+SEPARATE_PASS = {"tpu": 800, "gpu": 0}  # tokens' worth that two passes of two shapes save more than one of both; fitted
 SUMS = {"tpu": 3.0, "gpu": 1.5}  # float32 copies of the gradients, beside the micro-batch's; fitted
 KEPT = 0.6  # share of the activations that are there when the gradients of all weights are; fitted
 ALWAYS = 5e8  # bytes of everything else; fitted
@@ -125,7 +125,7 @@ def sample_activations(config, networks: Networks, remat: str, platform: str) ->
     itemsize = np.dtype(model.dtype).itemsize
     target = (config.image_size / autoencoder.downsample_factor / model.patch_size) ** 2
     tokens = (images + passes - 1) * target + passes * config.text_length
-    tokens += SEPARATE_PASS * (images > 1)
+    tokens += SEPARATE_PASS[platform] * (images > 1)
     width = tokens * model.width * itemsize
     saved = (model.depth * SAVED[platform][remat] + WORKING[platform]) * width
     maps = 0.0
