@@ -156,7 +156,8 @@ def plan_training(arguments, changes) -> dict:
         dump=arguments.dump,
     )
     if plan.steps or not arguments.search:
-        print(f"{arguments.config} on {arguments.num_slices} x {arguments.topology}\n{report.stage_text(plan)}")
+        several = f"{arguments.num_slices} x " if arguments.num_slices > 1 else ""
+        print(f"{arguments.config} on {several}{arguments.topology}\n{report.stage_text(plan)}")
     if not plan.fits:
         say_what_training_may_fit(arguments, changes, plan.config.model.remat)
     if arguments.search and not plan.steps:

@@ -79,12 +79,15 @@ PLAN = [
     (["--task=t2i", "--topology=h100:8"], "has 8 chips, sampling runs on one: h100:1"),
     (["--task=t2i", "--quantize=int4"], "invalid choice: 'int4'"),
     # What does not go together
-    ([], "one of the arguments --task --config --report is required"),
+    ([], "one of the arguments --task --config --gpus --report is required"),
     (["--task=t2i", STAGE], "not allowed with argument"),
     (["--task=t2i", "--config.image_size=256"], "--config.KEY=VALUE does not go with --task"),
     ([STAGE, "--all"], "--all needs --config="),
     ([STAGE, "--all", "--output=FOLDER/plans.json", "--topologies=v4-128,"], "topology is ''"),
     ([STAGE, "--all", "--output=FOLDER/plans.json", "--topologies=0xv5e-256"], "topology is '0xv5e-256'"),
+    ([STAGE, "--all", "--output=FOLDER/plans.json", "--topologies=h100:8"], "h100:8 is no TPU slice: --gpus plans"),
+    (["--gpus"], "--gpus needs --output=JSON"),
+    (["--gpus", "--topology=h100:8"], "--gpus needs --output=JSON"),
     ([STAGE, "--all", "--output=FOLDER"], "FOLDER is a folder"),
     ([STAGE, "--all", "--output=FILE"], "not replaced", "FILE is not JSON"),
     # Outputs
