@@ -73,6 +73,7 @@ def devices_to_use(count: int | None) -> list[jax.Device]:
 
     A device of a CPU shares its cores with the others, so more of them are of no use.
     """
+    processes.take_gpu_memory(os.environ)
     devices = jax.local_devices()
     if count is None:
         return devices[:1] if devices[0].platform == "cpu" else devices
