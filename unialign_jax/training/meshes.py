@@ -31,7 +31,7 @@ SEPARATE_PASS = {"tpu": 800, "gpu": 0}  # tokens' worth that two passes of two s
 SUMS = {"tpu": 3.0, "gpu": 1.5}  # float32 copies of the gradients, beside the micro-batch's; fitted
 KEPT = 0.6  # share of the activations that are there when the gradients of all weights are; fitted
 ALWAYS = 5e8  # bytes of everything else; fitted
-AUTOENCODER_MAPS = 6  # feature maps at the resolution of the image that are alive at once
+AUTOENCODER_MAPS = 3  # feature maps at the resolution of the image that are alive at once
 
 
 @dataclasses.dataclass(frozen=True)
