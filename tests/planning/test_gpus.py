@@ -15,6 +15,8 @@ from unialign_jax.planning.sweep import write_plans
 from unialign_jax.planning.topology import GIB
 from unialign_jax.training.config import read_config
 
+# The cache of compiled programs cannot load those of devices that are not here, and says so.
+pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
 needs_compiler = pytest.mark.skipif(bool(gpus.missing_packages()), reason=f"needs XLA's GPU compiler: {gpus.INSTALL}")
 H100 = hardware.find_chip("NVIDIA H100 80GB HBM3")
 

@@ -6,7 +6,15 @@ from pathlib import Path
 from unialign_jax.files import check_regular, replacing_file
 from unialign_jax.parallel import hardware
 from unialign_jax.planning import gpus, sampling
-from unialign_jax.planning.gpu_sweep import REMAT, GpuPlans, SamplingRow, TrainingRow, read_gpu_plans
+from unialign_jax.planning.gpu_sweep import (
+    REMAT,
+    SAMPLING,
+    TRAINING,
+    GpuPlans,
+    SamplingRow,
+    TrainingRow,
+    read_gpu_plans,
+)
 from unialign_jax.planning.report import format_table, short, splice, wrap
 from unialign_jax.planning.topology import GIB
 from unialign_jax.training.config import read_config
@@ -57,6 +65,9 @@ def markdown(plans: GpuPlans) -> str:
         "The other streams of stages 2 and 3:",
         table(map(stream_cells, others(plans.training))),
     ]
+    done = {row.key for row in plans.training + plans.sampling}
+    if missing := [" ".join(map(str, key)) for key in SAMPLING + TRAINING if key not in done]:
+        parts.append(f"Not compiled yet: {'; '.join(missing)}.")
     return "\n\n".join(part if part[0] in "|#" else wrap(part) for part in parts)
 
 
