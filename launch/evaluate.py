@@ -121,7 +121,7 @@ def add_suite_arguments(parser: argparse.ArgumentParser, suite) -> None:
     add("--devices", type=int, metavar="N", help="default all GPUs or TPU chips, on a CPU 1")
     add("--weights", choices=["raw", "ema"], help="of a run: default its average, if it keeps one")
     add("--dtype", choices=["bfloat16", "float32"], help="default bfloat16, on a CPU float32")
-    add("--quantize", choices=["int8", "w8a8"], help="int8 weights; w8a8: int8 activations too")
+    add("--quantize", choices=["int8", "w8a8", "fp8"], help="weights of 8 bits; w8a8, fp8: inputs too")
     add("--low-memory", action="store_true", help="on the device only what is in use; slower")
     add("--attention", default="auto", metavar="NAME", help="auto, xla, cudnn (GPU) or splash (TPU)")
     add("--no-verify", dest="verify", action="store_false", help="read the bundle without checking its files' hashes")

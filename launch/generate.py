@@ -86,7 +86,7 @@ def parse_arguments(argv):
     model.add_argument("--batch", type=int, default=8, metavar="N", help="most samples at a time (default %(default)s)")
     model.add_argument("--devices", type=int, metavar="N", help="of --jobs: default all GPUs or TPU chips, on a CPU 1")
     model.add_argument("--dtype", choices=["bfloat16", "float32"], help="default bfloat16, on a CPU float32")
-    model.add_argument("--quantize", choices=["int8", "w8a8"], help="int8 weights; w8a8: int8 activations too")
+    model.add_argument("--quantize", choices=["int8", "w8a8", "fp8"], help="weights of 8 bits; w8a8, fp8: inputs too")
     model.add_argument("--low-memory", action="store_true", help="on the device only what is in use; slower")
     model.add_argument("--attention", default="auto", metavar="NAME", help="auto, xla, cudnn (GPU) or splash (TPU)")
     model.add_argument("--weights", choices=["raw", "ema"], help="of a run: default its average, if it keeps one")

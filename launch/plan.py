@@ -1,4 +1,4 @@
-"""Plans sampling or training for TPU chips that are not here: python launch/plan.py --help"""
+"""Plans sampling or training for TPUs and GPUs that are not here: python launch/plan.py --help"""
 
 import os
 import shlex
@@ -14,10 +14,11 @@ explain_missing_packages()
 from unialign_jax.data.kinds import task_name
 
 DESCRIPTION = """\
-Compiles the programs of a sampling task for a TPU chip, or the training steps of a configuration for a TPU slice,
-and prints the memory and time that they need there. It reads neither weights nor data and uses no chips. It needs the
-TPU compiler: pip install 'libtpu==0.0.42.*' (for jax 0.10.2; best in an environment of its own). A full-size task takes
-a few minutes on two CPU cores.
+Compiles the programs of a sampling task for one TPU chip or GPU, or the training steps of a configuration for a TPU
+slice or for GPUs, and prints the memory and time that they need there. It reads neither weights nor data and uses no
+chips. It needs the compiler, for jax 0.10.2 and best in an environment of its own: for TPUs pip install
+'libtpu==0.0.42.*', for GPUs pip install 'jax-cuda12-plugin==0.10.2' 'nvidia-cuda-nvcc-cu12==12.9.86'. A full-size
+task takes a few minutes on two CPU cores.
 """
 EXAMPLES = """\
 examples
@@ -26,22 +27,28 @@ examples
   python launch/plan.py --config=configs/stage1.py --topology=v4:4x4x4
   python launch/plan.py --config=configs/stage1.py --topology=v5e-256 --config.mesh.fsdp=-1
   python launch/plan.py --config=configs/stage1.py --topology=v4-8 --search
+  python launch/plan.py --task=text_to_image --topology=h100:1 --quantize=fp8
+  python launch/plan.py --config=configs/stage1.py --topology=h100:8 --config.accumulation=2
   python launch/plan.py --config=configs/stage1.py --all --output=plans.json --topologies=v4-128,v5e-256,4xv5e-256
   python launch/plan.py --report=plans.json
+  python launch/plan.py --gpus --output=gpu_plans.json && python launch/plan.py --report=gpu_plans.json
 
 --all searches micro-batches and remat for every slice in docs/tpu.md (hours; --topologies names some of them) and
 collects the plans in the file --output. A plan in the file is not compiled again: the same command resumes, and several
 processes may share the work by different --topologies. After a change of the compiled code, name another file. --report
-writes the tables of docs/tpu.md from the file.
+writes the tables of docs/tpu.md from the file. --gpus compiles what the tables of docs/gpu.md need (hours; it resumes).
 
 Topologies are named by kind and grid, v4:4x4x4, or as on Google Cloud, v4-128 (of v4 and v5p the number of cores, two
-per chip; of v5e and v6e the number of chips). Exit status 0 when all fits (with --low-memory: in that mode), 1 when it
-does not. With --all a slice on which nothing fits is a result; the status is 1 when something could not be planned.
+per chip; of v5e and v6e the number of chips); GPUs by the GPUs of a host, h100:1 and h100:8, and several hosts
+h100:2x8 (h100, h200, b200, a100-80g, a100-40g, l4, t4). Exit status 0 when all fits (with --low-memory: in that mode),
+1 when it does not. With --all a slice on which nothing fits is a result; the status is 1 when something could not be
+planned.
 """
 MOST_SLICES = 256
 # The options of each of the four modes.
 TAKES = {
     "all": ("config", "topologies", "output"),
+    "gpus": ("output",),
     "report": ("docs",),
     "config": ("topology", "num_slices", "stream", "search", "dump", "output"),
     "task": ("topology", "size", "batch", "quantize", "low_memory", "output"),
@@ -55,7 +62,10 @@ def parse_arguments(argv):
     modes = parser.add_mutually_exclusive_group(required=True)
     modes.add_argument("--task", type=task_name, choices=("text_to_image", "edit", "caption"), help="to sample")
     modes.add_argument("--config", metavar="FILE", help="training: a stage file, and --config.KEY=VALUE for its keys")
-    modes.add_argument("--report", type=Path, metavar="JSON", help="docs/tpu.md and its plot from the plans of --all")
+    modes.add_argument("--gpus", action="store_true", help="what docs/gpu.md has, into the file --output")
+    modes.add_argument(
+        "--report", type=Path, metavar="JSON", help="docs/tpu.md and its plot from the plans of --all, or docs/gpu.md"
+    )
     parser.add_argument("--topology", default="v5e:1x1", help="the chips, default %(default)s; sampling uses one")
     parser.add_argument("--num-slices", type=int, default=1, help="training: slices of that topology, default 1")
     parser.add_argument("--stream", help="training: this stream only")
@@ -64,11 +74,11 @@ def parse_arguments(argv):
     )
     parser.add_argument("--all", action="store_true", help="training: --search on many slices, into the file --output")
     parser.add_argument("--topologies", metavar="A,B", help="with --all: these only, such as v4-128,4xv5e-256")
-    parser.add_argument("--docs", type=Path, metavar="DIR", default=ROOT / "docs", help="--report: tpu.md's folder")
+    parser.add_argument("--docs", type=Path, metavar="DIR", default=ROOT / "docs", help="--report: the page's folder")
     parser.add_argument("--dump", type=Path, metavar="DIR", help="training: keep the compiled steps' HLO text there")
     parser.add_argument("--size", type=int, default=512, help="sampling: pixels per side, default %(default)s")
     parser.add_argument("--batch", type=int, default=1, help="sampling: images at a time, default %(default)s")
-    parser.add_argument("--quantize", choices=("int8", "w8a8"), help="sampling: as in Pipeline.from_bundle")
+    parser.add_argument("--quantize", choices=("int8", "w8a8", "fp8"), help="sampling: as in Pipeline.from_bundle")
     parser.add_argument("--low-memory", action="store_true", help="sampling: ask whether it fits with low_memory")
     parser.add_argument("--output", type=Path, metavar="JSON", help="a file for the figures; --all: for the plans")
     arguments = parser.parse_args(argv)
@@ -76,6 +86,8 @@ def parse_arguments(argv):
         parser.error("--config is empty, expected a stage file such as configs/stage1.py")
     if arguments.all and not (arguments.config and arguments.output):
         parser.error("--all needs --config=FILE and --output=JSON")
+    if arguments.gpus and not arguments.output:
+        parser.error("--gpus needs --output=JSON")
     mode = next(mode for mode in TAKES if getattr(arguments, mode))
     given = [name for name, value in vars(arguments).items() if value != parser.get_default(name)]
     if refused := [name for name in given if name not in (mode, *TAKES[mode])]:
@@ -91,19 +103,27 @@ def main(argv=None):
     # There is no TPU here, and no reason to keep another process from compiling.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the GPU compiler would say that there is no driver
     import jax
 
     jax.config.update("jax_platforms", "cpu")
     from unialign_jax import files
-    from unialign_jax.planning import report, sweep
+    from unialign_jax.planning import gpu_report, gpu_sweep, report, sweep
     from unialign_jax.training.config import read_config
 
     try:
         if arguments.output:
             files.check_json_output(arguments.output)
         if arguments.report:
+            if gpu_sweep.is_gpu_file(arguments.report):
+                gpu_report.write_report(arguments.report, arguments.docs)
+                print(f"wrote {arguments.docs / 'gpu.md'}")
+                return
             report.write_report(arguments.report, arguments.docs)
             print(f"wrote {arguments.docs / 'tpu.md'} and {arguments.docs / report.PLOT}")
+            return
+        if arguments.gpus:
+            gpu_sweep.sweep_gpus(arguments.output)
             return
         if arguments.all:
             names = arguments.topologies.split(",") if arguments.topologies else sweep.TOPOLOGIES
@@ -136,7 +156,8 @@ def plan_training(arguments, changes) -> dict:
         dump=arguments.dump,
     )
     if plan.steps or not arguments.search:
-        print(f"{arguments.config} on {arguments.num_slices} x {arguments.topology}\n{report.stage_text(plan)}")
+        several = f"{arguments.num_slices} x " if arguments.num_slices > 1 else ""
+        print(f"{arguments.config} on {several}{arguments.topology}\n{report.stage_text(plan)}")
     if not plan.fits:
         say_what_training_may_fit(arguments, changes, plan.config.model.remat)
     if arguments.search and not plan.steps:
@@ -186,25 +207,28 @@ def say_what_may_fit(arguments, changes, options):
 
 
 def say_what_training_may_fit(arguments, changes, remat):
-    from unialign_jax.parallel import hardware
+    from unialign_jax.planning import topology
 
-    alone, larger = not arguments.search, hardware.larger_slice(arguments.topology)
+    alone, larger = not arguments.search, topology.larger(arguments.topology)
     block = [*(change for change in changes if not change.startswith("model.remat=")), "model.remat=block"]
     may_block = alone and remat not in ("block", "offload")
     options = [
         (alone, "accumulation and remat, tried one after another (minutes each)", {"search": True}),
         (may_block, "recomputation of all blocks in the backward pass", {"changes": block}),
-        (larger, "twice the chips", {"topology": larger}),
+        (larger, "more chips", {"topology": larger}),
     ]
     say_what_may_fit(arguments, changes, options)
 
 
 def say_what_sampling_may_fit(arguments):
+    from unialign_jax.planning import gpus
+
+    larger, memory = ("h200:1", 141) if gpus.is_gpu(arguments.topology) else ("v6e:1x1", 32)
     options = [
         (not arguments.low_memory, "only the weights of the current program on the chip", {"low_memory": True}),
         (not arguments.quantize, "weights of 8 bits", {"quantize": "int8"}),
         (arguments.batch > 1, "fewer images at a time", {"batch": arguments.batch // 2}),
-        (arguments.topology != "v6e:1x1", "a chip with 32 GB", {"topology": "v6e:1x1"}),
+        (arguments.topology != larger, f"a chip with {memory} GB", {"topology": larger}),
     ]
     say_what_may_fit(arguments, [], options)
 

@@ -51,6 +51,8 @@ PLAN = [
     ([STAGE, "--topology=v4:4x4x4x4"], "topology is 'v4:4x4x4x4'"),
     ([STAGE, "--topology=v5e:４x４"], "topology is"),  # full-width digits
     ([STAGE, "--topology=v5e-8\nv5e-16"], "topology is 'v5e-8\\nv5e-16'"),
+    ([STAGE, "--topology=h100:9"], "a host has 1 to 8 GPUs"),
+    ([STAGE, "--topology=h100:8x"], "topology is 'h100:8x', expected such as h100:1, h100:8 or h100:2x8"),
     ([STAGE, "--num-slices=0"], "--num-slices is 0, expected 1 to 256"),
     ([STAGE, "--num-slices=-2"], "--num-slices is -2"),
     ([STAGE, "--num-slices=1000000000"], "--num-slices is 1000000000"),
@@ -74,14 +76,18 @@ PLAN = [
     (["--task=t2i", "--size=16000000"], "size is 16000000"),
     (["--task=caption", "--batch=0"], "batch is 0, expected"),
     (["--task=t2i", "--topology=v5e-8"], "has 8 chips, sampling runs on one: v5e:1x1"),
+    (["--task=t2i", "--topology=h100:8"], "has 8 chips, sampling runs on one: h100:1"),
     (["--task=t2i", "--quantize=int4"], "invalid choice: 'int4'"),
     # What does not go together
-    ([], "one of the arguments --task --config --report is required"),
+    ([], "one of the arguments --task --config --gpus --report is required"),
     (["--task=t2i", STAGE], "not allowed with argument"),
     (["--task=t2i", "--config.image_size=256"], "--config.KEY=VALUE does not go with --task"),
     ([STAGE, "--all"], "--all needs --config="),
     ([STAGE, "--all", "--output=FOLDER/plans.json", "--topologies=v4-128,"], "topology is ''"),
     ([STAGE, "--all", "--output=FOLDER/plans.json", "--topologies=0xv5e-256"], "topology is '0xv5e-256'"),
+    ([STAGE, "--all", "--output=FOLDER/plans.json", "--topologies=h100:8"], "h100:8 is no TPU slice: --gpus plans"),
+    (["--gpus"], "--gpus needs --output=JSON"),
+    (["--gpus", "--topology=h100:8"], "--gpus needs --output=JSON"),
     ([STAGE, "--all", "--output=FOLDER"], "FOLDER is a folder"),
     ([STAGE, "--all", "--output=FILE"], "not replaced", "FILE is not JSON"),
     # Outputs

@@ -1,5 +1,7 @@
 """Attention: each implementation against float64 numpy or the plain one, alone and split over a mesh."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -140,6 +142,18 @@ def test_auto_is_resolved_by_platform():
     assert {platform: resolve_implementation("auto", platform) for platform in expected} == expected
     assert resolve_implementation("auto", "gpu", dtype="float32") == "xla"
     assert resolve_implementation("xla", "tpu") == "xla"
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [("7.5", "xla"), ("7.0", "xla"), ("8.0", "cudnn"), ("8.9", "cudnn"), ("10.0", "cudnn"), ("gfx942", "xla")],
+)
+def test_auto_is_cudnn_where_cudnn_has_it(capability, expected):
+    """T4 and V100 are before SM80, which cuDNN's kernel needs; JAX names AMD's GPUs "gpu" too."""
+    gpu = types.SimpleNamespace(platform="gpu", compute_capability=capability)
+    assert resolve_implementation("auto", gpu) == expected
+    assert resolve_implementation("auto", gpu, "float32") == "xla"
+    assert resolve_implementation("cudnn", gpu) == "cudnn"
 
 
 def test_bad_requests_are_refused_with_the_reason():

@@ -202,7 +202,10 @@ def test_the_stand_in_autoencoder_costs_nothing():
         ("NVIDIA H100 PCIe", 756e12),
         ("NVIDIA H200", 989e12),
         ("cpu", None),
-        ("Tesla T4", None),
+        ("Tesla T4", 8.1e12),  # in float32, for it has no bf16
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40S", None),
+        ("Tesla V100-SXM2-16GB", None),
     ],
 )
 def test_peak_flops(device_kind, peak):

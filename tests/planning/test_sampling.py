@@ -154,6 +154,30 @@ def test_a_training_that_does_not_fit_is_told_what_may(plan_command):
     assert len(commands_in(printed)) == 1 and commands_in(printed)[0].endswith(" --topology=v5e:16x16 --search")
 
 
+def test_what_may_fit_on_gpus(plan_command, monkeypatch):
+    from unialign_jax.planning import search
+
+    found = search.SearchResult(None, [], "the step of text_to_image does not fit: it needs 90 of 74.58 GiB")
+    monkeypatch.setattr(search, "candidates", lambda *_: [])
+    monkeypatch.setattr(search, "search", lambda *_: found)
+    _, printed = plan_command(
+        "--config=configs/stage1.py", "--topology=h100:8", "--search", "--config.model.remat=block"
+    )
+    assert commands_in(printed)[-1].endswith("--config.model.remat=block --topology=h100:2x8 --search")
+
+    def measure(program):
+        raise DoesNotFit("sample does not fit")
+
+    monkeypatch.setattr(
+        sampling, "sampling_programs", lambda *_, **__: ([sampling.Program("sample", (), None, {}, ())], {})
+    )
+    monkeypatch.setattr(sampling, "measure", measure)
+    _, printed = plan_command("--task=edit", "--topology=t4:1", "--low-memory", "--quantize=int8")
+    assert commands_in(printed) == [
+        "python launch/plan.py --task=edit --topology=h200:1 --quantize=int8 --low-memory",
+    ]
+
+
 def test_a_search_in_vain_names_the_next_slice(plan_command, monkeypatch):
     from unialign_jax.planning import search
 

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import re
+import types
 from datetime import datetime
 from pathlib import Path
 
@@ -122,6 +123,29 @@ def test_batch_by_devices_and_accumulation():
     )
     config.mesh.tensor = 2  # the tensor axis does not split the batch
     assert config_problems(config, device_count=8) == []
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("changes", "tokens"),
+    [
+        (["text_length=269"], 1293),
+        (["image_size=496"], 31 * 31 + 256),
+        (["image_size=496", "text_length=255"], 2 * 31 * 31 + 255),  # of an edit, with its condition image
+    ],
+)
+def test_cudnn_trains_even_numbers_of_tokens(changes, tokens):
+    """JAX refuses others ("Unsupported sequence length Q 1293, KV 1293"); "auto" is cuDNN on an NVIDIA GPU."""
+    config = read_config(f"{ROOT}/configs/stage2.py", changes)
+    gpu, old = (types.SimpleNamespace(platform="gpu", compute_capability=name) for name in ("9.0", "7.5"))
+    (problem,) = config_problems(config, device=gpu)
+    assert f"give {tokens} tokens, and cuDNN trains attention over even numbers only" in problem
+    assert problem.endswith("(image_size in multiples of 32), or model.attention=xla")
+    assert config_problems(config) == config_problems(config, device=old) == []
+    config.model.attention = "cudnn"
+    assert config_problems(config) == [problem]
+    config.model.attention = "xla"
+    assert config_problems(config, device=gpu) == []
 
 
 def test_a_mesh_is_open_or_given():

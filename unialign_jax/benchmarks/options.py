@@ -32,7 +32,7 @@ VARIANTS = {
     "guidance_rescale=0.7": {"guidance_rescale": 0.7},
     "guidance_scale=1": {"guidance_scale": 1.0},
 }
-QUANTIZE = ("int8", "w8a8")
+QUANTIZE = ("int8", "w8a8", "fp8")
 DECODING_STEPS = {"ancestral": (32, 16, 8), "top_k": (32, 16, 8), "confidence": (32,), "entropy": (32,)}
 
 

@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--caption-steps", type=int, default=32, help="default %(default)s")
     parser.add_argument("--caption-tokens", type=int, help="default what the model was trained with")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default float32 on a CPU, bfloat16 elsewhere")
-    parser.add_argument("--quantize", choices=["int8", "w8a8"], help="weights, or weights and activations, of 8 bits")
+    parser.add_argument("--quantize", choices=["int8", "w8a8", "fp8"], help="8 bits, see inference/quantization.py")
     parser.add_argument("--rounds", type=int, default=3, help="calls of which the median counts, default %(default)s")
 
 
@@ -434,7 +434,7 @@ def forward(settings: dict) -> dict:
     device = jax.devices()[0]
     dtype = settings["dtype"] or default_dtype(device)
     config = model_config(settings)
-    attention = "xla" if config.transformer.head_width % 64 else resolve_implementation("auto", device.platform, dtype)
+    attention = "xla" if config.transformer.head_width % 64 else resolve_implementation("auto", device, dtype)
     network = MMDiT(dataclasses.replace(config.transformer, dtype=dtype, attention=attention, remat="none"))
     params = parameter_loader(settings | {"quantize": None}, config, dtype)("transformer")
     latents, text = (jax.device_put(random_array(shape, "float32")) for shape in forward_shapes(settings, config))

@@ -16,7 +16,7 @@ from unialign_jax.data.tokenizer import Tokenizer
 from unialign_jax.files import shown
 from unialign_jax.inference.inputs import batches
 from unialign_jax.inference.options import check_whole
-from unialign_jax.inference.quantization import quantize_module
+from unialign_jax.inference.quantization import MODES, quantize_module
 from unialign_jax.inference.weights import Weights
 from unialign_jax.models.attention import resolve_implementation
 from unialign_jax.models.autoencoder import make_autoencoder
@@ -28,7 +28,7 @@ from unialign_jax.sampling.programs import Programs, initial_noise
 
 log = logging.getLogger(__name__)
 
-DTYPES, QUANTIZATIONS = ("bfloat16", "float32"), ("int8", "w8a8")
+DTYPES = ("bfloat16", "float32")
 
 
 class Model:
@@ -61,7 +61,7 @@ class Model:
         self.config, self.tokenizer, self.name = config, tokenizer, name
         self._said = set()  # warnings that were given, and programs whose compilation was announced
         self.max_batch = check_whole("max_batch", max_batch, 1, 2**16)
-        for option, value, choices in (("dtype", dtype, DTYPES), ("quantize", quantize, QUANTIZATIONS)):
+        for option, value, choices in (("dtype", dtype, DTYPES), ("quantize", quantize, MODES)):
             if value is not None and value not in choices:
                 raise ValueError(f"{option} is {shown(value)}, expected one of {', '.join(choices)}")
         if config.transformer is not None and config.autoencoder is not None:
@@ -77,7 +77,7 @@ class Model:
             # The flash kernels want heads of 64; the tiny models' are narrower.
             if attention == "auto" and part.head_width % 64:
                 attention = "xla"
-            attention = resolve_implementation(attention, self.device.platform, dtype)
+            attention = resolve_implementation(attention, self.device, dtype)
         transformer = module(MMDiT, config.transformer, attention=attention, remat="none")
         text_encoder = module(TextEncoder, config.text_encoder)
         if quantize:

@@ -90,7 +90,7 @@ class Pipeline(Model):
           weights: of a run, "raw" or "ema"; None takes the average where the run keeps one, as its own samples do.
           verify: whether to hash the files of a bundle while they are read, once, and to refuse changed ones.
           dtype: of matmuls and of large weights; None is bfloat16, on a CPU float32.
-          quantize: "int8" (weights of T5 and the MM-DiT's blocks), "w8a8" (activations too), or None.
+          quantize: "int8" (weights of T5 and the MM-DiT's blocks), "w8a8" or "fp8" (activations too), or None.
           low_memory: keep on the device only the components that the current part of a task reads.
           attention: "auto", or an implementation of models.attention.
           max_batch: the most samples in one forward.

@@ -1,10 +1,17 @@
 """Weights of 8 bits, through qwix: half of bfloat16's memory for T5 and the MM-DiT.
 
-Both modes store the matmul kernels of the scanned layers as int8 with one float32 scale for each layer and output
-channel (absmax, round to nearest); everything else keeps its dtype. They differ in the arithmetic of a layer:
+All modes store the matmul kernels of the scanned layers in 8 bits with one float32 scale for each layer and output
+channel (absmax, round to nearest); everything else keeps its dtype. They differ in the numbers and in the arithmetic of
+a layer:
 
-    int8    dequantises the kernel and multiplies in the model's dtype: weights are rounded, arithmetic is not
+    int8    whole numbers; dequantises the kernel and multiplies in the model's dtype: weights are rounded, arithmetic
+            is not
     w8a8    also rounds the inputs to int8, with a scale for each token, and multiplies integers: for GPUs, faster
+    fp8     as w8a8 in e4m3 floats (4 bits of precision), which Hopper and later multiply; other devices convert them
+            to a wider float first, which gives the same products
+
+A GPU multiplies 8 bits only with the summed axis last, so that w8a8 and fp8 store their kernels so. Otherwise XLA
+transposes the kernels of all layers in every call: 4.45 GiB of T5.
 
 `qwix.quantize_model` does not know scanned layers: `qwix.quantize_params` would take one scale over all of them. So
 Linen's interceptors replace the layers' calls here, and qwix does the arithmetic.
@@ -22,9 +29,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from unialign_jax.files import first_line
 
-MODES = ("int8", "w8a8")
+# What each mode stores.
+TYPES = {"int8": jnp.int8, "w8a8": jnp.int8, "fp8": jnp.float8_e4m3fn}
+MODES = tuple(TYPES)
 
-# Paths of the kernels that become int8, each [layers, inputs, outputs], with the number of input axes.
+# Paths of the kernels that are quantised, each [layers, inputs, outputs], with the number of input axes.
 KERNELS = (
     (r"^blocks/joint/(image|text)/(qkv|mlp_in|mlp_out)/kernel$", 1),
     (r"^blocks/joint/(image|text)/out/kernel$", 2),
@@ -32,8 +41,9 @@ KERNELS = (
     (r"^layers/out/kernel$", 2),
 )
 
-# The largest magnitude becomes 127. qwix's own range ends at 127.5: a tie, 127 or -128 as rounding errors have it.
-ABSMAX = f"absmax,{127.5 / 127}"
+# The largest magnitude becomes 127. qwix's own range ends at 127.5: a tie, 127 or -128 as rounding errors have it. Of
+# e4m3 it becomes the largest number, 448.
+ABSMAX = {jnp.int8: f"absmax,{127.5 / 127}", jnp.float8_e4m3fn: "absmax"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,55 +81,67 @@ def check_mode(mode: str) -> None:
         raise ValueError(f"unknown quantisation {mode!r}, expected one of {', '.join(MODES)}")
 
 
+def rounds_inputs(mode: str) -> bool:
+    """Whether the mode multiplies 8 bits by 8 bits; its kernels then have the input axes last."""
+    return mode != "int8"
+
+
 def quantized_dense(layer: nn.DenseGeneral, kernel: qwix.QArray, x: jax.Array, mode: str) -> jax.Array:
-    """The call of `layer` with an int8 `kernel` [inputs, outputs] of one layer."""
+    """The call of `layer` with a `kernel` of `quantize_kernel` in the same mode, of one layer."""
     axes = layer.axis if isinstance(layer.axis, tuple) else (layer.axis,)
     axes = tuple(axis % x.ndim for axis in axes)
-    dimensions = ((axes, tuple(range(len(axes)))), ((), ()))
-    if mode == "int8":
+    first = kernel.ndim - len(axes) if rounds_inputs(mode) else 0
+    dimensions = ((axes, tuple(range(first, first + len(axes)))), ((), ()))
+    if rounds_inputs(mode):
+        tokens = tuple(axis for axis in range(x.ndim) if axis not in axes)
+        x = quantized(x, tokens, TYPES[mode])
+        y = qwix.dot_general(x, kernel, dimensions).astype(layer.dtype)
+    else:
         # Rounded to the model's dtype once, as any other weight of it would be.
         y = jax.lax.dot_general(x.astype(layer.dtype), qwix.dequantize(kernel).astype(layer.dtype), dimensions)
-    else:
-        tokens = tuple(axis for axis in range(x.ndim) if axis not in axes)
-        x = to_int8(x, tokens)
-        y = qwix.dot_general(x, kernel, dimensions).astype(layer.dtype)
     if layer.use_bias:
         y = y + layer.get_variable("params", "bias").astype(layer.dtype)
     return y
 
 
-def to_int8(x: jax.Array, axes: tuple[int, ...]) -> qwix.QArray:
-    """x as whole numbers from -127 to 127, with a float32 scale for each index along `axes`."""
-    return qwix.quantize(x.astype(jnp.float32), jnp.int8, channelwise_axes=axes, calibration_method=ABSMAX)
+def quantized(x: jax.Array, axes: tuple[int, ...], dtype=jnp.int8) -> qwix.QArray:
+    """x in 8 bits, with a float32 scale for each index along `axes`: as int8 whole numbers from -127 to 127."""
+    method = ABSMAX[dtype]
+    return qwix.quantize(x.astype(jnp.float32), dtype, channelwise_axes=axes, calibration_method=method)
 
 
 def input_axes(path: str) -> int | None:
-    """The number of input axes of the kernel at `path`, if it becomes int8; None for other parameters."""
+    """The number of input axes of the kernel at `path`, if it is quantised; None for other parameters."""
     return next((axes for pattern, axes in KERNELS if re.search(pattern, path)), None)
 
 
-@functools.partial(jax.jit, static_argnames="axes")
-def quantize_kernel(kernel: jax.Array, axes: int) -> qwix.QArray:
-    """[layers, inputs (`axes` of them), outputs] -> QArray of the same shape, int8, scales float32.
+@functools.partial(jax.jit, static_argnames=("axes", "mode"))
+def quantize_kernel(kernel: jax.Array, axes: int, mode: str) -> qwix.QArray:
+    """[layers, inputs (`axes` of them), outputs] -> QArray of 8 bits, scales float32.
 
-    Layers are quantised one by one: beside the kernel itself this needs the memory of one layer.
+    Its shape is the kernel's, or [layers, outputs, inputs] in modes that round inputs. Layers are quantised one by one:
+    beside the kernel itself this needs the memory of one layer.
     """
-    outputs = tuple(range(axes, kernel.ndim - 1))
 
     def layer(weights):
-        return to_int8(weights, outputs)
+        inputs = tuple(range(axes))
+        if rounds_inputs(mode):
+            inputs = tuple(range(weights.ndim - axes, weights.ndim))
+            weights = jnp.moveaxis(weights, range(axes), inputs)
+        outputs = tuple(axis for axis in range(weights.ndim) if axis not in inputs)
+        return quantized(weights, outputs, TYPES[mode])
 
     return jax.lax.map(layer, kernel)
 
 
-def quantize_leaf(path: str, leaf, *, dtype=None, device: jax.Device | None = None):
+def quantize_leaf(path: str, leaf, mode: str, *, dtype=None, device: jax.Device | None = None):
     """The parameter at `path` ("layers/query/kernel") quantised, or cast to `dtype` where it is not to be quantised.
 
     Computed on the host; only the result is put on `device`, by default the first: no model is whole and unquantised.
     """
     axes = input_axes(path)
     leaf = jax.device_put(leaf, host_device())
-    leaf = quantize_kernel(leaf, axes) if axes is not None else leaf.astype(dtype or leaf.dtype)
+    leaf = quantize_kernel(leaf, axes, mode) if axes is not None else leaf.astype(dtype or leaf.dtype)
     return jax.device_put(leaf, device or jax.local_devices()[0])
 
 
@@ -135,7 +157,7 @@ def host_device() -> jax.Device:
 
 
 def abstract_quantized(abstract_params: dict, mode: str) -> dict:
-    """The parameters as ShapeDtypeStructs, with a `qwix.QArray` for every kernel that becomes int8: to compile with.
+    """The parameters as ShapeDtypeStructs, with a `qwix.QArray` for every quantised kernel: to compile with.
 
     Raises ValueError for an unknown mode and for a tree without such kernels.
     """
@@ -146,7 +168,7 @@ def abstract_quantized(abstract_params: dict, mode: str) -> dict:
 
     def abstract(path, leaf):
         axes = input_axes(path)
-        return leaf if axes is None else jax.eval_shape(functools.partial(quantize_kernel, axes=axes), leaf)
+        return leaf if axes is None else jax.eval_shape(functools.partial(quantize_kernel, axes=axes, mode=mode), leaf)
 
     return unflatten_dict({path: abstract(path, leaf) for path, leaf in leaves.items()}, sep="/")
 

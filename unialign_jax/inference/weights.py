@@ -28,7 +28,7 @@ def abstract_component(config: bundle.BundleConfig, name: str, dtype: str, shard
 class Loader:
     """A function, name of a component -> its parameters, on the device and in their dtypes, read at every call.
 
-    With `quantize` transformer and text encoder become int8 on the host, array by array, before they are placed.
+    With `quantize` transformer and text encoder become 8 bits on the host, array by array, before they are placed.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Loader:
         def put(path, leaf):
             dtype = storage_dtype(path, self._dtype)
             if quantized:
-                return quantize_leaf(path, leaf, dtype=dtype, device=place)
+                return quantize_leaf(path, leaf, self._quantize, dtype=dtype, device=place)
             return jax.device_put(leaf.astype(dtype), place)
 
         params = unflatten_dict({path: put(path, leaf) for path, leaf in self._leaves(name)}, sep="/")

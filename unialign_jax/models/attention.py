@@ -4,6 +4,7 @@ Shape letters: B batch, N tokens, H heads, d head width.
 """
 
 import functools
+import re
 from collections.abc import Callable
 
 import jax
@@ -19,21 +20,30 @@ SPLASH_LANES = 128  # the TPU kernel's block sizes are multiples of this
 SPLASH_MAX_BLOCK = 640  # 1,280 tokens (512 px, 256 text tokens) are two such blocks
 
 
-def resolve_implementation(name: str, platform: str, dtype="bfloat16") -> str:
-    """The implementation that `name` means on `platform` ("cpu", "gpu", "cuda", "rocm", "tpu").
+CUDNN_CAPABILITY = (8, 0)  # cuDNN 9: "SDPA FP16/BF16 requires SM80 (Ampere) or newer architecture"
 
-    "auto" becomes splash on TPU, cudnn on an NVIDIA GPU (xla for float32 models: cuDNN's kernel has no float32) and
-    xla elsewhere; other names are returned as they are. Raises ValueError for an unknown name.
+
+def resolve_implementation(name: str, place: str | jax.Device, dtype="bfloat16") -> str:
+    """The implementation that `name` means on a device, or on a platform ("cpu", "gpu", "cuda", "rocm", "tpu").
+
+    "auto" becomes splash on TPU, cudnn on an NVIDIA GPU (xla for float32 models, since cuDNN's kernel has no float32,
+    and on GPUs before Ampere) and xla elsewhere; other names are returned as they are. Raises ValueError for an unknown
+    name.
     """
     if name in IMPLEMENTATIONS:
         return name
     if name != "auto":
         raise ValueError(f"unknown attention {name!r}, expected one of auto, {', '.join(IMPLEMENTATIONS)}")
+    platform = place if isinstance(place, str) else place.platform
     if platform == "tpu":
         return "splash"
-    if platform in ("gpu", "cuda") and jnp.dtype(dtype).itemsize == 2:
+    if platform not in ("gpu", "cuda") or jnp.dtype(dtype).itemsize != 2:
+        return "xla"
+    capability = getattr(place, "compute_capability", None)  # "9.0"; an AMD GPU has a name there
+    if capability is None:
         return "cudnn"
-    return "xla"
+    version = re.fullmatch(r"(\d+)\.(\d+)", capability)
+    return "cudnn" if version and (int(version[1]), int(version[2])) >= CUDNN_CAPABILITY else "xla"
 
 
 def attention(

@@ -12,7 +12,6 @@ from pathlib import Path
 from unialign_jax.files import check_regular, replacing_file
 from unialign_jax.parallel import hardware
 from unialign_jax.parallel.mesh import format_mesh
-from unialign_jax.planning.roofline import MATMUL_SHARE
 from unialign_jax.planning.stage import StagePlan, stage_total
 from unialign_jax.planning.step import StepPlan
 from unialign_jax.planning.sweep import TOPOLOGIES, Plans, SlicePlan, Stage, read_plans
@@ -27,6 +26,7 @@ COLORS = dict(zip(GENERATIONS, ("#4c78a8", "#f58518", "#54a24b", "#b279a2"), str
 KINDS = ("all-gather", "reduce-scatter", "all-reduce")  # the others are one column
 TIMES = {"compute": "compute", "hbm": "HBM", "ici_overlapped": "ICI overlapped", "ici_exposed": "ICI exposed"}
 TIMES |= {"dcn": "DCN", "seconds": "step"}  # {attribute of a Roofline: heading}
+GPU_TIMES = TIMES | {"ici_overlapped": "NVLink overlapped", "ici_exposed": "NVLink exposed", "dcn": "InfiniBand"}
 
 
 def format_table(rows: Iterable[dict], *, markdown: bool = False) -> str:
@@ -48,24 +48,29 @@ def format_table(rows: Iterable[dict], *, markdown: bool = False) -> str:
 def stage_figures(plan: StagePlan) -> dict:
     """A stage's plan as JSON: tables for `format_table`, of the streams and of the whole stage; and all numbers."""
     config, streams = plan.config, active_streams(plan.config)
+    chip = hardware.find_chip(plan.device_kind)
+    inside, across, times = (
+        ("in the slice", "across slices", TIMES) if chip.axes else ("in a host", "across hosts", GPU_TIMES)
+    )
     memory, network, speed = [], [], []
     for step in plan.steps:
         sizes, roofline = step.memory, step.roofline
         row = {name: getattr(sizes, name) / GIB for name in ("parameters", "optimizer", "frozen", "batch")}
         row |= {"activations": sizes.temporaries / GIB, "code": sizes.code / GIB, "peak": sizes.peak / GIB}
         memory.append({"GiB a chip": step.stream} | row | {"usable": (sizes.usable or 0) / GIB})
-        for place, received in (("in the slice", step.bytes_inside), ("across slices", step.bytes_across)):
-            if place == "in the slice" or any(received.values()):
+        for place, received in ((inside, step.bytes_inside), (across, step.bytes_across)):
+            if place == inside or any(received.values()):
                 row = {"GB received a chip": f"{step.stream}, {place}"}
                 row |= {kind: number / 1e9 for kind, number in received.items()}
                 network.append(row | {"total": sum(received.values()) / 1e9})
         speed.append(
             {"ms a step": step.stream, "TFLOP a chip": roofline.flops / 1e12}
-            | {heading.lower(): 1e3 * getattr(roofline, name) for name, heading in TIMES.items()}
+            | {heading.lower(): 1e3 * getattr(roofline, name) for name, heading in times.items()}
             | {"MFU %": 100 * roofline.mfu, "all overlapped %": 100 * roofline.mfu_overlapped}
             | {"images/s": step.images_per_second}
         )
-    tables = {"memory": memory, "interconnect": network, "roofline (arithmetic, not measured)": speed}
+    title = f"roofline (arithmetic, not measured; matmuls at {assumed(chip.matmul_share, chip.peak)})"
+    tables = {"memory": memory, "interconnect": network, title: speed}
     if plan.steps and {step.stream for step in plan.steps} == streams.keys():
         weighted = [(streams[step.stream].weight, step) for step in plan.steps]
         whole = stage_total(weighted, config.num_steps * config.batch_size)
@@ -83,6 +88,10 @@ def stage_figures(plan: StagePlan) -> dict:
         "misfits": plan.out_of_memory,
         "fits": plan.fits,
     }
+
+
+def assumed(share: float, peak: float) -> str:
+    return f"{100 * share:.0f}% of the peak of {peak / 1e12:g} TFLOP/s"
 
 
 def stage_text(plan: StagePlan) -> str:
@@ -107,7 +116,9 @@ def sampling_text(figures: dict) -> str:
         verdict = "fits" if figures["fits"] else "DOES NOT FIT"
         mode, peak = ("with", "peak_low_memory") if figures["low_memory"] else ("without", "peak")
         text += f"\n\n{verdict} {mode} low_memory: {figures['rows'][-1][peak]:.2f} of {figures['usable']:.2f} GiB"
-    return text
+    shared = assumed(figures["matmul_share"], figures["peak_flops"])
+    text += f"\nseconds are arithmetic, not measured: matmuls at {shared}, or reading the parameters; "
+    return text + f"{figures['per_second']:.2f} a second"
 
 
 def write_report(path: Path, docs: Path) -> None:
@@ -168,7 +179,7 @@ def markdown(plans: Plans) -> str:
         f"The step of {plotted(plans)[1]}, batches as above; hollow marks are runs over several slices.",
         "### Assumed figures of the chips",
         format_table(map(chip_cells, (chip for chip in hardware.CHIPS if chip.axes)), markdown=True),
-        f"Sources: {hardware.SOURCES} Matmuls are assumed to reach {100 * MATMUL_SHARE:.0f}% of the peak.",
+        f"Sources: {hardware.SOURCES} Matmuls are assumed to reach {100 * hardware.MATMUL_SHARE:.0f}% of the peak.",
     ]
     return "\n\n".join(part if part[0] in "|#!" else wrap(part) for part in parts)
 

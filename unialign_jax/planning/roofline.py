@@ -2,9 +2,9 @@
 
     time = max(compute, HBM, overlapped ICI) + exposed ICI + DCN
 
-compute   FLOPs of the model and of recomputation, at MATMUL_SHARE of the peak. Attention reaches head_width /
-          matrix_unit of that, because its sums over the head width fill only that share of the matrix unit; its
-          backward kernels compute the scores again
+compute   FLOPs of the model and of recomputation, at the chip's `matmul_share` of the peak. On TPU attention reaches
+          head_width / matrix_unit of that, because its sums over the head width fill only that share of the matrix
+          unit, on GPUs `attention_share`; its backward kernels compute the scores again
 HBM       compute weights read by each pass, gradients written and read, the state read and written, temporaries
           written and read once. Intermediate results that are written and read again are not counted
 ICI       bytes that a chip receives in each collective, over the links of its group: every axis of the torus that
@@ -14,6 +14,8 @@ ICI       bytes that a chip receives in each collective, over the links of its g
           gradient reductions of parallel/gradients.py are overlapped up to the length of the blocks' backward pass;
           the excess, and the last block's reduction, are exposed
 DCN       bytes between slices over a chip's share of its host's network, never overlapped
+
+On GPUs NVLink stands for ICI, all links of a GPU together, and InfiniBand between hosts for DCN.
 """
 
 import dataclasses
@@ -30,7 +32,6 @@ from unialign_jax.parallel import hardware
 from unialign_jax.planning.collectives import Collective
 from unialign_jax.training.state import Networks
 
-MATMUL_SHARE = 0.85  # of the peak that large matmuls reach, an assumption
 # Matmuls of the backward kernel in units of the forward's two: the scores again, and four gradients.
 ATTENTION_BACKWARD = 2.5
 # Forward passes that a remat policy repeats in the backward pass: (of the blocks' matmuls, of attention).
@@ -115,8 +116,8 @@ def step_work(config: ConfigDict, networks: Networks, stream: ConfigDict, chips:
 
 
 def compute_seconds(work: dict[str, float], chip: hardware.Chip, head_width: int) -> float:
-    filled = min(1.0, head_width / chip.matrix_unit) if chip.matrix_unit else 1.0
-    return (work["matmul"] + work["attention"] / filled) / (chip.peak * MATMUL_SHARE)
+    filled = min(1.0, head_width / chip.matrix_unit) if chip.matrix_unit else chip.attention_share
+    return (work["matmul"] + work["attention"] / filled) / (chip.peak * chip.matmul_share)
 
 
 def held_bytes(tree) -> int:
@@ -132,10 +133,23 @@ def hbm_bytes(config: ConfigDict, state, frozen, mesh: jax.sharding.Mesh, tempor
     return repeated + 2 * weights + 2 * held_bytes(state) + 2 * temporaries
 
 
+def link_seconds(
+    collectives: list[Collective], chip: hardware.Chip, devices: list, slice_of: np.ndarray, backward: float
+) -> tuple[float, float]:
+    """Seconds on the links inside a slice, or inside a host of GPUs: (overlapped, exposed)."""
+    if chip.axes:
+        return ici_seconds(collectives, chip, devices, slice_of, backward)
+    seconds = {True: 0.0, False: 0.0}
+    for collective in collectives:
+        inside = collective.received - collective.received_across(slice_of)
+        seconds[collective.overlaps] += inside / chip.link
+    return seconds[True], seconds[False]
+
+
 def ici_seconds(
     collectives: list[Collective], chip: hardware.Chip, devices: list, slice_of: np.ndarray, backward: float
 ) -> tuple[float, float]:
-    """Seconds on the interconnect of a slice: (overlapped, exposed).
+    """Seconds on the interconnect of a TPU slice: (overlapped, exposed).
 
     Args:
       slice_of: [devices], the slice of each.

@@ -1,9 +1,11 @@
-"""The memory of a sampling task on a chip that is not here: the pipeline's own programs, compiled ahead of time.
+"""A sampling task on a chip that is not here: the memory of the pipeline's own programs, compiled ahead of time, and
+their time by arithmetic.
 
 Parameters are shapes only, so a laptop plans the full model (7 B parameters) in a few minutes.
 """
 
 import dataclasses
+import math
 import sys
 import types
 from collections.abc import Callable
@@ -19,15 +21,17 @@ from unialign_jax.inference import weights
 from unialign_jax.inference.options import check_whole
 from unialign_jax.inference.pipeline import Pipeline
 from unialign_jax.inference.quantization import abstract_quantized, tree_bytes
-from unialign_jax.models import presets
+from unialign_jax.models import flops, presets
 from unialign_jax.models.sizes import ImageSizes
 from unialign_jax.parallel import hardware
-from unialign_jax.planning import topology
+from unialign_jax.planning import gpus, topology
+from unialign_jax.planning.roofline import compute_seconds
 from unialign_jax.planning.topology import GIB
 from unialign_jax.sampling.programs import make_guidance
 from unialign_jax.sampling.solvers import solver_table
 
 TASKS = ("text_to_image", "edit", "caption")
+STEPS = {"text_to_image": 28, "edit": 50}  # the pipeline's defaults
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +44,16 @@ class Program:
     params: dict
     inputs: tuple
     static: dict = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a program computes, in FLOPs; `weights` is how often it reads its parameters."""
+
+    matmul: float  # in the weights that `quantize` makes 8 bits
+    other: float  # other matmuls, and convolutions
+    attention: float
+    weights: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +140,7 @@ def sampling_programs(
         describe = Program("write text", tuple(both), compiled.describe, both, inputs, {"decoding": "ancestral"})
         return [encode, describe], params
 
-    table = solver_table("euler", sampling_sigmas(steps or {"text_to_image": 28, "edit": 50}[task], shift=3.0))
+    table = solver_table("euler", sampling_sigmas(steps or STEPS[task], shift=3.0))
     guidance = make_guidance(batch, table, scale=7.0)
     text = array((batch, config.text_length, config.text_encoder.width), jnp.dtype(dtype))
     conditions = array((batch, 1, *latent_shape), np.float32) if task == "edit" else None
@@ -140,6 +154,51 @@ def sampling_programs(
         Program("decode images", ("autoencoder",), compiled.decode_images, params["autoencoder"], (latents,)),
     ]
     return ([programs[0], encode, *programs[1:]] if task == "edit" else programs), params
+
+
+def sampling_work(task: str, config: BundleConfig, *, size: int, batch: int, steps: int | None = None) -> dict:
+    """{program's name: its Work} of a task, in closed form (`models.flops`); as in `sampling_programs`."""
+    model, text_encoder, autoencoder = config.transformer, config.text_encoder, config.autoencoder
+    length, latents = config.text_length, (size // autoencoder.downsample_factor,) * 2
+    encode = Work(0, batch * flops.autoencoder_encode(autoencoder, image_size=size), 0, batch)
+
+    def forwards(count, of_text, conditions=0, text_pass=False):
+        """`count` of the MM-DiT, one after another of a batch, and `of_text` times T5."""
+        tokens = (1 + conditions) * math.prod(latents) // model.patch_size**2 + length
+        heads = {"text_head": text_pass, "velocity_head": not text_pass}
+        whole = count * flops.mmdit_forward(
+            model, latent_size=latents, text_length=length, num_conditions=conditions, **heads
+        )
+        attention = count * model.depth * flops.attention(tokens, model.width)
+        blocks = count * model.depth * tokens * 12 * model.width * flops.linear(1, 1, model.width)
+        text = of_text * flops.text_encoder_forward(text_encoder, text_length=length)
+        text_width = text_encoder.num_heads * text_encoder.head_width
+        text_attention = of_text * text_encoder.depth * flops.attention(length, text_width)
+        matmul = blocks + text - text_attention
+        return matmul, whole - blocks - attention, attention + text_attention
+
+    if task == "caption":
+        steps = steps or 32
+        return {
+            "encode images": encode,
+            "write text": Work(*forwards(steps * batch, steps * batch, text_pass=True), steps),
+        }
+    steps = steps or STEPS[task]
+    sample = Work(*forwards(2 * steps * batch, 0, conditions=int(task == "edit")), steps)
+    decode = Work(0, batch * flops.autoencoder_decode(autoencoder, image_size=size), 0, batch)
+    prompts = Work(*forwards(0, batch + 1), 1)
+    return {"encode prompts": prompts, "encode images": encode, "sample": sample, "decode images": decode}
+
+
+def program_seconds(work: Work, chip: hardware.Chip, parameters: float, head_width: int, quantize: str | None) -> float:
+    """The time of a program by a roofline, arithmetic: the larger of its FLOPs and of reading its parameters.
+
+    Args:
+      parameters: bytes that it reads them from.
+    """
+    rate = {"w8a8": chip.int8, "fp8": chip.fp8}.get(quantize, 1)
+    parts = {"matmul": work.matmul / rate + work.other, "attention": work.attention}
+    return max(compute_seconds(parts, chip, head_width), work.weights * parameters / chip.memory_bandwidth)
 
 
 def measure(program: Program) -> ProgramMemory:
@@ -197,14 +256,16 @@ def memory_rows(measured: list[ProgramMemory], resident: dict[str, int]) -> list
 def plan_sampling(
     task: str, topology_name: str, *, size: int, batch: int, quantize: str | None, low_memory: bool
 ) -> dict:
-    """The memory of a task with the published model on one chip, as JSON: rows in GiB, and whether it fits.
+    """The memory of a task with the published model on one chip, as JSON: rows in GiB, and whether it fits; with the
+    seconds of a roofline.
 
     Raises ValueError for a size, batch or topology that cannot be, DoesNotFit when one program alone finds no room.
     """
     check_sampling(published_config(), size, batch)
-    chips = hardware.chips_of(hardware.topology_name(topology_name))
+    chips = topology.count_chips(topology_name)
     if chips > 1:
-        raise ValueError(f"topology {topology_name} has {chips} chips, sampling runs on one: v5e:1x1")
+        one = "v5e:1x1" if not gpus.is_gpu(topology_name) else f"{topology_name.partition(':')[0]}:1"
+        raise ValueError(f"topology {topology_name} has {chips} chips, sampling runs on one: {one}")
     device = topology.topology_devices(topology_name)[0]
     usable = topology.usable_bytes(device)
     programs, params = sampling_programs(task, device, size=size, batch=batch, quantize=quantize)
@@ -215,7 +276,14 @@ def plan_sampling(
         print(f"compiling: {program.name}", file=sys.stderr)
         measured.append(measure(program))
     rows = memory_rows(measured, resident)
+    config, chip = published_config(), hardware.find_chip(device.device_kind)
+    work = sampling_work(task_name(task), config, size=size, batch=batch)
+    for program, row in zip(programs, rows[:-1], strict=True):
+        read = GIB * row["parameters"]
+        row["seconds"] = program_seconds(work[program.name], chip, read, config.transformer.head_width, quantize)
+    rows[-1]["seconds"] = sum(row["seconds"] for row in rows[:-1])
     peak = rows[-1]["peak_low_memory" if low_memory else "peak"]
     figures = {"task": task, "topology": topology_name, "size": size, "batch": batch, "quantize": quantize}
     figures |= {"low_memory": low_memory, "usable": usable and usable / GIB}
+    figures |= {"matmul_share": chip.matmul_share, "peak_flops": chip.peak, "per_second": batch / rows[-1]["seconds"]}
     return figures | {"fits": usable is None or peak * GIB <= usable, "rows": rows}

@@ -77,7 +77,7 @@ def candidates(config: ConfigDict, devices: list, name: str) -> list[Candidate]:
     whole.accumulation = 1
     networks = make_networks(whole, devices)
     stream = active_streams(config)[name]
-    needs = meshes.step_memory(config, networks)
+    needs = meshes.step_memory(config, networks, devices[0].platform)
     chip = hardware.find_chip(devices[0].device_kind)
     places = np.array([getattr(device, "coords", (0, 0, 0)) for device in devices])
     bandwidth = group_bandwidth(chip, places, places.max(axis=0) + 1)
@@ -91,7 +91,7 @@ def candidates(config: ConfigDict, devices: list, name: str) -> list[Candidate]:
             moved = needs.weights * (3 if sizes["fsdp"] > 1 else 1) * (len(devices) > 1)
             work = step_work(trial, networks, stream, len(devices))
             seconds = compute_seconds(work, chip, config.model.head_width) + count * moved / bandwidth
-            estimate = meshes.estimate(needs, sizes, rows / count, remat)
+            estimate = meshes.estimate(needs, sizes, rows / count, remat, count)
             result.append(dataclasses.replace(candidate, estimate=estimate, seconds=seconds))
     return sorted(result, key=lambda candidate: (candidate.remat in FALLBACK_POLICIES, candidate.seconds))
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from unialign_jax.parallel import hardware
 from unialign_jax.planning import search, step, topology
 from unialign_jax.planning.step import StepPlan
 from unialign_jax.training.config import active_streams, config_problems
@@ -42,7 +41,7 @@ def plan_stage(
     """Compiles the steps of a configuration for slices of a topology.
 
     Args:
-      topology_name: such as "v5e-256" or "v4:4x4x4".
+      topology_name: such as "v5e-256", "v4:4x4x4" or "h100:8".
       stream: this stream alone; all active ones when None.
       searching: whether accumulation and remat are searched, for the heaviest stream; otherwise the configuration's.
         Where nothing fits, the result has no steps.
@@ -50,7 +49,7 @@ def plan_stage(
 
     Raises ValueError for a configuration, stream or topology that cannot be.
     """
-    hardware.topology_name(topology_name)
+    topology.count_chips(topology_name)
     if problems := config_problems(config):  # those of the mesh are found with the devices
         raise ValueError("the configuration cannot run: " + "; ".join(problems))
     names = list(active_streams(config))

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from unialign_jax.parallel import hardware, sharding
 from unialign_jax.planning.collectives import read_collectives, received_bytes
-from unialign_jax.planning.roofline import Roofline, compute_seconds, hbm_bytes, held_bytes, ici_seconds, step_work
+from unialign_jax.planning.roofline import Roofline, compute_seconds, hbm_bytes, held_bytes, link_seconds, step_work
 from unialign_jax.planning.topology import compile_program
 from unialign_jax.training.program import StepProgram
 
@@ -40,7 +40,7 @@ class CompiledMemory:
 
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
-    """A compiled step; `roofline` is None on chips whose networks hardware.py does not know, as CPUs and GPUs."""
+    """A compiled step; `roofline` is None on chips whose networks hardware.py does not know, as CPUs."""
 
     stream: str
     chips: int
@@ -57,6 +57,11 @@ class StepPlan:
     @property
     def images_per_second(self) -> float:
         return self.batch_size / self.roofline.seconds
+
+
+def slice_number(device) -> int:
+    """The TPU slice of a device; of a GPU its host, for other GPUs are reached over a network too."""
+    return device.process_index if device.platform == "gpu" else getattr(device, "slice_index", 0) or 0
 
 
 def plan_step(
@@ -86,14 +91,14 @@ def plan_step(
     # Layout padding is not reported per argument; charge it to the optimizer state, the largest of them.
     padding = memory.argument_size_in_bytes - parameters - optimizer - frozen_bytes - batch
     collectives = read_collectives(text)
-    slice_of = np.array([getattr(device, "slice_index", 0) or 0 for device in mesh.devices.flat])
+    slice_of = np.array([slice_number(device) for device in mesh.devices.flat])
     inside, across = received_bytes(collectives, slice_of)
     chip = hardware.find_chip(devices[0].device_kind)
     roofline = None
     if chip and chip.memory_bandwidth:
         work = step_work(config, networks, stream, len(devices))
         backward = compute_seconds(work["backward"], chip, config.model.head_width)
-        overlapped, exposed = ici_seconds(collectives, chip, list(mesh.devices.flat), slice_of, backward)
+        overlapped, exposed = link_seconds(collectives, chip, list(mesh.devices.flat), slice_of, backward)
         roofline = Roofline(
             flops=work["model"],
             peak_flops=chip.peak,

@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 from unialign_jax import files
 from unialign_jax.data.kinds import has_image_pass
 from unialign_jax.parallel import hardware
-from unialign_jax.planning import stage
+from unialign_jax.planning import gpus, stage
 from unialign_jax.planning.search import Trial
 from unialign_jax.planning.step import StepPlan
 from unialign_jax.planning.topology import GIB, split_name, topology_devices
@@ -90,6 +90,8 @@ class Plans:
 
 def usual_name(topology: str) -> str:
     """The name of a slice in TOPOLOGIES, if it is there: "v5e:16x16" -> "v5e-256"."""
+    if gpus.is_gpu(topology):
+        raise ValueError(f"{topology} is no TPU slice: --gpus plans GPUs")
     slices, one = split_name(topology)
     grid = hardware.topology_name(one)
     same = (name for name in TOPOLOGIES if hardware.topology_name(split_name(name)[1]) == grid)
@@ -194,8 +196,7 @@ def updating(path: Path, program: dict) -> Iterator[Plans]:
 
     Raises ValueError when the file has plans of another program.
     """
-    with open(path.with_name(f".{path.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(path):
         plans = read_plans(path) if os.path.lexists(path) else Plans(program, {}, [])
         for key in sorted(plans.program.keys() | program.keys()):
             found, expected = plans.program.get(key), program.get(key)
@@ -206,22 +207,34 @@ def updating(path: Path, program: dict) -> Iterator[Plans]:
                 )
         yield plans
         plans.plans.sort(key=lambda plan: (plan.shape, plan.topology))
-        text = json.dumps(dataclasses.asdict(plans), indent=1)
-        # Objects and lists without others in them take one line each.
-        text = re.sub(r"[\[{][^\[\]{}]*[\]}]", lambda match: re.sub(r"\s*\n\s*", " ", match[0]), text)
-        with files.replacing_file(path) as scratch:
-            scratch.write_text(text + "\n")
+        write_plans(path, plans)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keeps other processes from changing the file in the block."""
+    with open(path.with_name(f".{path.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def write_plans(path: Path, plans) -> None:
+    """Writes a dataclass as JSON, in which objects and lists without others in them take one line each."""
+    text = json.dumps(dataclasses.asdict(plans), indent=1)
+    text = re.sub(r"[\[{][^\[\]{}]*[\]}]", lambda match: re.sub(r"\s*\n\s*", " ", match[0]), text)
+    with files.replacing_file(path) as scratch:
+        scratch.write_text(text + "\n")
 
 
 def read_plans(path: Path) -> Plans:
     """The content of a sweep's file. Raises ValueError for another file, or one of other code."""
-    return _from_json(Plans, files.read_json(path), str(path))
+    return from_json(Plans, files.read_json(path), str(path))
 
 
 _hints = functools.cache(typing.get_type_hints)
 
 
-def _from_json(kind, value, where: str):
+def from_json(kind, value, where: str):
     """`value` as `kind`: a dataclass, a list or dict of them, or a type of JSON."""
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if value is None and types.NoneType in options:
@@ -234,9 +247,9 @@ def _from_json(kind, value, where: str):
         hints = _hints(kind)
         if differing := hints.keys() ^ value.keys():
             raise ValueError(f"{where} is of other code ({min(differing)}): name another file, or remove it")
-        return kind(**{key: _from_json(hint, value[key], f"{where}: {key}") for key, hint in hints.items()})
+        return kind(**{key: from_json(hint, value[key], f"{where}: {key}") for key, hint in hints.items()})
     if inner and plain is list:
-        return [_from_json(inner[0], item, f"{where} {i}") for i, item in enumerate(value)]
+        return [from_json(inner[0], item, f"{where} {i}") for i, item in enumerate(value)]
     if inner and plain is dict:
-        return {key: _from_json(inner[1], item, f"{where} {key}") for key, item in value.items()}
+        return {key: from_json(inner[1], item, f"{where} {key}") for key, item in value.items()}
     return value

@@ -1,4 +1,4 @@
-"""TPU slices that are not here, and the TPU compiler, which runs on any machine (the package libtpu)."""
+"""TPU slices and GPUs that are not here, and their compilers, which run on any machine (of GPUs: gpus.py)."""
 
 import math
 import re
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from unialign_jax.parallel import hardware
+from unialign_jax.planning import gpus
 
 GIB = 2**30
 
@@ -27,11 +28,29 @@ def split_name(topology: str) -> tuple[int, str]:
     return int(match[1] or 1), match[2]
 
 
-def topology_devices(name: str, num_slices: int = 1) -> list[jax.Device]:
-    """Devices to compile for, of one or several slices such as "v5e:1x1" or "v4-128" (see `hardware.topology_name`).
+def count_chips(name: str) -> int:
+    """The chips of a slice or the GPUs of a topology, "v5e-256" or "h100:2x8". Raises ValueError for other names."""
+    if gpus.is_gpu(name):
+        _, hosts, count = gpus.split_gpus(name)
+        return hosts * count
+    return hardware.chips_of(hardware.topology_name(name))
 
-    Raises ValueError when libtpu is missing or has no such topology.
+
+def larger(name: str) -> str | None:
+    """The name of the next larger slice, or of more GPUs; None if there is none."""
+    return gpus.larger(name) if gpus.is_gpu(name) else hardware.larger_slice(name)
+
+
+def topology_devices(name: str, num_slices: int = 1) -> list[jax.Device]:
+    """Devices to compile for, of one or several slices such as "v5e:1x1" or "v4-128" (see `hardware.topology_name`), or
+    of GPUs such as "h100:8".
+
+    Raises ValueError when the compiler is missing or has no such topology.
     """
+    if gpus.is_gpu(name):
+        if num_slices > 1:
+            raise ValueError(f"topology {name} has no slices: several hosts are h100:2x8")
+        return gpus.gpu_devices(name)
     name = hardware.topology_name(name)
     kind, grid = name.split(":")
     sides, options = list(map(int, grid.split("x"))), {}
@@ -57,8 +76,10 @@ def topology_devices(name: str, num_slices: int = 1) -> list[jax.Device]:
 def usable_bytes(device: jax.Device) -> int | None:
     """The memory that the compiler may use on a device, read from its refusal of a program that is too large.
 
-    None where the compiler names no number.
+    None where the compiler names no number. The compiler for GPUs refuses nothing: `gpus.usable_bytes` has a number.
     """
+    if device.platform == "gpu":
+        return gpus.usable_bytes(device)
     place = jax.sharding.SingleDeviceSharding(device)
     try:
         jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((2**20, 2**20), jnp.float32, sharding=place)).compile()

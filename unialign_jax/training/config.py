@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
@@ -235,10 +236,11 @@ def flat_items(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]
 # Checking
 
 
-def config_problems(config: ConfigDict, device_count: int | None = None) -> list[str]:
+def config_problems(config: ConfigDict, device_count: int | None = None, device: jax.Device | None = None) -> list[str]:
     """All that is wrong with a configuration, one line each; empty when it can run.
 
-    The mesh is checked only where `device_count`, the number of devices that it spans, is known.
+    The mesh is checked only where `device_count`, the number of devices that it spans, is known, and what attention
+    "auto" stands for only where `device`, one of them, is.
     """
     problems = _key_problems(config)
     if not any(problem.startswith("missing") for problem in problems):
@@ -250,6 +252,7 @@ def config_problems(config: ConfigDict, device_count: int | None = None) -> list
         *_value_problems(config),
         *_batch_problems(config, device_count),
         *_network_problems(config),
+        *_attention_problems(config, device),
         *_stream_problems(config),
     ]
 
@@ -390,6 +393,25 @@ def _network_problems(config: ConfigDict) -> Iterator[str]:
         yield f"model.tap_depth is {model.tap_depth}, expected 1 to model.depth {model.depth}"
 
 
+def _attention_problems(config: ConfigDict, device: jax.Device | None) -> Iterator[str]:
+    """cuDNN's backward pass, as JAX calls it, takes even numbers of tokens only."""
+    model, factor = config.model, config.autoencoder.downsample_factor * config.model.patch_size
+    if factor < 1 or model.attention not in CHOICES["model.attention"] or model.dtype not in CHOICES["model.dtype"]:
+        return  # already told
+    chosen = resolve_implementation(model.attention, device, model.dtype) if device else model.attention
+    if chosen != "cudnn" or config.data.buckets and not config.text_length % 2:  # sizes of buckets are even
+        return
+    image = (config.image_size // factor) ** 2
+    counts = {0, *(stream.num_conditions for stream in config.streams.values() if stream.weight > 0)}
+    odd = [count for count in sorted(counts) if ((1 + count) * image + config.text_length) % 2]
+    if odd:
+        yield (
+            f"image_size {config.image_size} and text_length {config.text_length} give "
+            f"{(1 + odd[0]) * image + config.text_length} tokens, and cuDNN trains attention over even numbers only: "
+            f"take even ones of both (image_size in multiples of {2 * factor}), or model.attention=xla"
+        )
+
+
 def _stream_problems(config: ConfigDict) -> Iterator[str]:
     if config.teacher.online and not config.teacher.path:
         yield "teacher.online is on, but teacher.path is empty: name the teacher's bundle"
@@ -443,11 +465,11 @@ def _in_bucket(stream: ConfigDict, size: tuple[int, int]) -> ConfigDict:
 
 
 def build_configs(
-    config: ConfigDict, attention_platform: str
+    config: ConfigDict, place: str | jax.Device
 ) -> tuple[MMDiTConfig, AlignmentHeadsConfig, TextEncoderConfig, AutoencoderConfig]:
-    """The four network configurations as their dataclasses; attention "auto" is decided for the platform."""
+    """The four network configurations as their dataclasses; attention "auto" is decided for a device or platform."""
     model = MMDiTConfig(**config.model)
-    attention = resolve_implementation(model.attention, attention_platform, model.dtype)
+    attention = resolve_implementation(model.attention, place, model.dtype)
     return (
         dataclasses.replace(model, attention=attention),
         AlignmentHeadsConfig(**config.heads),

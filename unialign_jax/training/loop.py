@@ -321,7 +321,7 @@ def train(
     """
     # --- Folder ---
     place(workdir)
-    check_config(config, len(jax.devices() if devices is None else devices))
+    check_config(config, jax.devices() if devices is None else devices)
     check_tracker(config)
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)

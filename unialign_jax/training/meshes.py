@@ -4,9 +4,10 @@ A configuration whose `mesh` is all 0, the default, leaves the choice open. Devi
 split weights and state (`fsdp`), which needs least memory. A TPU slice repeats the compute weights and splits only the
 state (ZeRO-1) if the arithmetic below says that this fits: with few samples per chip, gathers would dominate.
 
-The arithmetic per chip: weights and the same again for gradients, encoders, state, and activations that grow with the
-samples. It is an estimate, compared with the memory on the chip's data sheet, about 5% below the compiler's (v5e:
-16.0e9 of 16.9e9 bytes); `launch/plan.py` asks the compiler.
+The arithmetic per chip: encoders, state, weights, gradients and their sums over micro-batches, and activations that
+grow with the samples. Its constants are fitted to what the compilers for TPUs and for GPUs planned, and hold within 10%
+of that (tests/training/test_meshes.py). It is compared with the memory on the chip's data sheet, about 5% below the
+compiler's (v5e: 16.0e9 of 16.9e9 bytes); `launch/plan.py` asks the compiler.
 """
 
 import dataclasses
@@ -18,11 +19,19 @@ from unialign_jax.data.kinds import has_image_pass
 from unialign_jax.parallel.mesh import AXES, MeshChoice, choose_mesh, complete_mesh_shape, mesh_sizes, read_topology
 from unialign_jax.training.state import Networks, init_frozen, init_params
 
-# Activations saved per block, in units of one [tokens, width] array. none: every input and output; dots: matmul outputs
-# and the block input; block: the block input; offload: none on the device (it goes to host memory).
-SAVED = {"none": 28, "dots": 10, "block": 1, "offload": 0}
-LOGITS = 3  # float32 copies of the text logits: values, softmax, gradient
-AUTOENCODER_MAPS = 6  # feature maps at the resolution of the image that are alive at once
+# Activations saved per block, in units of one [tokens, width] array in the compute dtype; fitted. none: every input and
+# output, many in float32; dots: matmul outputs and the block input; block: the block input; offload: none on the device
+# (it goes to host memory).
+SAVED = {
+    "tpu": {"none": 50, "dots": 14, "block": 1, "offload": 0},
+    "gpu": {"none": 45, "dots": 10, "block": 1, "offload": 0},
+}
+WORKING = {"tpu": 50, "gpu": 28}  # the same units, of the block whose backward pass runs; fitted
+SEPARATE_PASS = {"tpu": 800, "gpu": 0}  # tokens' worth that two passes of two shapes save more than one of both; fitted
+SUMS = {"tpu": 3.0, "gpu": 1.5}  # float32 copies of the gradients, beside the micro-batch's; fitted
+KEPT = 0.6  # share of the activations that are there when the gradients of all weights are; fitted
+ALWAYS = 5e8  # bytes of everything else; fitted
+AUTOENCODER_MAPS = 3  # feature maps at the resolution of the image that are alive at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +44,7 @@ class StepMemory:
     text_encoder: float
     text_block: float
     autoencoder: float
+    sums: float  # of the gradients over micro-batches
     activations: dict[str, float]  # {remat policy: bytes} of one sample of the stream with most tokens
 
 
@@ -55,27 +65,37 @@ def mesh_for(config, devices, networks: Networks, memory: StepMemory | None = No
 
     def bytes_per_chip(sizes):
         samples = config.batch_size / config.accumulation / len(devices)
-        return estimate(memory or step_memory(config, networks), sizes, samples, config.model.remat)
+        needs = memory or step_memory(config, networks, devices[0].platform)
+        return estimate(needs, sizes, samples, config.model.remat, config.accumulation)
 
     return choose_mesh(read_topology(devices), bytes_per_chip)
 
 
-def estimate(memory: StepMemory, sizes: dict[str, int], samples: float, remat: str) -> float:
-    """The bytes per chip of a mesh in a step of micro-batches with `samples` per chip (at least one)."""
+def estimate(memory: StepMemory, sizes: dict[str, int], samples: float, remat: str, accumulation: int) -> float:
+    """The bytes per chip of a mesh in a step of micro-batches with `samples` per chip (at least one).
+
+    Activations are most when the forward pass ends. Without accumulation, the gradients of all weights meet a part of
+    them, which is more where the samples are few.
+    """
     split = sizes["fsdp"] * sizes["tensor"]
+    pieces = split * sizes["data"] * sizes["encoder"]
     gathered = 2 * (2 * memory.block + memory.text_block) if sizes["fsdp"] > 1 else 0  # this block, and the next
-    return (
-        2 * memory.weights / split
-        + gathered
-        + memory.text_encoder / (split * sizes["encoder"])
-        + memory.autoencoder
-        + memory.state / (split * sizes["data"] * sizes["encoder"])
-        + max(samples, 1) * memory.activations[remat]
-    )
+    weights, activations = memory.weights / split, max(samples, 1) * memory.activations[remat]
+    if accumulation > 1:
+        working = weights + activations + memory.sums / pieces
+    else:
+        working = max(weights + activations, 2 * weights + KEPT * activations)
+    frozen = memory.text_encoder / (split * sizes["encoder"]) + memory.autoencoder
+    return memory.state / pieces + frozen + gathered + working + ALWAYS
 
 
-def step_memory(config, networks: Networks) -> StepMemory:
-    """Counts a configuration's parameters, from their shapes alone, and its activations."""
+def step_memory(config, networks: Networks, platform: str) -> StepMemory:
+    """Counts a configuration's parameters, from their shapes alone, and its activations.
+
+    Args:
+      platform: of the devices, "tpu" or "gpu"; another counts as "tpu".
+    """
+    platform = platform if platform in SAVED else "tpu"
     params = jax.eval_shape(lambda: init_params(networks, jax.random.key(0)))
     frozen = jax.eval_shape(lambda: init_frozen(networks))
     count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
@@ -91,11 +111,12 @@ def step_memory(config, networks: Networks) -> StepMemory:
         text_encoder=text_encoder,
         text_block=text_encoder / networks.text_encoder.config.depth,
         autoencoder=bytes_of(frozen["autoencoder"]),
-        activations={remat: sample_activations(config, networks, remat) for remat in SAVED},
+        sums=SUMS[platform] * 4 * count(params),
+        activations={remat: sample_activations(config, networks, remat, platform) for remat in SAVED[platform]},
     )
 
 
-def sample_activations(config, networks: Networks, remat: str) -> float:
+def sample_activations(config, networks: Networks, remat: str, platform: str) -> float:
     """The bytes of one sample of the stream with most tokens: the larger of its encoding and its backward pass."""
     model, autoencoder = networks.transformer.config, networks.autoencoder.config
     streams = [stream for stream in config.streams.values() if stream.weight > 0]
@@ -104,12 +125,11 @@ def sample_activations(config, networks: Networks, remat: str) -> float:
     itemsize = np.dtype(model.dtype).itemsize
     target = (config.image_size / autoencoder.downsample_factor / model.patch_size) ** 2
     tokens = (images + passes - 1) * target + passes * config.text_length
+    tokens += SEPARATE_PASS[platform] * (images > 1)
     width = tokens * model.width * itemsize
-    saved = model.depth * SAVED[remat] * width
-    block = 2 * SAVED["none"] * width  # with its gradients
-    logits = LOGITS * 4 * config.text_length * model.vocab_size
+    saved = (model.depth * SAVED[platform][remat] + WORKING[platform]) * width
     maps = 0.0
     if autoencoder.kind == "kl":
         maps = AUTOENCODER_MAPS * images * config.image_size**2 * autoencoder.block_widths[0]
         maps *= np.dtype(autoencoder.dtype).itemsize
-    return max(maps, saved + max(block, logits))
+    return max(maps, saved)

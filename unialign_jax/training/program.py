@@ -15,9 +15,9 @@ from unialign_jax.training.state import Networks, abstract_frozen, abstract_stat
 from unialign_jax.training.step import batch_shapes, lower_train_step, make_train_step
 
 
-def check_config(config: ConfigDict, device_count: int) -> None:
-    """Raises ValueError with all problems of a configuration."""
-    if problems := config_problems(config, device_count):
+def check_config(config: ConfigDict, devices: Sequence[jax.Device]) -> None:
+    """Raises ValueError with all problems of a configuration on these devices."""
+    if problems := config_problems(config, len(devices), devices[0]):
         raise ValueError(listed("the configuration cannot run", problems))
 
 
@@ -26,8 +26,8 @@ def make_networks(config: ConfigDict, devices: Sequence[jax.Device]) -> Networks
 
     Raises ValueError with all its problems, and FileNotFoundError or ValueError for a teacher that cannot be read.
     """
-    check_config(config, len(devices))
-    networks = Networks.create(*build_configs(config, devices[0].platform))
+    check_config(config, devices)
+    networks = Networks.create(*build_configs(config, devices[0]))
     if config.teacher.online and config.loss_weights.intrinsic_modal:
         networks = networks._replace(teacher=read_teacher(config))
     return networks
