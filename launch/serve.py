@@ -56,7 +56,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("the machine").add_argument
     add("--devices", type=int, metavar="N", help="replicas of the model, one a device (default: all; on a CPU 1)")
     add("--dtype", choices=["bfloat16", "float32"], help="default bfloat16, on a CPU float32")
-    add("--quantize", choices=["int8", "w8a8"], help="int8 weights; w8a8: int8 activations too")
+    add("--quantize", choices=["int8", "w8a8", "fp8"], help="weights of 8 bits; w8a8, fp8: inputs too")
     add("--weights", choices=["raw", "ema"], help="of a run: default its average, if it keeps one")
     add("--attention", default="auto", metavar="NAME", help="auto, xla, cudnn (GPU) or splash (TPU)")
     add(
