@@ -1,0 +1,768 @@
+"""The web page, of Gradio, in the process of the API and over the same `Engine`.
+
+A request of the page becomes a job by `requests.make_work`, as one of the API does: its limits, tiers, seeds and
+batches are the API's. `add_page` mounts the page at / beside the paths of the API; `Filter` lets through what the page
+needs of Gradio's own paths, and nothing from pages of other origins.
+"""
+
+import asyncio
+import atexit
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import os
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import gradio as gr
+from fastapi import FastAPI
+from PIL import Image
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from unialign_jax.files import first_line
+from unialign_jax.inference.options import MAX_REFERENCES, PERCEPTION
+from unialign_jax.serving import snippets
+from unialign_jax.serving.edit_tree import EditTree
+from unialign_jax.serving.engine import Busy, Closing, Engine, Ticket, TooLate
+from unialign_jax.serving.examples import Examples, examples_for
+from unialign_jax.serving.requests import SEED_BITS, TIERS, Limits, Work, check_size, make_work, stamped_png
+
+log = logging.getLogger(__name__)
+
+SHOWN = 32  # images that a gallery keeps
+KEPT_SECONDS = 24 * 3600  # of files in the page's folder
+STATUS_SECONDS = 0.5  # between two lines about a request
+PREVIEW_SECONDS = 0.7
+MOST_SESSIONS = 1000
+ASPECTS = {"square": 1, "landscape": 4 / 3, "portrait": 3 / 4, "wide": 16 / 9, "tall": 9 / 16}
+# What a browser fetches of Gradio's paths. Others could fetch addresses, or start functions past the queue.
+PATHS = (
+    "/config",
+    "/theme.css",
+    "/favicon.ico",
+    "/manifest.json",
+    "/robots.txt",
+    "/gradio_api/theme.css",
+    "/gradio_api/info",
+    "/gradio_api/startup-events",
+    "/gradio_api/cancel",
+    "/gradio_api/upload",
+    "/gradio_api/upload_progress",
+    "/gradio_api/queue/join",
+    "/gradio_api/queue/data",
+)
+PREFIXES = ("/assets/", "/static/", "/svelte/", "/gradio_api/file=", "/gradio_api/heartbeat/")
+POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
+
+
+def size_choices(pipeline, limits: Limits) -> list[tuple[str, str]]:
+    """(label, WIDTHxHEIGHT) of the aspects, each with about as many pixels as the images of the training."""
+    side, multiple = pipeline.config.image_size, pipeline.sizes.multiple
+    most = min(pipeline.sizes.largest, limits.max_side) // multiple * multiple
+    choices, sizes = [("the model's own", "auto")], set()
+    for name, aspect in ASPECTS.items():
+        width, height = (
+            min(most, max(multiple, round(side * stretch / multiple) * multiple))
+            for stretch in (math.sqrt(aspect), 1 / math.sqrt(aspect))
+        )
+        if (width, height) not in sizes:
+            sizes.add((width, height))
+            choices.append((f"{name}, {width} x {height}", f"{width}x{height}"))
+    return choices
+
+
+@dataclasses.dataclass(frozen=True)
+class Moment:
+    """How it stands with requests.
+
+    Attributes:
+      status: a line for the user.
+      tickets: what can be cancelled.
+      preview: the image as the network sees it now.
+      made: at the end, each request's job with its results; None before, and where they failed.
+    """
+
+    status: str
+    tickets: list[Ticket] = dataclasses.field(default_factory=list)
+    preview: Image.Image | None = None
+    made: list[tuple[Work, list]] | None = None
+
+
+class Worker:
+    """Does requests of the page through an engine, and keeps their images in a folder of its own."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        folder: Path,
+        *,
+        model: str,
+        limits: Limits,
+        stamp: dict[str, Any],
+        needs_key: bool = False,
+        log_prompts: bool = False,
+    ):
+        self.engine, self.limits = engine, limits
+        self._folder, self._model, self._stamp = folder, model, stamp
+        self._needs_key, self._log_prompts = needs_key, log_prompts
+        self._swept = time.monotonic()
+
+    async def do(self, requests: Sequence[tuple[str, dict, list[bytes]]], live: bool = False) -> AsyncIterator[Moment]:
+        """Queues requests, (task, fields, images) as `make_work` takes them, and tells of them until all are done.
+
+        Args:
+          live: with previews; the image then differs by up to a grey level from that of the API.
+        """
+        tickets: list[Ticket] = []
+        seen = Preview() if live else None
+        try:
+            works = [await asyncio.to_thread(make_work, *request, self.limits) for request in requests]
+            for work in works:
+                check_size(work.job, self.engine.pipeline.sizes)
+                if self._log_prompts:
+                    log.info(json.dumps({"task": work.job.task, "text": work.job.text}))
+                tickets.append(self.engine.submit(work.job, work.images, callback=seen))
+            futures = [asyncio.wrap_future(ticket.future) for ticket in tickets]
+            left = set(futures)
+            while left:
+                yield Moment(self._status(tickets), tickets, seen and seen.image)
+                _, left = await asyncio.wait(left, timeout=STATUS_SECONDS, return_when=asyncio.FIRST_EXCEPTION)
+                if any(ticket.future.cancelled() for ticket in tickets):
+                    yield Moment("Cancelled.")
+                    return
+                for future in futures:
+                    if future.done():
+                        future.result()  # raises its error
+            made = [(work, future.result()) for work, future in zip(works, futures, strict=True)]
+            seconds = max((ticket.queued or 0) + ticket.working for ticket in tickets)
+            yield Moment(f"Done in {seconds:.1f} s.", made=made)
+        except (ValueError, Busy, Closing, TooLate) as error:
+            yield Moment(f"Not done: {first_line(error)}")
+        except Exception as error:
+            log.exception("a request of the page failed")
+            yield Moment(f"It failed: {first_line(error)}")
+        finally:
+            for ticket in tickets:
+                ticket.cancel()
+
+    def _status(self, tickets: Sequence[Ticket]) -> str:
+        """Of the request that will be done last: its place in the queue, or its time."""
+        waiting = [ticket for ticket in tickets if not ticket.future.done()] or tickets
+        looks = [(ticket, self.engine.outlook(ticket)) for ticket in waiting]
+        ticket, look = max(looks, key=lambda pair: (pair[1].before, pair[1].seconds or 0))
+        spent = time.monotonic() - ticket.arrived
+        if ticket.queued is None:
+            expected = "" if look.seconds is None else f", done in about {max(1, round(look.seconds))} s"
+            return f"Waiting: {look.before} before it{expected}."
+        total = "" if look.seconds is None else f" of about {max(spent, spent + look.seconds):.0f} s"
+        return (
+            f"Working: {spent:.1f} s{total}." if total else f"Working: {spent:.1f} s; the first of a kind takes longer."
+        )
+
+    def keep(self, image: Image.Image, seed: int) -> Path:
+        """Writes an image as the API sends it, and returns its file."""
+        content = stamped_png(image, self._stamp)
+        path = self._folder / hashlib.sha256(content).hexdigest()[:32] / f"unialign_{seed}.png"
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(content)
+        self._sweep()
+        return path
+
+    def _sweep(self) -> None:
+        """Once an hour, removes files that nobody has touched for a day."""
+        now = time.monotonic()
+        if now < self._swept + 3600:
+            return
+        self._swept = now
+        for path in self._folder.rglob("*"):
+            with contextlib.suppress(OSError):
+                if path.is_file() and path.stat().st_mtime < time.time() - KEPT_SECONDS:
+                    path.unlink()
+
+    def copies(self, works: Sequence[Work], url: str) -> tuple[str, str, str]:
+        """(Python, curl, lines of a jobs file) that do the same as the requests."""
+        jobs = [work.job for work in works]
+        return (
+            "\n".join(snippets.as_python(job, self._model) for job in jobs),
+            "\n".join(snippets.as_curl(job, url, needs_key=self._needs_key) for job in jobs),
+            "".join(map(snippets.as_job, jobs)),
+        )
+
+
+class Preview:
+    """A callback of `Pipeline.generate` that keeps the newest prediction of the first image."""
+
+    def __init__(self):
+        self.image: Image.Image | None = None
+        self._shown = 0.0
+
+    def __call__(self, step) -> None:
+        if 0 in step.members and time.monotonic() > self._shown + PREVIEW_SECONDS and step.index < step.count:
+            self.image = step.images()[step.members.index(0)]
+            self._shown = time.monotonic()
+
+
+def chosen_seed(seed: float | None, is_random: bool) -> int:
+    """The seed of a request: a fresh one, or the given one."""
+    return secrets.randbits(SEED_BITS) if is_random or seed is None else int(seed)
+
+
+def address(request) -> str:
+    """The server's URL as the browser knows it."""
+    scheme = request.headers.get("x-forwarded-proto", "http")
+    return f"{scheme if scheme == 'https' else 'http'}://{request.headers.get('host', '127.0.0.1:8000')}"
+
+
+def given(**fields: Any) -> dict[str, Any]:
+    """The fields that a user filled in, whole numbers as such."""
+    fields = {key: value for key, value in fields.items() if value is not None and value != ""}
+    return {
+        key: int(value) if isinstance(value, float) and value.is_integer() else value for key, value in fields.items()
+    }
+
+
+class Layout:
+    """The page's components and what they do. Handlers are asynchronous generators: each `yield` changes the page."""
+
+    def __init__(self, worker: Worker, examples: Examples):
+        self._worker, self._examples = worker, examples
+
+    def build(self, name: str):
+        """The page as `gradio.Blocks`.
+
+        Args:
+          name: the model's, for the title.
+        """
+        pipeline = self._worker.engine.pipeline
+        trained = pipeline.config.tasks
+        tabs = {
+            "Text to image": (("text_to_image",), self._text_to_image),
+            "Edit": (("edit",), self._edit),
+            "Perception": (("perception",), self._perception),
+            "Personalization": (("personalization",), self._personalization),
+            "Caption and answer": (("caption", "vqa"), self._words),
+        }
+        with gr.Blocks(title=f"{name} - unialign_jax", analytics_enabled=False) as blocks:
+            gr.Markdown(f"# {name}")
+            for title, (tasks, fill) in tabs.items():
+                if trained is None or set(tasks) & set(trained):
+                    with gr.Tab(title, elem_id=f"tab_{fill.__name__.strip('_')}"):
+                        fill()
+        return blocks.queue(default_concurrency_limit=None, api_open=False)
+
+    # What the tabs share
+
+    def _sampler(self, *, has_preview: bool = True) -> tuple[list, list]:
+        """(seed and whether it is drawn, options of a sampler), with their components in place."""
+        with gr.Row():
+            seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**SEED_BITS - 1, min_width=120)
+            is_random = gr.Checkbox(True, label="New seed each time", min_width=120)
+        with gr.Accordion("Quality and options", open=False):
+            tier = gr.Radio(list(TIERS), value="lossless", label="Quality", info="fast: 14 steps of unipc")
+            with gr.Row():
+                steps = gr.Number(None, label="Steps", precision=0, minimum=1, placeholder="the model's", min_width=120)
+                guidance = gr.Number(
+                    None, label="Guidance", minimum=0, maximum=100, placeholder="the model's", min_width=120
+                )
+            options = [tier, steps, guidance]
+            if has_preview:
+                info = "Slower, in no batch; pixels may differ by one grey level from those without it"
+                options.append(gr.Checkbox(False, label="Live preview", info=info))
+        return [seed, is_random], options
+
+    def _below(self, prefix: str) -> tuple[list, Any, Any]:
+        """([copies], tickets, status): what stands below the results, and the line on a request's progress."""
+        tickets = gr.State([])
+        with gr.Accordion("Copy as code", open=False):
+            gr.Markdown("`image.png` is the picture that was sent; of a later edit, the one before it.")
+            copies = [
+                gr.Code("", language=language, label=label, elem_id=f"{prefix}_{label.split()[0].lower()}", lines=2)
+                for language, label in (("python", "Python"), ("shell", "curl"), ("json", "Job line"))
+            ]
+        return copies, tickets
+
+    def _run_row(self, prefix: str, label: str) -> tuple[Any, Any, Any]:
+        """(run, cancel, status)."""
+        with gr.Row():
+            run = gr.Button(label, variant="primary", elem_id=f"{prefix}_run", min_width=120)
+            cancel = gr.Button("Cancel", elem_id=f"{prefix}_cancel", min_width=120)
+        status = gr.Textbox(
+            "", show_label=False, container=False, interactive=False, lines=1, elem_id=f"{prefix}_status"
+        )
+        return run, cancel, status
+
+    def _connect(self, listen: Callable, handler: Callable, inputs: list, outputs: list, name: str) -> None:
+        listen(handler, inputs, outputs, api_name=name, api_visibility="undocumented", show_progress="hidden")
+
+    def _can_cancel(self, cancel, tickets) -> None:
+        def end(tickets: list[Ticket]) -> None:
+            for ticket in tickets:
+                ticket.cancel()
+
+        cancel.click(end, tickets, None, queue=True, api_visibility="private", show_progress="hidden")
+
+    # Tabs
+
+    def _text_to_image(self) -> None:
+        worker = self._worker
+        with gr.Row():
+            with gr.Column(min_width=300):
+                prompt = gr.Textbox(label="Prompt", lines=2, elem_id="generate_prompt")
+                run, cancel, status = self._run_row("generate", "Generate")
+                gr.Examples([[text] for text in self._examples.prompts], prompt, label="Examples")
+                with gr.Row():
+                    sizes = size_choices(worker.engine.pipeline, worker.limits)
+                    size = gr.Dropdown(
+                        sizes, value="auto", label="Size", allow_custom_value=True, min_width=120,
+                        info="or WIDTHxHEIGHT",
+                    )  # fmt: skip
+                    count = gr.Slider(1, min(8, worker.limits.samples), 1, step=1, label="Images", min_width=120)
+                seeds, options = self._sampler()
+                negative = gr.Textbox(label="Negative prompt")
+            with gr.Column(min_width=300):
+                gallery, preview = self._results("generate")
+                copies, tickets = self._below("generate")
+        kept = gr.State([])
+        inputs = [prompt, size, count, *seeds, *options, negative, kept]
+        self._connect(
+            run.click, self._generate, inputs, [status, tickets, preview, kept, gallery, seeds[0], *copies], "generate"
+        )
+        self._connect(
+            prompt.submit,
+            self._generate,
+            inputs,
+            [status, tickets, preview, kept, gallery, seeds[0], *copies],
+            "generate_2",
+        )
+        self._can_cancel(cancel, tickets)
+
+    def _results(self, prefix: str) -> tuple[Any, Any]:
+        preview = gr.Image(label="Preview", visible=False, interactive=False, format="jpeg")
+        gallery = gr.Gallery(
+            label="Images",
+            columns=2,
+            format="png",
+            interactive=False,
+            object_fit="contain",
+            elem_id=f"{prefix}_gallery",
+        )
+        return gallery, preview
+
+    async def _generate(
+        self, prompt, size, count, seed, is_random, tier, steps, guidance, live, negative, kept, request: gr.Request
+    ):
+        fields = given(
+            prompt=prompt, size=size, n=count, quality=tier, steps=steps, guidance_scale=guidance,
+            negative_prompt=negative, seed=chosen_seed(seed, is_random),
+        )  # fmt: skip
+        async for outputs in self._images(("text_to_image", fields, []), live, kept, request):
+            yield outputs
+
+    async def _personalize(
+        self, prompt, references, seed, is_random, tier, steps, guidance, live, kept, request: gr.Request
+    ):
+        data = [Path(path).read_bytes() for path, _ in references or []]
+        fields = given(
+            prompt=prompt, quality=tier, steps=steps, guidance_scale=guidance, seed=chosen_seed(seed, is_random)
+        )
+        async for outputs in self._images(("personalization", fields, data), live, kept, request):
+            yield outputs
+
+    async def _images(self, asked, live, kept, request):
+        """Outputs of a tab whose results go to a gallery: (status, tickets, preview, kept, gallery, seed, copies)."""
+        nothing = gr.skip()
+        async for now in self._worker.do([asked], live):
+            preview = gr.update(value=now.preview, visible=now.preview is not None)
+            if now.made is None:
+                yield now.status, now.tickets, preview, nothing, nothing, asked[1]["seed"], *[nothing] * 3
+                continue
+            [(work, images)] = now.made
+            first = work.job.seed
+            new = [
+                (str(self._worker.keep(image, first + number)), f"{work.job.text} (seed {first + number})")
+                for number, image in enumerate(images)
+            ]
+            kept = [*new, *kept][:SHOWN]
+            copies = self._worker.copies([work], address(request))
+            yield now.status, [], preview, kept, kept, first, *copies
+
+    def _personalization(self) -> None:
+        with gr.Row():
+            with gr.Column(min_width=300):
+                references = gr.Gallery(
+                    label=f"Subjects: 1 to {MAX_REFERENCES} pictures", columns=MAX_REFERENCES, type="filepath",
+                    interactive=True, sources=["upload", "clipboard"], file_types=["image"],
+                    elem_id="personalize_images",
+                )  # fmt: skip
+                prompt = gr.Textbox(label="Prompt", lines=2, elem_id="personalize_prompt")
+                run, cancel, status = self._run_row("personalize", "Generate")
+                shown = [
+                    [[str(self._kept(image)) for image in images], text] for images, text in self._examples.references
+                ]
+                if shown:
+                    gr.Examples(shown, [references, prompt], label="Examples")
+                seeds, options = self._sampler()
+            with gr.Column(min_width=300):
+                gallery, preview = self._results("personalize")
+                copies, tickets = self._below("personalize")
+        kept = gr.State([])
+        outputs = [status, tickets, preview, kept, gallery, seeds[0], *copies]
+        self._connect(
+            run.click, self._personalize, [prompt, references, *seeds, *options, kept], outputs, "personalize"
+        )
+        self._can_cancel(cancel, tickets)
+
+    def _edit(self) -> None:
+        tree = gr.State(None)
+        with gr.Row():
+            with gr.Column(min_width=300):
+                photo = self._photo("edit")
+                instruction = gr.Textbox(label="What to change", lines=2, elem_id="edit_prompt")
+                run, cancel, status = self._run_row("edit", "Edit")
+                with gr.Row():
+                    undo = gr.Button("Undo", elem_id="edit_undo", min_width=80)
+                    redo = gr.Button("Redo", elem_id="edit_redo", min_width=80)
+                self._pairs(self._examples.edits, photo, instruction)
+                seeds, options = self._sampler()
+                negative = gr.Textbox(label="Negative prompt")
+            with gr.Column(min_width=300):
+                slider = gr.ImageSlider(
+                    label="Before and after", format="png", interactive=False, elem_id="edit_slider", type="filepath"
+                )
+                preview = gr.Image(label="Preview", visible=False, interactive=False, format="jpeg")
+                history = gr.Gallery(
+                    label="All steps: choose one to go on from it", columns=4, format="png", interactive=False,
+                    allow_preview=False, object_fit="contain", elem_id="edit_history", buttons=["download"],
+                )  # fmt: skip
+                copies, tickets = self._below("edit")
+        views = [tree, slider, history, status]
+        hidden = {"api_visibility": "undocumented", "show_progress": "hidden"}
+        photo.change(self._begin_edits, photo, views, api_name="edit_begin", **hidden)
+        undo.click(self._undo, tree, views, api_name="edit_undo", **hidden)
+        redo.click(self._redo, tree, views, api_name="edit_redo", **hidden)
+        history.select(self._pick_step, tree, views, api_name="edit_pick", **hidden)
+        inputs = [tree, instruction, *seeds, *options, negative]
+        outputs = [*views, tickets, preview, seeds[0], *copies]
+        self._connect(run.click, self._edit_once, inputs, outputs, "edit")
+        self._connect(instruction.submit, self._edit_once, inputs, outputs, "edit_2")
+        self._can_cancel(cancel, tickets)
+
+    def _photo(self, prefix: str):
+        return gr.Image(
+            label="Picture", type="filepath", image_mode=None, sources=["upload", "clipboard"], height=300,
+            elem_id=f"{prefix}_image",
+        )  # fmt: skip
+
+    def _pairs(self, pairs, photo, text) -> None:
+        """Examples of a picture and a text, or of texts alone."""
+        if pairs and pairs[0][0] is not None:
+            shown = [[str(self._kept(image)), words] for image, words in pairs]
+            gr.Examples(shown, [photo, text], label="Examples")
+        else:
+            gr.Examples([[words] for _, words in pairs], text, label="Examples")
+
+    def _kept(self, image: Image.Image) -> Path:
+        return self._worker.keep(image, 0)
+
+    @staticmethod
+    def _views(tree: EditTree, status: str) -> tuple:
+        """(tree, slider, history, status)."""
+        shown = [(str(step.image), label) for step, label in zip(tree.steps, tree.labels(), strict=True)]
+        return tree, (str(tree.before.image), str(tree.now.image)), shown, status
+
+    def _begin_edits(self, photo):
+        if photo is None:
+            return None, None, [], ""
+        return self._views(EditTree(Path(photo)), "")
+
+    def _moved(self, tree: EditTree | None, move: Callable[[EditTree], None]) -> tuple:
+        nothing = gr.skip()
+        if tree is None:
+            return nothing, nothing, nothing, "There is no picture yet."
+        try:
+            move(tree)
+        except (ValueError, IndexError) as error:
+            return nothing, nothing, nothing, f"Not done: {first_line(error)}"
+        return self._views(tree, f"Step {tree.labels()[tree.at]}")
+
+    def _undo(self, tree):
+        return self._moved(tree, EditTree.undo)
+
+    def _redo(self, tree):
+        return self._moved(tree, EditTree.redo)
+
+    def _pick_step(self, tree, event: gr.SelectData):
+        return self._moved(tree, lambda tree: tree.go_to(int(event.index)))
+
+    async def _edit_once(
+        self, tree, instruction, seed, is_random, tier, steps, guidance, live, negative, request: gr.Request
+    ):
+        nothing = gr.skip()
+        same = [nothing] * 3
+        if tree is None:
+            yield *same, "Not done: there is no picture to edit.", [], nothing, nothing, *same
+            return
+        parent = tree.at
+        fields = given(
+            instruction=instruction, quality=tier, steps=steps, guidance_scale=guidance, negative_prompt=negative,
+            seed=chosen_seed(seed, is_random),
+        )  # fmt: skip
+        data = [tree.now.image.read_bytes()]
+        async for now in self._worker.do([("edit", fields, data)], live):
+            preview = gr.update(value=now.preview, visible=now.preview is not None)
+            if now.made is None:
+                yield *same, now.status, now.tickets, preview, fields["seed"], *same
+                continue
+            [(work, [image])] = now.made
+            tree.add(parent, self._worker.keep(image, work.job.seed), work.job.text, work.job.seed)
+            copies = self._worker.copies([work], address(request))
+            yield *self._views(tree, now.status), [], preview, work.job.seed, *copies
+
+    def _perception(self) -> None:
+        with gr.Row():
+            with gr.Column(min_width=300):
+                photo = self._photo("perceive")
+                wanted = gr.CheckboxGroup(
+                    ["caption", *PERCEPTION], value=["caption", *PERCEPTION], label="To make of it"
+                )
+                run, cancel, status = self._run_row("perceive", "Again")
+                if self._examples.photos:
+                    gr.Examples([[str(self._kept(image))] for image in self._examples.photos], photo, label="Examples")
+                seeds, options = self._sampler(has_preview=False)
+            with gr.Column(min_width=300):
+                caption = gr.Textbox(label="Caption", interactive=False, elem_id="perceive_caption", lines=2)
+                maps = gr.Gallery(
+                    label="Maps",
+                    columns=3,
+                    format="png",
+                    interactive=False,
+                    object_fit="contain",
+                    elem_id="perceive_gallery",
+                )
+                copies, tickets = self._below("perceive")
+        inputs, outputs = [photo, wanted, *seeds, *options], [status, tickets, caption, maps, seeds[0], *copies]
+        self._connect(photo.change, self._perceive, inputs, outputs, "perceive")
+        self._connect(run.click, self._perceive, inputs, outputs, "perceive_2")
+        self._can_cancel(cancel, tickets)
+
+    async def _perceive(self, photo, wanted, seed, is_random, tier, steps, guidance, request: gr.Request):
+        nothing = gr.skip()
+        if photo is None or not wanted:
+            yield "", [], "", [], nothing, *[nothing] * 3
+            return
+        seed, data = chosen_seed(seed, is_random), [Path(photo).read_bytes()]
+        asked: list[tuple[str, dict, list[bytes]]] = []
+        for name in wanted:
+            if name == "caption":
+                asked.append(("caption", given(seed=seed, steps=steps), data))
+            else:
+                fields = given(kind=name, seed=seed, quality=tier, steps=steps, guidance_scale=guidance)
+                asked.append(("perception", fields, data))
+        async for now in self._worker.do(asked):
+            if now.made is None:
+                yield now.status, now.tickets, nothing, nothing, seed, *[nothing] * 3
+                continue
+            said = [results[0] for work, results in now.made if work.job.task == "caption"]
+            drawn = [
+                (str(self._worker.keep(results[0], seed)), work.job.options["kind"])
+                for work, results in now.made
+                if work.job.task == "perception"
+            ]
+            copies = self._worker.copies([work for work, _ in now.made], address(request))
+            yield now.status, [], "".join(said), drawn, seed, *copies
+
+    def _words(self) -> None:
+        with gr.Row():
+            with gr.Column(min_width=300):
+                photo = self._photo("ask")
+                question = gr.Textbox(
+                    label="Question", placeholder="none: a caption of the picture", elem_id="ask_prompt"
+                )
+                run, cancel, status = self._run_row("ask", "Ask")
+                self._pairs(self._examples.questions, photo, question)
+                with gr.Row():
+                    seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**SEED_BITS - 1, min_width=120)
+                    is_random = gr.Checkbox(True, label="New seed each time", min_width=120)
+                with gr.Accordion("Options", open=False), gr.Row():
+                    numbers = [
+                        gr.Number(
+                            None,
+                            label=label,
+                            precision=precision,
+                            minimum=low,
+                            placeholder="the model's",
+                            min_width=120,
+                        )
+                        for label, precision, low in (("Steps", 0, 1), ("Temperature", None, 0), ("Most tokens", 0, 1))
+                    ]
+            with gr.Column(min_width=300):
+                answer = gr.Textbox(label="Answer", interactive=False, lines=3, elem_id="ask_answer")
+                copies, tickets = self._below("ask")
+        inputs, outputs = [photo, question, seed, is_random, *numbers], [status, tickets, answer, seed, *copies]
+        self._connect(run.click, self._ask, inputs, outputs, "ask")
+        self._connect(question.submit, self._ask, inputs, outputs, "ask_2")
+        self._can_cancel(cancel, tickets)
+
+    async def _ask(self, photo, question, seed, is_random, steps, temperature, most, request: gr.Request):
+        nothing = gr.skip()
+        data = [] if photo is None else [Path(photo).read_bytes()]
+        fields = given(
+            question=question.strip(), seed=chosen_seed(seed, is_random), steps=steps, temperature=temperature,
+            max_tokens=most,
+        )  # fmt: skip
+        async for now in self._worker.do([("vqa" if "question" in fields else "caption", fields, data)]):
+            if now.made is None:
+                yield now.status, now.tickets, nothing, fields["seed"], *[nothing] * 3
+                continue
+            [(work, [said])] = now.made
+            yield now.status, [], said, work.job.seed, *self._worker.copies([work], address(request))
+
+
+class Filter:
+    """Around Gradio's application: what a browser needs of it, for pages of this origin, and files of its folder alone.
+
+    A heartbeat, which lasts as long as a page is open, ends with the server, so that an open page does not keep it.
+    """
+
+    def __init__(self, app: ASGIApp, folder: Path, is_ending: Callable[[], bool] = lambda: False):
+        self._app, self._folder, self._is_ending = app, folder, is_ending
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return  # the page has no web sockets
+        path = scope["path"].rstrip("/") or "/"
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        if path != "/" and path not in PATHS and not path.startswith(PREFIXES):
+            return await PlainTextResponse("there is no such page", 404)(scope, receive, send)
+        origin = headers.get(b"origin")
+        if origin is not None and urlsplit(origin).netloc != headers.get(b"host"):
+            return await PlainTextResponse("this is a page of another origin", 403)(scope, receive, send)
+        if path.startswith("/gradio_api/file=") and not self._is_ours(unquote(path.partition("=")[2])):
+            return await PlainTextResponse("there is no such file", 404)(scope, receive, send)
+        if path == "/gradio_api/queue/join":
+            body = await _read(receive)
+            if not self._has_only_ours(body):
+                return await PlainTextResponse("a file was not uploaded here", 400)(scope, receive, send)
+            receive = _replayed(body, receive)
+
+        async def marked(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                own = [(b"content-security-policy", POLICY.encode()), (b"referrer-policy", b"no-referrer")]
+                message = message | {"headers": [*message.get("headers", ()), *own]}
+            await send(message)
+
+        if path.startswith("/gradio_api/heartbeat/"):
+            await self._until_the_end(scope, receive, marked)
+        else:
+            await self._app(scope, receive, marked)
+
+    def _is_ours(self, path: str) -> bool:
+        """Whether a path lies in the folder of the page, links followed."""
+        try:
+            return Path(path).resolve().is_relative_to(self._folder)
+        except (OSError, ValueError):
+            return False
+
+    def _has_only_ours(self, body: bytes) -> bool:
+        """Whether all files that a request names lie in the folder. Gradio looks at that only in apps that it started
+        itself, and fetches what is a URL."""
+        try:
+            left = [json.loads(body)]
+        except (ValueError, RecursionError):
+            return False
+        while left:
+            value = left.pop()
+            if isinstance(value, dict):
+                named = value.get("path")
+                if named is not None and not (isinstance(named, str) and self._is_ours(named)):
+                    return False
+                left += value.values()
+            elif isinstance(value, list):
+                left += value
+        return True
+
+    async def _until_the_end(self, scope: Scope, receive: Receive, send: Send) -> None:
+        task = asyncio.ensure_future(self._app(scope, receive, send))
+        try:
+            while not task.done() and not self._is_ending():
+                await asyncio.wait({task}, timeout=STATUS_SECONDS)
+        finally:
+            task.cancel()
+        try:
+            await task
+        except asyncio.CancelledError:
+            if self._is_ending():  # cut off in the middle
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _read(receive: Receive) -> bytes:
+    body, more = bytearray(), True
+    while more:
+        message = await receive()
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+    return bytes(body)
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        return first.pop() if first else await receive()
+
+    return replay
+
+
+def add_page(
+    app: FastAPI,
+    engine: Engine,
+    *,
+    model: str,
+    limits: Limits = Limits(),  # noqa: B008 (it is frozen)
+    stamp: dict[str, Any] | None = None,
+    needs_key: bool = False,
+    log_prompts: bool = False,
+    is_ending: Callable[[], bool] = lambda: False,
+) -> None:
+    """Mounts the page at / of an application, after the paths that it has.
+
+    Args:
+      needs_key: whether the application asks for a key, for what is copied as code; it asks for the page's paths too.
+      is_ending: whether the server is to end.
+      model, limits, stamp, log_prompts: as in `api.make_app`.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="unialign_page_")).resolve()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["GRADIO_TEMP_DIR"] = str(folder)
+    worker = Worker(
+        engine, folder, model=model, limits=limits, stamp=stamp or {}, needs_key=needs_key, log_prompts=log_prompts
+    )
+    blocks = Layout(worker, examples_for(engine.pipeline.tokenizer)).build(model)
+    blocks.state_session_capacity = MOST_SESSIONS
+    gr.mount_gradio_app(
+        app,
+        blocks,
+        path="",
+        footer_links=[],
+        allowed_paths=[],
+        show_error=False,
+        max_file_size=limits.request_bytes,
+        ssr_mode=False,
+        enable_monitoring=False,
+        pwa=False,
+        mcp_server=False,
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+    )
+    mounted = app.router.routes[-1]
+    mounted.app = Filter(mounted.app, folder, is_ending)
