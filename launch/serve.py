@@ -16,7 +16,7 @@ explain_missing_packages()
 
 log = logging.getLogger("serve")
 
-HOW_TO_INSTALL_GRADIO = "Gradio is not installed: pip install --no-deps -r launch/page-requirements.txt"
+HOW_TO_INSTALL_GRADIO = "Gradio is not installed: pip install --no-deps -r requirements-page.txt"
 
 DESCRIPTION = """\
 Serves a bundle, or a training run's newest checkpoint, by OpenAI's API and as a web page: images, edits, captions and

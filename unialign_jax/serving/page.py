@@ -305,12 +305,12 @@ class Layout:
     def _connect(self, listen: Callable, handler: Callable, inputs: list, outputs: list, name: str) -> None:
         listen(handler, inputs, outputs, api_name=name, api_visibility="undocumented", show_progress="hidden")
 
-    def _can_cancel(self, cancel, tickets) -> None:
+    def _can_cancel(self, cancel, tickets, name: str) -> None:
         def end(tickets: list[Ticket]) -> None:
             for ticket in tickets:
                 ticket.cancel()
 
-        cancel.click(end, tickets, None, queue=True, api_visibility="private", show_progress="hidden")
+        self._connect(cancel.click, end, [tickets], [], f"{name}_cancel")
 
     # Tabs
 
@@ -345,7 +345,7 @@ class Layout:
             [status, tickets, preview, kept, gallery, seeds[0], *copies],
             "generate_2",
         )
-        self._can_cancel(cancel, tickets)
+        self._can_cancel(cancel, tickets, "generate")
 
     def _results(self, prefix: str) -> tuple[Any, Any]:
         preview = gr.Image(label="Preview", visible=False, interactive=False, format="jpeg")
@@ -421,7 +421,7 @@ class Layout:
         self._connect(
             run.click, self._personalize, [prompt, references, *seeds, *options, kept], outputs, "personalize"
         )
-        self._can_cancel(cancel, tickets)
+        self._can_cancel(cancel, tickets, "personalize")
 
     def _edit(self) -> None:
         tree = gr.State(None)
@@ -456,7 +456,7 @@ class Layout:
         outputs = [*views, tickets, preview, seeds[0], *copies]
         self._connect(run.click, self._edit_once, inputs, outputs, "edit")
         self._connect(instruction.submit, self._edit_once, inputs, outputs, "edit_2")
-        self._can_cancel(cancel, tickets)
+        self._can_cancel(cancel, tickets, "edit")
 
     def _photo(self, prefix: str):
         return gr.Image(
@@ -554,7 +554,7 @@ class Layout:
         inputs, outputs = [photo, wanted, *seeds, *options], [status, tickets, caption, maps, seeds[0], *copies]
         self._connect(photo.change, self._perceive, inputs, outputs, "perceive")
         self._connect(run.click, self._perceive, inputs, outputs, "perceive_2")
-        self._can_cancel(cancel, tickets)
+        self._can_cancel(cancel, tickets, "perceive")
 
     async def _perceive(self, photo, wanted, seed, is_random, tier, steps, guidance, request: gr.Request):
         nothing = gr.skip()
@@ -612,7 +612,7 @@ class Layout:
         inputs, outputs = [photo, question, seed, is_random, *numbers], [status, tickets, answer, seed, *copies]
         self._connect(run.click, self._ask, inputs, outputs, "ask")
         self._connect(question.submit, self._ask, inputs, outputs, "ask_2")
-        self._can_cancel(cancel, tickets)
+        self._can_cancel(cancel, tickets, "ask")
 
     async def _ask(self, photo, question, seed, is_random, steps, temperature, most, request: gr.Request):
         nothing = gr.skip()
