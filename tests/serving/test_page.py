@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import logging
+import os
 import socket
 import sys
 import threading
@@ -21,9 +22,12 @@ pytest.importorskip("gradio", reason="Gradio is not installed: pip install --no-
 import gradio_client
 
 from unialign_jax import serving
+from unialign_jax.data.shapes.tasks import shapes_example
+from unialign_jax.data.tokenizer import load_tokenizer
 from unialign_jax.inference.opening import ModelSource
 from unialign_jax.serving import api, page
 from unialign_jax.serving.engine import Engine
+from unialign_jax.serving.examples import GENERAL, examples_for
 from unialign_jax.serving.requests import Limits
 
 STEPS = 2
@@ -150,7 +154,8 @@ def test_a_photo_gets_a_caption_and_maps(client, photo, tiny_pipeline, tmp_path)
     assert status.startswith("Done") and caption == tiny_pipeline.caption(image, seed=5, steps=STEPS)[0]
     assert [item["caption"] for item in maps] == ["canny", "pose"]
     for item in maps:
-        [expected] = tiny_pipeline.perceive(item["caption"], image, seed=5, steps=STEPS)
+        words = {"canny": "detect the edges", "pose": "find the keypoints"}[item["caption"]]
+        [expected] = tiny_pipeline.perceive(item["caption"], image, instruction=words, seed=5, steps=STEPS)
         np.testing.assert_array_equal(np.asarray(Image.open(item["image"])), np.asarray(expected))
     assert len(copies[2].splitlines()) == 3
 
@@ -230,15 +235,15 @@ def test_files_that_were_not_uploaded_are_refused(url, path):
         assert join(url, data).status_code == 400
 
 
-def test_a_link_out_of_the_folder_is_not_followed(url, client, tmp_path):
-    _, gallery, _, _ = generate(client)
+def test_a_link_out_of_the_folder_is_not_followed(url):
     config = requests.get(f"{url}/config", timeout=60).text
     assert 'analytics_enabled":false' in config.replace(" ", "")
-    folder = Path(next(path for path in page.tempfile.gettempdir().split(":"))).resolve()
-    mine = max(folder.glob("unialign_page_*"), key=lambda path: path.stat().st_mtime)
-    (mine / "link").symlink_to("/etc/passwd")
-    assert requests.get(f"{url}/gradio_api/file={mine}/link", timeout=60).status_code == 404
-    (mine / "link").unlink()
+    folder = Path(os.environ["GRADIO_TEMP_DIR"])
+    assert folder.name.startswith("unialign_page_") and folder.stat().st_mode & 0o077 == 0
+    (folder / "link").symlink_to("/etc/passwd")
+    answer = requests.get(f"{url}/gradio_api/file={folder}/link", timeout=60)
+    (folder / "link").unlink()
+    assert answer.status_code == 404
 
 
 def test_pages_of_other_origins_are_refused(url):
@@ -326,18 +331,22 @@ class Browser:
         found.sendall(f"GET {path} HTTP/1.1\r\nHost: {self._host}:{self._port}\r\n\r\n".encode())
         return found
 
-    def wait_for(self, words):
-        """Reads the stream until it says the words."""
+    def wait_for(self, words, stream=None):
+        """Reads a stream until it says the words."""
         read = b""
         while words.encode() not in read:
-            read += self.stream.recv(10**5)
+            read += (stream or self.stream).recv(10**5)
 
 
-def test_cancelling_and_leaving_and_an_end_with_an_open_page(tiny_pipeline, running):
+def test_cancelling_and_leaving_and_an_end_with_an_open_page(tiny_pipeline, running, monkeypatch):
     slow = SlowPipeline(tiny_pipeline)
     engine, is_ending = Engine([slow]), threading.Event()
     app = api.make_app(engine, model="tiny")
     page.add_page(app, engine, model="tiny", is_ending=is_ending.is_set)
+    submit, tickets = engine.submit, []
+    monkeypatch.setattr(
+        engine, "submit", lambda *given, **options: tickets.append(submit(*given, **options)) or tickets[-1]
+    )
     options = ["auto", 1, 7, False, "lossless", None, None, False, "", None]
     with running(app) as url:
         try:
@@ -352,9 +361,11 @@ def test_cancelling_and_leaving_and_an_end_with_an_open_page(tiny_pipeline, runn
             second.ask("generate_cancel", None)
             second.wait_for("Cancelled.")
             beat = first.open("/gradio_api/heartbeat/" + first.session)
-            assert b"ALIVE" in beat.recv(10**4) + beat.recv(10**4)
-            wait_for(lambda: slow.gate.set() or engine.counts().waiting == 0)
+            first.wait_for("ALIVE", beat)
+            wait_for(lambda: tickets[1].future.cancelled() and tickets[2].future.cancelled())
+            slow.gate.set()
             first.wait_for("Done in")
+            wait_for(lambda: engine.counts().waiting == 0)
             assert slow.made == ["first"] and engine.counts().cancelled == 2
         finally:
             slow.gate.set()
@@ -406,6 +417,15 @@ def test_sizes_are_those_that_the_model_makes():
     ]
     pipeline.sizes.largest = 520  # no multiple
     assert ("wide, 512 x 384", "512x384") in page.size_choices(pipeline, Limits())
+
+
+def test_the_examples_fit_the_model():
+    shapes = examples_for(load_tokenizer())
+    for text in shapes.map_instructions.values():  # what the shapes world says
+        assert text in {shapes_example("perception", 0, index, image_size=16).instruction for index in range(40)}
+    assert all(" background" in prompt for prompt in shapes.prompts) and shapes.photos[0].size == (64, 64)
+    other = SimpleNamespace(token_ids=lambda text: [1, 2, 3])
+    assert examples_for(other) is GENERAL
 
 
 def test_without_gradio_the_api_is_served_alone(launch_command, monkeypatch, caplog):

@@ -14,19 +14,22 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytest.importorskip("gradio", reason="Gradio is not installed: pip install --no-deps -r requirements-page.txt")
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+
+from playwright import sync_api as playwright
 
 from unialign_jax.inference.pipeline import Pipeline
 from unialign_jax.serving import api, page
 from unialign_jax.serving.engine import Engine
 
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(BROWSER is None, reason="there is no browser: apt-get install chromium"),
 ]
-WAIT = 120_000  # milliseconds, with compiling
+PROMPT = "a large red circle at the left and a small blue square at the right on a white background"
+WAIT = 60_000  # milliseconds, with compiling; of the assertions
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +55,7 @@ class Visit:
     def __init__(self, browser, url, **context):
         self.context = browser.new_context(http_credentials={"username": "me", "password": "key"}, **context)
         self.page = self.context.new_page()
+        self.page.set_default_timeout(WAIT)
         self.fetched, self.errors = [], []
         self.page.on("request", lambda request: self.fetched.append(request.url))
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
@@ -66,8 +70,14 @@ class Visit:
 
     def run(self, name):
         """Presses a tab's button and waits for the end of its work."""
+        self.page.locator(f"#{name}_status").locator("textarea, input").evaluate("field => field.value = ''")
         self.page.locator(f"#{name}_run").click()
         self.wait_for(name, "Done in")
+
+    def take_seed(self, seed):
+        """Sets the seed of the tab that is open."""
+        self.page.get_by_label("New seed each time").locator("visible=true").uncheck()
+        self.page.get_by_label("Seed", exact=True).locator("visible=true").fill(str(seed))
 
     def wait_for(self, name, words):
         status = self.page.locator(f"#{name}_status").locator("textarea, input")
@@ -88,9 +98,10 @@ class Visit:
     def show(self, name):
         """Keeps a picture of the window, where SCREENSHOTS names a folder."""
         if folder := os.environ.get("SCREENSHOTS"):
+            self.page.evaluate("window.scrollTo(0, 0)")
             self.page.wait_for_timeout(1500)
             shot = Image.open(io.BytesIO(self.page.screenshot()))
-            shot.convert("RGB").quantize(64).save(Path(folder) / f"serving_{name}.png", optimize=True)
+            shot.convert("RGB").quantize(200).save(Path(folder) / f"serving_{name}.png", optimize=True)
 
 
 @pytest.fixture
@@ -101,11 +112,12 @@ def visit(browser, url):
 
 
 def test_generate_edit_and_caption(visit, url, tmp_path):
-    visit.fill("generate_prompt", "a large red circle on a white background")
+    visit.fill("generate_prompt", PROMPT)
+    visit.take_seed(7)
     visit.run("generate")
     [made] = visit.sources("generate_gallery")
     circle = visit.picture(made)
-    assert circle.size == (64, 64) and "a large red circle" in circle.info["parameters"]
+    assert circle.size == (64, 64) and PROMPT in circle.info["parameters"]
     visit.show("generate")
     (tmp_path / "circle.png").write_bytes(visit.context.request.get(made).body())
 
@@ -113,19 +125,20 @@ def test_generate_edit_and_caption(visit, url, tmp_path):
     visit.upload("edit_image", tmp_path / "circle.png")
     visit.fill("edit_prompt", "make the red circle blue")
     visit.sources("edit_history")
+    visit.take_seed(1)
     visit.run("edit")
-    visit.fill("edit_prompt", "add a small green square at the top left")
+    visit.fill("edit_prompt", "add a small pink triangle at the top")
     visit.run("edit")
     visit.page.locator("#edit_undo").click()
     visit.wait_for("edit", "^Step 1, from 0: make the red circle blue")
-    visit.fill("edit_prompt", "make the blue circle purple")
+    visit.fill("edit_prompt", "make the blue square green")
     visit.run("edit")
     before, after = visit.sources("edit_slider")[:2]
     assert visit.picture(before).tobytes() != visit.picture(after).tobytes()
     assert len(visit.sources("edit_history")) == 4
     visit.show("edit")
-    visit.page.locator("#edit_history button").nth(2).click()
-    visit.wait_for("edit", "^Step 2, from 1: add a small green square")
+    visit.page.locator("#edit_history img").nth(2).click()
+    visit.wait_for("edit", "^Step 2, from 1: add a small pink triangle")
 
     visit.tab("Caption and answer")
     visit.upload("ask_image", tmp_path / "circle.png")
@@ -149,12 +162,12 @@ def test_generate_edit_and_caption(visit, url, tmp_path):
 
 def test_a_phone(browser, url):
     visit = Visit(browser, url, viewport={"width": 390, "height": 760}, has_touch=True, is_mobile=True)
-    visit.fill("generate_prompt", "a large blue triangle on a gray background")
+    visit.fill("generate_prompt", PROMPT)
+    visit.take_seed(7)
     visit.run("generate")
     assert visit.page.evaluate("document.documentElement.scrollWidth") <= 390
     box = visit.page.locator("#generate_run").bounding_box()
     assert 0 <= box["x"] and box["x"] + box["width"] <= 390
-    visit.page.locator("#generate_gallery").scroll_into_view_if_needed()
     visit.show("phone")
     visit.context.close()
 

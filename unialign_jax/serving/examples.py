@@ -9,7 +9,7 @@ from unialign_jax.data.shapes.tasks import shapes_example
 from unialign_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 IMAGE_SIZE = 64  # pixels a side of the shapes world's pictures, as the demo model was trained on
-_SEED = 2**20  # of examples that no training set has
+_SEED = 2**20  # far from those that data sets are made with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Examples:
       references: (pictures, prompt) of personalization.
       photos: of perception and captions.
       questions: (picture or None, question).
+      map_instructions: of perception, by kind; a kind that is not there has the pipeline's own.
     """
 
     prompts: tuple[str, ...]
@@ -29,6 +30,7 @@ class Examples:
     references: tuple[tuple[tuple[Image.Image, ...], str], ...]
     photos: tuple[Image.Image, ...]
     questions: tuple[tuple[Image.Image | None, str], ...]
+    map_instructions: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 GENERAL = Examples(
@@ -54,7 +56,7 @@ def examples_for(tokenizer: Tokenizer) -> Examples:
 
 
 def shapes_examples() -> Examples:
-    """Scenes of the shapes world that no training set has."""
+    """Scenes of the shapes world."""
 
     def made(stream: str, count: int) -> list:
         return [shapes_example(stream, _SEED, index, image_size=IMAGE_SIZE) for index in range(count)]
@@ -68,4 +70,5 @@ def shapes_examples() -> Examples:
         references=tuple((pictures(e.conditions), e.instruction) for e in made("personalization", 3)),
         photos=tuple(image for example in made("perception", 4) for image in pictures(example.conditions)),
         questions=tuple((*pictures([example.image]), example.question) for example in made("vqa", 4)),
+        map_instructions={"canny": "detect the edges", "depth": "estimate the depth", "pose": "find the keypoints"},
     )

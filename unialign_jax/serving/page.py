@@ -261,56 +261,91 @@ class Layout:
                         fill()
         return blocks.queue(default_concurrency_limit=None, api_open=False)
 
-    # What the tabs share
+    # What the tabs share. On a phone the columns of a row stand below each other: what is pressed and what comes of it
+    # are above the options, the examples and what is copied.
 
     def _sampler(self, *, has_preview: bool = True) -> tuple[list, list]:
         """(seed and whether it is drawn, options of a sampler), with their components in place."""
-        with gr.Row():
-            seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**SEED_BITS - 1, min_width=120)
-            is_random = gr.Checkbox(True, label="New seed each time", min_width=120)
+        seeds = self._seeds()
         with gr.Accordion("Quality and options", open=False):
             tier = gr.Radio(list(TIERS), value="lossless", label="Quality", info="fast: 14 steps of unipc")
             with gr.Row():
-                steps = gr.Number(None, label="Steps", precision=0, minimum=1, placeholder="the model's", min_width=120)
-                guidance = gr.Number(
-                    None, label="Guidance", minimum=0, maximum=100, placeholder="the model's", min_width=120
-                )
+                steps = self._number("Steps", precision=0, minimum=1)
+                guidance = self._number("Guidance", minimum=0, maximum=100)
             options = [tier, steps, guidance]
             if has_preview:
                 info = "Slower, in no batch; pixels may differ by one grey level from those without it"
                 options.append(gr.Checkbox(False, label="Live preview", info=info))
-        return [seed, is_random], options
+        return seeds, options
 
-    def _below(self, prefix: str) -> tuple[list, Any, Any]:
-        """([copies], tickets, status): what stands below the results, and the line on a request's progress."""
-        tickets = gr.State([])
+    @staticmethod
+    def _seeds() -> list:
+        with gr.Row():
+            seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**SEED_BITS - 1, min_width=120)
+            is_random = gr.Checkbox(True, label="New seed each time", min_width=120)
+        return [seed, is_random]
+
+    @staticmethod
+    def _number(label: str, **limits) -> gr.Number:
+        return gr.Number(None, label=label, placeholder="the model's", min_width=120, **limits)
+
+    @staticmethod
+    def _copies(prefix: str) -> list:
         with gr.Accordion("Copy as code", open=False):
             gr.Markdown("`image.png` is the picture that was sent; of a later edit, the one before it.")
-            copies = [
+            return [
                 gr.Code("", language=language, label=label, elem_id=f"{prefix}_{label.split()[0].lower()}", lines=2)
                 for language, label in (("python", "Python"), ("shell", "curl"), ("json", "Job line"))
             ]
-        return copies, tickets
 
-    def _run_row(self, prefix: str, label: str) -> tuple[Any, Any, Any]:
-        """(run, cancel, status)."""
+    def _run_row(self, prefix: str, label: str) -> tuple:
+        """(run, status, tickets of what runs), with a button that cancels it."""
+        tickets = gr.State([])
         with gr.Row():
             run = gr.Button(label, variant="primary", elem_id=f"{prefix}_run", min_width=120)
             cancel = gr.Button("Cancel", elem_id=f"{prefix}_cancel", min_width=120)
         status = gr.Textbox(
             "", show_label=False, container=False, interactive=False, lines=1, elem_id=f"{prefix}_status"
         )
-        return run, cancel, status
 
-    def _connect(self, listen: Callable, handler: Callable, inputs: list, outputs: list, name: str) -> None:
-        listen(handler, inputs, outputs, api_name=name, api_visibility="undocumented", show_progress="hidden")
-
-    def _can_cancel(self, cancel, tickets, name: str) -> None:
         def end(tickets: list[Ticket]) -> None:
             for ticket in tickets:
                 ticket.cancel()
 
-        self._connect(cancel.click, end, [tickets], [], f"{name}_cancel")
+        self._connect([cancel.click], end, [tickets], [], f"{prefix}_cancel")
+        return run, status, tickets
+
+    @staticmethod
+    def _connect(triggers: list, handler: Callable, inputs: list, outputs: list, name: str) -> None:
+        gr.on(triggers, handler, inputs, outputs, api_name=name, api_visibility="undocumented", show_progress="hidden")
+
+    @staticmethod
+    def _preview() -> gr.Image:
+        return gr.Image(label="Preview", visible=False, interactive=False, format="jpeg")
+
+    @staticmethod
+    def _gallery(prefix: str, label: str, columns: int) -> gr.Gallery:
+        return gr.Gallery(
+            label=label, columns=columns, format="png", interactive=False, object_fit="contain", height="auto",
+            elem_id=f"{prefix}_gallery",
+        )  # fmt: skip
+
+    @staticmethod
+    def _photo(prefix: str) -> gr.Image:
+        return gr.Image(
+            label="Picture", type="filepath", image_mode=None, sources=["upload", "clipboard"], height=300,
+            elem_id=f"{prefix}_image",
+        )  # fmt: skip
+
+    def _pairs(self, pairs, photo, text) -> None:
+        """Examples of a picture and a text, or of texts alone."""
+        if pairs and pairs[0][0] is not None:
+            gr.Examples([[self._kept(image), words] for image, words in pairs], [photo, text], label="Examples")
+        else:
+            gr.Examples([[words] for _, words in pairs], text, label="Examples")
+
+    def _kept(self, image: Image.Image) -> str:
+        return str(self._worker.keep(image, 0))
 
     # Tabs
 
@@ -319,45 +354,22 @@ class Layout:
         with gr.Row():
             with gr.Column(min_width=300):
                 prompt = gr.Textbox(label="Prompt", lines=2, elem_id="generate_prompt")
-                run, cancel, status = self._run_row("generate", "Generate")
-                gr.Examples([[text] for text in self._examples.prompts], prompt, label="Examples")
-                with gr.Row():
-                    sizes = size_choices(worker.engine.pipeline, worker.limits)
-                    size = gr.Dropdown(
-                        sizes, value="auto", label="Size", allow_custom_value=True, min_width=120,
-                        info="or WIDTHxHEIGHT",
-                    )  # fmt: skip
-                    count = gr.Slider(1, min(8, worker.limits.samples), 1, step=1, label="Images", min_width=120)
-                seeds, options = self._sampler()
-                negative = gr.Textbox(label="Negative prompt")
+                run, status, tickets = self._run_row("generate", "Generate")
             with gr.Column(min_width=300):
-                gallery, preview = self._results("generate")
-                copies, tickets = self._below("generate")
-        kept = gr.State([])
+                preview, gallery = self._preview(), self._gallery("generate", "Images", 2)
+        with gr.Row():
+            size = gr.Dropdown(
+                size_choices(worker.engine.pipeline, worker.limits), value="auto", label="Size, or WIDTHxHEIGHT",
+                allow_custom_value=True, min_width=150,
+            )  # fmt: skip
+            count = gr.Slider(1, min(8, worker.limits.samples), 1, step=1, label="Images", min_width=150)
+        seeds, options = self._sampler()
+        negative = gr.Textbox(label="Negative prompt")
+        gr.Examples([[text] for text in self._examples.prompts], prompt, label="Examples")
+        copies, kept = self._copies("generate"), gr.State([])
         inputs = [prompt, size, count, *seeds, *options, negative, kept]
-        self._connect(
-            run.click, self._generate, inputs, [status, tickets, preview, kept, gallery, seeds[0], *copies], "generate"
-        )
-        self._connect(
-            prompt.submit,
-            self._generate,
-            inputs,
-            [status, tickets, preview, kept, gallery, seeds[0], *copies],
-            "generate_2",
-        )
-        self._can_cancel(cancel, tickets, "generate")
-
-    def _results(self, prefix: str) -> tuple[Any, Any]:
-        preview = gr.Image(label="Preview", visible=False, interactive=False, format="jpeg")
-        gallery = gr.Gallery(
-            label="Images",
-            columns=2,
-            format="png",
-            interactive=False,
-            object_fit="contain",
-            elem_id=f"{prefix}_gallery",
-        )
-        return gallery, preview
+        outputs = [status, tickets, preview, kept, gallery, seeds[0], *copies]
+        self._connect([run.click, prompt.submit], self._generate, inputs, outputs, "generate")
 
     async def _generate(
         self, prompt, size, count, seed, is_random, tier, steps, guidance, live, negative, kept, request: gr.Request
@@ -402,26 +414,21 @@ class Layout:
             with gr.Column(min_width=300):
                 references = gr.Gallery(
                     label=f"Subjects: 1 to {MAX_REFERENCES} pictures", columns=MAX_REFERENCES, type="filepath",
-                    interactive=True, sources=["upload", "clipboard"], file_types=["image"],
+                    interactive=True, sources=["upload", "clipboard"], file_types=["image"], height=200,
                     elem_id="personalize_images",
                 )  # fmt: skip
                 prompt = gr.Textbox(label="Prompt", lines=2, elem_id="personalize_prompt")
-                run, cancel, status = self._run_row("personalize", "Generate")
-                shown = [
-                    [[str(self._kept(image)) for image in images], text] for images, text in self._examples.references
-                ]
-                if shown:
-                    gr.Examples(shown, [references, prompt], label="Examples")
-                seeds, options = self._sampler()
+                run, status, tickets = self._run_row("personalize", "Generate")
             with gr.Column(min_width=300):
-                gallery, preview = self._results("personalize")
-                copies, tickets = self._below("personalize")
-        kept = gr.State([])
+                preview, gallery = self._preview(), self._gallery("personalize", "Images", 2)
+        seeds, options = self._sampler()
+        shown = [[[self._kept(image) for image in images], text] for images, text in self._examples.references]
+        if shown:
+            gr.Examples(shown, [references, prompt], label="Examples")
+        copies, kept = self._copies("personalize"), gr.State([])
+        inputs = [prompt, references, *seeds, *options, kept]
         outputs = [status, tickets, preview, kept, gallery, seeds[0], *copies]
-        self._connect(
-            run.click, self._personalize, [prompt, references, *seeds, *options, kept], outputs, "personalize"
-        )
-        self._can_cancel(cancel, tickets, "personalize")
+        self._connect([run.click, prompt.submit], self._personalize, inputs, outputs, "personalize")
 
     def _edit(self) -> None:
         tree = gr.State(None)
@@ -429,51 +436,31 @@ class Layout:
             with gr.Column(min_width=300):
                 photo = self._photo("edit")
                 instruction = gr.Textbox(label="What to change", lines=2, elem_id="edit_prompt")
-                run, cancel, status = self._run_row("edit", "Edit")
+                run, status, tickets = self._run_row("edit", "Edit")
                 with gr.Row():
                     undo = gr.Button("Undo", elem_id="edit_undo", min_width=80)
                     redo = gr.Button("Redo", elem_id="edit_redo", min_width=80)
-                self._pairs(self._examples.edits, photo, instruction)
-                seeds, options = self._sampler()
-                negative = gr.Textbox(label="Negative prompt")
             with gr.Column(min_width=300):
                 slider = gr.ImageSlider(
                     label="Before and after", format="png", interactive=False, elem_id="edit_slider", type="filepath"
                 )
-                preview = gr.Image(label="Preview", visible=False, interactive=False, format="jpeg")
+                preview = self._preview()
                 history = gr.Gallery(
                     label="All steps: choose one to go on from it", columns=4, format="png", interactive=False,
-                    allow_preview=False, object_fit="contain", elem_id="edit_history", buttons=["download"],
+                    allow_preview=False, object_fit="contain", elem_id="edit_history", height=200,
                 )  # fmt: skip
-                copies, tickets = self._below("edit")
+        seeds, options = self._sampler()
+        negative = gr.Textbox(label="Negative prompt")
+        self._pairs(self._examples.edits, photo, instruction)
+        copies = self._copies("edit")
         views = [tree, slider, history, status]
-        hidden = {"api_visibility": "undocumented", "show_progress": "hidden"}
-        photo.change(self._begin_edits, photo, views, api_name="edit_begin", **hidden)
-        undo.click(self._undo, tree, views, api_name="edit_undo", **hidden)
-        redo.click(self._redo, tree, views, api_name="edit_redo", **hidden)
-        history.select(self._pick_step, tree, views, api_name="edit_pick", **hidden)
+        self._connect([photo.change], self._begin_edits, [photo], views, "edit_begin")
+        self._connect([undo.click], self._undo, [tree], views, "edit_undo")
+        self._connect([redo.click], self._redo, [tree], views, "edit_redo")
+        self._connect([history.select], self._pick_step, [tree], views, "edit_pick")
         inputs = [tree, instruction, *seeds, *options, negative]
         outputs = [*views, tickets, preview, seeds[0], *copies]
-        self._connect(run.click, self._edit_once, inputs, outputs, "edit")
-        self._connect(instruction.submit, self._edit_once, inputs, outputs, "edit_2")
-        self._can_cancel(cancel, tickets, "edit")
-
-    def _photo(self, prefix: str):
-        return gr.Image(
-            label="Picture", type="filepath", image_mode=None, sources=["upload", "clipboard"], height=300,
-            elem_id=f"{prefix}_image",
-        )  # fmt: skip
-
-    def _pairs(self, pairs, photo, text) -> None:
-        """Examples of a picture and a text, or of texts alone."""
-        if pairs and pairs[0][0] is not None:
-            shown = [[str(self._kept(image)), words] for image, words in pairs]
-            gr.Examples(shown, [photo, text], label="Examples")
-        else:
-            gr.Examples([[words] for _, words in pairs], text, label="Examples")
-
-    def _kept(self, image: Image.Image) -> Path:
-        return self._worker.keep(image, 0)
+        self._connect([run.click, instruction.submit], self._edit_once, inputs, outputs, "edit")
 
     @staticmethod
     def _views(tree: EditTree, status: str) -> tuple:
@@ -530,31 +517,21 @@ class Layout:
             yield *self._views(tree, now.status), [], preview, work.job.seed, *copies
 
     def _perception(self) -> None:
+        everything = ["caption", *PERCEPTION]
         with gr.Row():
             with gr.Column(min_width=300):
                 photo = self._photo("perceive")
-                wanted = gr.CheckboxGroup(
-                    ["caption", *PERCEPTION], value=["caption", *PERCEPTION], label="To make of it"
-                )
-                run, cancel, status = self._run_row("perceive", "Again")
-                if self._examples.photos:
-                    gr.Examples([[str(self._kept(image))] for image in self._examples.photos], photo, label="Examples")
-                seeds, options = self._sampler(has_preview=False)
+                wanted = gr.CheckboxGroup(everything, value=everything, label="To make of it")
+                run, status, tickets = self._run_row("perceive", "Again")
             with gr.Column(min_width=300):
                 caption = gr.Textbox(label="Caption", interactive=False, elem_id="perceive_caption", lines=2)
-                maps = gr.Gallery(
-                    label="Maps",
-                    columns=3,
-                    format="png",
-                    interactive=False,
-                    object_fit="contain",
-                    elem_id="perceive_gallery",
-                )
-                copies, tickets = self._below("perceive")
+                maps = self._gallery("perceive", "Maps", 2)
+        seeds, options = self._sampler(has_preview=False)
+        if self._examples.photos:
+            gr.Examples([[self._kept(image)] for image in self._examples.photos], photo, label="Examples")
+        copies = self._copies("perceive")
         inputs, outputs = [photo, wanted, *seeds, *options], [status, tickets, caption, maps, seeds[0], *copies]
-        self._connect(photo.change, self._perceive, inputs, outputs, "perceive")
-        self._connect(run.click, self._perceive, inputs, outputs, "perceive_2")
-        self._can_cancel(cancel, tickets, "perceive")
+        self._connect([photo.change, run.click], self._perceive, inputs, outputs, "perceive")
 
     async def _perceive(self, photo, wanted, seed, is_random, tier, steps, guidance, request: gr.Request):
         nothing = gr.skip()
@@ -568,6 +545,8 @@ class Layout:
                 asked.append(("caption", given(seed=seed, steps=steps), data))
             else:
                 fields = given(kind=name, seed=seed, quality=tier, steps=steps, guidance_scale=guidance)
+                if name in self._examples.map_instructions:
+                    fields["instruction"] = self._examples.map_instructions[name]
                 asked.append(("perception", fields, data))
         async for now in self._worker.do(asked):
             if now.made is None:
@@ -589,30 +568,21 @@ class Layout:
                 question = gr.Textbox(
                     label="Question", placeholder="none: a caption of the picture", elem_id="ask_prompt"
                 )
-                run, cancel, status = self._run_row("ask", "Ask")
-                self._pairs(self._examples.questions, photo, question)
-                with gr.Row():
-                    seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**SEED_BITS - 1, min_width=120)
-                    is_random = gr.Checkbox(True, label="New seed each time", min_width=120)
-                with gr.Accordion("Options", open=False), gr.Row():
-                    numbers = [
-                        gr.Number(
-                            None,
-                            label=label,
-                            precision=precision,
-                            minimum=low,
-                            placeholder="the model's",
-                            min_width=120,
-                        )
-                        for label, precision, low in (("Steps", 0, 1), ("Temperature", None, 0), ("Most tokens", 0, 1))
-                    ]
+                run, status, tickets = self._run_row("ask", "Ask")
             with gr.Column(min_width=300):
                 answer = gr.Textbox(label="Answer", interactive=False, lines=3, elem_id="ask_answer")
-                copies, tickets = self._below("ask")
-        inputs, outputs = [photo, question, seed, is_random, *numbers], [status, tickets, answer, seed, *copies]
-        self._connect(run.click, self._ask, inputs, outputs, "ask")
-        self._connect(question.submit, self._ask, inputs, outputs, "ask_2")
-        self._can_cancel(cancel, tickets, "ask")
+        seeds = self._seeds()
+        with gr.Accordion("Options", open=False), gr.Row():
+            steps = self._number("Steps", precision=0, minimum=1)
+            temperature = self._number("Temperature", minimum=0)
+            most = self._number("Most tokens", precision=0, minimum=1)
+        self._pairs(self._examples.questions, photo, question)
+        copies = self._copies("ask")
+        inputs, outputs = (
+            [photo, question, *seeds, steps, temperature, most],
+            [status, tickets, answer, seeds[0], *copies],
+        )
+        self._connect([run.click, question.submit], self._ask, inputs, outputs, "ask")
 
     async def _ask(self, photo, question, seed, is_random, steps, temperature, most, request: gr.Request):
         nothing = gr.skip()
@@ -693,17 +663,23 @@ class Filter:
         return True
 
     async def _until_the_end(self, scope: Scope, receive: Receive, send: Send) -> None:
-        task = asyncio.ensure_future(self._app(scope, receive, send))
+        is_whole = False
+
+        async def watched(message: Message) -> None:
+            nonlocal is_whole
+            is_whole = message["type"] == "http.response.body" and not message.get("more_body", False)
+            await send(message)
+
+        task = asyncio.ensure_future(self._app(scope, receive, watched))
         try:
             while not task.done() and not self._is_ending():
                 await asyncio.wait({task}, timeout=STATUS_SECONDS)
         finally:
             task.cancel()
-        try:
+        with contextlib.suppress(asyncio.CancelledError):
             await task
-        except asyncio.CancelledError:
-            if self._is_ending():  # cut off in the middle
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
+        if self._is_ending() and not is_whole:
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def _read(receive: Receive) -> bytes:
