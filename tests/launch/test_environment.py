@@ -68,7 +68,7 @@ def test_what_is_imported_is_required():
     required = {canonicalize_name(requirement.name) for requirement in requirements("requirements.txt")}
     own = {"unialign_jax"}
     tested = {"matplotlib", "torch", "diffusers", "libtpu"}  # of the test suite; where others need them they say so
-    asked_for = {"apache_beam", "cv2", "datasets", "turbojpeg", "wandb"}  # options that say what to install
+    asked_for = {"apache_beam", "cv2", "datasets", "gradio", "turbojpeg", "wandb"}  # options that say what to install
     missing = {}
     for path in [*(ROOT / "unialign_jax").rglob("*.py"), *(ROOT / "launch").glob("*.py"), *ROOT.glob("configs/*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):

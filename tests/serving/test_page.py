@@ -53,9 +53,11 @@ def engine(tiny_pipeline):
 def url(engine, limits, stamp, running):
     """A server of the tiny bundle with the page."""
     app = api.make_app(engine, model="tiny", limits=limits, stamp=stamp)
-    page.add_page(app, engine, model="tiny", limits=limits, stamp=stamp)
+    is_ending = threading.Event()
+    page.add_page(app, engine, model="tiny", limits=limits, stamp=stamp, is_ending=is_ending.is_set)
     with running(app) as url:
         yield url
+        is_ending.set()
 
 
 @pytest.fixture
@@ -87,6 +89,7 @@ def edit(client, instruction, seed):
     return status, slider, history
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes_everywhere(
     client, url, tiny_bundle, tiny_pipeline, launch_command, tmp_path
 ):
@@ -119,6 +122,7 @@ def test_a_drawn_seed_is_shown_and_brings_the_image_back(client):
     assert len(again) == 3  # the gallery keeps those before
 
 
+@pytest.mark.slow
 def test_a_conversation_of_edits_branches(client, photo, tiny_pipeline, tmp_path):
     assert client.predict("x", 1, False, "lossless", STEPS, None, False, "", api_name="/edit")[2].startswith("Not done")
     client.predict(photo, api_name="/edit_begin")

@@ -292,7 +292,10 @@ class Layout:
     @staticmethod
     def _copies(prefix: str) -> list:
         with gr.Accordion("Copy as code", open=False):
-            gr.Markdown("`image.png` is the picture that was sent; of a later edit, the one before it.")
+            gr.Markdown(
+                "`image.png` is the picture that was sent; of a later edit, the one before it. In Python, the bundle's folder "
+                "goes where its name stands."
+            )
             return [
                 gr.Code("", language=language, label=label, elem_id=f"{prefix}_{label.split()[0].lower()}", lines=2)
                 for language, label in (("python", "Python"), ("shell", "curl"), ("json", "Job line"))
