@@ -25,7 +25,7 @@ from unialign_jax import serving
 from unialign_jax.data.shapes.tasks import shapes_example
 from unialign_jax.data.tokenizer import load_tokenizer
 from unialign_jax.inference.opening import ModelSource
-from unialign_jax.serving import api, page
+from unialign_jax.serving import api, page, page_worker
 from unialign_jax.serving.engine import Engine
 from unialign_jax.serving.examples import GENERAL, examples_for
 from unialign_jax.serving.requests import Limits
@@ -386,9 +386,9 @@ def collected(worker, *asked, **options):
 
 
 def test_previews_come_only_where_they_are_asked_for(tiny_pipeline, engine, tmp_path, monkeypatch):
-    monkeypatch.setattr(page, "PREVIEW_SECONDS", 0.0)
-    monkeypatch.setattr(page, "STATUS_SECONDS", 0.01)
-    worker = page.Worker(engine, tmp_path, model="tiny", limits=Limits(), stamp={})
+    monkeypatch.setattr(page_worker, "PREVIEW_SECONDS", 0.0)
+    monkeypatch.setattr(page_worker, "STATUS_SECONDS", 0.01)
+    worker = page_worker.Worker(engine, tmp_path, model="tiny", limits=Limits(), stamp={})
     asked = [("text_to_image", {"prompt": "a", "seed": 3, "steps": 4}, [])]
     plain, live = collected(worker, asked), collected(worker, asked, live=True)
     assert all(moment.preview is None for moment in plain)
@@ -400,11 +400,11 @@ def test_previews_come_only_where_they_are_asked_for(tiny_pipeline, engine, tmp_
 
 
 def test_old_files_are_removed(tmp_path, engine, monkeypatch):
-    worker = page.Worker(engine, tmp_path, model="tiny", limits=Limits(), stamp={})
+    worker = page_worker.Worker(engine, tmp_path, model="tiny", limits=Limits(), stamp={})
     first = worker.keep(Image.new("RGB", (4, 4)), 1)
-    monkeypatch.setattr(page, "KEPT_SECONDS", -10)
+    monkeypatch.setattr(page_worker, "KEPT_SECONDS", -10)
     later = time.monotonic() + 4000
-    monkeypatch.setattr(page.time, "monotonic", lambda: later)
+    monkeypatch.setattr(page_worker.time, "monotonic", lambda: later)
     worker.keep(Image.new("RGB", (5, 5)), 2)
     assert not first.exists()
 

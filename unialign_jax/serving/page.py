@@ -1,68 +1,35 @@
 """The web page, of Gradio, in the process of the API and over the same `Engine`.
 
 A request of the page becomes a job by `requests.make_work`, as one of the API does: its limits, tiers, seeds and
-batches are the API's. `add_page` mounts the page at / beside the paths of the API; `Filter` lets through what the page
-needs of Gradio's own paths, and nothing from pages of other origins.
+batches are the API's. `add_page` mounts the page at /, beside the paths of the API.
 """
 
-import asyncio
 import atexit
-import contextlib
-import dataclasses
-import hashlib
-import json
-import logging
 import math
 import os
 import secrets
 import shutil
 import tempfile
-import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import gradio as gr
 from fastapi import FastAPI
 from PIL import Image
-from starlette.responses import PlainTextResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from unialign_jax.files import first_line
 from unialign_jax.inference.options import MAX_REFERENCES, PERCEPTION
-from unialign_jax.serving import snippets
 from unialign_jax.serving.edit_tree import EditTree
-from unialign_jax.serving.engine import Busy, Closing, Engine, Ticket, TooLate
+from unialign_jax.serving.engine import Engine, Ticket
 from unialign_jax.serving.examples import Examples, examples_for
-from unialign_jax.serving.requests import SEED_BITS, TIERS, Limits, Work, check_size, make_work, stamped_png
-
-log = logging.getLogger(__name__)
+from unialign_jax.serving.page_filter import Filter
+from unialign_jax.serving.page_worker import Worker
+from unialign_jax.serving.requests import SEED_BITS, TIERS, Limits
 
 SHOWN = 32  # images that a gallery keeps
-KEPT_SECONDS = 24 * 3600  # of files in the page's folder
-STATUS_SECONDS = 0.5  # between two lines about a request
-PREVIEW_SECONDS = 0.7
 MOST_SESSIONS = 1000
 ASPECTS = {"square": 1, "landscape": 4 / 3, "portrait": 3 / 4, "wide": 16 / 9, "tall": 9 / 16}
-# What a browser fetches of Gradio's paths. Others could fetch addresses, or start functions past the queue.
-PATHS = (
-    "/config",
-    "/theme.css",
-    "/favicon.ico",
-    "/manifest.json",
-    "/robots.txt",
-    "/gradio_api/theme.css",
-    "/gradio_api/info",
-    "/gradio_api/startup-events",
-    "/gradio_api/cancel",
-    "/gradio_api/upload",
-    "/gradio_api/upload_progress",
-    "/gradio_api/queue/join",
-    "/gradio_api/queue/data",
-)
-PREFIXES = ("/assets/", "/static/", "/svelte/", "/gradio_api/file=", "/gradio_api/heartbeat/")
-POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
 
 
 def size_choices(pipeline, limits: Limits) -> list[tuple[str, str]]:
@@ -79,138 +46,6 @@ def size_choices(pipeline, limits: Limits) -> list[tuple[str, str]]:
             sizes.add((width, height))
             choices.append((f"{name}, {width} x {height}", f"{width}x{height}"))
     return choices
-
-
-@dataclasses.dataclass(frozen=True)
-class Moment:
-    """How it stands with requests.
-
-    Attributes:
-      status: a line for the user.
-      tickets: what can be cancelled.
-      preview: the image as the network sees it now.
-      made: at the end, each request's job with its results; None before, and where they failed.
-    """
-
-    status: str
-    tickets: list[Ticket] = dataclasses.field(default_factory=list)
-    preview: Image.Image | None = None
-    made: list[tuple[Work, list]] | None = None
-
-
-class Worker:
-    """Does requests of the page through an engine, and keeps their images in a folder of its own."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        folder: Path,
-        *,
-        model: str,
-        limits: Limits,
-        stamp: dict[str, Any],
-        needs_key: bool = False,
-        log_prompts: bool = False,
-    ):
-        self.engine, self.limits = engine, limits
-        self._folder, self._model, self._stamp = folder, model, stamp
-        self._needs_key, self._log_prompts = needs_key, log_prompts
-        self._swept = time.monotonic()
-
-    async def do(self, requests: Sequence[tuple[str, dict, list[bytes]]], live: bool = False) -> AsyncIterator[Moment]:
-        """Queues requests, (task, fields, images) as `make_work` takes them, and tells of them until all are done.
-
-        Args:
-          live: with previews; the image then differs by up to a grey level from that of the API.
-        """
-        tickets: list[Ticket] = []
-        seen = Preview() if live else None
-        try:
-            works = [await asyncio.to_thread(make_work, *request, self.limits) for request in requests]
-            for work in works:
-                check_size(work.job, self.engine.pipeline.sizes)
-                if self._log_prompts:
-                    log.info(json.dumps({"task": work.job.task, "text": work.job.text}))
-                tickets.append(self.engine.submit(work.job, work.images, callback=seen))
-            futures = [asyncio.wrap_future(ticket.future) for ticket in tickets]
-            left = set(futures)
-            while left:
-                yield Moment(self._status(tickets), tickets, seen and seen.image)
-                _, left = await asyncio.wait(left, timeout=STATUS_SECONDS, return_when=asyncio.FIRST_EXCEPTION)
-                if any(ticket.future.cancelled() for ticket in tickets):
-                    yield Moment("Cancelled.")
-                    return
-                for future in futures:
-                    if future.done():
-                        future.result()  # raises its error
-            made = [(work, future.result()) for work, future in zip(works, futures, strict=True)]
-            seconds = max((ticket.queued or 0) + ticket.working for ticket in tickets)
-            yield Moment(f"Done in {seconds:.1f} s.", made=made)
-        except (ValueError, Busy, Closing, TooLate) as error:
-            yield Moment(f"Not done: {first_line(error)}")
-        except Exception as error:
-            log.exception("a request of the page failed")
-            yield Moment(f"It failed: {first_line(error)}")
-        finally:
-            for ticket in tickets:
-                ticket.cancel()
-
-    def _status(self, tickets: Sequence[Ticket]) -> str:
-        """Of the request that will be done last: its place in the queue, or its time."""
-        waiting = [ticket for ticket in tickets if not ticket.future.done()] or tickets
-        looks = [(ticket, self.engine.outlook(ticket)) for ticket in waiting]
-        ticket, look = max(looks, key=lambda pair: (pair[1].before, pair[1].seconds or 0))
-        spent = time.monotonic() - ticket.arrived
-        if ticket.queued is None:
-            expected = "" if look.seconds is None else f", done in about {max(1, round(look.seconds))} s"
-            return f"Waiting: {look.before} before it{expected}."
-        total = "" if look.seconds is None else f" of about {max(spent, spent + look.seconds):.0f} s"
-        return (
-            f"Working: {spent:.1f} s{total}." if total else f"Working: {spent:.1f} s; the first of a kind takes longer."
-        )
-
-    def keep(self, image: Image.Image, seed: int) -> Path:
-        """Writes an image as the API sends it, and returns its file."""
-        content = stamped_png(image, self._stamp)
-        path = self._folder / hashlib.sha256(content).hexdigest()[:32] / f"unialign_{seed}.png"
-        if not path.exists():
-            path.parent.mkdir(exist_ok=True)
-            path.write_bytes(content)
-        self._sweep()
-        return path
-
-    def _sweep(self) -> None:
-        """Once an hour, removes files that nobody has touched for a day."""
-        now = time.monotonic()
-        if now < self._swept + 3600:
-            return
-        self._swept = now
-        for path in self._folder.rglob("*"):
-            with contextlib.suppress(OSError):
-                if path.is_file() and path.stat().st_mtime < time.time() - KEPT_SECONDS:
-                    path.unlink()
-
-    def copies(self, works: Sequence[Work], url: str) -> tuple[str, str, str]:
-        """(Python, curl, lines of a jobs file) that do the same as the requests."""
-        jobs = [work.job for work in works]
-        return (
-            "\n".join(snippets.as_python(job, self._model) for job in jobs),
-            "\n".join(snippets.as_curl(job, url, needs_key=self._needs_key) for job in jobs),
-            "".join(map(snippets.as_job, jobs)),
-        )
-
-
-class Preview:
-    """A callback of `Pipeline.generate` that keeps the newest prediction of the first image."""
-
-    def __init__(self):
-        self.image: Image.Image | None = None
-        self._shown = 0.0
-
-    def __call__(self, step) -> None:
-        if 0 in step.members and time.monotonic() > self._shown + PREVIEW_SECONDS and step.index < step.count:
-            self.image = step.images()[step.members.index(0)]
-            self._shown = time.monotonic()
 
 
 def chosen_seed(seed: float | None, is_random: bool) -> int:
@@ -293,8 +128,8 @@ class Layout:
     def _copies(prefix: str) -> list:
         with gr.Accordion("Copy as code", open=False):
             gr.Markdown(
-                "`image.png` is the picture that was sent; of a later edit, the one before it. In Python, the bundle's folder "
-                "goes where its name stands."
+                "`image.png` is the picture that was sent; of a later edit, the one before it. "
+                "In Python, the bundle's folder goes where its name stands."
             )
             return [
                 gr.Code("", language=language, label=label, elem_id=f"{prefix}_{label.split()[0].lower()}", lines=2)
@@ -600,107 +435,6 @@ class Layout:
                 continue
             [(work, [said])] = now.made
             yield now.status, [], said, work.job.seed, *self._worker.copies([work], address(request))
-
-
-class Filter:
-    """Around Gradio's application: what a browser needs of it, for pages of this origin, and files of its folder alone.
-
-    A heartbeat, which lasts as long as a page is open, ends with the server, so that an open page does not keep it.
-    """
-
-    def __init__(self, app: ASGIApp, folder: Path, is_ending: Callable[[], bool] = lambda: False):
-        self._app, self._folder, self._is_ending = app, folder, is_ending
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return  # the page has no web sockets
-        path = scope["path"].rstrip("/") or "/"
-        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        if path != "/" and path not in PATHS and not path.startswith(PREFIXES):
-            return await PlainTextResponse("there is no such page", 404)(scope, receive, send)
-        origin = headers.get(b"origin")
-        if origin is not None and urlsplit(origin).netloc != headers.get(b"host"):
-            return await PlainTextResponse("this is a page of another origin", 403)(scope, receive, send)
-        if path.startswith("/gradio_api/file=") and not self._is_ours(unquote(path.partition("=")[2])):
-            return await PlainTextResponse("there is no such file", 404)(scope, receive, send)
-        if path == "/gradio_api/queue/join":
-            body = await _read(receive)
-            if not self._has_only_ours(body):
-                return await PlainTextResponse("a file was not uploaded here", 400)(scope, receive, send)
-            receive = _replayed(body, receive)
-
-        async def marked(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                own = [(b"content-security-policy", POLICY.encode()), (b"referrer-policy", b"no-referrer")]
-                message = message | {"headers": [*message.get("headers", ()), *own]}
-            await send(message)
-
-        if path.startswith("/gradio_api/heartbeat/"):
-            await self._until_the_end(scope, receive, marked)
-        else:
-            await self._app(scope, receive, marked)
-
-    def _is_ours(self, path: str) -> bool:
-        """Whether a path lies in the folder of the page, links followed."""
-        try:
-            return Path(path).resolve().is_relative_to(self._folder)
-        except (OSError, ValueError):
-            return False
-
-    def _has_only_ours(self, body: bytes) -> bool:
-        """Whether all files that a request names lie in the folder. Gradio looks at that only in apps that it started
-        itself, and fetches what is a URL."""
-        try:
-            left = [json.loads(body)]
-        except (ValueError, RecursionError):
-            return False
-        while left:
-            value = left.pop()
-            if isinstance(value, dict):
-                named = value.get("path")
-                if named is not None and not (isinstance(named, str) and self._is_ours(named)):
-                    return False
-                left += value.values()
-            elif isinstance(value, list):
-                left += value
-        return True
-
-    async def _until_the_end(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_whole = False
-
-        async def watched(message: Message) -> None:
-            nonlocal is_whole
-            is_whole = message["type"] == "http.response.body" and not message.get("more_body", False)
-            await send(message)
-
-        task = asyncio.ensure_future(self._app(scope, receive, watched))
-        try:
-            while not task.done() and not self._is_ending():
-                await asyncio.wait({task}, timeout=STATUS_SECONDS)
-        finally:
-            task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-        if self._is_ending() and not is_whole:
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def _read(receive: Receive) -> bytes:
-    body, more = bytearray(), True
-    while more:
-        message = await receive()
-        body += message.get("body", b"")
-        more = message.get("more_body", False)
-    return bytes(body)
-
-
-def _replayed(body: bytes, receive: Receive) -> Receive:
-    first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def replay() -> Message:
-        return first.pop() if first else await receive()
-
-    return replay
 
 
 def add_page(
