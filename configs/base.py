@@ -51,6 +51,7 @@ def paper_config(size: str = "") -> ConfigDict:
             "teacher": {
                 "path": "",  # the teacher's bundle (launch/convert.py teacher)
                 "online": False,  # True: it runs in every step; False: its features are stored with the records
+                "grid": 0,  # pixels a side of the cells in which images are compared, such as 32; 0: whole images
             },
             # Networks: the fields of their dataclasses in models/, filled from a preset (models/presets.py). Bundles
             # store these groups, so the two switches of the released heads, final_silu and pool, are in `heads`.

@@ -1,6 +1,7 @@
 """Scores of a model: python launch/evaluate.py --help"""
 
 import argparse
+import importlib
 import logging
 import os
 import re
@@ -22,21 +23,46 @@ one after another, or alone the one that is named after the suite. After an inte
 EXAMPLES = """\
 examples
   python launch/evaluate.py shapes --bundle=runs/quickstart --output=scores/quickstart
-  python launch/evaluate.py geneval --bundle=BUNDLE --data=data/geneval --output=scores/geneval
+  python launch/evaluate.py mmmu --bundle=BUNDLE --data=data/mmmu --output=scores/mmmu
   python launch/evaluate.py semgen generate --bundle=BUNDLE --data=data/semgen --output=scores/semgen --limit=10
   python launch/evaluate.py semgen score --output=scores/semgen --judge=http://localhost:8000/v1 --judge-model=NAME
+  python launch/evaluate.py list --run=scores/mmmu
+  python launch/evaluate.py fetch geneval --data=data/geneval
+  python launch/evaluate.py compare scores/before scores/after --output=comparison.md
 A judge's key is read from the environment variable OPENAI_API_KEY. Suites, data and figures: docs/evaluation.md.
 """
+# Commands that are no suite of `suites.SUITES`, and their modules.
+COMMANDS = {
+    "shapes": "shapes_command",
+    "fid": "image_sets",
+    "clipscore": "image_sets",
+    "list": "listing",
+    "compare": "comparing",
+    "fetch": "fetching",
+    "build-semgen": "building.command",
+}
 # Options of the sampler that no suite leaves to the user.
 FIXED = ("images_per_prompt", "kind", "slots", "prefix")
 # Options of the machine and of the model, as launch/generate.py has them.
-MACHINE = ("bundle", "batch", "weights", "dtype", "quantize", "low_memory", "attention", "verify", "compilation_cache")
+MACHINE = (
+    "bundle",
+    "batch",
+    "devices",
+    "weights",
+    "dtype",
+    "quantize",
+    "low_memory",
+    "attention",
+    "verify",
+    "compilation_cache",
+)
 RESERVED = ("official", "corrected")  # folders of a run beside that of the model
 KEY = "OPENAI_API_KEY"  # the environment variable of a judge's key
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    from unialign_jax.evaluation import shapes_command
+    from unialign_jax.evaluation import comparing, fetching, image_sets, listing, shapes_command
+    from unialign_jax.evaluation.building import command as building
     from unialign_jax.evaluation.suites import SUITES, find_suite
 
     parser = Parser(description=DESCRIPTION, epilog=EXAMPLES)
@@ -46,6 +72,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         suite = find_suite(name)
         about = f"{suite.title}: {suite.summary}.\nData: {suite.source}"
         add_suite_arguments(commands.add_parser(name, help=suite.summary, description=about), suite)
+    image_sets.add_fid_arguments(commands.add_parser("fid", help="the Frechet distance of two folders of images"))
+    image_sets.add_clipscore_arguments(commands.add_parser("clipscore", help="how well images fit their prompts"))
+    listing.add_arguments(commands.add_parser("list", help="the suites, what each needs and what it costs"))
+    comparing.add_arguments(commands.add_parser("compare", help="runs of one suite side by side"))
+    fetching.add_arguments(commands.add_parser("fetch", help="download what is free of a suite's data"), list(SUITES))
+    about = "a new set in the form of SemGen-Bench"
+    building.add_arguments(commands.add_parser("build-semgen", help=about, description=building.DESCRIPTION))
     for command in commands.choices.values():
         command.add_argument("--traceback", action="store_true", help="show where an error came from")
     arguments = parser.parse_args(argv)
@@ -53,6 +86,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         check_suite_arguments(parser, arguments)
     elif arguments.command == "shapes":
         shapes_command.check_arguments(parser, arguments)
+    elif arguments.command == "build-semgen":
+        building.check_arguments(parser, arguments)
     return arguments
 
 
@@ -83,6 +118,7 @@ def add_suite_arguments(parser: argparse.ArgumentParser, suite) -> None:
     add = parser.add_argument_group("the model").add_argument
     add("--name", default="model", help="under which the official layout files the images (%(default)s)")
     add("--batch", type=int, default=8, metavar="N", help="most samples at a time (%(default)s)")
+    add("--devices", type=int, metavar="N", help="default all GPUs or TPU chips, on a CPU 1")
     add("--weights", choices=["raw", "ema"], help="of a run: default its average, if it keeps one")
     add("--dtype", choices=["bfloat16", "float32"], help="default bfloat16, on a CPU float32")
     add("--quantize", choices=["int8", "w8a8"], help="int8 weights; w8a8: int8 activations too")
@@ -132,6 +168,7 @@ def parts_of(arguments: argparse.Namespace) -> tuple[str, ...]:
 def run_suite(arguments: argparse.Namespace) -> int:
     """The parts of a run that are asked for. Returns 1 where jobs or scores failed."""
     from unialign_jax.evaluation import judging, running
+    from unialign_jax.evaluation.reporting import words
     from unialign_jax.evaluation.suite import Request
     from unialign_jax.evaluation.suites import find_suite
 
@@ -151,6 +188,8 @@ def run_suite(arguments: argparse.Namespace) -> int:
         extra=extra,
     )
     if "generate" in parts:
+        if "score" in parts:
+            suite.check_scoring(request, bool(getattr(arguments, "judge", None)))
         machine = running.Machine(**{name: named[name] for name in MACHINE})
         failed += running.generate(suite, request, machine, overwrite=arguments.overwrite)
     if parts == ("generate",):
@@ -161,7 +200,8 @@ def run_suite(arguments: argparse.Namespace) -> int:
     if "score" in parts:
         failed += score(suite, request, arguments)
     if "report" in parts:
-        print(running.report(suite, request))
+        found = running.report(suite, request)
+        print("\n".join(words.summary(found, request.output / request.mode)))
     return 1 if failed else 0
 
 
@@ -196,10 +236,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("absl", "asyncio"):  # the storage library logs its own tracebacks; the error raised says it all
         logging.getLogger(name).setLevel(logging.CRITICAL)
     hint = ": a smaller --batch takes less"
-    if arguments.command == "shapes":
-        from unialign_jax.evaluation import shapes_command
-
-        work = shapes_command.run
+    if arguments.command in COMMANDS:
+        work = importlib.import_module(f"unialign_jax.evaluation.{COMMANDS[arguments.command]}").run
     else:
         logging.getLogger("unialign_jax").setLevel(logging.INFO)  # what is sampled, what a judge is asked
         work = run_suite

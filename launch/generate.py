@@ -84,6 +84,7 @@ def parse_arguments(argv):
 
     model = parser.add_argument_group("the machine")
     model.add_argument("--batch", type=int, default=8, metavar="N", help="most samples at a time (default %(default)s)")
+    model.add_argument("--devices", type=int, metavar="N", help="of --jobs: default all GPUs or TPU chips, on a CPU 1")
     model.add_argument("--dtype", choices=["bfloat16", "float32"], help="default bfloat16, on a CPU float32")
     model.add_argument("--quantize", choices=["int8", "w8a8"], help="int8 weights; w8a8: int8 activations too")
     model.add_argument("--low-memory", action="store_true", help="on the device only what is in use; slower")
@@ -105,6 +106,8 @@ def parse_arguments(argv):
     given = [key for key in keys if getattr(options, key) is not None]
     if not 1 <= options.batch <= 2**16:
         parser.error(f"--batch is {options.batch}, expected 1 to {2**16}")
+    if options.devices is not None and not options.jobs:
+        parser.error("--devices goes with --jobs")
     if options.jobs:
         if options.task or given:
             parser.error(f"{flag('task' if options.task else given[0])} goes into the lines of the jobs file")
@@ -132,14 +135,16 @@ class Model:
         self.stamp = self._source.stamp(options.dtype, options.quantize)
         self.identity = f"{self._source.digest} {options.dtype} {options.quantize}"  # all of it that changes results
 
-    def open(self):
-        from unialign_jax.inference.opening import keep_compiled
+    def open(self, devices: int | None = 1) -> list:
+        """A pipeline for each of so many devices; None is all."""
+        from unialign_jax.inference.opening import devices_to_use, keep_compiled
 
         options = self._options
         keep_compiled(options.compilation_cache)
-        log.info("opening %s", options.bundle)
+        places = devices_to_use(devices)
+        log.info("opening %s%s", options.bundle, f" on {len(places)} devices" if len(places) > 1 else "")
         how = {name: getattr(options, name) for name in ("dtype", "quantize", "low_memory", "attention")}
-        return self._source.open(max_batch=options.batch, **how)
+        return [self._source.open(max_batch=options.batch, device=place, **how) for place in places]
 
 
 def generate(options) -> int:
@@ -154,7 +159,7 @@ def generate(options) -> int:
         if os.path.lexists(path) and not options.overwrite:
             raise FileExistsError(f"{path} is there already; choose another --output, or give --overwrite")
         job_runner.check_writable(path.parent)
-    made = job_runner.make(job, model.open(), options.batch)
+    made = job_runner.make(job, model.open()[0], options.batch)
     if job.task in TEXT_TASKS:
         print(made[0])
         for path in paths:
@@ -185,11 +190,12 @@ def run_jobs(options) -> int:
         print(f"{results.earlier} of {len(read)} jobs are done already")
     try:
         if todo:
-            pipeline = model.open()
+            pipelines = model.open(options.devices)
             if not options.low_memory:
-                pipeline.load()  # damaged weights are one error, not one for each job
+                for pipeline in pipelines:
+                    pipeline.load()  # damaged weights are one error, not one for each job
             with tqdm(total=len(read), initial=len(read) - len(todo), unit="job", disable=None) as bar:
-                job_runner.run(todo, pipeline, results, options.batch, bar.update)
+                job_runner.run(todo, pipelines, results, options.batch, bar.update)
     except KeyboardInterrupt as stop:
         done = results.earlier + results.done
         raise type(stop)(f"{done} of {len(read)} jobs are done and kept; the same command resumes there") from None

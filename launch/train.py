@@ -37,7 +37,9 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         usage="python launch/train.py --config=FILE[:tiny] --workdir=DIR [--config.KEY=VALUE ...]",
     )
     parser.add_argument("--config", required=True, help="stage file: configs/stage1.py, or configs/stage1.py:tiny")
-    parser.add_argument("--workdir", required=True, help="folder of the run; resumed when it holds a checkpoint")
+    parser.add_argument(
+        "--workdir", required=True, help="folder of the run, or gs://BUCKET/FOLDER; resumed when it holds a checkpoint"
+    )
     parser.add_argument("--noprogress", action="store_true", help="draw no progress bar")
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from, not just what it is")
     several = parser.add_argument_group("several processes")
@@ -66,8 +68,8 @@ def main(arguments: list[str]) -> None:
     options, changes = parse(arguments)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     logging.getLogger("unialign_jax").setLevel(logging.INFO)
-    if not options.traceback:  # Orbax logs pages beside an exception that says all
-        for name in ("absl", "asyncio"):
+    if not options.traceback:  # Orbax and gcsfs log pages beside an exception that says all
+        for name in ("absl", "asyncio", "gcsfs"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         from unialign_jax.training.config import read_config
@@ -129,7 +131,7 @@ def train_together(config, options: argparse.Namespace, last_words) -> None:
         line = line or str(error).strip() or type(error).__name__
         if lost:
             reason, status = line.splitlines()[0][:300], LOST
-            line = f"this process cannot go on, most likely because another was lost ({reason}). {AGAIN}"
+            line = f"this process cannot continue, most likely because another was lost ({reason}). {AGAIN}"
     except KeyboardInterrupt:
         line = "interrupted"
     except SystemExit:  # all processes have stopped and saved; JAX waits for them at the exit

@@ -9,6 +9,7 @@ from unialign_jax import files
 from unialign_jax.data.kinds import TASKS, task_name
 from unialign_jax.data.tokenizer import Tokenizer
 from unialign_jax.files import shown
+from unialign_jax.files.places import Place, is_url, place
 from unialign_jax.integrity import inventory
 from unialign_jax.models.autoencoder import AutoencoderConfig
 from unialign_jax.models.mmdit import REMAT_POLICIES, AlignmentHeadsConfig, MMDiTConfig
@@ -98,13 +99,20 @@ def is_packaged(name: str | os.PathLike) -> bool:
     return str(name) in PACKAGED and not os.path.lexists(name)
 
 
-def locate(name: str | os.PathLike) -> Path:
-    """The folder of the bundle `name`: a path, or the name of a packaged bundle, such as "demo"."""
-    return PACKAGED[str(name)] if is_packaged(name) else Path(name)
+def locate(name: str | os.PathLike) -> Place:
+    """The folder of the bundle `name`: a path, or the name of a packaged bundle, such as "demo".
+
+    A URL is that of a run in a bucket. Raises as `places.place` does.
+    """
+    if is_packaged(name):
+        return PACKAGED[str(name)]
+    return place(name) if is_url(name) else Path(name)
 
 
 def is_bundle(directory: str | os.PathLike) -> bool:
-    """Whether the folder holds a whole bundle (of any version)."""
+    """Whether the folder holds a whole bundle (of any version). Those in buckets are not read, so there is none."""
+    if is_url(directory):
+        return False
     try:
         return files.read_json(Path(directory) / "config.json").get("format") == FORMAT
     except (OSError, ValueError):
@@ -117,6 +125,8 @@ def read_content(directory: str | os.PathLike, verify: bool = True) -> dict:
     Raises FileNotFoundError when there is no such folder, and ValueError when it is not a bundle, is of another version
     or (with `verify`) has been changed since it was written.
     """
+    if is_url(directory):
+        raise ValueError(f"{directory} is no run's folder; a bundle must lie on a file system: copy it here first")
     directory = Path(directory)
     if not directory.is_dir():
         if directory.exists():

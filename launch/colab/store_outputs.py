@@ -1,7 +1,7 @@
 """Runs a notebook as it stands and keeps in it what it showed: python launch/colab/store_outputs.py quickstart.ipynb
 
 Needs requirements-test.txt and as long as the notebook takes. It runs in its own folder, as from a checkout, and leaves
-there what it made (data, runs, bundles, results): run again, its trainings go on from there.
+there what it made (data, runs, bundles, results): run again, its trainings resume from there.
 """
 
 import base64

@@ -19,7 +19,7 @@ cd "${SLURM_SUBMIT_DIR:?this script is for sbatch: use launch/slurm/submit.sh}" 
 logs=${LOGS:?launch/slurm/submit.sh sets LOGS}
 stop=$logs/stop-$SLURM_JOB_ID lost=$logs/lost-$SLURM_JOB_ID
 if [ -e "$stop" ]; then
-  echo "$(date -Is) job $SLURM_JOB_ID was stopped on request and does not start again; submit it again to go on"
+  echo "$(date -Is) job $SLURM_JOB_ID was stopped on request and does not start again; submit it again to resume"
   exit 0
 fi
 # shellcheck source=/dev/null
@@ -38,7 +38,7 @@ code=$?
 requeue() {
   echo "$(date -Is) $1; queued again"
   scontrol requeue "$SLURM_JOB_ID" || {
-    echo "error: SLURM does not queue job $SLURM_JOB_ID again; submit it again: the same command goes on" >&2
+    echo "error: SLURM does not queue job $SLURM_JOB_ID again; submit it again: the same command resumes" >&2
     exit 1
   }
 }
@@ -52,7 +52,7 @@ case $code in
   0) echo "$(date -Is) finished" ;;
   143)
     if [ -e "$stop" ]; then
-      echo "$(date -Is) stopped on request, saved; submit it again to go on"
+      echo "$(date -Is) stopped on request, saved; submit it again to resume"
       exit 0
     fi
     requeue "stopped by SIGTERM, saved"

@@ -159,7 +159,7 @@ case $command in
       printf '%s\n' "$ended" "$manifest"
     else
       case " $ended " in *" Completed "* | *" Failed "*)
-        fail "the JobSet $NAME has ended ($ended) and does not start again: delete it first; the run in $WORKDIR goes on from its newest checkpoint"
+        fail "the JobSet $NAME has ended ($ended) and does not start again: delete it first; the run in $WORKDIR resumes from its newest checkpoint"
         ;;
       esac
     fi

@@ -302,7 +302,7 @@ stop() {
   fi
   WORKERS=$(grep -o 'unialign-worker .*' "$scratch/workers" | sort)
   print_workers
-  PROBLEM=$(sed -n 's/^unialign-worker \([^ ]*\) stopped:\([^ ]*\) .*/\1 ended with \2, not saved: start goes on from the checkpoint before/p' <<<"$WORKERS" | head -n 1)
+  PROBLEM=$(sed -n 's/^unialign-worker \([^ ]*\) stopped:\([^ ]*\) .*/\1 ended with \2, not saved: start resumes from the checkpoint before/p' <<<"$WORKERS" | head -n 1)
   [ -z "$PROBLEM" ]
 }
 
@@ -349,7 +349,7 @@ keep() {
         continue
         ;;
       SUSPENDED)
-        say "$NAME was preempted: its slices are asked for again, and the run goes on from its newest checkpoint"
+        say "$NAME was preempted: its slices are asked for again, and the run resumes from its newest checkpoint"
         delete || missed || return
         continue
         ;;
@@ -378,7 +378,7 @@ keep() {
         ;;
       stopped)
         if [ $first = 0 ]; then
-          say "training was stopped on request; start or keep goes on"
+          say "training was stopped on request; start or keep resumes"
           return
         fi
         begin || missed || return

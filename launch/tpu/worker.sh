@@ -120,7 +120,7 @@ start() {
     case $argument in --workdir=*) workdir=${argument#*=} ;; esac
   done
   [ -n "$workdir" ] || fail "start needs --workdir=DIR"
-  if [ -z "${LOCAL_DISK:-}" ]; then
+  if [ -z "${LOCAL_DISK:-}" ] && [[ $workdir != gs://* ]]; then
     mkdir -p "$workdir" || fail "cannot make $workdir"
     disk=$(stat --file-system --format=%T "$workdir")
     case $disk in

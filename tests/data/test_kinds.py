@@ -8,6 +8,7 @@ import pytest
 from unialign_jax.data import jsonl, kinds, records, streams
 from unialign_jax.data.records import Record
 from unialign_jax.data.shapes import tasks
+from unialign_jax.data.sources import rows
 from unialign_jax.data.tokenizer import load_tokenizer
 from unialign_jax.training import config as config_lib
 
@@ -52,7 +53,7 @@ def test_a_new_kind_disturbs_nothing(new_kind, tmp_path, refuses):
     assert {kind: digest(kind) for kind in RECORDS} == RECORDS
     assert tasks.write_shapes(tmp_path / "world", 1, image_size=16) == dict.fromkeys(RECORDS, True)
     refuses(lambda: tasks.shapes_record(new_kind, 0, 0), "sketch", "shapes has")
-    refuses(lambda: list(jsonl.read_jsonl([tmp_path / "rows"], new_kind)), "sketch", "JSONL", "write_records")
+    refuses(lambda: rows.check_kind(new_kind), "sketch", "cannot be read from files", "write_records")
     # What works from the table alone, works.
     records.write_records(tmp_path / "own", [Record("a", b"x", caption="c")], kind=new_kind)
     assert records.read_metadata(tmp_path / "own").kind == new_kind
@@ -69,7 +70,7 @@ def test_unknown_kinds_are_refused(kind, refuses, tmp_path):
     refuses(lambda: kinds.has_image_pass(kind), "unknown kind", "text_to_image")
     refuses(lambda: streams.encode_texts(record, kind, load_tokenizer(), 8), "unknown kind")
     refuses(lambda: records.write_records(tmp_path / "d", [record], kind=kind), "unknown kind")
-    refuses(lambda: list(jsonl.read_jsonl([tmp_path / "none"], kind)), "unknown kind")
+    refuses(lambda: rows.check_kind(kind), "unknown kind")
     refuses(lambda: streams.StreamConfig("s", kind, "x"), "stream s: unknown kind")
     assert not list(tmp_path.iterdir())
 

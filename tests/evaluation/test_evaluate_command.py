@@ -32,8 +32,29 @@ def test_every_task_has_its_figures_and_its_sheet(scored):
         assert set(content["scores"][task]) == names
     assert all(score["count"] == 2 for score in content["scores"]["text_to_image"].values())
     assert content["scores"]["text_to_image"]["exact"]["mean"] == 0  # random weights draw no scene
-    sheets = {path.name for path in scored.iterdir()} - {"scores.json"}
+    every = {"settings.json", "scores.jsonl", "report.json", "report.md", "report.html", "pictures"}
+    assert every < {path.name for path in scored.iterdir()}
+    sheets = {path.name for path in scored.iterdir()} - {"scores.json"} - every
     assert sheets == {f"worst_{task}.{'md' if task in ('caption', 'vqa') else 'png'}" for task in TASKS}
+
+
+@pytest.mark.slow
+def test_the_report_has_the_same_means_with_intervals(scored, launch_command, tmp_path):
+    means = json.loads((scored / "scores.json").read_text())["scores"]
+    report = json.loads((scored / "report.json").read_text())
+    assert report["items"]["in_this_run"] == 2 * len(TASKS) and report["bootstrap"]["resamples"] == 1000
+    assert set(report["figures"]) == {f"{task}/{name}" for task in means for name in means[task]}
+    for task in means:
+        for name, score in means[task].items():
+            figure = report["figures"][f"{task}/{name}"]
+            assert figure["value"] == pytest.approx(score["mean"], abs=1e-12)
+            assert figure["low"] <= figure["value"] <= figure["high"]
+    page = (scored / "report.html").read_text()
+    assert page.count("no readable picture") == 0 and page.count("<img") >= 2 * len(TASKS)
+    same = tmp_path / "same.json"
+    assert launch_command("evaluate").main(["compare", str(scored), str(scored), f"--output={same}"]) == 0
+    for figure in json.loads(same.read_text())["runs"][1]["difference"].values():
+        assert figure == {"value": 0.0, "low": 0.0, "high": 0.0}
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from pathlib import Path
 
@@ -99,7 +100,7 @@ def work(jobs_path, output, pipeline=None, batch=4, model="", overwrite=False):
     pipeline = pipeline or FakePipeline()
     results = Results(output)
     todo = results.begin(read_jobs(jobs_path, model), overwrite=overwrite)
-    run(todo, pipeline, results, batch)
+    run(todo, pipeline if isinstance(pipeline, list) else [pipeline], results, batch)
     return results, pipeline
 
 
@@ -508,6 +509,53 @@ def test_an_interrupted_run_keeps_what_is_done_and_goes_on(folder):
     results, pipeline = work(jobs_path, folder / "out", batch=2)
     assert (results.earlier, pipeline.calls) == (4, [("text_to_image", [4, 5])])
     assert list(lines_of(folder / "out")) == [f"j{i}" for i in range(6)]
+
+
+class Slow(FakePipeline):
+    """Takes longer for the first batches, so that several pipelines end them in another order."""
+
+    def generate(self, prompts, *, seed, **options):
+        time.sleep(0.02 * (2 - min(2, len(self.calls))) + 0.002 * (seed[0] % 3))
+        return super().generate(prompts, seed=seed, **options)
+
+
+def test_several_pipelines_share_the_batches_and_change_nothing(folder):
+    rows = [
+        {
+            "id": f"j{i}",
+            "task": "text_to_image",
+            "prompt": "p" * (i + 1),
+            "seed": 10 * i,
+            "images_per_prompt": 1 + i % 3,
+        }
+        for i in range(20)
+    ]
+    path = write(folder, *rows)
+    work(path, folder / "one", batch=2)
+    results, pipelines = work(path, folder / "three", [Slow(), Slow(), Slow()], batch=2)
+    assert results.done == 20 and all(pipeline.calls for pipeline in pipelines)
+    # Each batch was made once, and is that of one pipeline.
+    _, alone = work(path, folder / "again", batch=2)
+    assert sorted(call for pipeline in pipelines for call in pipeline.calls) == sorted(alone.calls)
+    names = sorted(path.name for path in (folder / "one").glob("*.png"))
+    assert names == sorted(path.name for path in (folder / "three").glob("*.png"))
+    for name in names:
+        with Image.open(folder / "one" / name) as one, Image.open(folder / "three" / name) as three:
+            assert one.tobytes() == three.tobytes()
+
+
+def test_one_of_several_pipelines_that_breaks_stops_the_others(folder):
+    class Broken(FakePipeline):
+        def generate(self, prompts, **options):
+            raise ZeroDivisionError("a fault of the code")
+
+    rows = [{"id": f"j{i}", "task": "text_to_image", "prompt": "p", "seed": i} for i in range(200)]
+    slow = Slow()
+    with pytest.raises(ZeroDivisionError):
+        work(write(folder, *rows), folder / "out", [slow, Broken()], batch=1)
+    assert len(slow.calls) < 100
+    done = [line for line in lines_of(folder / "out").values() if line["status"] == "done"]
+    assert len(done) == len(slow.calls)  # what it made until then is kept
 
 
 def test_a_disk_that_fills_up_stops_the_run(folder, monkeypatch):

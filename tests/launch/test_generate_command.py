@@ -43,7 +43,7 @@ def pipeline(tiny_bundle):
 @pytest.fixture
 def opened(command, pipeline, monkeypatch):
     """The command opens the pipeline that the tests have: what is compiled once stays compiled."""
-    monkeypatch.setattr(command.Model, "open", lambda self: pipeline)
+    monkeypatch.setattr(command.Model, "open", lambda self, devices=1: [pipeline])
     return pipeline
 
 
@@ -123,6 +123,17 @@ def test_jobs_of_every_task(command, opened, tiny_bundle, photo, tmp_path, capsy
 
 
 @pytest.mark.slow
+def test_two_devices_make_what_one_makes(command, tiny_bundle, pipeline, tmp_path):
+    rows = [{"id": f"j{i}", "task": "text_to_image", "prompt": f"p{i}", "seed": i, "steps": 2} for i in range(6)]
+    (tmp_path / "jobs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = [f"--jobs={tmp_path}/jobs.jsonl", f"--output={tmp_path}/two", "--batch=2", "--devices=2"]
+    assert run(command, f"--bundle={tiny_bundle}", *options) == 0
+    images = pipeline.generate([row["prompt"] for row in rows], seed=list(range(6)), steps=2)
+    for row, image in zip(rows, images, strict=True):
+        assert (pixels(tmp_path / "two" / f"{row['id']}.png") == pixels(image)).all()
+
+
+@pytest.mark.slow
 def test_one_call_makes_what_a_job_makes(command, tiny_bundle, opened, tmp_path, capsys):
     arguments = [f"--bundle={tiny_bundle}", "--task=t2i", "--prompt=a red circle", "--seed=4", "--steps=2", "--count=2"]
     assert run(command, *arguments, f"--output={tmp_path}/new/fox.png") == 0
@@ -153,8 +164,13 @@ def test_a_text_is_printed_and_written(command, tiny_bundle, opened, photo, tmp_
 
 def test_how_the_bundle_is_opened(command, tiny_bundle):
     arguments = ["--task=caption", "--image=x", "--batch=3", "--dtype=bfloat16", "--attention=xla"]
-    pipeline = command.Model(command.parse_arguments([f"--bundle={tiny_bundle}", *arguments])).open()
+    model = command.Model(command.parse_arguments([f"--bundle={tiny_bundle}", *arguments]))
+    (pipeline,) = model.open()
     assert isinstance(pipeline, Pipeline) and pipeline.max_batch == 3
+    assert [opened.device.id for opened in model.open(3)] == [0, 1, 2]
+    assert len(model.open(None)) == 1  # all, but on a CPU one
+    with pytest.raises(ValueError, match="--devices is 9, and this machine has 8"):
+        model.open(9)
 
     def identity(*more):
         return command.Model(command.parse_arguments([f"--bundle={tiny_bundle}", "--task=caption", *more])).identity
@@ -286,7 +302,7 @@ def test_signals_keep_what_is_done(command, tiny_bundle, tmp_path, capsys, monke
                 os.kill(os.getpid(), number)
             return [Image.new("RGB", (16, 16)) for _ in prompts]
 
-    monkeypatch.setattr(command.Model, "open", lambda self: Struck())
+    monkeypatch.setattr(command.Model, "open", lambda self, devices=1: [Struck()])
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell starts us with it ignored
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
@@ -325,7 +341,7 @@ def test_memory_that_is_short_is_said(command, tiny_bundle, tmp_path, capsys, mo
         def generate(self, prompts, **options):
             raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nand pages more")
 
-    monkeypatch.setattr(command.Model, "open", lambda self: Full())
+    monkeypatch.setattr(command.Model, "open", lambda self, devices=1: [Full()])
     assert run(command, f"--bundle={tiny_bundle}", "--task=t2i", "--prompt=a", f"--output={tmp_path}/a.png") == 1
     assert capsys.readouterr().err == (
         "error: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.; try a smaller --batch, --low-memory or "

@@ -32,16 +32,12 @@ SMALLER += [f"text_encoder.{key}" for key in ("depth=1", "width=32", "mlp_width=
 
 
 @pytest.fixture
-def execute(tmp_path, monkeypatch, compilation_cache):
+def execute(tmp_path, monkeypatch):
     """A function (notebook, parameters, names) -> (the executed notebook, its variables of those names).
 
     The notebook runs in an empty folder, `tmp_path`, on one CPU device.
     """
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(compilation_cache))
-    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-    # A few steps of everything: compiling is what takes the time.
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
     def run(name, parameters, names):
         notebook = nbformat.read(ROOT / "launch/colab" / name, as_version=4)

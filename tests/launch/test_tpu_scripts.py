@@ -521,9 +521,12 @@ def test_a_host_refuses_a_folder_that_the_others_do_not_see(host):
     host.stand_in("stat", "echo ext2/ext3\n")
     result = host("start", "--config=c", f"--workdir={host.workdir}")
     assert_one_line_error(result, str(host.workdir), "ext2/ext3", "--storage")
-    host.stand_in("stat", "echo nfs\n")
-    assert host("start", "--config=c", f"--workdir={host.workdir}").returncode == 0
-    assert host("stop").returncode == 0
+    for disk, workdir in (("nfs", str(host.workdir)), ("ext2/ext3", "gs://bucket/run")):
+        host.stand_in("stat", f"echo {disk}\n")
+        assert host("start", "--config=c", f"--workdir={workdir}").returncode == 0
+        assert host.state() == "running" and host("status").stdout.split()[3] == workdir
+        assert host("stop").returncode == 0
+    assert not (host.home / "unialign/gs:").exists()
 
 
 @pytest.mark.parametrize(

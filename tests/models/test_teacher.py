@@ -18,6 +18,7 @@ from unialign_jax.models.teacher import (
     init_teacher,
     preprocess_images,
     resized_size,
+    to_cells,
 )
 from unialign_jax.parallel import sharding
 from unialign_jax.parallel.mesh import make_mesh
@@ -335,3 +336,19 @@ def test_bad_input_is_refused_with_the_numbers():
         dataclasses.replace(TINY, width=30)
     with pytest.raises(ValueError, match="window_size is 20, expected at least one merged token, 28 pixels"):
         dataclasses.replace(TINY, window_size=20)
+
+
+def test_cells_take_tokens_by_area():
+    """Three tokens in a row over two cells: the middle one is half in each."""
+    tokens = jnp.asarray([[[1.0, 10.0], [2.0, 20.0], [6.0, 60.0]]])
+    found = to_cells(tokens, (1, 3), (1, 2))
+    np.testing.assert_allclose(found, [[[4 / 3, 40 / 3], [14 / 3, 140 / 3]]], rtol=1e-6)
+    np.testing.assert_allclose(to_cells(tokens, (3, 1), (2, 1)), found, rtol=1e-6)
+    np.testing.assert_array_equal(to_cells(tokens, (1, 3), (1, 3)), tokens)
+    # 18 x 18 tokens of 504 pixels onto 16 x 16 cells: the mean stays, rows before columns.
+    tokens = jnp.asarray(np.random.default_rng(0).normal(size=(2, 18 * 18, 3)), jnp.float32)
+    cells = to_cells(tokens, (18, 18), (16, 16))
+    np.testing.assert_allclose(cells.mean(axis=1), tokens.mean(axis=1), atol=1e-6)
+    rows = jnp.repeat(jnp.arange(18.0), 18)[None, :, None]
+    downwards = to_cells(rows, (18, 18), (16, 16)).reshape(16, 16)
+    assert np.all(np.diff(downwards, axis=0) > 1) and np.allclose(np.diff(downwards, axis=1), 0, atol=1e-5)

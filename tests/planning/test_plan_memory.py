@@ -29,8 +29,8 @@ def in_the_repository(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's count of a process's memory is Linux's")
 def test_the_plan_is_what_a_run_takes(monkeypatch):
-    # Half the time of compiling; where buffers lie is decided before.
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+    # Little time of compiling; where buffers lie is decided before.
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
     parser = argparse.ArgumentParser()
     memory.add_arguments(parser)
     parser.set_defaults(changes=list(SMALLER))

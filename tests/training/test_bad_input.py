@@ -188,7 +188,9 @@ def small(small_config):
     return config
 
 
-@pytest.mark.parametrize("workdir", ["", "gs://bucket/run", "s3://bucket/run", "{tmp}/file", "{tmp}/file/x", "n\0ul"])
+@pytest.mark.parametrize(
+    "workdir", ["", "gs://bucket", "gs://bucket/../run", "s3://bucket/run", "{tmp}/file", "{tmp}/file/x", "n\0ul"]
+)
 def test_a_folder_that_a_run_cannot_have(refuses, small, tmp_path, monkeypatch, workdir):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(loop, "Trainer", lambda *_: None)

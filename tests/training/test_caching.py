@@ -31,7 +31,7 @@ TEACHER = teachers.TeacherConfig(
     dtype="float32",
 )
 COUNT = 10
-FEATURES = functools.partial(teachers.pooled_features, config=TEACHER)
+FEATURES = functools.partial(teachers.pooled_features, config=TEACHER, cell=16)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def taught(stream):
     return caching.Examples(stream, TEACHER_INPUTS)
 
 
-def fill(folder, kind, function, params, read, name, rows=4, conditions=0, batch_size=4, mesh=None):
+def fill(folder, kind, function, params, read, name, rows=4, conditions=0, batch_size=4, mesh=None, options=None):
     mesh = mesh or make_mesh(devices=jax.devices()[:1])
     description = caches.Description(
         name=name,
@@ -74,7 +74,7 @@ def fill(folder, kind, function, params, read, name, rows=4, conditions=0, batch
         network="x",
         arrays=caching.row_shapes(function, params, read(0)),
         rows=rows,
-        options={},
+        options=options or {},
     )
     writer = caches.Writer(folder / kind, description)
     return caching.fill_cache(writer, read, function, params, mesh, batch_size=batch_size)
@@ -98,6 +98,35 @@ def test_cached_features_are_the_teachers(world, params, words, kind):
     expected = jax.jit(lambda images: teachers.encode_images(params, images, TEACHER))(images)
     found = np.stack([cached[index]["teacher_image"] for index in range(COUNT)])
     np.testing.assert_allclose(found, expected, rtol=2e-3, atol=1e-3)
+    assert "teacher_grid" not in cached[0]
+
+
+def test_the_cached_grid_is_that_of_a_teacher_in_the_step(world, params, words):
+    """The batch of a run with a cache, against what its step makes of the batch of one without."""
+    online = open_stream(world, "text_to_image", teacher_tokenizer=words, teacher_cell=16)
+    fill(world, "text_to_image", FEATURES, params, taught(online), "teacher", options={"cell": 16})
+    cached = open_stream(world, "text_to_image", teacher_cell=16)
+    batches = [{key: np.stack([stream[i][key] for i in range(4)]) for key in stream[0]} for stream in (online, cached)]
+    expected = batches[0] | jax.jit(FEATURES)(params, {key: batches[0][key] for key in TEACHER_INPUTS})
+    assert batches[1].keys() == expected.keys() - {"teacher_ids", "teacher_is_token"}
+    assert batches[1]["teacher_grid"].shape == (4, 4, 8)
+    for key, value in batches[1].items():
+        np.testing.assert_allclose(value, expected[key], rtol=2e-3, atol=1e-3, err_msg=key)
+    # The cells of an image have the mean of the whole.
+    np.testing.assert_allclose(batches[1]["teacher_grid"].mean(axis=1), batches[1]["teacher_image"], atol=2e-3)
+
+
+def test_a_grid_of_another_size_is_told(world, params, words, refuses):
+    read = taught(open_stream(world, "text_to_image", teacher_tokenizer=words))
+    given = lambda cell: lambda: open_stream(world, "text_to_image", teacher_cell=cell)  # noqa: E731
+    refuses(given(16), "no grid of teacher features", "encode --teacher-grid=16")
+    fill(world, "text_to_image", FEATURES, params, read, "teacher", options={"cell": 16})
+    refuses(given(8), "a grid with cells of 16 pixels, teacher.grid is 8", "--teacher-grid=8")
+    for file in (world / "text_to_image/teacher").iterdir():
+        file.unlink()
+    pooled = functools.partial(FEATURES, cell=0)
+    fill(world, "text_to_image", pooled, params, read, "teacher")
+    refuses(given(16), "text_to_image/teacher has no grid, teacher.grid is 16")
 
 
 def test_any_batch_size_and_mesh_give_the_same_cache(world, params, words):

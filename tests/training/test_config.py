@@ -80,6 +80,8 @@ BAD_VALUES = [
     ("optimizer.learning_rate", math.inf, "above 0"),
     ("optimizer.clip_norm", 0.0, "above 0"),
     ("optimizer.freeze", ("(",), "no regular expression"),
+    ("teacher.grid", -8, "0 or more"),
+    ("teacher.grid", 24, "a multiple of a token's"),
     ("data.max_bad_fraction", -0.1, "0 to 1"),
     ("data.prefetch", -1, "0 or more"),
     ("data.prefetch_gb", 0.0, "above 0"),

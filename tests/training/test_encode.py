@@ -131,6 +131,16 @@ def test_features_of_another_teacher_are_told(small_config, data, teacher, encod
     encode(f"--input={data / 'edit'}", f"--teacher={teacher}", "--overwrite")
 
 
+def test_the_grid_is_stored_where_it_is_asked_for(data, teacher, encode, capsys):
+    folder = data / "vqa"
+    with pytest.raises(SystemExit, match="--teacher-grid=24 does not divide images of 32 x 32 pixels"):
+        encode(f"--input={folder}", f"--teacher={teacher}", "--teacher-grid=24")
+    encode(f"--input={folder}", f"--teacher={teacher}", "--teacher-grid=16")
+    assert f"24 records of {2 * 64 * (2 + 4)} bytes" in capsys.readouterr().out  # image, text, four cells
+    with pytest.raises(SystemExit, match="was made with other settings .*--overwrite replaces it"):
+        encode(f"--input={folder}", f"--teacher={teacher}")
+
+
 def test_shares_of_the_work_make_one_cache(data, teacher, encode, monkeypatch):
     monkeypatch.setattr(caches, "rows_of_a_file", lambda arrays: 5)
     folder = data / "text_to_image"
@@ -150,6 +160,7 @@ def test_shares_of_the_work_make_one_cache(data, teacher, encode, monkeypatch):
         (["--bundle=demo", "--part=5/4"], "--part is '5/4'"),
         (["--bundle=demo", "--image-size=0"], "--image-size is 0"),
         (["--teacher=demo"], "holds no teacher|there is no"),
+        (["--bundle=demo", "--teacher-grid=16"], "--teacher-grid is 16, expected 0 or more, and --teacher with it"),
     ],
 )
 def test_bad_options_are_told_in_a_line(data, encode, arguments, words):

@@ -1,4 +1,5 @@
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -87,52 +88,48 @@ def test_a_run_in_two_halves_has_the_numbers_of_one(finished, small_config, tmp_
 
 
 @pytest.mark.slow
-def test_killed_at_any_point_and_started_again_the_numbers_are_the_same(
+def test_killed_and_stopped_at_any_point_and_started_again_the_numbers_are_the_same(
     small_config, changes_of, shapes_dir, compilation_cache, tmp_path
 ):
+    """Killed before the first checkpoint, stopped, and killed after the second: the numbers of a run in one go."""
     overrides = changes_of(small_config(num_steps=14, checkpoint__every=4, data__num_threads=2))
     overrides += [f"streams.text_to_image.path={shapes_dir}/text_to_image", f"compilation_cache={compilation_cache}"]
+    workdir = tmp_path / "run"
 
     def start(workdir):
-        command = [sys.executable, ROOT / "launch" / "train.py", "--noprogress", f"--workdir={tmp_path / workdir}"]
+        command = [sys.executable, ROOT / "launch" / "train.py", "--noprogress", f"--workdir={workdir}"]
         command += [f"--config={ROOT}/configs/stage1.py:tiny", *(f"--config.{o}" for o in overrides)]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
-    def finish(process):
+    def row_count():
+        path = workdir / "metrics.jsonl"
+        return path.read_text().count("\n") if path.exists() else 0
+
+    def start_and_end(after, number):
+        """A process that gets this signal after so many rows, one of its own at least -> its exit status and output."""
+        after = max(after, row_count() + 1)
+        process = start(workdir)
+        while process.poll() is None and row_count() < after:
+            time.sleep(0.002)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=300)
+        return process.returncode, output
+
+    assert start_and_end(2, signal.SIGKILL)[0] == -signal.SIGKILL
+    status, output = start_and_end(5, signal.SIGTERM)
+    assert status == 128 + signal.SIGTERM, output
+    stopped = int(re.search(r"stopped by SIGTERM at step (\d+), saved", output).group(1))
+    # The step under way when the signal came is in the checkpoint.
+    assert stopped == len(read_metrics(workdir)) >= 5 and (workdir / "checkpoints" / str(stopped)).is_dir()
+    assert start_and_end(9, signal.SIGKILL)[0] == -signal.SIGKILL
+    for folder in (workdir, tmp_path / "whole"):
+        process = start(folder)
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, output
-        return output
-
-    finish(start("whole"))
+        assert ("resuming" in output) == (folder == workdir)
     whole = read_metrics(tmp_path / "whole")
     assert len(whole) == 14
-
-    for kill_after in (2, 9):  # before the first checkpoint, and after the second
-        process = start("killed")
-        path = tmp_path / "killed" / "metrics.jsonl"
-        while process.poll() is None and (not path.exists() or path.read_text().count("\n") < kill_after):
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-    output = finish(start("killed"))
-    assert "resuming" in output
-    assert numbers(read_metrics(tmp_path / "killed")) == numbers(whole)
-
-    process = start("stopped")
-    path = tmp_path / "stopped" / "metrics.jsonl"
-    while process.poll() is None and (not path.exists() or path.read_text().count("\n") < 5):
-        time.sleep(0.002)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, output
-    assert "stopped by SIGTERM" in output
-    (saved,) = (
-        int(p.name) for p in (tmp_path / "stopped" / "checkpoints").iterdir() if p.name.isdigit() and int(p.name) % 4
-    )
-    assert saved >= 5  # the step under way when the signal came is in the checkpoint
-    finish(start("stopped"))
-    assert numbers(read_metrics(tmp_path / "stopped")) == numbers(whole)
+    assert numbers(read_metrics(workdir)) == numbers(whole)
 
 
 @pytest.fixture(scope="module")

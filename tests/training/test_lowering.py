@@ -78,6 +78,15 @@ def on(mesh):
     return make_mesh(**sizes, devices=jax.devices()[: 8 if mesh else 1])
 
 
+@functools.cache
+def weights(stage, mesh):
+    """The state and the frozen encoders of a stage, as shapes on the mesh: no platform changes them."""
+    config = made_small(stage)
+    networks = Networks.create(*build_configs(config, "cpu")).on(mesh)
+    tx, _ = make_optimizer(**config.optimizer, decay_1d=True)
+    return abstract_state(networks, tx, config.ema_decay, mesh), abstract_frozen(networks, mesh)
+
+
 def lower(platform, function, mesh, *arguments, **static):
     """Lowers `function(*arguments, **static)` under the mesh; the arguments are shapes."""
     with jax.set_mesh(mesh):
@@ -115,9 +124,8 @@ def lower_step(stage, name, sizes, platform):
     assert networks.transformer.config.attention == {"tpu": "splash", "cuda": "cudnn"}[platform]
     tx, schedule = make_optimizer(**config.optimizer, decay_1d=True)
     step = make_train_step(config, networks, tx, schedule, config.streams[name].kind, mask_id=511, eos_id=1)
-    state = abstract_state(networks, tx, config.ema_decay, mesh)
     batch = batch_shapes(config, config.streams[name])
-    lower_train_step(step, mesh, state, abstract_frozen(networks, mesh), batch, platforms=(platform,))
+    lower_train_step(step, mesh, *weights(stage, mesh), batch, platforms=(platform,))
 
 
 @pytest.mark.slow
@@ -127,14 +135,12 @@ def test_every_sampling_program(mesh, batch, platform):
     config, mesh = made_small("stage3"), on(mesh)
     networks = Networks.create(*build_configs(config, platform))
     transformer, text_encoder, autoencoder = networks.transformer, networks.text_encoder, networks.autoencoder
-    frozen = abstract_frozen(networks, mesh)
-    tx, _ = make_optimizer(**config.optimizer, decay_1d=True)
-    params = abstract_state(networks, tx, 0, mesh).params["transformer"]
+    state, frozen = weights("stage3", mesh)
     params = jax.tree_util.tree_map_with_path(
         lambda path, leaf: jax.ShapeDtypeStruct(
             leaf.shape, storage_dtype(sharding.path_string(path), "bfloat16"), sharding=leaf.sharding
         ),
-        params,
+        state.params["transformer"],
     )
     place = sharding.replicated(mesh) if batch % 8 else sharding.batch_sharding(mesh)
 
@@ -223,9 +229,8 @@ def test_the_samples_of_every_stream(mesh, platform, monkeypatch, tmp_path):
     streams = {name: Blank(settings) for name, settings in config.streams.items() if name not in SAME}
     tokenizer = types.SimpleNamespace(eos_id=1, mask_id=511, decode=str)
     sampler = Sampler(config, networks, mesh, streams, tokenizer, tmp_path)
-    tx, _ = make_optimizer(**config.optimizer, decay_1d=True)
-    params = abstract_state(networks, tx, 0, mesh).params["transformer"]
-    written = sampler.write(1, params, abstract_frozen(networks, mesh))
+    state, frozen = weights("stage3", mesh)
+    written = sampler.write(1, state.params["transformer"], frozen)
     assert len(written) == 7 and all(path.is_file() for path in written)
     # The weights, T5, images with 0, 1 and 3 conditions sampled, the targets and 1 and 3 conditions encoded, decoding,
     # the text, and images and texts on their way to the hosts.

@@ -56,8 +56,8 @@ def frozen(trainer):
 
 
 @pytest.fixture(scope="module")
-def programs(trainer):
-    """kind -> its compiled step, compiled once."""
+def programs(trainer, optimized):
+    """kind -> its compiled step, compiled once. They run for 300 steps."""
     return functools.cache(trainer.compile_step)
 
 
@@ -161,7 +161,7 @@ def toy_networks(autoencoder):
         velocity = (mixed[0] @ p["image"].T).reshape(latents.shape)
         return MMDiTOutput(velocity, mixed[1] @ p["logits"], *mixed, *mixed)
 
-    def align(variables, image, text):
+    def align(variables, image, text, **_):
         return image.mean(axis=1) @ variables["params"]["head"], text.mean(axis=1) @ variables["params"]["head"]
 
     stubs = [types.SimpleNamespace(apply=apply) for apply in (transform, align, encode)]
@@ -271,7 +271,7 @@ def recorder(trainer, kind, **changes):
         image, logits = latents.reshape(latents.shape[0], -1, 12), jnp.tile(text[..., :1], 512)
         return MMDiTOutput(latents, logits, image, text[..., :1] + image[:, :1], image, text)
 
-    def align(variables, image, text):
+    def align(variables, image, text, **_):
         return (image[:, 0, :1] + jnp.arange(16),) * 2
 
     stubs = [types.SimpleNamespace(apply=apply) for apply in (transform, align, encode)]
@@ -286,6 +286,39 @@ def recorder(trainer, kind, **changes):
         return passes, seen[0]
 
     return lambda batch: jax.device_get(run(batch, jax.random.key(3)))
+
+
+def test_images_are_compared_cell_by_cell_where_there_is_a_grid(trainer):
+    """Four cells of 8 x 8 pixels, each the mean of 2 x 2 tokens of 4 pixels a side."""
+    config = trainer.config.copy_and_resolve_references()
+    config.teacher.grid = 8
+    rng = np.random.default_rng(1)
+    tap, grid = (rng.standard_normal((BATCH, count, 16)).astype(np.float32) for count in (16, 4))
+    batch = made_up_batch() | {"teacher_grid": grid.astype(np.float16)}
+
+    def transform(variables, latents, text, sigma, conditions=None):
+        logits = jnp.tile(text[..., :1], 512)
+        features = latents.reshape(BATCH, -1, 12)
+        return MMDiTOutput(latents, logits, features, features, jnp.asarray(tap), text)
+
+    def align(variables, image, text, pool_image):
+        assert not pool_image
+        return image, jnp.asarray(batch["teacher_text"])
+
+    networks = Networks(
+        types.SimpleNamespace(apply=transform, config=types.SimpleNamespace(patch_size=2, dtype="float32")),
+        types.SimpleNamespace(apply=align),
+        types.SimpleNamespace(apply=lambda variables, ids: jnp.zeros((*ids.shape, 8))),
+        trainer.networks.autoencoder,
+    )
+    ids = (trainer.tokenizer.mask_id, trainer.tokenizer.eos_id)
+    empty, frozen = {"transformer": {}, "heads": {}}, {"autoencoder": {}, "text_encoder": {}}
+    losses = jax.jit(functools.partial(compute_losses, config, networks, "edit", *ids, empty, frozen))
+    _, metrics = losses(batch, jax.random.key(0))
+    means = tap.reshape(BATCH, 2, 2, 2, 2, 16).mean(axis=(2, 4)).reshape(BATCH, 4, 16)
+    target = batch["teacher_grid"].astype(np.float32)
+    cosine = (means * target).sum(-1) / np.linalg.norm(means, axis=-1) / np.linalg.norm(target, axis=-1)
+    np.testing.assert_allclose(to_means(metrics)["intrinsic_modal"], (1 - cosine).mean(), rtol=1e-4)
 
 
 @pytest.mark.slow

@@ -58,7 +58,7 @@ def stub_networks(trainer, passes):
         return MMDiTOutput(0 * latents, logits, features, features, features, features)
 
     encode = lambda variables, ids: ids[..., None].astype(jnp.float32)  # noqa: E731
-    align = lambda variables, image, text: (image[:, 0, :16], text[:, 0, :16])  # noqa: E731
+    align = lambda variables, image, text, **_: (image[:, 0, :16], text[:, 0, :16])  # noqa: E731
     stubs = [types.SimpleNamespace(apply=apply) for apply in (transform, align, encode)]
     stubs[0].config = types.SimpleNamespace(dtype="float32")
     return Networks(*stubs, trainer.networks.autoencoder)

@@ -41,7 +41,7 @@ RANDOM = {  # by name: MM-DiT, T5, autoencoder, pixels, tokens
     "tiny": ("tiny", "tiny", "tiny", 64, 32),
 }
 # The matmul that speeds are compared with: (side, calls in a row, so that starting them does not count).
-MATMUL, LARGE_MATMUL = {"cpu": (4096, 1)}, (8192, 16)
+MATMUL, LARGE_MATMUL = {"cpu": (2048, 1)}, (8192, 16)
 MOST_BATCH = 65536
 MOST_ROUNDS = 1_000_000  # of steps, rounds and the like: more is a mistake
 FORWARD_TURNS = 2  # ours and diffusers are measured in turn, so that a busy moment of the machine meets both

@@ -155,12 +155,14 @@ class Writer:
 
 
 class Cache:
-    """A whole cache: `cache[index]` -> {name: float16 array} of one record, read from disk. Safe in threads.
+    """A whole cache: `cache[index]` -> {name: float16 array} of one record, read from disk. Safe in threads."""
 
-    Raises ValueError for a cache of other records, or with parts missing.
-    """
+    def __init__(self, directory: str | os.PathLike, name: str, leave_out: tuple[str, ...] = ()):
+        """Raises ValueError for a cache of other records, or with parts missing.
 
-    def __init__(self, directory: str | os.PathLike, name: str):
+        Args:
+          leave_out: arrays that are not read.
+        """
         self.directory = Path(directory) / name
         self.description = read_description(self.directory)
         again = f"encode again, see `{ENCODE_COMMAND}`"
@@ -176,12 +178,13 @@ class Cache:
                 expected = _file_size((len(self.description.part(number)), *shape))
                 if found != expected:
                     raise ValueError(f"{file} has {found} bytes, expected {expected}: {again}")
+        self._arrays = [array for array in self.description.arrays if array not in leave_out]
         self._maps: dict[tuple[str, int], np.ndarray] = {}
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray] | None:
         """The arrays of record `index`; None when the record could not be decoded."""
         number, row = divmod(index, self.description.rows)
-        found = {name: np.array(self._map(name, number)[row]) for name in self.description.arrays}
+        found = {name: np.array(self._map(name, number)[row]) for name in self._arrays}
         return None if any(np.isnan(value.flat[0]) for value in found.values()) else found
 
     def _map(self, name, number):
@@ -190,9 +193,9 @@ class Cache:
         return self._maps[name, number]
 
 
-def find_cache(directory: str | os.PathLike, name: str) -> Cache | None:
-    """The cache of that name in a data folder; None where there is none. Raises ValueError as `Cache`."""
-    return Cache(directory, name) if (Path(directory) / name / FILE).is_file() else None
+def find_cache(directory: str | os.PathLike, name: str, leave_out: tuple[str, ...] = ()) -> Cache | None:
+    """The cache of that name in a data folder; None where there is none. Arguments and errors are those of `Cache`."""
+    return Cache(directory, name, leave_out) if (Path(directory) / name / FILE).is_file() else None
 
 
 def differences(found: Description, expected: Description) -> list[str]:

@@ -35,6 +35,7 @@ class StreamConfig:
       text_length: L, tokens per text.
       use_teacher: hand out teacher features: those cached in the folder, or else the records' own.
       use_latents: hand out the autoencoder's moments cached in the folder in place of images.
+      teacher_cell: pixels a side of the cells of the teacher's grid that is handed out with its features; 0 for none.
     """
 
     name: str
@@ -47,6 +48,7 @@ class StreamConfig:
     bucket: tuple[int, ...] = ()
     use_teacher: bool = True
     use_latents: bool = False
+    teacher_cell: int = 0
 
     def __post_init__(self):
         try:
@@ -84,6 +86,7 @@ class Stream:
         text_is_target  bool    [L]           where the text pass may mask: everywhere, or the answer and its padding
         teacher_image   float16 [T]           absent without teacher features
         teacher_text    float16 [T]
+        teacher_grid    float16 [P, T]        with `teacher_cell`: a vector for each cell of the image, row by row
         teacher_ids       int32 [512]         with a teacher's tokenizer, in place of the features: the text pass's text
         teacher_is_token  bool  [512]
         replaced        bool    []            whether another record replaces one that cannot be decoded
@@ -130,13 +133,18 @@ class Stream:
         self._latents = self._open_cache("latents") if config.use_latents else None
         if config.use_latents and self._latents is None:
             raise ValueError(f"stream {config.name}: {config.path} has no cached latents, see `{ENCODE_COMMAND}`")
+        if config.teacher_cell and use_features and self._teacher is None:
+            raise ValueError(
+                f"stream {config.name}: {config.path} has no grid of teacher features; store one by `prepare_data.py "
+                f"encode --teacher-grid={config.teacher_cell}`, or set teacher.grid to 0"
+            )
         self._indices = range(len(self.records))  # which of the records the examples are made of
         self._logged: set[int] = set()
 
     def _open_cache(self, name: str) -> Cache | None:
         config = self.config
         try:
-            cache = find_cache(config.path, name)
+            cache = find_cache(config.path, name, leave_out=() if config.teacher_cell else ("teacher_grid",))
         except ValueError as error:
             raise ValueError(f"stream {config.name}: {error}") from None
         if cache is None:
@@ -146,6 +154,13 @@ class Stream:
             raise ValueError(
                 f"stream {config.name}: {cache.directory} was made of images of {size_name(found.size)} pixels, the "
                 f"stream has {size_name(config.size)}: encode again, see `{ENCODE_COMMAND}`"
+            )
+        cell = found.options.get("cell", 0)
+        if name == "teacher" and config.teacher_cell not in (0, cell):
+            has = f"a grid with cells of {cell} pixels" if cell else "no grid"
+            raise ValueError(
+                f"stream {config.name}: {cache.directory} has {has}, teacher.grid is {config.teacher_cell}: encode "
+                f"again with --teacher-grid={config.teacher_cell}, see `{ENCODE_COMMAND}`"
             )
         count = found.arrays.get("condition_moments", (0,))[0]
         if name == "latents" and count != config.num_conditions:

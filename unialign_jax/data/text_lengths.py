@@ -42,7 +42,7 @@ class TextLengths:
         self._add(record, self._encode(record))
 
     def check(self, record: Record) -> list[tuple[int, int]]:
-        """`add`, as the `check` of `jsonl.read_jsonl`: raises BadRow for a question that leaves an answer no room.
+        """`add`, for a record of people's rows: raises BadRow for a question that leaves an answer no room.
 
         Gives the tokens of each field, and how many of them are kept; without a tokenizer words, all of them kept.
         """

@@ -1,5 +1,6 @@
 """The three parts of a run of a suite: generate, score and report. Each resumes where it was stopped."""
 
+import collections
 import dataclasses
 import json
 import logging
@@ -25,7 +26,7 @@ from unialign_jax.evaluation.suite import (
 )
 from unialign_jax.files import check_regular, make_folder, parse_json, read_json, replacing_file, shown, write_json
 from unialign_jax.inference import job_runner, jobs
-from unialign_jax.inference.opening import ModelSource, keep_compiled
+from unialign_jax.inference.opening import ModelSource, devices_to_use, keep_compiled
 from unialign_jax.inference.options import options_of
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class Machine:
 
     bundle: str
     batch: int = 8
+    devices: int | None = None
     weights: str | None = None
     dtype: str | None = None
     quantize: str | None = None
@@ -87,12 +89,14 @@ def generate(suite: Suite, request: Request, machine: Machine, *, overwrite: boo
     if todo:
         keep_compiled(machine.compilation_cache)
         how = {name: getattr(machine, name) for name in ("dtype", "quantize", "low_memory", "attention")}
-        pipeline = source.open(max_batch=machine.batch, **how)
+        places = devices_to_use(machine.devices)
+        pipelines = [source.open(max_batch=machine.batch, device=place, **how) for place in places]
         if not machine.low_memory:
-            pipeline.load()  # damaged weights are one error, not one for each job
+            for pipeline in pipelines:
+                pipeline.load()  # damaged weights are one error, not one for each job
         try:
             with tqdm(total=len(read), initial=len(read) - len(todo), desc=suite.name, unit="job", disable=None) as bar:
-                job_runner.run(todo, pipeline, results, machine.batch, bar.update)
+                job_runner.run(todo, pipelines, results, machine.batch, bar.update)
         except KeyboardInterrupt as stop:
             done = results.earlier + results.done
             raise type(stop)(f"{done} of {len(read)} jobs are done and kept; the same command resumes there") from None
@@ -162,12 +166,15 @@ def _fixed(suite: Suite, settings: dict) -> dict[str, Any]:
 
 
 def write_jobs(request: Request, items: Sequence[Item]) -> None:
-    """Writes jobs.jsonl."""
+    """Writes jobs.jsonl. A seed of the user is that of each item's first job; the others keep their distance to it."""
     lines = []
     for item in items:
         for job in item.jobs:
             takes = options_of(job["task"])
-            lines.append(json.dumps(job | {key: value for key, value in request.options.items() if key in takes}))
+            fields = job | {key: value for key, value in request.options.items() if key in takes}
+            if "seed" in request.options:
+                fields["seed"] += job.get("seed", 0) - item.jobs[0].get("seed", 0)
+            lines.append(json.dumps(fields))
     with replacing_file(request.output / JOBS) as scratch:
         scratch.write_text("".join(line + "\n" for line in lines))
 
@@ -277,6 +284,10 @@ def score(suite: Suite, request: Request, make_scorer: Callable[[Callable[[int],
         how |= {"judge": scorer.judge.describe(), "official_guess": scorer.official_guess}
     settings = read_settings(request.output)
     write_json(request.output / SETTINGS, settings | {"scoring": settings.get("scoring", {}) | {request.mode: how}})
+    log.info("%d of %d items are scored: %s", len(items) - how["failed"], len(items), folder / SCORES)
+    if how["failed"]:
+        reasons = collections.Counter(score.failed for score in scores if score.failed)
+        log.warning("%d items have no score, such as: %s", how["failed"], reasons.most_common(1)[0][0])
     return scores
 
 
@@ -288,4 +299,7 @@ def report(suite: Suite, request: Request, *, seed: int = 0) -> dict:
     path = request.output / request.mode / SCORES
     if not path.exists():
         raise FileNotFoundError(f"{path}: there are no scores yet (python launch/evaluate.py {suite.name} score)")
-    return reporting.write(suite, request, read_settings(request.output), read_scores(path), seed=seed)
+    settings = read_settings(request.output)
+    scored_by = settings.get("scoring", {}).get(request.mode, {}).get("extra", {})
+    request = dataclasses.replace(request, extra=request.extra | scored_by)
+    return reporting.write(suite, request, settings, read_scores(path), seed=seed)

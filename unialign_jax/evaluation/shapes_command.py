@@ -1,7 +1,7 @@
 """The `shapes` part of launch/evaluate.py: scores on held-out scenes of the procedural world.
 
-The output folder gets scores.json (means, standard errors, counts, settings) and, for each task, worst_TASK.png or .md
-with the records of the lowest score.
+The output folder gets scores.json (means, standard errors, counts, settings), for each task worst_TASK.png or .md with
+the records of the lowest score, and what a run of every suite has: settings.json, scores.jsonl and a report.
 """
 
 import argparse
@@ -11,11 +11,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from unialign_jax import files
+from unialign_jax import __version__, files
 from unialign_jax.command_line import Parser
 from unialign_jax.data.kinds import task_name
-from unialign_jax.evaluation import shapes, shapes_run
+from unialign_jax.evaluation import reporting, shapes, shapes_run
+from unialign_jax.evaluation.running import SCORES, SETTINGS
 from unialign_jax.evaluation.shapes_run import HELD_OUT_SEED, TASKS
+from unialign_jax.evaluation.shapes_suite import PICTURES, Shapes, write_rows
+from unialign_jax.evaluation.suite import Request, write_scores
 from unialign_jax.inference.opening import ModelSource
 from unialign_jax.inference.options import OPTIONS
 
@@ -72,6 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
         },
         "scores": {},
     }
+    rows = []
     with files.replacing_folder(arguments.output, overwrite=arguments.overwrite, foreign=foreign_names) as folder:
         for task in tasks:
             began = time.monotonic()
@@ -88,9 +92,20 @@ def run(arguments: argparse.Namespace) -> None:
                 )
             content["scores"][task] = shapes.summary([result.scores for result in results])
             shapes_run.write_worst(folder, task, results)
+            rows += write_rows(folder, task, results)
             print(shapes_run.table(task, content["scores"][task], time.monotonic() - began), flush=True)
         (folder / "scores.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        write_report(folder, content["settings"], source.stamp(None, None), rows)
     print(f"wrote {arguments.output}")
+
+
+def write_report(folder: Path, asked: dict, model: dict, rows: list) -> None:
+    """Writes settings.json, scores.jsonl and the report."""
+    settings = {"suite": "shapes", "request": {**asked, "mode": ""}, "model": model, "items": len(rows), "data": {}}
+    settings["unialign_jax"] = __version__
+    files.write_json(folder / SETTINGS, settings)
+    write_scores(folder / SCORES, rows)
+    reporting.write(Shapes(), Request(data=folder, output=folder, mode=""), settings, rows)
 
 
 def given(arguments, names: tuple[str, ...]) -> dict:
@@ -100,5 +115,11 @@ def given(arguments, names: tuple[str, ...]) -> dict:
 
 def foreign_names(folder: Path) -> list[str]:
     """Names in a folder of scores that this command does not write."""
-    own = {"scores.json"} | {f"worst_{task}{end}" for task in TASKS for end in (".png", ".md")}
-    return sorted(path.name for path in folder.iterdir() if path.name not in own or not path.is_file())
+    own = {"scores.json", SETTINGS, SCORES, reporting.JSON, reporting.MARKDOWN, reporting.PAGE}
+    own |= {f"worst_{task}{end}" for task in TASKS for end in (".png", ".md")}
+    pictures = {folder / PICTURES / task for task in TASKS}
+    foreign = [path.name for path in folder.iterdir() if path.name not in own | {PICTURES}]
+    foreign += [path.name for path in folder.iterdir() if path.name in own and not path.is_file()]
+    if (folder / PICTURES).is_dir():
+        foreign += [f"{PICTURES}/{path.name}" for path in (folder / PICTURES).iterdir() if path not in pictures]
+    return sorted(foreign)

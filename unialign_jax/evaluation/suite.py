@@ -11,7 +11,8 @@ A run of a suite is a folder:
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -106,6 +107,7 @@ class Suite:
       tasks: of the model that it uses (`data.kinds.TASKS`).
       images, texts: how many the whole suite asks of the model.
       judge_calls: how many the whole suite asks of a judge; 0 without one.
+      needs: what scoring needs, in a few words.
       leading: the figure that a table of runs shows.
       worst_by: the value of a score that orders the worst and the best items.
       scale: the highest that `leading` can be.
@@ -123,6 +125,7 @@ class Suite:
     images: ClassVar[int] = 0
     texts: ClassVar[int] = 0
     judge_calls: ClassVar[int] = 0
+    needs: ClassVar[str] = "nothing more"
     leading: ClassVar[str]
     worst_by: ClassVar[str]
     scale: ClassVar[float] = 1.0
@@ -147,6 +150,9 @@ class Suite:
         """
         raise NotImplementedError
 
+    def check_scoring(self, request: Request, has_judge: bool) -> None:
+        """Raises ValueError, in one line, where `score` would need what is not given; asked before anything is made."""
+
     def prepare(self, request: Request, items: Sequence[Item]) -> None:
         """Writes what the jobs read, such as source images, into the run's folder; what is there already stays."""
 
@@ -166,7 +172,7 @@ class Suite:
 
     def needs_results(self, request: Request) -> bool:
         """Whether `score` needs the model's results: not where it reads a file of the user's (option `--results`)."""
-        return True
+        return not request.extra.get("results")
 
     def describe_scoring(self, request: Request) -> dict[str, Any]:
         """What settings.json says of scoring besides the judge, such as the hashes of prompts; called after `score`."""
@@ -175,8 +181,9 @@ class Suite:
     def figures(self, scores: Sequence[Score], mode: str) -> dict[str, float]:
         """The suite's figures by name, "GROUP/NAME" for those of a group: a pure function of the scores.
 
-        The report calls it again on resampled items for intervals. Scores that failed are among them; what they count
-        for is the suite's matter. NaN where nothing was scored.
+        The report calls it again on resampled items for intervals, a thousand times; there an item may come several
+        times, and counts as often. Scores that failed are among them; what they count for is the suite's matter. NaN
+        where nothing was scored.
         """
         raise NotImplementedError
 
@@ -226,11 +233,6 @@ def limited(items: Sequence[Item], limit: int | None) -> list[Item]:
     return chosen
 
 
-def missing_images(request: Request, item: Item) -> list[str]:
-    """Names, below `request.made`, of the images of an item that are not there."""
-    return [f"{job['id']}.png" for job in item.jobs if not (request.made / f"{job['id']}.png").is_file()]
-
-
 def write_scores(path: Path, scores: Sequence[Score]) -> None:
     """Writes scores.jsonl."""
     with replacing_file(path) as scratch:
@@ -265,8 +267,6 @@ def hashes(request: Request, files: Sequence[Path]) -> dict[str, str]:
     return found
 
 
-def each(items: Sequence[Item]) -> Iterator[tuple[int, dict]]:
-    """(number of the item, fields) of all jobs."""
-    for number, item in enumerate(items):
-        for job in item.jobs:
-            yield number, job
+def mean(values: Sequence[float]) -> float:
+    """The mean; NaN without values."""
+    return sum(values) / len(values) if values else math.nan

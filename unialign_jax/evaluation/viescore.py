@@ -23,6 +23,7 @@ from typing import Any
 from PIL import Image
 
 from unialign_jax.data import images as image_files
+from unialign_jax.evaluation import official_files
 from unialign_jax.evaluation.judging import UNPARSED, Judgement, Question, Unparsed
 from unialign_jax.files import check_regular, replacing_file
 
@@ -36,15 +37,7 @@ PARTS = {
 }
 _PLACES = {"tie": "<instruction>", "t2i": "<prompt>"}
 COUNTS = {"tie": 2, "t2i": 1, "PQ": 2}  # scores of an answer
-# SHA-256 of the files at commit 2cbea4e8ce57.
-KNOWN = {
-    CONTEXT: "446482c9035af15092f48235470d6daf29c9930e3f9faa2cd0f722363c74adde",
-    "prompts_0shot/one_image_gen_rule.txt": "8e4b9821913be8c340c3d083b6d9afd6a32f00365420c553102ab664775a70a0",
-    "prompts_0shot/rule_PQ.txt": "cd929b5619a3ad9311e3054b80afca75f8ee407be89345c324be0b0ca8b5c96b",
-    "prompts_0shot/t2i_rule_SC.txt": "8d74dbc9de223d9fb17166c2c2911094cf9d25e90fb00eccfd2b8d3b217389ce",
-    "prompts_0shot/tie_rule_SC.txt": "5b9aa479977bc3175329e9ee14d75b55773080e87e3e2181721985be30db6cc6",
-    "prompts_0shot/two_image_edit_rule.txt": "369c6b21479e6a853ffe85b11186c9d5ee3ef7388b8c9b5866a434bf113d0f8f",
-}
+FILES = tuple(dict.fromkeys(name for names in PARTS.values() for name in names))
 _DELIMITER = "||V^=^V||"
 _LONGEST = 2**14  # characters of an answer that are read
 
@@ -67,7 +60,8 @@ class Prompts:
     @property
     def changed(self) -> list[str]:
         """The files that are not the official ones."""
-        return [name for name, digest in self.hashes.items() if digest != KNOWN[name]]
+        known = official_files.sha256_of("gedit")  # of which these prompts alone are free
+        return [name for name, digest in self.hashes.items() if digest != known[Path(name).name]]
 
 
 def read_prompts(folder: str | Path | None) -> Prompts:
@@ -75,7 +69,7 @@ def read_prompts(folder: str | Path | None) -> Prompts:
     if folder is None:
         raise ValueError(f"the judge's prompts are not given: --viescore-prompts=DIR, the folder {SOURCE}")
     texts, hashes = {}, {}
-    for name in KNOWN:
+    for name in FILES:
         path = Path(folder) / name
         if not path.exists():
             raise FileNotFoundError(

@@ -1,7 +1,6 @@
 """What suites share that a judge scores by VIEScore: the questions on their items, means, the official CSV files."""
 
 import csv
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,7 +9,7 @@ from PIL import Image
 
 from unialign_jax.evaluation import viescore
 from unialign_jax.evaluation.judging import Judgement, Question
-from unialign_jax.evaluation.suite import Item, Request, Score, Scorer, Suite, hashes
+from unialign_jax.evaluation.suite import Item, Request, Score, Scorer, Suite, mean
 from unialign_jax.files import check_regular, first_line, replacing_file, shown
 
 VALUES = ("SC", "PQ", "O")
@@ -29,6 +28,7 @@ class VIEScoreSuite(Suite):
       groups: in the official order.
     """
 
+    needs = "a judge"
     leading = "O"
     worst_by = "O"
     scale = 10.0
@@ -46,6 +46,11 @@ class VIEScoreSuite(Suite):
         add("--viescore-prompts", type=Path, metavar="DIR", help=f"the judge's prompts: {viescore.SOURCE}")
         add("--results", type=Path, metavar="DIR", help="score by the CSV files of the official scorer instead")
 
+    def check_scoring(self, request: Request, has_judge: bool) -> None:
+        """Without a judge the images are made, and scored by a later call."""
+        if has_judge and not request.extra["results"]:
+            viescore.read_prompts(request.extra["viescore_prompts"])
+
     def shown(self, request: Request, item: Item) -> tuple[str, list[Path]]:
         """("tie" or "t2i", the images that the judge sees). Raises OSError or ValueError for one that is damaged."""
         raise NotImplementedError
@@ -59,18 +64,12 @@ class VIEScoreSuite(Suite):
             return {"results": request.extra["results"]}
         return viescore.describe(viescore.read_prompts(request.extra["viescore_prompts"]))
 
-    def changed(self, request: Request, known: dict[str, str]) -> list[str]:
-        """Notes on data, by {file: SHA-256}, and prompts that are not the official files."""
-        found = hashes(request, self.files(request))
-        notes = [
-            f"{name} is not the official file: its SHA-256 begins with {found[name][:8]}, that one's with {digest[:8]}."
-            for name, digest in known.items()
-            if found[name] != digest
-        ]
-        if request.extra["viescore_prompts"] and not request.extra["results"]:
-            changed = viescore.read_prompts(request.extra["viescore_prompts"]).changed
-            notes += [f"The judge's prompt {name} is not the official file." for name in changed]
-        return notes
+    def notes_on_prompts(self, request: Request) -> list[str]:
+        """Notes on the judge's prompts that are not the official files."""
+        if not request.extra["viescore_prompts"] or request.extra["results"]:
+            return []
+        changed = viescore.read_prompts(request.extra["viescore_prompts"]).changed
+        return [f"The judge's prompt {name} is not the official file." for name in changed]
 
     def score(self, request: Request, items: Sequence[Item], results: dict[str, dict], scorer: Scorer) -> list[Score]:
         if request.extra["results"]:
@@ -192,11 +191,6 @@ def means(scores: Sequence[Score], ending: str = "") -> dict[str, float]:
     for value in VALUES:
         figures[f"{value}{ending}"] = mean([figures[f"{group}/{value}{ending}"] for group in groups])
     return figures
-
-
-def mean(values: Sequence[float]) -> float:
-    """The mean; NaN of nothing."""
-    return math.fsum(values) / len(values) if values else math.nan
 
 
 def save_png(image: Image.Image, path: Path) -> None:

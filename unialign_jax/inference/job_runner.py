@@ -12,9 +12,10 @@ import io
 import json
 import logging
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
@@ -129,44 +130,91 @@ def make(job: Job, pipeline, batch: int) -> list:
     return made
 
 
-def run(jobs: Sequence[Job], pipeline, results: "Results", batch: int, done: Callable[[], None] = lambda: None) -> None:
+def run(
+    jobs: Sequence[Job], pipelines: Sequence, results: "Results", batch: int, done: Callable[[], None] = lambda: None
+) -> None:
     """Does the jobs in full batches, and records each as soon as it is done or has failed.
 
-    The images of the next batch are read, and those of the last are written, while the pipeline works.
+    The images of the next batch are read, and those of the last are written, while a pipeline works.
 
     Args:
       jobs: what `Results.begin` returned.
+      pipelines: of one model, each on a device of its own: they take the batches in turn. What a job gives depends on
+        its batch and its seed, not on the device.
 
     Raises OSError when a result cannot be written. Whatever stops it, the jobs done by then are recorded.
     """
+    with ThreadPoolExecutor(1) as writer:
+        work = _Work(batches(jobs, batch, pipelines[0]), results, done, writer)
+        if len(pipelines) == 1:
+            work.through(pipelines[0])
+            return
+        with ThreadPoolExecutor(len(pipelines)) as workers:
+            running = [workers.submit(work.through, pipeline) for pipeline in pipelines]
+            try:
+                for future in as_completed(running):
+                    future.result()
+            except BaseException:
+                work.stop()  # the others end with the batch that they are at
+                raise
 
-    def record(*finished):
-        results.record(*finished)
-        done()
 
-    outcomes, seconds = collections.defaultdict(list), collections.Counter()
-    todo = batches(jobs, batch, pipeline)
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
-        loading = reader.submit(load_images, todo[0]) if todo else None
-        writing = []
-        for number, samples in enumerate(todo):
-            images = loading.result()
-            if number + 1 < len(todo):
-                loading = reader.submit(load_images, todo[number + 1])
-            began = time.monotonic()
-            made = attempt(pipeline, samples, images)
-            share = (time.monotonic() - began) / len(samples)
-            for future in writing:  # at most one batch waits to be written; a full disk ends the run here
-                future.result()
+class _Work:
+    """The batches of a run, which one or several pipelines take, and the jobs that are not whole yet."""
+
+    def __init__(self, todo: list[list[Sample]], results: "Results", done: Callable[[], None], writer):
+        self._todo, self._results, self._done, self._writer = collections.deque(todo), results, done, writer
+        self._outcomes: dict[str, dict[int, object]] = collections.defaultdict(dict)
+        self._seconds = collections.Counter()
+        self._lock = threading.Lock()
+
+    def stop(self) -> None:
+        """No batch is taken from now on."""
+        self._todo.clear()
+
+    def through(self, pipeline) -> None:
+        """Does batches until there are none."""
+        with ThreadPoolExecutor(1) as reader:
+            samples, loading = self._next(reader)
             writing = []
+            while samples:
+                images = loading.result()
+                following, loading = self._next(reader)
+                began = time.monotonic()
+                made = attempt(pipeline, samples, images)
+                share = (time.monotonic() - began) / len(samples)
+                for future in writing:  # at most one batch waits to be written; a full disk ends the run here
+                    future.result()
+                writing = self._collect(samples, made, share)
+                samples = following
+            for future in writing:
+                future.result()
+
+    def _next(self, reader):
+        """(the next batch, its images as a future); (None, None) after the last."""
+        try:
+            samples = self._todo.popleft()
+        except IndexError:
+            return None, None
+        return samples, reader.submit(load_images, samples)
+
+    def _collect(self, samples, made, share) -> list:
+        """Keeps what was made, and has the jobs written that are whole now."""
+        writing = []
+        with self._lock:
             for sample, outcome in zip(samples, made, strict=True):
-                job = sample.job
-                outcomes[job.id].append(outcome)
-                seconds[job.id] += share
-                if len(outcomes[job.id]) == job.images_per_prompt:
-                    writing.append(writer.submit(record, job, outcomes.pop(job.id), seconds.pop(job.id)))
-        for future in writing:
-            future.result()
+                job, outcomes = sample.job, self._outcomes[sample.job.id]
+                outcomes[sample.index] = outcome
+                self._seconds[job.id] += share
+                if len(outcomes) == job.images_per_prompt:
+                    ordered = [outcomes[index] for index in range(job.images_per_prompt)]
+                    del self._outcomes[job.id]
+                    writing.append(self._writer.submit(self._record, job, ordered, self._seconds.pop(job.id)))
+        return writing
+
+    def _record(self, *finished):
+        self._results.record(*finished)
+        self._done()
 
 
 # Results on disk

@@ -65,6 +65,19 @@ class ModelSource:
         return Pipeline.from_bundle(self.folder, verify=self._verify, **options)
 
 
+def devices_to_use(count: int | None) -> list[jax.Device]:
+    """The first `count` devices of this process; None is all, on a CPU one. Raises ValueError for more than there are.
+
+    A device of a CPU shares its cores with the others, so more of them are of no use.
+    """
+    devices = jax.local_devices()
+    if count is None:
+        return devices[:1] if devices[0].platform == "cpu" else devices
+    if not 1 <= count <= len(devices):
+        raise ValueError(f"--devices is {count}, and this machine has {len(devices)} ({devices[0].platform})")
+    return devices[:count]
+
+
 def keep_compiled(directory: str) -> None:
     """Keeps compiled programs between processes in a folder, which is made; "none" keeps nothing.
 

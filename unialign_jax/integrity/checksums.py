@@ -3,9 +3,13 @@
 A digest is SHA-256 over the sums of the file's 64-bit words, by rows and by columns of squares of 512 x 512 words
 (2 MiB). A flipped bit changes one row sum and one column sum, so it is always found. Damage in several places is
 missed only if it cancels in every row and column. SHA-256 over all bytes would slow down a restore noticeably.
+
+Of a folder in a bucket the digests are the CRC32C of its objects as the store tells them, and nothing is read: the
+store compares them with the bytes itself.
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +18,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from unialign_jax.files import first_line, read_json, write_json
+from unialign_jax.files import first_line, write_json
+from unialign_jax.files.places import Place, client, is_remote, place, read_json
 
 RECORD = "checksums.json"  # in the folder: {"files": {relative path: [bytes, digest]}}
 _SIDE = 512  # words of a square's row and column
@@ -22,13 +27,18 @@ _SIDE = 512  # words of a square's row and column
 
 def record(folder: str | os.PathLike) -> None:
     """Writes the checksums of all files below `folder` into it. Raises OSError."""
-    files = {name: [size, found] for name, (size, found) in _each(digest, sorted(_listing(Path(folder)).items()))}
-    write_json(Path(folder) / RECORD, {"files": files}, indent=1)
+    folder = place(folder)
+    if is_remote(folder):
+        (folder / RECORD).write_text(json.dumps({"files": _objects(folder)}, indent=1))
+        return
+    files = {name: [size, found] for name, (size, found) in _each(digest, sorted(_listing(folder).items()))}
+    write_json(folder / RECORD, {"files": files}, indent=1)
 
 
 def is_recorded(folder: str | os.PathLike) -> bool:
     """Whether `folder` has a record of checksums."""
-    return os.path.lexists(Path(folder) / RECORD)
+    path = place(folder) / RECORD
+    return path.exists() if is_remote(path) else os.path.lexists(path)
 
 
 def difference(folder: str | os.PathLike, part: int = 0, parts: int = 1) -> str | None:
@@ -36,22 +46,23 @@ def difference(folder: str | os.PathLike, part: int = 0, parts: int = 1) -> str 
 
     Several processes share the reading when each gives its own `part` of `parts`.
     """
-    folder = Path(folder)
+    folder = place(folder)
     try:
         recorded = {name: (size, digest) for name, (size, digest) in read_json(folder / RECORD)["files"].items()}
         total = sum(size for size, _ in recorded.values())
     except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
         return f"its {RECORD} cannot be read ({first_line(error)})"
-    found = _listing(folder)
+    found = _objects(folder) if is_remote(folder) else _listing(folder)
     missing = sorted(recorded.keys() - found.keys())
     if missing or not total:
         return f"{missing[0]} is missing" if missing else f"its {RECORD} names no files"
     try:
         for name, (size, _) in sorted(recorded.items()):
-            if (now := found[name].stat().st_size) != size:
+            if (now := found[name][0] if is_remote(folder) else found[name].stat().st_size) != size:
                 return f"{name} has {now} bytes, expected {size}"
         largest_first = sorted(recorded, key=lambda name: (-recorded[name][0], name))
-        for name, now in _each(digest, [(name, found[name]) for name in largest_first[part::parts]]):
+        named = [(name, found[name]) for name in largest_first[part::parts]]
+        for name, now in named if is_remote(folder) else _each(digest, named):
             if now != recorded[name]:
                 return f"{name} is not what was written: its checksum differs"
     except OSError as error:
@@ -64,6 +75,15 @@ def _listing(folder: Path) -> dict[str, Path]:
     paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     paths.pop(RECORD, None)
     return paths
+
+
+def _objects(folder: Place) -> dict[str, tuple[int, str]]:
+    """{relative path: bytes and CRC32C} of every object below a folder in a bucket, without the record."""
+    found = client(folder).find(str(folder), detail=True)
+    root = str(folder).removeprefix("gs://") + "/"
+    objects = {name.removeprefix(root): (entry["size"], entry["crc32c"]) for name, entry in found.items()}
+    objects.pop(RECORD, None)
+    return objects
 
 
 def _each(function: Callable, named_paths: list[tuple[str, Path]]) -> Iterator[tuple]:

@@ -145,6 +145,7 @@ def training_sample_flops(
     image_pass: bool = True,
     text_pass: bool = True,
     cached_latents: bool = False,
+    teacher_cells: int = 1,
 ) -> float:
     """One training sample of a stream.
 
@@ -157,6 +158,7 @@ def training_sample_flops(
       image_size: (height, width) of the images in pixels, or the side of square ones.
       num_conditions: condition images of the stream's image pass.
       image_pass, text_pass: whether the stream runs it (vqa runs only the text pass).
+      teacher_cells: the means of image tokens that pooling heads project.
     """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     size = height // autoencoder.downsample_factor, width // autoencoder.downsample_factor
@@ -169,6 +171,6 @@ def training_sample_flops(
         forward += mmdit_forward(mmdit, latent_size=size, text_length=text_length, velocity_head=False, text_head=True)
         encoders += text_encoder_forward(text_encoder, text_length=text_length)
     if heads is not None:
-        tokens = (1, 1) if heads.pool else (size[0] * size[1] / mmdit.patch_size**2, text_length)
+        tokens = (teacher_cells, 1) if heads.pool else (size[0] * size[1] / mmdit.patch_size**2, text_length)
         forward += alignment_heads_forward(heads, width=mmdit.width, image_tokens=tokens[0], text_tokens=tokens[1])
     return 3 * forward + encoders

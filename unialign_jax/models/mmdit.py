@@ -495,20 +495,21 @@ class AlignmentHeads(nn.Module):
     """Projects the taps onto the teacher's feature space; used in training only (paper, equation 4).
 
     (image_tap [B, N, D], text_tap [B, L, D]) -> (image [B, teacher_width], text [B, teacher_width]), float32. Tokens
-    are averaged first, as in the released code; with `pool=False` each is projected: [B, N or L, teacher_width].
+    are averaged first, as in the released code; with `pool=False` each is projected: [B, N or L, teacher_width], and
+    with `pool_image=False` each of the image's.
     Raises AssertionError when the taps differ in batch or width.
     """
 
     config: AlignmentHeadsConfig
 
     @nn.compact
-    def __call__(self, image_tap, text_tap):
+    def __call__(self, image_tap, text_tap, pool_image=True):
         chex.assert_rank([image_tap, text_tap], 3)
         chex.assert_equal_shape([image_tap, text_tap], dims=(0, 2))
 
-        def project(tap, name):
+        def project(tap, name, pool=True):
             x = tap.astype(jnp.float32)
-            if self.config.pool:
+            if self.config.pool and pool:
                 x = jnp.mean(x, axis=1)
             x = nn.silu(dense(self.config.hidden_width, f"{name}_hidden")(x))
             x = dense(self.config.teacher_width, f"{name}_out")(x)
@@ -517,4 +518,4 @@ class AlignmentHeads(nn.Module):
         def dense(features, name):
             return nn.Dense(features, dot_general=split_dot_general(f"heads/{name}/kernel"), name=name)
 
-        return project(image_tap, "image"), project(text_tap, "text")
+        return project(image_tap, "image", pool_image), project(text_tap, "text")

@@ -311,15 +311,47 @@ def encode_images(
     return jnp.mean(tokens, axis=1) if pool else tokens
 
 
-def pooled_features(params: dict, batch: dict[str, jax.Array], config: TeacherConfig) -> dict[str, jax.Array]:
+def area_matrix(size: int, new_size: int) -> np.ndarray:
+    """The share of each of `size` equal pieces of a line in each of `new_size`: float32, rows summing to one."""
+    edges, new_edges = np.arange(size + 1) / size, np.arange(new_size + 1) / new_size
+    low = np.maximum(edges[None, :-1], new_edges[:-1, None])
+    high = np.minimum(edges[None, 1:], new_edges[1:, None])
+    return (np.maximum(high - low, 0) * new_size).astype(np.float32)
+
+
+def to_cells(tokens: jax.Array, grid: tuple[int, int], cells: tuple[int, int]) -> jax.Array:
+    """The mean of the tokens [B, M, T] in each cell of an image, by area: float32 [B, P, T], cells row by row.
+
+    A token that lies in several cells counts in each by its share, so the mean over the cells is that over the tokens.
+
+    Args:
+      grid: (rows, columns) of the tokens.
+      cells: (rows, columns) of the cells.
+    """
+    x = tokens.astype(jnp.float32).reshape(tokens.shape[0], *grid, -1)
+    rows, columns = area_matrix(grid[0], cells[0]), area_matrix(grid[1], cells[1])
+    x = jnp.einsum("bhwt,rh,cw->brct", x, rows, columns, precision="highest")
+    return x.reshape(x.shape[0], cells[0] * cells[1], -1)
+
+
+def pooled_features(
+    params: dict, batch: dict[str, jax.Array], config: TeacherConfig, *, cell: int = 0
+) -> dict[str, jax.Array]:
     """The features of a batch as data sets keep them: teacher_image and teacher_text, both float16 [B, T].
 
     Args:
       batch: "image" uint8 [B, H, W, 3], "teacher_ids" int32 [B, L] and "teacher_is_token" bool [B, L].
+      cell: pixels a side of the cells of an image, whose means are given as teacher_grid, float16 [B, P, T]; 0: none.
     """
-    image = encode_images(params, batch["image"], config)
+    height, width = batch["image"].shape[1:3]
+    tokens = encode_images(params, batch["image"], config, pool=False)
     text = encode_texts(params, batch["teacher_ids"], batch["teacher_is_token"])
-    return {"teacher_image": image.astype(jnp.float16), "teacher_text": text.astype(jnp.float16)}
+    features = {"teacher_image": jnp.mean(tokens, axis=1), "teacher_text": text}
+    if cell:
+        step = config.patch_size * config.merge_size
+        grid = tuple(side // step for side in resized_size(height, width, config))
+        features["teacher_grid"] = to_cells(tokens, grid, (height // cell, width // cell))
+    return {name: value.astype(jnp.float16) for name, value in features.items()}
 
 
 def encode_texts(params: dict, ids: jax.Array, is_token: jax.Array | None = None) -> jax.Array:

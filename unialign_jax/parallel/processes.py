@@ -23,7 +23,7 @@ from unialign_jax.files import first_line
 
 METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
 LOST = os.EX_TEMPFAIL  # 75: the exit status of a process that ends because another was lost; start it again
-AGAIN = "The same command goes on from the last checkpoint, on this or another number of processes"
+AGAIN = "The same command resumes from the last checkpoint, on this or another number of processes"
 
 
 def start(

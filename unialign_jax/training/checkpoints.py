@@ -7,6 +7,9 @@ damaged one the one before it is restored. Only the rule on how many to keep del
 Orbax writes no checksums, so we record them after each save, in the background too, and compare them before a
 checkpoint is used: a single flipped bit counts as damage. A checkpoint without them (of an earlier version, or of a run
 that was killed between the save and the record) is used when its files are there in their whole length.
+
+In a bucket (gs://) nothing can be renamed at once: there a checkpoint is whole when it has Orbax's marker, and its
+checksums are those that the store keeps of its objects.
 """
 
 import contextlib
@@ -21,6 +24,7 @@ import tensorstore as ts
 from orbax.checkpoint import v1 as ocp
 
 from unialign_jax.files import first_line
+from unialign_jax.files.places import Place, is_remote, move, place, reaching
 from unialign_jax.integrity import checksums
 from unialign_jax.parallel import processes
 from unialign_jax.parallel.sharding import path_string
@@ -28,15 +32,20 @@ from unialign_jax.training.state import TrainState
 
 log = logging.getLogger(__name__)
 
+MARKER = "commit_success.txt"  # Orbax writes it last
+
 
 class Checkpoints:
     """The checkpoints of one run's folder, which is made; all hosts take part in every call."""
 
     def __init__(self, workdir: str | Path, *, keep_last: int = 2, keep_every: int = 0):
-        self.directory = Path(workdir).absolute() / "checkpoints"
+        self.directory = place(workdir) / "checkpoints"
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            with reaching(self.directory):
+                self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
+            if is_remote(self.directory):
+                raise
             raise OSError(
                 f"the run's folder {workdir} cannot be made ({error.strerror}: {error.filename}): choose another"
             ) from error
@@ -86,7 +95,7 @@ class Checkpoints:
         self._under_way = self._background.submit(self._complete, response, self.directory / str(step))
 
     @staticmethod
-    def _complete(response, directory: Path):
+    def _complete(response, directory: Place):
         response.result()  # which also ends the event loop and the thread that Orbax keeps for this save
         if jax.process_index() == 0:
             checksums.record(directory)
@@ -117,8 +126,7 @@ class Checkpoints:
         Raises ValueError when a checkpoint has other leaves than `abstract_state` or another step than its name, or
         when all are damaged, and OSError when the processes see different ones; then nothing has been changed.
         """
-        unfinished = sorted(path.name for path in self.directory.glob("*orbax-checkpoint-tmp*"))
-        if unfinished:
+        if unfinished := unfinished_checkpoints(self.directory):
             log.warning("%s: ignoring unfinished checkpoints %s", self.directory, ", ".join(unfinished))
         damaged = []
         for step in reversed(self.steps()):
@@ -165,7 +173,7 @@ class Checkpoints:
                 number += 1
                 kept = self.directory / f"damaged-{step}-{number}"
             log.warning("%s/%d is kept as %s", self.directory, step, kept.name)
-            (self.directory / str(step)).rename(kept)
+            move(self.directory / str(step), kept)
         if steps:
             processes.wait_for_all("damaged checkpoints set aside")
             self._checkpointer.reload()
@@ -181,7 +189,20 @@ class Checkpoints:
                 self._checkpointer.close()
 
 
-def agreed(directory: Path, reason: str | None) -> str | None:
+def is_committed(directory: Place) -> bool:
+    """Whether Orbax has written a checkpoint whole: it renames it then, but in a bucket it adds a marker."""
+    return not is_remote(directory) or (directory / MARKER).exists()
+
+
+def unfinished_checkpoints(checkpoints: Place) -> list[str]:
+    """The names of what killed saves left in a folder of checkpoints."""
+    if is_remote(checkpoints):
+        paths = checkpoints.iterdir() if checkpoints.exists() else ()  # a bucket has no empty folders
+        return sorted(path.name for path in paths if path.name.isdigit() and not is_committed(path))
+    return sorted(path.name for path in checkpoints.glob("*orbax-checkpoint-tmp*"))
+
+
+def agreed(directory: Place, reason: str | None) -> str | None:
     """The reason why a checkpoint cannot be read, here or in another process: all must restore the same one."""
     if reason and jax.process_count() > 1:  # the others may be waiting for this process inside Orbax
         log.warning(
@@ -194,7 +215,7 @@ def agreed(directory: Path, reason: str | None) -> str | None:
     return reason or ("another process cannot read it" if elsewhere else None)
 
 
-def damage(directory: Path) -> str | None:
+def damage(directory: Place) -> str | None:
     """The damage to a checkpoint that was once whole, in words, or None. Several processes share the reading.
 
     Without recorded checksums we check the marker, that the metadata name the arrays that are stored, and the last byte
@@ -202,16 +223,18 @@ def damage(directory: Path) -> str | None:
     """
     if checksums.is_recorded(directory):
         return checksums.difference(directory, jax.process_index(), jax.process_count())
-    for name in ("commit_success.txt", "state/_METADATA", "state/manifest.ocdbt"):
+    for name in (MARKER, "state/_METADATA", "state/manifest.ocdbt"):
         if not (directory / name).is_file():
             return f"{name} is missing"
-    for path in directory.rglob("*"):
+    for path in () if is_remote(directory) else directory.rglob("*"):
         if not path.is_dir() and not path.is_file():
             return f"{path.relative_to(directory)} is no file"
     try:
         json.loads((directory / "state/_METADATA").read_bytes())
     except ValueError:
         return "state/_METADATA is damaged"
+    if is_remote(directory):  # an object is there whole or not at all
+        return None if stored_shapes(directory) else "its arrays are missing"
     try:
         store = ts.KvStore.open({"driver": "ocdbt", "base": f"file://{directory}/state/"}).result()
         keys = store.list().result()
@@ -226,7 +249,7 @@ def damage(directory: Path) -> str | None:
     return None
 
 
-def stored_shapes(directory: Path) -> dict[str, tuple]:
+def stored_shapes(directory: Place) -> dict[str, tuple]:
     """{path: shape} of the arrays in a checkpoint."""
     return leaf_shapes(ocp.checkpointables_metadata(directory).metadata["state"])
 

@@ -60,7 +60,7 @@ RANGES = (
             *("optimizer.warmup_steps", "optimizer.cooldown_start", "optimizer.cooldown_steps"),
             *("optimizer.weight_decay", "validation.every", "validation.records", "validation.scenes"),
             *("model.text_positions", "data.num_threads", "data.prefetch", "parity.sigma_levels"),
-            "data.max_epochs_warning",
+            *("data.max_epochs_warning", "teacher.grid"),
             *(f"loss_weights.{name}" for name in ("flow_matching", "masked_text", "cross_modal", "intrinsic_modal")),
         ),
     ),
@@ -369,6 +369,13 @@ def _network_problems(config: ConfigDict) -> Iterator[str]:
         yield problem
     if config.data.buckets and config.image_size % BUCKET_STEP:
         yield f"image_size is {config.image_size}, expected a multiple of {BUCKET_STEP} with data.buckets"
+    token = autoencoder.downsample_factor * model.patch_size
+    side = math.gcd(config.image_size, BUCKET_STEP) if config.data.buckets else config.image_size
+    if config.teacher.grid and (config.teacher.grid % token or side % config.teacher.grid):
+        yield (
+            f"teacher.grid is {config.teacher.grid}, expected a multiple of a token's {token} pixels that divides "
+            f"{'the sides of all buckets, ' if config.data.buckets else 'image_size '}{side}"
+        )
     if model.latent_channels != autoencoder.latent_channels:
         yield f"model.latent_channels is {model.latent_channels}, the autoencoder gives {autoencoder.latent_channels}"
     if model.text_width != text_encoder.width:

@@ -44,6 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--input", required=True, metavar="DIR", type=Path, help="a data folder, or a folder of aspect buckets")
     add("--teacher", metavar="DIR", help="the teacher's bundle (launch/convert.py teacher): store its features")
     add("--bundle", metavar="DIR", help='a bundle with an autoencoder, or "demo": store its moments')
+    add(
+        "--teacher-grid",
+        type=int,
+        default=0,
+        metavar="PIXELS",
+        help="store the teacher's mean of each cell of an image too, for --config.teacher.grid: PIXELS a side, a "
+        "multiple of a token's 16, such as 32 (default 0: none)",
+    )
     add("--image-size", type=int, default=512, help="pixels a side, of the run to come (default 512)")
     add("--num-conditions", type=int, metavar="K", help="condition images of a record (default: the kind's)")
     add("--batch-size", type=int, default=32, help="images at once over all devices (default 32)")
@@ -60,6 +68,8 @@ def run(arguments: argparse.Namespace) -> None:
     for name in ("image_size", "batch_size"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}, expected at least 1")
+    if arguments.teacher_grid < 0 or (arguments.teacher_grid and not arguments.teacher):
+        raise ValueError(f"--teacher-grid is {arguments.teacher_grid}, expected 0 or more, and --teacher with it")
     mesh = caching.local_mesh()
     batch_size = math.ceil(arguments.batch_size / mesh.size) * mesh.size
     folders = list(data_folders(arguments.input))
@@ -93,7 +103,7 @@ def _jobs(arguments, mesh) -> Iterator[_Job]:
             raise ValueError(f"{arguments.teacher} holds no teacher: convert one with launch/convert.py teacher")
         _, params = bundle.load(arguments.teacher, components=["teacher"], mesh=mesh, dtype=config.dtype)
         tokenizer = bundle.read_tokenizer(arguments.teacher, load=load_backend)
-        function = functools.partial(pooled_features, config=config)
+        function = functools.partial(pooled_features, config=config, cell=arguments.teacher_grid)
         inputs = ("image", "teacher_ids", "teacher_is_token")
         yield _Job(
             "teacher",
@@ -126,6 +136,9 @@ def _fill(arguments, folder, job: _Job, mesh, batch_size, share) -> None:
         bucket=bucket,
         use_teacher=False,
     )
+    cell = arguments.teacher_grid if job.tokenizer else 0
+    if cell and any(side % cell for side in config.size):
+        raise ValueError(f"--teacher-grid={cell} does not divide images of {caches.size_name(config.size)} pixels")
     stream = Stream(config, load_tokenizer(), job.tokenizer)
     read = caching.Examples(stream, job.inputs)
     arrays = caching.row_shapes(job.function, job.params, stream_example(stream, job.inputs))
@@ -137,7 +150,7 @@ def _fill(arguments, folder, job: _Job, mesh, batch_size, share) -> None:
         network=job.network,
         arrays=arrays,
         rows=caches.rows_of_a_file(arrays),
-        options={"text_tokens": TEACHER_TOKENS} if job.tokenizer else {},
+        options=({"text_tokens": TEACHER_TOKENS} if job.tokenizer else {}) | ({"cell": cell} if cell else {}),
     )
     writer = caches.Writer(directory, description, overwrite=arguments.overwrite)
     total = sum(len(description.part(number)) for number in writer.missing(share))

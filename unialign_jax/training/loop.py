@@ -6,6 +6,7 @@
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 import signal
 import time
@@ -21,6 +22,7 @@ from unialign_jax.data.mixture import IN_USE, Mixture, batches_ahead
 from unialign_jax.data.streams import Stream, StreamConfig
 from unialign_jax.data.text_lengths import cuts_of
 from unialign_jax.data.tokenizer import Tokenizer, load_backend, load_tokenizer
+from unialign_jax.files.places import place
 from unialign_jax.models import flops
 from unialign_jax.parallel import processes, sharding
 from unialign_jax.training import caching
@@ -28,7 +30,7 @@ from unialign_jax.training.checkpoints import Checkpoints
 from unialign_jax.training.config import active_streams, listed
 from unialign_jax.training.metrics import Recorder
 from unialign_jax.training.program import StepProgram, check_config
-from unialign_jax.training.run_lock import only_run_in
+from unialign_jax.training.run_folder import RunFolder
 from unialign_jax.training.runs import inherit_sources, load_params, write_config
 from unialign_jax.training.samples import Sampler
 from unialign_jax.training.state import TrainState, create_sharded, init_frozen, init_state
@@ -79,6 +81,7 @@ class Trainer(StepProgram):
                 )
 
     def _sample_flops(self, stream: Stream) -> float:
+        cell = self.config.teacher.grid if has_image_pass(stream.config.kind) else 0
         return flops.training_sample_flops(
             self.networks.transformer.config,
             self.networks.text_encoder.config,
@@ -89,6 +92,7 @@ class Trainer(StepProgram):
             num_conditions=stream.config.num_conditions,
             image_pass=has_image_pass(stream.config.kind),
             cached_latents=self.config.data.cached_latents,
+            teacher_cells=math.prod(side // cell for side in stream.config.size) if cell else 1,
         )
 
     def init_state(self) -> TrainState:
@@ -97,7 +101,7 @@ class Trainer(StepProgram):
         key = jax.random.key(config.seed)
         with jax.set_mesh(self.mesh):
             state = create_sharded(
-                lambda k: init_state(self.networks, self.tx, config.ema_decay, k), self.mesh, key, state=True
+                lambda k: init_state(self.networks, self.tx, config.ema_decay, k), self.abstract_state, key
             )
             if config.init_from:
                 params = self._load_params(state.params)
@@ -134,7 +138,7 @@ class Trainer(StepProgram):
         if self.config.autoencoder.kind == "kl":
             log.warning("no frozen_from bundle: T5 and autoencoder are random, of use for measuring speed only")
         with jax.set_mesh(self.mesh):
-            return create_sharded(lambda: init_frozen(self.networks), self.mesh) | teacher
+            return create_sharded(lambda: init_frozen(self.networks), encoders) | teacher
 
     def compile_steps(self, alive: Callable[[], None] = lambda: None) -> dict[str, jax.stages.Compiled]:
         """The executable of every stream; `alive` is called before each."""
@@ -194,6 +198,7 @@ def open_streams(config: ConfigDict, tokenizer: Tokenizer) -> dict[str, Stream]:
                 bucket=settings.get("bucket", ()),
                 use_teacher=intrinsic,
                 use_latents=config.data.cached_latents,
+                teacher_cell=config.teacher.grid if intrinsic and has_image_pass(settings.kind) else 0,
             )
             stream = Stream(stream_config, tokenizer, teacher_tokenizer)
         except (ValueError, OSError) as error:
@@ -307,7 +312,7 @@ def train(
 
     Args:
       config: from `configs/`, see training/config.py.
-      workdir: the run's folder, on a file system that all hosts see.
+      workdir: the run's folder, on a file system that all hosts see, or gs://BUCKET/FOLDER.
       progress: whether to draw a progress bar.
       devices: those of the mesh; all when None.
       stuck_timeout: seconds after which a step, or another part of the run such as restoring, compiling one stream's
@@ -315,9 +320,7 @@ def train(
       make_scorer: gives the scorer for `validation.scenes` (see `Validator`), such as `RunScenes.of` of the evaluation.
     """
     # --- Folder ---
-    if "://" in str(workdir) or not str(workdir):
-        raise ValueError(f"the run's folder is {str(workdir)!r}, expected a path; object stores must be mounted first")
-    workdir = Path(workdir).absolute()
+    place(workdir)
     check_config(config, len(jax.devices() if devices is None else devices))
     check_tracker(config)
     if config.compilation_cache:
@@ -332,32 +335,38 @@ def train(
             return call(*arguments)
 
         # --- Program and data ---
-        config = in_time(inherit_sources, config, workdir)
+        folder = RunFolder(workdir, stack)
+        config = in_time(inherit_sources, config, folder.place)
         trainer = Trainer(config, devices)
         keep = config.checkpoint
-        stack.enter_context(only_run_in(workdir))
+        stack.enter_context(folder.taken())
         # Entered before the checkpoints, and so left after them: a signal must wait for the last save.
         stop = stack.enter_context(StopRequest())
-        checkpoints = Checkpoints(workdir, keep_last=keep.keep_last, keep_every=keep.keep_every)
+        checkpoints = Checkpoints(folder.place, keep_last=keep.keep_last, keep_every=keep.keep_every)
         stack.enter_context(contextlib.closing(checkpoints))
+
+        def save_all(state, step):
+            folder.upload()  # first: a run that resumes from this step has the metrics up to it
+            checkpoints.save(state, step)
 
         # --- Weights ---
         state = in_time(checkpoints.restore_latest, trainer.abstract_state)
         if state is None:
             state = in_time(trainer.init_state)
-            log.info("starting %s from %s", workdir, config.init_from or "random weights")
+            log.info("starting %s from %s", folder.place, config.init_from or "random weights")
         else:
-            log.info("resuming %s at step %d", workdir, int(state.step))
-        write_config(config, workdir, int(state.step))
+            log.info("resuming %s at step %d", folder.place, int(state.step))
+        write_config(config, folder.local, int(state.step), run=folder.place)
+        folder.upload()
         frozen = in_time(trainer.init_frozen)
-        sampler = Sampler(config, trainer.networks, trainer.mesh, trainer.streams, trainer.tokenizer, workdir)
+        sampler = Sampler(config, trainer.networks, trainer.mesh, trainer.streams, trainer.tokenizer, folder.local)
 
         # --- Steps ---
         step = int(state.step)
         if step < config.num_steps:
             programs = trainer.compile_steps(alive)
             validator = Validator(trainer, make_scorer, alive) if config.validation.every else None
-            recorder = Recorder(trainer, workdir, step, progress, open_tracker(config, workdir))
+            recorder = Recorder(trainer, folder.local, step, progress, open_tracker(config, folder.local))
             steps = run_steps(trainer, programs, state, frozen, recorder, stop)
             stack.enter_context(contextlib.closing(steps))
             alive()
@@ -369,7 +378,7 @@ def train(
                 validate = validator and (step % config.validation.every == 0 or is_last)
                 if save or sample or validate:
                     recorder.flush()  # a state whose loss is not finite must not be saved
-                if validate:  # before the save: a run that goes on from it has these rows
+                if validate:  # before the save: a run that resumes from it has these rows
                     params = {"transformer": sampled_params(state), "heads": state.params["heads"]}
                     rows = validator(params, frozen)
                     recorder.add_validation(step, rows, headlines(rows, validator.leading))
@@ -377,19 +386,20 @@ def train(
                         rows = validator({name: state.params[name] for name in params}, frozen, scenes=False)
                         recorder.add_validation(step, rows, prefix="validation_raw")
                 if save:
-                    in_time(checkpoints.save, state, step)
+                    in_time(save_all, state, step)
                 if sample:
                     in_time(sampler.write, step, sampled_params(state), frozen)
                     recorder.throughput.restart()
                 alive()
-            in_time(checkpoints.save, state, step)
+            in_time(save_all, state, step)
         else:
-            log.info("%s is already at step %d of %d", workdir, step, config.num_steps)
+            log.info("%s is already at step %d of %d", folder.place, step, config.num_steps)
 
         # --- Last samples ---
         finished = step >= config.num_steps
         alive()
-        if finished and config.samples.count and processes.anywhere(not sampler.is_written(step)):
+        is_first = jax.process_index() == 0  # which has the samples here
+        if finished and config.samples.count and processes.anywhere(is_first and not sampler.is_written(step)):
             for path in sampler.write(step, sampled_params(state), frozen):
                 log.info("wrote %s", path)
         alive()  # closing the checkpoints waits for the last save

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from unialign_jax.files import check_regular, parse_json, replacing_file
@@ -33,6 +32,8 @@ class MetricsWriter:
         self._active = jax.process_index() == 0
         if not self._active:
             return
+        from tensorboardX import SummaryWriter  # two seconds where PyTorch is installed, which it imports
+
         self._tracker = tracker
         path = Path(workdir) / "metrics.jsonl"
         keep_rows_until(path, start_step)
@@ -179,7 +180,7 @@ class Recorder:
     """Records each step's metrics one step late: whether they are finite, progress bar, files, throughput."""
 
     def __init__(self, trainer, workdir: Path, start: int, progress: bool, tracker: Tracker | None = None):
-        """Opens the files. `start` is the step that the run goes on from; a bar is drawn on a terminal alone."""
+        """Opens the files. `start` is the step that the run resumes from; a bar is drawn on a terminal alone."""
         self._trainer, self._writer = trainer, MetricsWriter(workdir, start, tracker)
         self._pending = None
         self._losses = {}

@@ -24,7 +24,8 @@ from orbax.checkpoint import v1 as ocp
 from unialign_jax import bundle, bundle_config, files
 from unialign_jax.data.kinds import KINDS
 from unialign_jax.data.tokenizer import Tokenizer, load_tokenizer
-from unialign_jax.training.checkpoints import agreed, damage, differences, leaf_shapes, stored_shapes
+from unialign_jax.files.places import Place, is_remote, place, reaching, read_json
+from unialign_jax.training.checkpoints import agreed, damage, differences, is_committed, leaf_shapes, stored_shapes
 from unialign_jax.training.config import build_configs, with_new_names
 from unialign_jax.training.state import Networks, init_frozen
 
@@ -40,8 +41,9 @@ _MOST_STAGES = 16  # that are followed back from run to run
 
 def is_run(directory: str | Path) -> bool:
     """Whether the folder looks like a training run's."""
-    directory = Path(directory)
-    return (directory / "config.json").is_file() and (directory / "checkpoints").is_dir()
+    directory = place(directory)
+    with reaching(directory):
+        return (directory / "config.json").is_file() and (directory / "checkpoints").is_dir()
 
 
 def read_settings(run: str | Path) -> dict:
@@ -55,9 +57,10 @@ def settings_before(run: str | Path) -> dict | None:
 
     Raises ValueError when it cannot be read.
     """
-    path = Path(run) / "config.json"
-    if not os.path.lexists(path):
-        return None
+    path = place(run) / "config.json"
+    with reaching(path):
+        if not (path.exists() if is_remote(path) else os.path.lexists(path)):
+            return None
     try:
         return _read_settings(run, {"frozen_from": str, "tokenizer": str})
     except (ValueError, OSError) as error:
@@ -68,8 +71,8 @@ def settings_before(run: str | Path) -> dict | None:
 
 
 def _read_settings(run, kinds: dict[str, type], needed: tuple[str, ...] = ()) -> dict:
-    path = Path(run) / "config.json"
-    settings = with_new_names(files.read_json(path))
+    path = place(run) / "config.json"
+    settings = with_new_names(read_json(path))
     for key, kind in kinds.items():
         if key in needed and key not in settings:
             raise ValueError(f"{path} lacks {key}: expected the configuration of a training run")
@@ -79,13 +82,16 @@ def _read_settings(run, kinds: dict[str, type], needed: tuple[str, ...] = ()) ->
     return settings
 
 
-def write_config(config: ConfigDict, workdir: Path, step: int = 0) -> None:
-    """Keeps the run's configuration in `config.json`.
+def write_config(config: ConfigDict, workdir: Path, step: int = 0, run: Place | None = None) -> None:
+    """Keeps the run's configuration in `workdir/config.json`.
 
     A run that is resumed, at `step`, logs the changes since, and adds them as a line to `config_history.jsonl`.
+
+    Args:
+      run: where the run lies, if that is another place.
     """
     current = json.loads(config.to_json_best_effort())
-    changes = list(_changes(settings_before(workdir) or current, current))
+    changes = list(_changes(settings_before(run or workdir) or current, current))
     for key, old, new in changes:
         log.warning(
             "configuration changed since the run began: %s from %s to %s",
@@ -112,7 +118,7 @@ def _changes(before: dict, after: dict, prefix: str = "") -> Iterator[tuple[str,
             yield f"{prefix}{key}", old, new
 
 
-def inherit_sources(config: ConfigDict, workdir: Path) -> ConfigDict:
+def inherit_sources(config: ConfigDict, workdir: Place) -> ConfigDict:
     """The configuration with an empty `frozen_from` and `tokenizer` filled in, so that config.json names the sources.
 
     A resumed run keeps its own; a new one takes those of `init_from`, which is a bundle or a run. Where the tokenizer
@@ -121,7 +127,8 @@ def inherit_sources(config: ConfigDict, workdir: Path) -> ConfigDict:
     default it yields to those of `init_from` or of the run.
     """
     config = config.copy_and_resolve_references()
-    is_new = not (workdir / "config.json").is_file()
+    with reaching(workdir):
+        is_new = not (workdir / "config.json").is_file()
     default = config.frozen_from if bundle.is_packaged(config.frozen_from) else ""
     if default:
         config.frozen_from = ""
@@ -163,10 +170,10 @@ class StoredTree(NamedTuple):
     leaves: Callable[[list[str]], Iterator[tuple[str, np.ndarray]]]
 
 
-def saved_steps(checkpoints: Path) -> list[int]:
-    """The steps of the checkpoints in a folder, the newest first: Orbax names one by its step once it is whole."""
-    names = (path.name for path in checkpoints.iterdir())
-    return sorted((int(name) for name in names if re.fullmatch(r"\d{1,18}", name)), reverse=True)
+def saved_steps(checkpoints: Place) -> list[int]:
+    """The steps of the checkpoints in a folder that Orbax has written whole, the newest first."""
+    paths = (path for path in checkpoints.iterdir() if re.fullmatch(r"\d{1,18}", path.name))
+    return sorted((int(path.name) for path in paths if is_committed(path)), reverse=True)
 
 
 def latest_step(run: str | Path, *, verify: bool = False) -> int:
@@ -175,10 +182,9 @@ def latest_step(run: str | Path, *, verify: bool = False) -> int:
     With `verify` its files are compared with their checksums, and a damaged one is passed over with a warning.
     Raises FileNotFoundError when the folder is no run's, ValueError when it has no whole checkpoint.
     """
-    run = Path(run)
     if not is_run(run):
         raise FileNotFoundError(f"{run} is no run's folder: expected config.json and checkpoints/ inside")
-    checkpoints = run.absolute() / "checkpoints"
+    checkpoints = place(run) / "checkpoints"
     for step in saved_steps(checkpoints):
         reason = damage(checkpoints / str(step)) if verify else None
         if reason is None:
@@ -187,10 +193,12 @@ def latest_step(run: str | Path, *, verify: bool = False) -> int:
     raise ValueError(f"{checkpoints} holds no whole checkpoint")
 
 
-def _checkpoints_of(run: str) -> Path:
+def _checkpoints_of(run: str) -> Place:
     """The folder of the checkpoints of the run that init_from names. Raises FileNotFoundError where there is none."""
-    directory = Path(run).absolute() / "checkpoints"
-    if not os.path.isdir(directory):
+    directory = place(run) / "checkpoints"
+    with reaching(directory):
+        is_there = directory.is_dir()
+    if not is_there:
         raise FileNotFoundError(f"init_from: {run} is no run's folder, it has no checkpoints/ inside")
     return directory
 
@@ -244,7 +252,7 @@ def open_run(run: str | Path, weights: str = "raw", step: int | None = None) -> 
       weights: "raw", or "ema" for the averaged transformer.
       step: the newest when None, and then its files are compared with their checksums.
     """
-    run = Path(run).absolute()
+    run = place(run)
     folder = run / "checkpoints" / str(latest_step(run, verify=True) if step is None else step)
     configs = component_configs(run, read_settings(run))
     metadata = _metadata(folder)
@@ -267,7 +275,7 @@ def open_run(run: str | Path, weights: str = "raw", step: int | None = None) -> 
 
 def has_average(run: str | Path, step: int) -> bool:
     """Whether a run's checkpoint keeps an average of the weights."""
-    return _has_average(_metadata(Path(run).absolute() / "checkpoints" / str(step)))
+    return _has_average(_metadata(place(run) / "checkpoints" / str(step)))
 
 
 def _has_average(metadata: dict) -> bool:
@@ -275,7 +283,7 @@ def _has_average(metadata: dict) -> bool:
 
 
 def _metadata(folder):
-    for path in folder.rglob("*"):  # a pipe would be waited for
+    for path in () if is_remote(folder) else folder.rglob("*"):  # a pipe would be waited for
         if not path.is_dir():
             files.check_regular(path)
     try:
@@ -424,7 +432,7 @@ def open_to_sample(
         to_verify.discard(name)
 
     config = bundle.BundleConfig(**configs, **describe(run, settings))
-    described = [Path(folder) / "config.json" for folder in (run, source) if folder]
+    described = [folder / "config.json" for folder in (place(run), source) if folder]
     told = b"".join(path.read_bytes() for path in described) + f" {step} {weights}".encode()
     digest = hashlib.sha256(told).hexdigest()
     return Run(str(run), config, read_run_tokenizer(settings, run), leaves, weights, step, digest, source or None)

@@ -102,10 +102,9 @@ def init_state(networks: Networks, tx: Optimizer, ema_decay: float, key: jax.Arr
     return TrainState(jnp.zeros((), jnp.int32), params, ema, tx.init(params))
 
 
-def create_sharded(init: Callable, mesh: Mesh, *args, state: bool = False):
-    """`init(*args)` with every leaf made where the sharding table puts it, never whole on one device."""
-    shardings = sharding.tree_shardings(jax.eval_shape(init, *args), mesh, state=state)
-    return jax.jit(init, out_shardings=shardings)(*args)
+def create_sharded(init: Callable, abstract: Any, *args):
+    """`init(*args)` with every leaf made where that of `abstract` is to lie, never whole on one device."""
+    return jax.jit(init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))(*args)
 
 
 def abstract_state(networks: Networks, tx: Optimizer, ema_decay: float, mesh: Mesh) -> TrainState:

@@ -24,7 +24,7 @@ from unialign_jax.losses.masked_text import masked_text_loss
 from unialign_jax.models.autoencoder import Moments, from_pixels, sample_latents
 from unialign_jax.models.mmdit import in_pairs
 from unialign_jax.models.parameters import storage_dtype
-from unialign_jax.models.teacher import pooled_features
+from unialign_jax.models.teacher import pooled_features, to_cells
 from unialign_jax.parallel import sharding
 from unialign_jax.training.optimizer import ema_update
 from unialign_jax.training.state import Networks, Optimizer, TrainState
@@ -178,13 +178,21 @@ def compute_losses(
             direction=config.parity.cross_modal_direction,
         )
     if config.loss_weights.intrinsic_modal:
+        cell = config.teacher.grid if has_image_pass(kind) else 0
         if networks.teacher is not None:
-            batch = batch | pooled_features(frozen["teacher"], batch, networks.teacher)
+            batch = batch | pooled_features(frozen["teacher"], batch, networks.teacher, cell=cell)
         image_tap = image_pass.image_tap if has_image_pass(kind) else text_pass.image_tap
-        to_image, to_text = networks.heads.apply({"params": params["heads"]}, image_tap, text_pass.text_tap)
+        if cell:
+            patch, factor = transformer.config.patch_size, networks.autoencoder.config.downsample_factor
+            grid = tuple(side // patch for side in latents.shape[1:3])
+            image_tap = to_cells(image_tap, grid, tuple(side * factor // cell for side in latents.shape[1:3]))
+        to_image, to_text = networks.heads.apply(
+            {"params": params["heads"]}, image_tap, text_pass.text_tap, pool_image=not cell
+        )
         losses["intrinsic_modal"] = intrinsic_modal_loss(to_text, batch["teacher_text"])
         if has_image_pass(kind):
-            losses["intrinsic_modal"] += intrinsic_modal_loss(to_image, batch["teacher_image"])
+            target = batch["teacher_grid" if cell else "teacher_image"]
+            losses["intrinsic_modal"] += intrinsic_modal_loss(to_image, target)
 
     total = sum(config.loss_weights[name] * jnp.mean(values) for name, values in losses.items())
     metrics |= {name: sum_and_count(values) for name, values in losses.items()}
@@ -289,6 +297,8 @@ def batch_shapes(config: ConfigDict, stream: ConfigDict) -> dict[str, jax.ShapeD
         example["teacher_is_token"] = ((TEACHER_TOKENS,), jnp.bool_)
     elif config.loss_weights.intrinsic_modal:
         example |= {name: ((width,), jnp.float16) for name in ("teacher_image", "teacher_text")}
+        if cell := config.teacher.grid if has_image_pass(stream.kind) else 0:
+            example["teacher_grid"] = (((size[0] // cell) * (size[1] // cell), width), jnp.float16)
     return {name: jax.ShapeDtypeStruct((config.batch_size, *shape), kind) for name, (shape, kind) in example.items()}
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -264,6 +265,10 @@ def test_the_official_files_and_the_order_of_guesses(data, tmp_path):
     read = request_of(request.made, tmp_path, results=str(request.made))
     again = suite.score(read, suite.items(read), {}, Scorer())
     assert [score.values for score in again] == [score.values for score in scores]
+    before = suite.describe_scoring(read)["results_sha256"]
+    shutil.rmtree(request.made / "Math")
+    assert suite.describe_scoring(read)["results_sha256"] != before
+    assert any("30 questions a subject, these data: " in note and "Math 0" in note for note in suite.notes(read))
 
 
 def test_the_official_answers_count_where_the_data_have_others(data, tmp_path):
@@ -282,8 +287,7 @@ def test_the_official_answers_count_where_the_data_have_others(data, tmp_path):
         "validation_Math_1",
     }
     notes = suite.notes(request)
-    assert any("1 answers of the data are others" in note and "validation_Design_1" in note for note in notes)
-    assert any("its SHA-256 differs" in note for note in notes)
+    assert any("1 answers of the data files are not those" in note and "validation_Design_1" in note for note in notes)
 
 
 def change(path, rows):

@@ -169,6 +169,8 @@ def test_scoring_that_is_refused(request_of, data, tmp_path, refuses, text_judge
 
     refuses(score(Scorer()), "scored by a judge", "--judge=URL")
     refuses(score(judge_prompt=None), "--judge-prompt", "mm-vet_evaluator.py")
+    early = lambda: MMVet().check_scoring(request_of(judge_prompt=None), True)  # noqa: E731
+    refuses(early, "--judge-prompt", "mm-vet_evaluator.py")  # before the answers are made
     (tmp_path / "prompt.txt").write_text("How good is it?")
     refuses(score(judge_prompt=str(tmp_path / "prompt.txt")), "prompt.txt", "Ground truth")
     (tmp_path / "code.py").write_text("prompts = 3")

@@ -225,7 +225,7 @@ def _begin(plan: Plan, work: str) -> None:
             differs = [key for key in described if found.get(key) != described[key]]
             raise FileExistsError(
                 f"{work} holds the unfinished work of another command (another {', '.join(differs)}): the same command "
-                "goes on with it; --overwrite, or removing that folder, drops it"
+                "resumes it; --overwrite, or removing that folder, drops it"
             )
         for inner in _FOLDERS:
             locations.remove_folder(locations.join(work, inner))

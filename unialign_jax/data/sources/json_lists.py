@@ -70,7 +70,7 @@ def _refuse(path: str):
 
 def _lines(path: str) -> Iterator[tuple[int, bytes]]:
     with locations.open_file(path) as file:
-        for number, content in enumerate(jsonl.lines_of(file, lambda count: None), start=1):
+        for number, content in enumerate(jsonl.lines_of(file), start=1):
             if content.strip():
                 yield number, content
 

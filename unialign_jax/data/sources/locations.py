@@ -13,17 +13,13 @@ from pathlib import Path
 import fsspec
 
 from unialign_jax.files import check_regular, first_line, one_line
+from unialign_jax.files.places import is_url
 
 MAX_NAMES = 1_000_000  # files that one brace pattern may name
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _WEB = ("http://", "https://", "ftp://", "data:")
-
-
-def is_url(path: str | os.PathLike) -> bool:
-    return _URL.match(str(path)) is not None
 
 
 def is_web(path: str) -> bool:

@@ -8,10 +8,14 @@ from unialign_jax.evaluation.suite import Suite
 SUITES = {
     "semgen": "SemGen",
     "geneval": "GenEval",
+    "geneval2": "GenEval2",
+    "dpg": "Dpg",
     "gedit": "GEdit",
+    "imgedit": "ImgEdit",
     "mmbench": "MMBench",
     "mmmu": "MMMU",
     "mmvet": "MMVet",
+    "captions": "Captions",
 }
 
 

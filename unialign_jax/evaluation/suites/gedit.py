@@ -190,15 +190,19 @@ class GEdit(VIEScoreSuite):
             notes.append("The model edited sources of about 512 x 512 pixels in the nearest multiples of 16.")
         if settings["items"] != COUNT:
             notes.append(f"The data have {settings['items']} instructions in this language, the official ones {COUNT}.")
-        return notes + self.changed(request, {})
+        notes.append(
+            "The official scorer, test_gedit_score.py, runs once it takes the split: load_dataset(...)['train']. It "
+            "gives no means of the Chinese instructions."
+        )
+        return notes + self.notes_on_prompts(request)
 
     def official_command(self, request: Request) -> str | None:
+        if request.extra["language"] != "en":  # calculate_statistics.py knows zh, and its data say cn
+            return None
         root, model = request.output.resolve(), request.model
-        # That command's name for Chinese is zh, and finds nothing in its own data, which say cn.
         return (
             f"cd GEdit-Bench && python test_gedit_score.py --model_name={model} --save_path={root} --backbone=gpt4o && "
-            f"python calculate_statistics.py --model_name={model} --save_path={root} --backbone=gpt4o "
-            f"--language={request.extra['language']}"
+            f"python calculate_statistics.py --model_name={model} --save_path={root} --backbone=gpt4o --language=en"
         )
 
 

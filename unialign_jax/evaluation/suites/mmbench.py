@@ -2,7 +2,6 @@
 
 import csv
 import hashlib
-import math
 import random
 import string
 from collections.abc import Callable, Sequence
@@ -11,7 +10,7 @@ from typing import Any
 
 from unialign_jax.evaluation import questions
 from unialign_jax.evaluation.judging import Question, Unparsed
-from unialign_jax.evaluation.suite import Item, Request, Score, Scorer, Suite
+from unialign_jax.evaluation.suite import Item, Request, Score, Scorer, Suite, mean
 from unialign_jax.files import replacing_file, shown
 
 ROTATION = 1_000_000  # rotation k of question g has the index g + k * ROTATION
@@ -24,7 +23,7 @@ ABILITIES = {
     "relation_reasoning": "RR",
     "attribute_reasoning": "AR",
 }
-# MD5 of the files at opencompass.openxlab.space/utils/VLMEval, by VLMEvalKit.
+# MD5 of the files at opencompass.openxlab.space/utils/benchmarks/MMBench, by VLMEvalKit.
 MD5 = {
     "MMBench_DEV_EN": "b6caf1133a01c6bb705cf753bb527ed8",
     "MMBench_TEST_EN": "6939fadb0ce626fefc0bdc9c64efc528",
@@ -54,10 +53,11 @@ class MMBench(Suite):
     name = "mmbench"
     title = "MMBench"
     summary = "questions of choice under CircularEval; English dev set, 1,164 questions in 4,329 rotations"
-    source = "opencompass.openxlab.space/utils/VLMEval/MMBench_DEV_EN.tsv, or another of its TSV files"
+    source = "opencompass.openxlab.space/utils/benchmarks/MMBench/MMBench_DEV_EN.tsv, or another of its TSV files"
     tasks = ("vqa",)
     texts = 4329
     judge_calls = 4329  # at most: of the answers that name no option
+    needs = "nothing more; a judge for answers that name no option"
     leading = "overall"
     worst_by = "correct"
     scoring_options = ("judge_prompt",)
@@ -77,8 +77,9 @@ class MMBench(Suite):
             "VLMEvalKit's vlmeval/dataset/utils/multiple_choice.py (default: a prompt of this program)",
         )
 
-    def needs_results(self, request: Request) -> bool:
-        return not request.extra.get("results")
+    def check_scoring(self, request: Request, has_judge: bool) -> None:
+        if has_judge and not request.extra.get("results"):
+            self._template(request)
 
     # Data
 
@@ -274,13 +275,13 @@ class MMBench(Suite):
 
     def figures(self, scores: Sequence[Score], mode: str) -> dict[str, float]:
         scored = [score for score in scores if score.values]
-        figures = {"overall": _mean([score.values["correct"] for score in scored])}
+        figures = {"overall": mean([score.values["correct"] for score in scored])}
         for name, inside in _abilities(scored).items():
-            figures[f"{name}/accuracy"] = _mean([score.values["correct"] for score in inside])
+            figures[f"{name}/accuracy"] = mean([score.values["correct"] for score in inside])
         first = [score.values["first"] for score in scored if "first" in score.values]
         if first:
-            figures["without rotations"] = _mean(first)
-        figures["unread"] = _mean([float(score.facts.get("unread", False)) for score in scored])
+            figures["without rotations"] = mean(first)
+        figures["unread"] = mean([float(score.facts.get("unread", False)) for score in scored])
         return figures
 
     def notes(self, request: Request) -> list[str]:
@@ -288,19 +289,23 @@ class MMBench(Suite):
         items = self.items(request)
         turns = sum(len(item.facts["turns"]) for item in items)
         notes = [
-            "a question is right if the answers to all its rotations are (CircularEval); both modes are the same",
-            "an answer names the option whose letter is alone among its words, among the last four of them; else the "
-            "one whose text it holds, if it is no more than twice as long as all options; of the others the judge is "
-            "asked, and without a judge they are wrong; unread is the share of questions with such an answer",
-            "unless --judge-prompt names VLMEvalKit's prompt, the judge is asked in words of this program",
-            "an option such as None or NA is left out, since the official reader takes it for an empty cell",
+            "A question is right if the answers to all its rotations are (CircularEval). Both modes are the same.",
+            "An answer names an option if the option's letter is the only one among its words, and one of the last "
+            "four; or else if it contains the option's text and is at most twice as long as all options together. "
+            "About other answers the judge is asked; without a judge they are wrong. unread is the share of questions "
+            "with such an answer.",
+            "An option such as None or NA is left out, since the official reader takes it for an empty cell.",
         ]
-        if path.stem in MD5 and _md5(path) != MD5[path.stem]:
-            notes.append(f"{path.name} is not the file that VLMEvalKit names: its MD5 differs from {MD5[path.stem]}")
+        if not request.extra.get("judge_prompt"):
+            notes.append("A judge is asked by a prompt of this program; --judge-prompt takes VLMEvalKit's.")
+        if path.stem in MD5:
+            same = f"has the MD5 that VLMEvalKit names, {MD5[path.stem]}"
+            other = f"is not the file that VLMEvalKit names: its MD5 differs from {MD5[path.stem]}"
+            notes.append(f"{path.name} {same if _md5(path) == MD5[path.stem] else other}.")
         if turns == len(items):
-            notes.append(f"{path.name} has no rotations: CircularEval is then the share of right answers")
+            notes.append(f"{path.name} has no rotations: CircularEval is then the share of right answers.")
         if request.extra.get("results"):
-            notes.append(f"the answers are those of {request.extra['results']}")
+            notes.append(f"The answers are those in {request.extra['results']}.")
         return notes
 
     def official_command(self, request: Request) -> str | None:
@@ -385,7 +390,7 @@ def write_accuracies(path: Path, scores: Sequence[Score]) -> None:
     columns = {"split": splits}
     for name, inside in {"Overall": scored, **_abilities(scored)}.items():
         hits = [[score.values["correct"] for score in inside if score.facts["split"] == split] for split in splits]
-        columns[name] = [_mean(values) if values else "" for values in hits]
+        columns[name] = [mean(values) if values else "" for values in hits]
     with replacing_file(path) as scratch, open(scratch, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, quoting=csv.QUOTE_ALL, lineterminator="\n")
         writer.writerow(columns)
@@ -399,7 +404,3 @@ def _abilities(scores: Sequence[Score]) -> dict[str, list[Score]]:
         for name in sorted({key(score) for score in scores} - {""}):
             found[ABILITIES.get(name, name)] = [score for score in scores if key(score) == name]
     return found
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan

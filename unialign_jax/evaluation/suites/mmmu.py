@@ -2,20 +2,21 @@
 
 import ast
 import contextlib
+import hashlib
 import io
-import math
 import random
 import re
 import string
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from unialign_jax.data.images import decode_rgb
 from unialign_jax.evaluation import questions
-from unialign_jax.evaluation.suite import Item, Request, Score, Scorer, Suite
-from unialign_jax.files import first_line, read_json, sha256, shown, write_json
+from unialign_jax.evaluation.suite import Item, Request, Score, Scorer, Suite, mean
+from unialign_jax.files import check_regular, first_line, read_json, sha256, shown, write_json
 
 # The official order of subjects, in which answers are guessed, and their domains in the order of the official table.
 SUBJECTS = (
@@ -40,7 +41,6 @@ DOMAINS = {
     ),
 }  # fmt: skip
 ANSWERS = "answer_dict_val.json"
-ANSWERS_SHA256 = "76080f5597b8f4d29abba8551489c4b82e4a285b9d62b946fd67a1952e95502c"
 CHOICE, OPEN = "multiple-choice", "short-answer"
 TOTAL, OUTPUT = "total_val_output.json", "output.json"
 PER_SUBJECT = 30
@@ -77,16 +77,13 @@ class MMMU(Suite):
             help=f"score these answers: a folder of SUBJECT/{OUTPUT}, or a JSON file as {TOTAL} (with --answers)",
         )
 
-    def needs_results(self, request: Request) -> bool:
-        return not request.extra.get("results")
-
     # Data
 
     def files(self, request: Request) -> list[Path]:
         answers = self._answers_file(request)
         found = [answers] if answers else []
-        if results := request.extra.get("results"):
-            return [*found, *_output_files(Path(results))]
+        if request.extra.get("results"):
+            return found
         return [*found, *(path for subject in SUBJECTS for path in _subject_files(request.data, subject))]
 
     def items(self, request: Request) -> list[Item]:
@@ -190,57 +187,62 @@ class MMMU(Suite):
         write_json(folder / "official_table.json", official_table(scores))
         return scores
 
+    def describe_scoring(self, request: Request) -> dict[str, Any]:
+        if not request.extra.get("results"):
+            return {}
+        digests = "".join(sha256(path) for path in _output_files(Path(request.extra["results"])))
+        return {"results_sha256": hashlib.sha256(digests.encode()).hexdigest()}
+
     def figures(self, scores: Sequence[Score], mode: str) -> dict[str, float]:
         by_subject = {}
         for score in scores:
             by_subject.setdefault(score.group, []).append(score.values["correct"])
-        figures = {"overall": _mean([score.values["correct"] for score in scores])}
+        figures = {"overall": mean([score.values["correct"] for score in scores])}
         for domain, subjects in DOMAINS.items():
             inside = [value for subject in subjects for value in by_subject.get(subject, ())]
             if inside:
-                figures[f"{domain}/accuracy"] = _mean(inside)
+                figures[f"{domain}/accuracy"] = mean(inside)
         for subject in SUBJECTS:
             if subject in by_subject:
-                figures[f"{subject}/accuracy"] = _mean(by_subject[subject])
+                figures[f"{subject}/accuracy"] = mean(by_subject[subject])
         for kind in (CHOICE, OPEN):
             inside = [score.values["correct"] for score in scores if score.facts["kind"] == kind]
             if inside:
-                figures[f"{kind}/accuracy"] = _mean(inside)
-        figures["unread"] = _mean([float(score.facts["unread"]) for score in scores])
+                figures[f"{kind}/accuracy"] = mean(inside)
+        figures["unread"] = mean([float(score.facts["unread"]) for score in scores])
         return figures
 
     def notes(self, request: Request) -> list[str]:
-        guessed = "unread is the share of answers of multiple choice that name no option: "
+        unread = "unread is the share of multiple-choice answers that name no option. "
         if request.mode == "official":
-            guessed += f"the official code then guesses (random.choice, seed {SEED}), which is right about once in four"
+            unread += f"Official mode guesses one for them (random.choice, seed {SEED}): about one in four is right."
         else:
-            guessed += "they count as wrong, where the official code guesses"
+            unread += "Corrected mode counts them as wrong; the official code guesses an option for them."
         notes = [
-            guessed,
-            "as in the official code, an open answer is split into sentences only at line ends, since it is written in "
-            "small letters before it is split at capitals; and it is right where it holds the wanted text",
+            unread,
+            "Open answers are read as the official code reads them: it splits them into sentences at line ends alone, "
+            "and takes an answer for right that contains the wanted text.",
         ]
         answers = self._answers_file(request)
         if answers is None:
-            notes.append(f"the answers are the data's own; there was no {ANSWERS} to check them with")
-        elif sha256(answers) != ANSWERS_SHA256:
-            notes.append(f"{answers.name} is not the official repository's of 2025-05-19: its SHA-256 differs")
+            notes.append(f"The answers are those in the data files: there was no {ANSWERS} to compare them with.")
         if request.extra.get("results"):
-            return [*notes, f"the answers are those of {request.extra['results']}"]
+            notes.append(f"The answers are those in {request.extra['results']}.")
         items = self.items(request)
-        differ = [item.id for item in items if item.facts["differs"]]
+        differ = [item.id for item in items if item.facts.get("differs")]
         if differ:
             notes.append(
-                f"{len(differ)} answers of the data are others than in {ANSWERS}, which count ({', '.join(differ[:5])})"
+                f"{len(differ)} answers of the data files are not those of {ANSWERS}, which were used "
+                f"({', '.join(differ[:5])})."
             )
-        several = sum(item.facts["images"] > 1 for item in items)
+        several = sum(item.facts.get("images", 1) > 1 for item in items)
         if several:
             seen = "their first alone" if request.extra["several_images"] == "first" else "all side by side"
-            notes.append(f"{several} questions have several images, of which the model sees {seen}")
+            notes.append(f"{several} questions have several images, of which the model sees {seen}.")
         counts = {subject: sum(item.group == subject for item in items) for subject in SUBJECTS}
         odd = [f"{subject} {count}" for subject, count in counts.items() if count != PER_SUBJECT]
         if odd:
-            notes.append(f"the validation set has {PER_SUBJECT} questions a subject, these data have: {', '.join(odd)}")
+            notes.append(f"The validation set has {PER_SUBJECT} questions a subject, these data: {', '.join(odd)}.")
         return notes
 
     def official_command(self, request: Request) -> str | None:
@@ -363,6 +365,7 @@ def side_by_side(images: Sequence[bytes], name: str) -> bytes:
 def _output_files(results: Path) -> list[Path]:
     """The files of answers of `--results`."""
     if not results.is_dir():
+        check_regular(results)
         return [results]
     found = [results / subject / OUTPUT for subject in SUBJECTS if (results / subject / OUTPUT).is_file()]
     if not found:
@@ -377,6 +380,7 @@ def _answered(results: Path, known: dict | None) -> Iterator[Item]:
             for number, entry in enumerate(read_json(path, list), start=1):
                 yield _answer(entry, path.parent.name, f"{path}, entry {number}")
         return
+    check_regular(results)
     if known is None:
         raise ValueError(f"{results} holds answers alone: name the right ones by --answers={ANSWERS}")
     answers = read_json(results)
@@ -501,7 +505,3 @@ def official_table(scores: Sequence[Score]) -> dict[str, dict]:
         table[f"Overall-{domain}"] = line(names)
         table |= {name: line([name]) for name in names if name in subjects}
     return table | {"Overall": line(SUBJECTS)}
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan

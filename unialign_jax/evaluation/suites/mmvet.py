@@ -11,7 +11,7 @@ from typing import Any
 
 from unialign_jax.evaluation import questions
 from unialign_jax.evaluation.judging import PARSED, UNPARSED, Judgement, Question, Unparsed
-from unialign_jax.evaluation.suite import Item, Request, Score, Scorer, Suite
+from unialign_jax.evaluation.suite import Item, Request, Score, Scorer, Suite, mean
 from unialign_jax.files import check_regular, read_json, replacing_file, shown, write_json
 
 QUESTIONS = "mm-vet.json"
@@ -31,6 +31,7 @@ class MMVet(Suite):
     tasks = ("vqa",)
     texts = COUNT
     judge_calls = COUNT
+    needs = "a judge"
     leading = "total"
     worst_by = "score"
     scale = 100.0
@@ -52,8 +53,10 @@ class MMVet(Suite):
             help="score these: answers as {id: text}, or the official evaluator's MODEL_JUDGE-grade-Nruns.json",
         )
 
-    def needs_results(self, request: Request) -> bool:
-        return not request.extra.get("results")
+    def check_scoring(self, request: Request, has_judge: bool) -> None:
+        """Without a judge the answers are made, and graded by a later call."""
+        if has_judge and not request.extra.get("results"):
+            self._prompt(request)
 
     # Data
 
@@ -168,7 +171,7 @@ class MMVet(Suite):
                 facts["unread"] += 1
             else:
                 failed = f"the judge gave no score: {judgement.reason}"
-        values = {} if failed else {"score": _mean(facts["scores"])}
+        values = {} if failed else {"score": mean(facts["scores"])}
         text = f"{item.text} (wanted: {item.facts['answer']})"
         return Score(item.id, "", values, text, (item.facts["image"],), answers.get(item.id, ""), failed, facts)
 
@@ -183,12 +186,12 @@ class MMVet(Suite):
         stem = f"{request.model}_{judge.replace('/', '_')}"
         write_json(request.made / f"{stem}-grade-{runs}runs.json", graded, indent=4)
         scored = [score for score in scores if score.values]
-        totals = [_mean([score.facts["scores"][run] for score in scored]) * 100 for run in range(runs)]
-        end = {"total": round(_mean(totals), 1), "std": round(pstdev(totals), 1), "runs": [round(t, 1) for t in totals]}
+        totals = [mean([score.facts["scores"][run] for score in scored]) * 100 for run in range(runs)]
+        end = {"total": round(mean(totals), 1), "std": round(pstdev(totals), 1), "runs": [round(t, 1) for t in totals]}
         for name, key in (("cap", lambda can: can), ("cap-int", lambda can: ["_".join(can)])):
             count = Counter(part for score in scored for part in key(score.facts["capability"]))
             row = {
-                part: round(_mean([s.values["score"] for s in scored if part in key(s.facts["capability"])]) * 100, 1)
+                part: round(mean([s.values["score"] for s in scored if part in key(s.facts["capability"])]) * 100, 1)
                 for part, _ in count.most_common()
             }
             path = request.made / f"{stem}-{name}-score-{runs}runs.csv"
@@ -205,34 +208,34 @@ class MMVet(Suite):
 
     def figures(self, scores: Sequence[Score], mode: str) -> dict[str, float]:
         scored = [score for score in scores if score.values]
-        figures = {"total": 100 * _mean([score.values["score"] for score in scored])}
+        figures = {"total": 100 * mean([score.values["score"] for score in scored])}
         runs = min((len(score.facts["scores"]) for score in scored), default=0)
         if runs > 1:
-            totals = [100 * _mean([score.facts["scores"][run] for score in scored]) for run in range(runs)]
+            totals = [100 * mean([score.facts["scores"][run] for score in scored]) for run in range(runs)]
             figures["std of runs"] = pstdev(totals)
         for can in sorted({can for score in scored for can in score.facts["capability"]}, key=_place):
             inside = [score.values["score"] for score in scored if can in score.facts["capability"]]
-            figures[f"{can}/score"] = 100 * _mean(inside)
+            figures[f"{can}/score"] = 100 * mean(inside)
         combined = Counter(tuple(score.facts["capability"]) for score in scored)
         for cans, _ in combined.most_common():
             inside = [score.values["score"] for score in scored if tuple(score.facts["capability"]) == cans]
-            figures[f"only {'+'.join(cans)}/score"] = 100 * _mean(inside)
+            figures[f"only {'+'.join(cans)}/score"] = 100 * mean(inside)
         figures["unread"] = float(sum(score.facts["unread"] for score in scored))
         return figures
 
     def notes(self, request: Request) -> list[str]:
         notes = [
-            f"of a judge's answer the first word is the score; after {TRIES} that are none "
-            + ("it is 0, as in the official code" if request.mode == "official" else "the answer has no score")
-            + "; unread is the number of such gradings",
-            "the paper's judge was gpt-4-0613, 5 runs; scores of other judges are not comparable",
-            "a judge's answer that begins with a space is read, where the official code asks again",
+            f"The score is the first word of the judge's answer. After {TRIES} answers without one "
+            + ("the score is 0, as in the official code" if request.mode == "official" else "there is no score")
+            + "; unread is the number of such gradings.",
+            "The benchmark's judge is gpt-4-0613, in 5 runs; scores of other judges are not comparable.",
+            "A judge's answer that begins with a space is read; the official code asks again.",
         ]
         count = len(self.items(request))
         if count != COUNT:
-            notes.append(f"MM-Vet has {COUNT} questions, these data have {count}")
+            notes.append(f"MM-Vet has {COUNT} questions, these data have {count}.")
         if request.extra.get("results"):
-            notes.append(f"the answers, or grades, are those of {request.extra['results']}")
+            notes.append(f"The answers, or the grades, are those in {request.extra['results']}.")
         return notes
 
     def official_command(self, request: Request) -> str | None:
@@ -298,7 +301,3 @@ def _place(capability: str) -> tuple[int, str]:
     """Sorts capabilities as the paper's table does."""
     order = CAPABILITIES.index(capability) if capability in CAPABILITIES else len(CAPABILITIES)
     return order, capability
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan

@@ -7,14 +7,13 @@ from typing import Any
 from PIL import Image
 
 from unialign_jax.data.images import load_rgb
-from unialign_jax.evaluation import viescore
+from unialign_jax.evaluation import official_files, viescore
 from unialign_jax.evaluation.judging import image_size
 from unialign_jax.evaluation.suite import Item, Request, Score
 from unialign_jax.evaluation.viescore_suite import VIEScoreSuite, means, save_png
-from unialign_jax.files import check_regular, parse_json, read_json
+from unialign_jax.files import check_regular, parse_json, read_json, sha256
 
 FILE, IMAGES = "semgen_bench.jsonl", "images"
-KNOWN = "283526686ecad80dd56c618669ab97dc893a1f553b3b712e56766e149678c00c"  # SHA-256 of the official file
 LINES = 150
 NEGATIVE = (
     "low quality, blurry, low resolution, backlit, cartoon, animated, deformed, oversaturated, undersaturated, "
@@ -144,7 +143,13 @@ class SemGen(VIEScoreSuite):
             )
         else:
             notes.append("Images of prompts were scored by the prompt for them; the official code uses that for edits.")
-        return notes + self.changed(request, {self.files(request)[0].name: KNOWN})
+        return notes + self._notes_on_photographs(request) + self.notes_on_prompts(request)
+
+    def _notes_on_photographs(self, request):
+        known = official_files.sha256_of(self.name)
+        paths = [entry["image_path"] for entry in self._entries(request)]
+        others = [path.name for path in paths if sha256(path) != known.get(path.name)]
+        return [f"{len(others)} of the {len(paths)} photographs are not the official files."] if others else []
 
     def official_command(self, request: Request) -> str | None:
         root, model = request.output.resolve(), request.model
