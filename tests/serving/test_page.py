@@ -352,6 +352,8 @@ def test_cancelling_and_leaving_and_an_end_with_an_open_page(tiny_pipeline, runn
         engine, "submit", lambda *given, **options: tickets.append(submit(*given, **options)) or tickets[-1]
     )
     options = ["auto", 1, 7, False, "lossless", None, None, False, "", None]
+    folder = Path(os.environ["GRADIO_TEMP_DIR"])
+    assert folder.is_dir()
     with running(app) as url:
         try:
             first, second, third = (Browser(url) for _ in range(3))
@@ -376,6 +378,7 @@ def test_cancelling_and_leaving_and_an_end_with_an_open_page(tiny_pipeline, runn
             is_ending.set()
     while beat.recv(10**6):  # the server closed it
         pass
+    assert not folder.exists()
 
 
 def collected(worker, *asked, **options):

@@ -5,12 +5,13 @@ batches are the API's. `add_page` mounts the page at /, beside the paths of the 
 """
 
 import atexit
+import contextlib
 import math
 import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -456,7 +457,7 @@ def add_page(
       model, limits, stamp, log_prompts: as in `api.make_app`.
     """
     folder = Path(tempfile.mkdtemp(prefix="unialign_page_")).resolve()
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)  # of a server that never began
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
     worker = Worker(
         engine, folder, model=model, limits=limits, stamp=stamp or {}, needs_key=needs_key, log_prompts=log_prompts
@@ -479,3 +480,12 @@ def add_page(
     )
     mounted = app.router.routes[-1]
     mounted.app = Filter(mounted.app, folder, is_ending)
+    lifespan = app.router.lifespan_context
+
+    @contextlib.asynccontextmanager
+    async def with_folder(app: FastAPI) -> AsyncIterator[Any]:
+        async with lifespan(app) as state:
+            yield state
+        shutil.rmtree(folder, ignore_errors=True)
+
+    app.router.lifespan_context = with_folder
