@@ -16,9 +16,11 @@ explain_missing_packages()
 
 log = logging.getLogger("serve")
 
+HOW_TO_INSTALL_GRADIO = "Gradio is not installed: pip install --no-deps -r requirements-page.txt"
+
 DESCRIPTION = """\
-Serves a bundle, or a training run's newest checkpoint, by OpenAI's API: images, edits, captions and answers. Requests
-of one shape are done in batches, on all devices that are there.
+Serves a bundle, or a training run's newest checkpoint, by OpenAI's API and as a web page: images, edits, captions and
+answers. Requests of one shape are done in batches, on all devices that are there.
 """
 
 EXAMPLES = """\
@@ -44,6 +46,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--port", type=int, default=8000, help="default %(default)s; 0 takes a free one")
     add("--no-key", action="store_true", help="let everybody in who reaches a --host that is not this machine alone")
     add("--cors-origin", action="append", default=[], metavar="URL", help="lets pages of this origin call; repeatable")
+    add("--no-page", action="store_true", help="the API alone, without the web page at /")
     add("--log-prompts", action="store_true", help="write the texts of requests into the log")
     add = parser.add_argument_group("the queue").add_argument
     add("--batch", type=int, default=8, metavar="N", help="most samples at a time (default %(default)s)")
@@ -103,6 +106,19 @@ def listen(host: str, port: int) -> socket.socket:
     return found
 
 
+def add_page(app, engine, **options) -> bool:
+    """Puts the web page at /. Returns whether Gradio, which makes it, is installed."""
+    try:
+        from unialign_jax.serving import page
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "gradio":
+            raise
+        log.info(json.dumps({"page": f"not served: {HOW_TO_INSTALL_GRADIO}"}))
+        return False
+    page.add_page(app, engine, **options)
+    return True
+
+
 def serve(arguments: argparse.Namespace) -> None:
     """Runs until SIGINT or SIGTERM; requests that were taken are answered first."""
     import uvicorn
@@ -131,22 +147,24 @@ def serve(arguments: argparse.Namespace) -> None:
         max_steps=arguments.max_steps,
         max_side=arguments.max_side,
     )
-    app = api.make_app(
-        engine,
-        model=arguments.name or source.folder.resolve().name,
-        keys=keys,
-        limits=limits,
-        metrics=metrics,
-        log_prompts=arguments.log_prompts,
-        stamp=source.stamp(arguments.dtype, arguments.quantize),
-    )
+    shared = {
+        "model": arguments.name or source.folder.resolve().name,
+        "limits": limits,
+        "log_prompts": arguments.log_prompts,
+        "stamp": source.stamp(arguments.dtype, arguments.quantize),
+    }
+    app = api.make_app(engine, keys=keys, metrics=metrics, **shared)
     if arguments.cors_origin:
         app.add_middleware(
             CORSMiddleware, allow_origins=arguments.cors_origin, allow_methods=["*"], allow_headers=["*"]
         )
-    host, port = bound.getsockname()[:2]
-    log.info(json.dumps({"serving": source.folder.name, "url": f"http://{host}:{port}/v1", "replicas": len(pipelines)}))
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_keep_alive=30))
+    is_ending = lambda: server.should_exit  # noqa: E731
+    has_page = not arguments.no_page and add_page(app, engine, needs_key=bool(keys), is_ending=is_ending, **shared)
+    host, port = bound.getsockname()[:2]
+    url = f"http://{host}:{port}"
+    facts = {"serving": source.folder.name, "url": f"{url}/v1", "replicas": len(pipelines)}
+    log.info(json.dumps(facts | ({"page": url} if has_page else {})))
     server.run(sockets=[bound])
 
 

@@ -10,6 +10,8 @@ needed=(requirements.txt requirements-fast.txt requirements-test.txt)
 if [ "${1:-}" = --fast ]; then needed=("${needed[@]:0:2}"); fi
 source launch/environment.sh
 make_environment "${needed[@]}"
+# Not among the others, since pip takes it with --no-deps alone: see the file.
+if [ "${1:-}" != --fast ]; then python -m pip install -qq --disable-pip-version-check --no-deps -r requirements-page.txt; fi
 ruff check .
 ruff format --check .
 lint-imports

@@ -72,6 +72,7 @@ def test_what_is_imported_is_required():
         "apache_beam",
         "cv2",
         "datasets",
+        "gradio",
         "openpyxl",
         "torchmetrics",
         "turbojpeg",

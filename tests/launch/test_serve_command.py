@@ -20,6 +20,15 @@ pytest.importorskip("fastapi", reason="fastapi is not installed")
 COMMAND = Path(__file__).resolve().parents[2] / "launch" / "serve.py"
 
 
+def taken(url):
+    """How many samples a server has taken so far."""
+    state = requests.get(f"{url}/health", timeout=60).json()
+    done = re.search(
+        r'unialign_done_total{task="text_to_image"} (\S+)', requests.get(f"{url}/metrics", timeout=60).text
+    )
+    return state["waiting"] + state["working"] + float(done[1])
+
+
 @pytest.mark.slow
 def test_an_end_under_load_answers_all_that_was_taken(tiny_bundle, compilation_cache):
     command = [sys.executable, str(COMMAND), f"--bundle={tiny_bundle}", "--port=0", "--warm-up=none", "--batch=2"]
@@ -46,7 +55,7 @@ def test_an_end_under_load_answers_all_that_was_taken(tiny_bundle, compilation_c
             assert second.stderr == (
                 f"error: cannot listen on 127.0.0.1:{port}: Address already in use; choose another --port\n"
             )
-            body = {"prompt": "a secret prompt", "steps": 4, "seed": 1}
+            body = {"prompt": "a secret prompt", "steps": 40, "seed": 1}
 
             def ask(number):
                 answer = requests.post(f"{url[1]}/images/generations", json=body | {"seed": number}, timeout=120)
@@ -55,7 +64,8 @@ def test_an_end_under_load_answers_all_that_was_taken(tiny_bundle, compilation_c
             ask(0)  # compiles
             with concurrent.futures.ThreadPoolExecutor(12) as pool:
                 futures = [pool.submit(ask, number) for number in range(12)]
-                while requests.get(f"{url[1][:-3]}/health", timeout=60).json()["working"] == 0:
+                # A connection that the server has not accepted yet is no request that it took.
+                while taken(url[1][: -len("/v1")]) < 13:
                     time.sleep(0.01)
                 process.send_signal(signal.SIGTERM)
                 answers = [future.result() for future in futures]

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from unialign_jax.inference.jobs import make_job
-from unialign_jax.serving.engine import Busy, Closing, Engine, TooLate
+from unialign_jax.serving.engine import Busy, Closing, Engine, Outlook, TooLate
 
 IMAGE = Image.new("RGB", (8, 8))
 
@@ -206,3 +206,38 @@ def test_replicas_work_side_by_side(make_engine, pipeline):
     pipeline.gate.set()
     other.gate.set()
     assert [ticket.future.result(10) for ticket in tickets] == [["p0 0"], ["p1 0"]]
+
+
+def test_a_request_with_a_callback_has_its_batch_alone_and_hears_of_its_steps(make_engine, pipeline):
+    engine, heard = make_engine(), []
+
+    def generate(prompts, seed, callback=None, **options):
+        pipeline.calls.append(("text_to_image", list(prompts)))
+        if callback is not None:
+            callback("a step")
+        return list(prompts)
+
+    first = hold(engine, pipeline)
+    pipeline.generate = generate
+    plain = [engine.submit(job("plain")) for _ in range(2)]
+    told = engine.submit(job("told", images_per_prompt=2), callback=heard.append)
+    pipeline.gate.set()
+    for ticket in (first, *plain, told):
+        ticket.future.result(10)
+    assert heard == ["a step"]
+    assert pipeline.calls[1:] == [("text_to_image", ["plain"] * 2), ("text_to_image", ["told"] * 2)]
+
+
+def test_what_may_be_expected_of_a_request(make_engine, pipeline):
+    engine = make_engine()
+    engine._seconds |= {"text_to_image": 4.0, "caption": 1.0}
+    working = hold(engine, pipeline)
+    two = engine.submit(job("b", images_per_prompt=2))
+    caption = engine.submit(job(task="caption"), [IMAGE])
+    last = engine.submit(job("c", steps=3))
+    look = engine.outlook(working)
+    assert look.before == 0 and 3 < look.seconds <= 4
+    assert engine.outlook(caption) == Outlook(1, 1.0)  # passes the images; the one in the making it cannot
+    assert engine.outlook(two) == Outlook(1 + 1, 1.0 + 2 * 4.0)
+    assert engine.outlook(last) == Outlook(1 + 2 + 1, 2 * 4.0 + 1.0 + 4.0)
+    pipeline.gate.set()

@@ -65,8 +65,11 @@ def shape_of(job: Job, pipeline) -> tuple:
     return tuple(shape)
 
 
-def call(pipeline, samples: Sequence[Sample], images) -> list:
-    """The samples, which share a shape, and a list of PIL images for each -> their images or texts, in one call."""
+def call(pipeline, samples: Sequence[Sample], images, callback: Callable | None = None) -> list:
+    """The samples, which share a shape, and a list of PIL images for each -> their images or texts, in one call.
+
+    `callback` is that of `Pipeline.generate`; texts have none.
+    """
     first = samples[0].job
     options = dict(first.options, seed=[sample.seed for sample in samples])
     texts = [sample.job.text for sample in samples]
@@ -75,6 +78,8 @@ def call(pipeline, samples: Sequence[Sample], images) -> list:
     if first.task == "vqa":
         return pipeline.answer([image for (image,) in images], texts, **options)
     options["negative_prompt"] = [sample.job.negative_prompt for sample in samples]
+    if callback is not None:
+        options["callback"] = callback
     if first.task == "text_to_image":
         return pipeline.generate(texts, **options)
     if first.task == "personalization":
@@ -98,16 +103,16 @@ def load_images(samples: Sequence[Sample]) -> list:
     return [next((image for image in images if isinstance(image, Exception)), images) for images in lists]
 
 
-def attempt(pipeline, samples: Sequence[Sample], images) -> list:
+def attempt(pipeline, samples: Sequence[Sample], images, callback: Callable | None = None) -> list:
     """An image, a text or an error for each sample: where a batch fails, its samples are done one by one."""
     outcomes = dict(zip(samples, images, strict=True))  # errors of loading stay
     whole = [sample for sample in samples if not isinstance(outcomes[sample], Exception)]
     try:
-        made = call(pipeline, whole, [outcomes[sample] for sample in whole]) if whole else []
+        made = call(pipeline, whole, [outcomes[sample] for sample in whole], callback) if whole else []
     except FAILURES as error:
         if len(whole) > 1:
             log.warning("a batch of %d failed and is done one by one (%s)", len(whole), first_line(error))
-            made = [attempt(pipeline, [sample], [outcomes[sample]])[0] for sample in whole]
+            made = [attempt(pipeline, [sample], [outcomes[sample]], callback)[0] for sample in whole]
         else:
             made = [error]
     outcomes.update(zip(whole, made, strict=True))

@@ -29,15 +29,24 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from unialign_jax import __version__
 from unialign_jax.files import first_line, parse_json, shown
-from unialign_jax.inference.job_runner import png_bytes
 from unialign_jax.inference.options import OPTIONS, TEXT_TASKS
 from unialign_jax.serving.engine import Busy, Closing, Engine, Ticket, TooLate
 from unialign_jax.serving.metrics import Metrics
-from unialign_jax.serving.requests import TIERS, BadRequest, Limits, Work, image_bytes, make_work
+from unialign_jax.serving.requests import (
+    TIERS,
+    BadRequest,
+    Limits,
+    Work,
+    check_size,
+    image_bytes,
+    make_work,
+    stamped_png,
+)
 
 log = logging.getLogger(__name__)
 
 OPEN_PATHS = ("/health",)  # without a key
+API_PATHS = ("/v1/",)  # of programs; the others are opened in browsers too
 _KINDS = {"whole": int, "number": float, "text": str, "choice": str, "interval": tuple[float, float]}
 
 
@@ -104,9 +113,10 @@ class Guard:
 
         try:
             headers = {name: value for name, value in scope["headers"]}
-            if scope["path"] not in OPEN_PATHS and not self._may_enter(headers.get(b"authorization", b"")):
-                refusal = problem(401, "no valid API key: send Authorization: Bearer KEY", code="invalid_api_key")
-                return await refusal(scope, receive, watched)
+            if scope["path"] not in OPEN_PATHS and not self._may_enter(
+                scope["path"], headers.get(b"authorization", b"")
+            ):
+                return await self._refusal(scope["path"])(scope, receive, watched)
             body = await self._read(headers, receive)
             if body is None:
                 too_large = f"the request has more than {self._limits.request_bytes:,} bytes"
@@ -135,13 +145,28 @@ class Guard:
             more = message.get("more_body", False)
         return bytes(body)
 
-    def _may_enter(self, authorization: bytes) -> bool:
+    def _may_enter(self, path: str, authorization: bytes) -> bool:
         """Whether the header has one of the keys; the time that it takes says nothing of which, or how much of it."""
         if not self._keys:
             return True
         kind, _, given = authorization.partition(b" ")
-        found = [hmac.compare_digest(given.strip(), key) for key in self._keys]
-        return kind.lower() == b"bearer" and any(found)
+        given, kinds = given.strip(), (b"bearer",)
+        if kind.lower() == b"basic" and not path.startswith(API_PATHS):
+            kinds = (b"basic",)
+            try:
+                given = base64.b64decode(given, validate=True).partition(b":")[2]
+            except ValueError:
+                return False
+        found = [hmac.compare_digest(given, key) for key in self._keys]
+        return kind.lower() in kinds and any(found)
+
+    def _refusal(self, path: str) -> JSONResponse:
+        """401. Browsers ask for a name and a password where they open a page; the key is the password."""
+        if path.startswith(API_PATHS):
+            return problem(401, "no valid API key: send Authorization: Bearer KEY", code="invalid_api_key")
+        message = "no valid API key: give it as the password, with any user name, or send Authorization: Bearer KEY"
+        headers = {"WWW-Authenticate": 'Basic realm="API key as the password", charset="UTF-8"'}
+        return problem(401, message, code="invalid_api_key", headers=headers)
 
 
 def problem(
@@ -221,9 +246,7 @@ def make_app(
         """Queues the work and waits for it, unless its client leaves. Raises its error."""
         if log_prompts:
             log.info(json.dumps({"task": work.job.task, "text": work.job.text}))
-        for name in ("height", "width"):
-            if name in work.job.options and (reason := engine.pipeline.sizes.problem(name, work.job.options[name])):
-                raise BadRequest(reason, "size")
+        check_size(work.job, engine.pipeline.sizes)
         ticket = engine.submit(work.job, work.images)
         future = asyncio.wrap_future(ticket.future)
         leaves = asyncio.ensure_future(gone(request))
@@ -329,8 +352,7 @@ class ClientGone(Exception):
 
 def encoded(image: Image.Image, stamp: dict[str, Any] | None) -> str:
     """An image as base64 of a PNG, with the parameters that made it."""
-    parameters = json.loads(image.info.get("parameters", "{}")) | (stamp or {})
-    return base64.b64encode(png_bytes(image, parameters)).decode()
+    return base64.b64encode(stamped_png(image, stamp or {})).decode()
 
 
 async def gone(request: Request) -> None:

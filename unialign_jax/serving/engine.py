@@ -54,6 +54,7 @@ class Ticket:
       deadline: by `time.monotonic`, when its samples must have begun.
       queued, working: seconds that it waited, and from its first batch's begin to its last one's end.
       batch_sizes: samples of each batch that it was in.
+      callback: of `Pipeline.generate`; its samples then share no batch with others.
     """
 
     job: Job
@@ -64,6 +65,7 @@ class Ticket:
     queued: float | None = None
     working: float = 0.0
     batch_sizes: list[int] = dataclasses.field(default_factory=list)
+    callback: Callable | None = None
     _outcomes: dict = dataclasses.field(default_factory=dict)
 
     def cancel(self) -> None:
@@ -78,6 +80,17 @@ class _Waiting:
     sample: Sample
     ticket: Ticket
     due: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Outlook:
+    """What may be expected of a request: samples `before` it, and `seconds` from now until it is done.
+
+    `seconds` is None while no request of its task has been done.
+    """
+
+    before: int
+    seconds: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,12 +147,20 @@ class Engine:
         """The first replica, for what all have alike."""
         return self._pipelines[0]
 
-    def submit(self, job: Job, images: Sequence[Image.Image] = (), *, time_limit: float | None = None) -> Ticket:
+    def submit(
+        self,
+        job: Job,
+        images: Sequence[Image.Image] = (),
+        *,
+        time_limit: float | None = None,
+        callback: Callable | None = None,
+    ) -> Ticket:
         """Queues a request.
 
         Args:
           job: of `jobs.make_job`; its seed is set.
           time_limit: seconds, shorter than the engine's.
+          callback: of `Pipeline.generate`, called in the thread of a pipeline.
 
         Raises Busy when the queue has no room for all of its samples, Closing when the engine ends, ValueError when
         there are more samples than it ever has room for.
@@ -148,7 +169,10 @@ class Engine:
         if count > self._max_waiting:
             raise ValueError(f"{count} images are asked for at once, expected at most {self._max_waiting}")
         now = time.monotonic()
-        ticket = Ticket(job, images, now + min(time_limit or self._time_limit, self._time_limit), now)
+        deadline = now + min(time_limit or self._time_limit, self._time_limit)
+        ticket = Ticket(job, images, deadline, now, callback=callback)
+        if callback is not None:
+            shape += (id(ticket),)
         with self._lock:
             if self._is_closing:
                 raise Closing("the server is shutting down")
@@ -161,6 +185,19 @@ class Engine:
             self._waiting += count
             self._lock.notify()
         return ticket
+
+    def outlook(self, ticket: Ticket) -> Outlook:
+        """What may be expected of a request that is in the queue or in the making."""
+        with self._lock:
+            each, count = self._seconds.get(ticket.job.task), ticket.job.images_per_prompt
+            if ticket.queued is not None:
+                spent = time.monotonic() - ticket.arrived - ticket.queued
+                return Outlook(0, None if each is None else max(0.0, each * count - spent))
+            waiting = [w for queue in self._queues.values() for w in queue if w.ticket is not ticket]
+            due = ticket.arrived + self._seconds.get(ticket.job.task, 1.0)
+            tasks = collections.Counter(w.sample.job.task for w in waiting if w.due <= due)
+            work = sum(count * self._seconds.get(task, 1.0) for task, count in tasks.items()) / len(self._pipelines)
+            return Outlook(tasks.total() + self._working, None if each is None else work + each * count)
 
     def counts(self) -> Counts:
         """What was done until now."""
@@ -257,7 +294,9 @@ class Engine:
             if waiting.ticket.queued is None:
                 waiting.ticket.queued = began - waiting.ticket.arrived
         samples = [waiting.sample for waiting in batch]
-        outcomes = job_runner.attempt(pipeline, samples, [list(waiting.ticket.images) for waiting in batch])
+        outcomes = job_runner.attempt(
+            pipeline, samples, [list(waiting.ticket.images) for waiting in batch], batch[0].ticket.callback
+        )
         seconds = time.monotonic() - began
         failed = sum(isinstance(outcome, Exception) for outcome in outcomes)
         self._observe(task, len(batch), seconds, bool(failed))

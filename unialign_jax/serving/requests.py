@@ -4,6 +4,7 @@ import base64
 import binascii
 import dataclasses
 import hashlib
+import json
 import re
 import secrets
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,9 @@ from PIL import Image
 from unialign_jax.data.images import decode_rgb, open_image
 from unialign_jax.files import shown
 from unialign_jax.inference import jobs
+from unialign_jax.inference.job_runner import png_bytes
 from unialign_jax.inference.options import IMAGE_TASKS, OPTIONS, by_name
+from unialign_jax.models.sizes import ImageSizes
 
 # Keys of OpenAI's requests that change nothing here, or have one value that we serve.
 IGNORED = ("model", "user", "stream_options", "metadata", "store", "logit_bias")
@@ -76,6 +79,18 @@ def read_image(data: bytes, name: str, limits: Limits) -> Image.Image:
         return decode_rgb(data, name)
     except ValueError as error:
         raise BadRequest(str(error), name) from None
+
+
+def stamped_png(image: Image.Image, stamp: Mapping[str, Any]) -> bytes:
+    """An image as a PNG, with the parameters that made it and a model's stamp (`ModelSource.stamp`)."""
+    return png_bytes(image, json.loads(image.info.get("parameters", "{}")) | dict(stamp))
+
+
+def check_size(job: jobs.Job, sizes: ImageSizes) -> None:
+    """Raises BadRequest where an image's size is none of the model's."""
+    for name in ("height", "width"):
+        if name in job.options and (reason := sizes.problem(name, job.options[name])):
+            raise BadRequest(reason, "size")
 
 
 def image_bytes(value: Any, name: str) -> bytes:
