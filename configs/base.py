@@ -53,6 +53,14 @@ def paper_config(size: str = "") -> ConfigDict:
                 "online": False,  # True: it runs in every step; False: its features are stored with the records
                 "grid": 0,  # pixels a side of the cells in which images are compared, such as 32; 0: whole images
             },
+            # Low-rank adapters in place of all weights (docs/finetuning.md). Only they are trained, saved and averaged;
+            # the transformer of init_from stays as it is, in its compute dtype, and the alignment heads are left out.
+            "lora": {
+                "rank": 0,  # of the adapters; 0: no adapters, all weights are trained
+                "alpha": 16.0,  # the change is alpha / rank * A B
+                "targets": (r"blocks/.*/(qkv|out)/kernel$",),  # regular expressions over the transformer's paths
+                "dora": False,  # True: also a gain of each output's weights (DoRA)
+            },
             # Networks: the fields of their dataclasses in models/, filled from a preset (models/presets.py). Bundles
             # store these groups, so the two switches of the released heads, final_silu and pool, are in `heads`.
             "model": dataclasses.asdict(presets.MMDIT["unialign_2b"]) | {"attention": "auto"},

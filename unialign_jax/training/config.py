@@ -60,7 +60,7 @@ RANGES = (
             *("checkpoint.keep_every", "samples.every", "samples.count", "samples.guidance_scale"),
             *("optimizer.warmup_steps", "optimizer.cooldown_start", "optimizer.cooldown_steps"),
             *("optimizer.weight_decay", "validation.every", "validation.records", "validation.scenes"),
-            *("model.text_positions", "data.num_threads", "data.prefetch", "parity.sigma_levels"),
+            *("lora.rank", "model.text_positions", "data.num_threads", "data.prefetch", "parity.sigma_levels"),
             *("data.max_epochs_warning", "teacher.grid"),
             *(f"loss_weights.{name}" for name in ("flow_matching", "masked_text", "cross_modal", "intrinsic_modal")),
         ),
@@ -72,7 +72,7 @@ RANGES = (
         "a number above 0",
         lambda x: 0 < x < math.inf,
         (
-            *("optimizer.learning_rate", "optimizer.clip_norm", "optimizer.eps", "cross_modal.temperature"),
+            *("lora.alpha", "optimizer.learning_rate", "optimizer.clip_norm", "optimizer.eps", "cross_modal.temperature"),
             *("sigma.std", "sigma.shift", "samples.shift", "data.prefetch_gb"),
         ),
     ),
@@ -330,11 +330,14 @@ def _value_problems(config: ConfigDict) -> Iterator[str]:
         if values[key] not in allowed:
             names = ", ".join(name or "''" for name in allowed)
             yield f"{key} is {values[key]!r}, expected one of {names}"
-    for pattern in config.optimizer.freeze:
-        try:
-            re.compile(pattern)
-        except (re.error, OverflowError, RecursionError) as error:
-            yield f"optimizer.freeze has {pattern!r}, which is no regular expression: {error}"
+    for key in ("optimizer.freeze", "lora.targets"):
+        for pattern in values[key]:
+            try:
+                re.compile(pattern)
+            except (re.error, OverflowError, RecursionError) as error:
+                yield f"{key} has {pattern!r}, which is no regular expression: {error}"
+    if config.lora.rank > 0:
+        yield from _lora_problems(config)
     validates = config.validation.every
     if validates and not config.validation.records:
         yield "validation.records is 0, expected at least 1 where validation.every is on"
@@ -342,6 +345,18 @@ def _value_problems(config: ConfigDict) -> Iterator[str]:
         for key in ("samples.steps", "samples.caption_steps"):
             if values[key] < 1:
                 yield f"{key} is {values[key]}, expected at least 1"
+
+
+def _lora_problems(config: ConfigDict) -> Iterator[str]:
+    """What does not go with adapters."""
+    if not config.init_from:
+        yield "lora.rank is on, but init_from is empty: name the bundle or the run whose weights the adapters change"
+    if not config.lora.targets:
+        yield "lora.targets is empty: name at least one pattern of kernels that get adapters"
+    if config.optimizer.freeze:
+        yield "optimizer.freeze goes with full fine-tuning: with lora.rank, lora.targets says what is trained"
+    if config.loss_weights.intrinsic_modal:
+        yield "loss_weights.intrinsic_modal trains the alignment heads, which have no adapters: set it to 0"
 
 
 def _batch_problems(config: ConfigDict, device_count: int | None) -> Iterator[str]:

@@ -5,6 +5,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import os
@@ -24,14 +25,15 @@ from unialign_jax.data.text_lengths import cuts_of
 from unialign_jax.data.tokenizer import Tokenizer, load_backend, load_tokenizer
 from unialign_jax.files.places import place
 from unialign_jax.models import flops
+from unialign_jax.models.lora import params_with_adapters, relative_change
 from unialign_jax.parallel import processes, sharding
-from unialign_jax.training import caching
+from unialign_jax.training import base_model, caching
 from unialign_jax.training.checkpoints import Checkpoints
 from unialign_jax.training.config import active_streams, listed
 from unialign_jax.training.metrics import Recorder
 from unialign_jax.training.program import StepProgram, check_config
 from unialign_jax.training.run_folder import RunFolder
-from unialign_jax.training.runs import inherit_sources, load_params, write_config
+from unialign_jax.training.runs import inherit_sources, load_params, saved_steps, write_config
 from unialign_jax.training.samples import Sampler
 from unialign_jax.training.state import TrainState, create_sharded, init_frozen, init_state
 from unialign_jax.training.step import has_image_pass
@@ -39,6 +41,8 @@ from unialign_jax.training.trackers import check_tracker, open_tracker
 from unialign_jax.training.validation import Validator, headlines, hold_out
 
 log = logging.getLogger(__name__)
+
+CHANGE_AFTER, LEAST_CHANGE = 100, 1e-5  # steps after which adapters should have changed their kernels, and by how much
 
 
 # --- Preparation: program, data, weights ---
@@ -103,7 +107,7 @@ class Trainer(StepProgram):
             state = create_sharded(
                 lambda k: init_state(self.networks, self.tx, config.ema_decay, k), self.abstract_state, key
             )
-            if config.init_from:
+            if config.init_from and self.networks.lora is None:
                 params = self._load_params(state.params)
                 ema = jax.tree.map(lambda x: x.copy(), params["transformer"]) if config.ema_decay else {}
                 state = state._replace(params=params, ema=ema)
@@ -127,18 +131,67 @@ class Trainer(StepProgram):
             log.info("%s has no text positions, they start at zero", config.init_from)
         return fresh | {name: fresh[name] | tree for name, tree in loaded.items()}
 
-    def init_frozen(self) -> dict:
-        """The frozen encoders on the mesh: those of the bundle `config.frozen_from`, or random ones."""
-        encoders = {name: tree for name, tree in self.abstract_frozen.items() if name != "teacher"}
-        teacher = {}
+    def init_frozen(self, base: base_model.Base | None = None) -> dict:
+        """The frozen networks on the mesh: the encoders of the bundle `config.frozen_from`, or random ones.
+
+        Args:
+          base: the transformer that the run's adapters change; that of `config.init_from` when None.
+        """
+        encoders = {name: self.abstract_frozen[name] for name in ("text_encoder", "autoencoder")}
+        others = {}
         if self.networks.teacher is not None:
-            teacher = bundle.restore(self.config.teacher.path, {"teacher": self.abstract_frozen["teacher"]})
+            others = bundle.restore(self.config.teacher.path, {"teacher": self.abstract_frozen["teacher"]})
+        if self.networks.lora is not None:
+            others["base"] = self._load_base(base or self.find_base())
         if self.config.frozen_from:
-            return bundle.restore(bundle.locate(self.config.frozen_from), encoders) | teacher
+            return bundle.restore(bundle.locate(self.config.frozen_from), encoders) | others
         if self.config.autoencoder.kind == "kl":
             log.warning("no frozen_from bundle: T5 and autoencoder are random, of use for measuring speed only")
         with jax.set_mesh(self.mesh):
-            return create_sharded(lambda: init_frozen(self.networks), encoders) | teacher
+            return create_sharded(lambda: init_frozen(self.networks._replace(lora=None)), encoders) | others
+
+    def find_base(self) -> base_model.Base:
+        """The transformer that a new run's adapters change."""
+        config, step = self.config, -1
+        if not bundle.is_bundle(bundle.locate(config.init_from)):
+            step = next(iter(saved_steps(place(config.init_from) / "checkpoints")), -1)
+        return base_model.find_base(config.init_from, config.init_weights, step)
+
+    def _load_base(self, base: base_model.Base) -> dict:
+        abstract = {"transformer": self.abstract_frozen["base"]}
+        if base.step < 0:
+            return bundle.restore(bundle.locate(base.source), abstract)["transformer"]
+        return load_params(base.source, abstract, base.weights, base.step)["transformer"]
+
+    def whole_transformer(self, params: dict, frozen: dict) -> dict:
+        """The transformer's parameters of a state: with LoRA those of the base with the adapters `params`."""
+        if self.networks.lora is None:
+            return params
+        with jax.set_mesh(self.mesh):
+            return self._with_adapters(frozen["base"], params)
+
+    @functools.cached_property
+    def _with_adapters(self):
+        places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_frozen["base"])
+        scale, dtype = self.networks.lora.scale, self.config.model.dtype
+        return jax.jit(lambda *trees: params_with_adapters(*trees, scale, dtype), out_shardings=places)
+
+    def check_change(self, state: TrainState, frozen: dict) -> None:
+        """Logs by how much the adapters have changed the weights, as a warning where it is next to nothing."""
+        with jax.set_mesh(self.mesh):
+            measure = jax.jit(lambda *trees: relative_change(*trees, self.networks.lora.scale))
+            change = float(measure(frozen["base"], state.params["transformer"]))
+        if change < LEAST_CHANGE:
+            log.warning(
+                "after %d steps the adapters have changed their kernels by %.1e of their norm, which will not show: "
+                "optimizer.learning_rate is %g, loss_weights are %s",
+                int(state.step),
+                change,
+                self.config.optimizer.learning_rate,
+                dict(self.config.loss_weights),
+            )
+        else:
+            log.info("after %d steps the adapters have changed their kernels by %.2g of their norm", state.step, change)
 
     def compile_steps(self, alive: Callable[[], None] = lambda: None) -> dict[str, jax.stages.Compiled]:
         """The executable of every stream; `alive` is called before each."""
@@ -357,8 +410,11 @@ def train(
         else:
             log.info("resuming %s at step %d", folder.place, int(state.step))
         write_config(config, folder.local, int(state.step), run=folder.place)
+        base = None
+        if trainer.networks.lora is not None:
+            base = in_time(base_of, trainer, folder, int(state.step))
         folder.upload()
-        frozen = in_time(trainer.init_frozen)
+        frozen = in_time(trainer.init_frozen, base)
         sampler = Sampler(config, trainer.networks, trainer.mesh, trainer.streams, trainer.tokenizer, folder.local)
 
         # --- Steps ---
@@ -378,17 +434,18 @@ def train(
                 validate = validator and (step % config.validation.every == 0 or is_last)
                 if save or sample or validate:
                     recorder.flush()  # a state whose loss is not finite must not be saved
+                if base is not None and (step == CHANGE_AFTER or is_last):
+                    in_time(trainer.check_change, state, frozen)
                 if validate:  # before the save: a run that resumes from it has these rows
-                    params = {"transformer": sampled_params(state), "heads": state.params["heads"]}
-                    rows = validator(params, frozen)
+                    rows = validator(state.params | {"transformer": sampled_params(state)}, frozen)
                     recorder.add_validation(step, rows, headlines(rows, validator.leading))
                     if state.ema:  # beside the average's rows those of the weights that are trained
-                        rows = validator({name: state.params[name] for name in params}, frozen, scenes=False)
+                        rows = validator(state.params, frozen, scenes=False)
                         recorder.add_validation(step, rows, prefix="validation_raw")
                 if save:
                     in_time(save_all, state, step)
                 if sample:
-                    in_time(sampler.write, step, sampled_params(state), frozen)
+                    in_time(sampler.write, step, trainer.whole_transformer(sampled_params(state), frozen), frozen)
                     recorder.throughput.restart()
                 alive()
             in_time(save_all, state, step)
@@ -398,15 +455,32 @@ def train(
         # --- Last samples ---
         finished = step >= config.num_steps
         alive()
-        is_first = jax.process_index() == 0  # which has the samples here
-        if finished and config.samples.count and processes.anywhere(is_first and not sampler.is_written(step)):
-            for path in sampler.write(step, sampled_params(state), frozen):
+        if finished and config.samples.count and processes.anywhere(not sampler.is_written(step)):
+            for path in sampler.write(step, trainer.whole_transformer(sampled_params(state), frozen), frozen):
                 log.info("wrote %s", path)
         alive()  # closing the checkpoints waits for the last save
     if stop.signal is not None and not finished:
         log.info("stopped by %s at step %d, saved", signal.Signals(stop.signal).name, step)
         raise SystemExit(128 + stop.signal)
     return state
+
+
+def base_of(trainer: Trainer, folder: RunFolder, step: int) -> base_model.Base:
+    """The base of a run at `step`: kept in its base.json from the start on. Raises ValueError when it has changed."""
+    if step or (folder.place / "base.json").is_file():
+        base = base_model.read_base(folder.place)
+        base_model.check_base(base, folder.place)
+        return base
+    base = trainer.find_base()
+    if jax.process_index() == 0:
+        base_model.write_base(base, folder.local)
+        trained, stored = (
+            sum(leaf.size for leaf in jax.tree.leaves(tree))
+            for tree in (trainer.abstract_state.params, trainer.abstract_frozen["base"])
+        )
+        text = "adapters of rank %d: %s parameters, %.2g%% of the transformer's"
+        log.info(text, trainer.networks.lora.rank, f"{trained:,}", 100 * trained / stored)
+    return base
 
 
 def run_steps(
@@ -430,5 +504,5 @@ def run_steps(
 
 
 def sampled_params(state: TrainState) -> dict:
-    """The transformer that pictures are made with: the averaged one where there is one."""
+    """The transformer, or its adapters, that pictures are made with: the averaged ones where there are some."""
     return state.ema or state.params["transformer"]

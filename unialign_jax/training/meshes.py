@@ -101,12 +101,13 @@ def step_memory(config, networks: Networks, platform: str) -> StepMemory:
     count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
     bytes_of = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))  # noqa: E731
     model, itemsize = networks.transformer.config, np.dtype(networks.transformer.config.dtype).itemsize
-    weights = itemsize * count(params)
+    transformer = frozen.get("base", params["transformer"])  # with adapters it is not in the state
+    weights = itemsize * count(params | {"transformer": transformer})
     text_encoder = bytes_of(frozen["text_encoder"])
     averaged = count(params["transformer"]) if config.ema_decay else 0
     return StepMemory(
         weights=weights,
-        block=itemsize * count(params["transformer"]["blocks"]) / model.depth,
+        block=itemsize * count(transformer["blocks"]) / model.depth,
         state=4 * (3 * count(params) + averaged),
         text_encoder=text_encoder,
         text_block=text_encoder / networks.text_encoder.config.depth,

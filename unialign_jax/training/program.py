@@ -6,6 +6,7 @@ import jax
 from ml_collections import ConfigDict
 
 from unialign_jax import bundle
+from unialign_jax.models.lora import LoraConfig
 from unialign_jax.models.teacher import TeacherConfig
 from unialign_jax.parallel.mesh import make_mesh
 from unialign_jax.training.config import active_streams, build_configs, config_problems, listed
@@ -30,7 +31,7 @@ def make_networks(config: ConfigDict, devices: Sequence[jax.Device]) -> Networks
     networks = Networks.create(*build_configs(config, devices[0]))
     if config.teacher.online and config.loss_weights.intrinsic_modal:
         networks = networks._replace(teacher=read_teacher(config))
-    return networks
+    return networks._replace(lora=LoraConfig.of(config.lora.to_dict()))
 
 
 def read_teacher(config: ConfigDict) -> TeacherConfig:
@@ -53,7 +54,7 @@ class StepProgram:
       settings: {stream: its configuration}, of the streams with a weight above 0.
       mesh_choice: sizes of the mesh's axes, with the reason.
       tx, schedule: the optimizer and its learning rate.
-      abstract_state, abstract_frozen: shapes, dtypes and shardings of the state and of the frozen encoders.
+      abstract_state, abstract_frozen: shapes, dtypes and shardings of the state and of the frozen networks.
       token_ids: of mask and end of text. They change no shape, so any serve where no data is read.
     """
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 
@@ -25,6 +25,8 @@ from unialign_jax import bundle, bundle_config, files
 from unialign_jax.data.kinds import KINDS
 from unialign_jax.data.tokenizer import Tokenizer, load_tokenizer
 from unialign_jax.files.places import Place, is_remote, place, reaching, read_json
+from unialign_jax.models.lora import LoraConfig, adapters_by_path
+from unialign_jax.training import base_model
 from unialign_jax.training.checkpoints import agreed, damage, differences, is_committed, leaf_shapes, stored_shapes
 from unialign_jax.training.config import build_configs, with_new_names
 from unialign_jax.training.state import Networks, init_frozen
@@ -48,7 +50,7 @@ def is_run(directory: str | Path) -> bool:
 
 def read_settings(run: str | Path) -> dict:
     """The configuration that a run's config.json holds. Raises ValueError in one line when it is none."""
-    texts, groups = ("frozen_from", "tokenizer", "init_from"), ("streams", "samples", "loss_weights", *_KEYS.values())
+    texts, groups = ("frozen_from", "tokenizer", "init_from"), ("streams", "samples", "loss_weights", "lora", *_KEYS.values())
     return _read_settings(run, dict.fromkeys(texts, str) | dict.fromkeys(groups, dict), needed=tuple(_KEYS.values()))
 
 
@@ -139,6 +141,11 @@ def inherit_sources(config: ConfigDict, workdir: Place) -> ConfigDict:
         before = settings_before(workdir)
         if before is None and config.init_from:
             _checkpoints_of(config.init_from)  # a new run needs them; better told now than after it is compiled
+            if ((start or {}).get("lora") or {}).get("rank"):
+                raise ValueError(
+                    f"init_from: {config.init_from} trained adapters: write a bundle of it (launch/convert.py export "
+                    "--format=bundle), and start from that"
+                )
         before = before or start or {}
     for key in ("frozen_from", "tokenizer"):
         config[key] = config[key] or before.get(key, "")
@@ -203,18 +210,19 @@ def _checkpoints_of(run: str) -> Place:
     return directory
 
 
-def load_params(run: str, abstract: dict, weights: str = "raw") -> dict:
+def load_params(run: str, abstract: dict, weights: str = "raw", step: int | None = None) -> dict:
     """The parameters that another run has trained, onto the shardings of `abstract`.
 
     A table of text positions that the other run does not have is left out.
     Raises ValueError when the folder has no checkpoint or its leaves differ, FileNotFoundError when it is not there.
 
     Args:
-      abstract: {"transformer": ..., "heads": ...}.
+      abstract: {"transformer": ..., "heads": ...}, or some of them.
       weights: "raw", or "ema" for the averaged transformer.
+      step: of the checkpoint; the newest when None.
     """
     directory = _checkpoints_of(run)
-    steps = saved_steps(directory)
+    steps = saved_steps(directory) if step is None else [step]
     if not steps:
         raise ValueError(f"init_from: {directory} holds no whole checkpoint")
     folder = directory / str(steps[0])
@@ -226,25 +234,24 @@ def load_params(run: str, abstract: dict, weights: str = "raw") -> dict:
     if "params/transformer/text_positions" not in found:
         transformer = {name: leaf for name, leaf in abstract["transformer"].items() if name != "text_positions"}
         abstract = abstract | {"transformer": transformer}
-    wanted, branches = {"params": dict(abstract)}, ("params/",)
+    wanted, branches = {"params": dict(abstract)}, tuple(f"params/{name}/" for name in abstract)
     if weights == "ema":
         if not _has_average(found):
             raise ValueError(f"init_from: {folder} keeps no EMA; use init_weights=raw")
-        wanted, branches = (
-            {"params": {"heads": abstract["heads"]}, "ema": abstract["transformer"]},
-            ("params/heads/", "ema/"),
-        )
+        others = {name: tree for name, tree in abstract.items() if name != "transformer"}
+        wanted = {"params": others, "ema": abstract["transformer"]} if others else {"ema": abstract["transformer"]}
+        branches = ("ema/", *(f"params/{name}/" for name in others))
     found = {path: shape for path, shape in found.items() if path.startswith(branches)}
     if lines := differences(leaf_shapes(wanted), found):
         raise ValueError(f"init_from: {folder} does not fit this configuration: {'; '.join(lines)}")
     options = ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=True))
     with ocp.Context(pytree_options=options):
         loaded = ocp.load_checkpointables(folder, {"state": wanted})["state"]
-    return loaded["params"] | ({"transformer": loaded["ema"]} if weights == "ema" else {})
+    return loaded.get("params", {}) | ({"transformer": loaded["ema"]} if weights == "ema" else {})
 
 
 def open_run(run: str | Path, weights: str = "raw", step: int | None = None) -> dict[str, StoredTree]:
-    """The transformer and the heads of a run's checkpoint.
+    """The transformer and the heads of a run's checkpoint; of a run of adapters the transformer alone, with them.
 
     Raises FileNotFoundError when the folder is no run's, ValueError when it has no whole checkpoint or no average.
 
@@ -252,6 +259,62 @@ def open_run(run: str | Path, weights: str = "raw", step: int | None = None) -> 
       weights: "raw", or "ema" for the averaged transformer.
       step: the newest when None, and then its files are compared with their checksums.
     """
+    trees = _open_checkpoint(run, weights, step)
+    if (adapters := _adapters(run, trees)) is None:
+        return trees
+    base, lora = open_base(run), adapters.lora
+    by_path = adapters_by_path(adapters.tree)
+    if missing := by_path.keys() - base.shapes.keys():
+        raise ValueError(f"{run} has adapters of {min(missing)}, which the transformer of its base does not have")
+    dtypes = base.dtypes | dict.fromkeys(by_path, np.dtype(np.float32))
+    merged = lambda paths: base_model.adapted_leaves(base.leaves(paths), by_path, lora.scale)  # noqa: E731
+    return {"transformer": StoredTree(trees["transformer"].config, base.shapes, dtypes, merged)}
+
+
+class Adapters(NamedTuple):
+    """The adapters of a run's checkpoint, on the host."""
+
+    lora: LoraConfig
+    tree: dict
+
+
+def open_adapters(run: str | Path, weights: str = "raw", step: int | None = None) -> Adapters:
+    """The adapters of a run's checkpoint. Raises as `open_run`, and ValueError for a run that trained all weights."""
+    adapters = _adapters(run, _open_checkpoint(run, weights, step))
+    if adapters is None:
+        raise ValueError(f"{run} trained all weights, expected a run with lora.rank")
+    return adapters
+
+
+def open_base(run: str | Path) -> StoredTree:
+    """The transformer that a run's adapters change, without them. Raises ValueError when it has changed since."""
+    base = base_model.read_base(run)
+    base_model.check_base(base, run)
+    if base.step >= 0:
+        return open_run(base.source, base.weights, base.step)["transformer"]
+    directory = bundle.locate(base.source)
+    metadata = bundle.component_metadata(directory, "transformer")
+    return StoredTree(
+        bundle.read_config(directory).transformer,
+        {path: tuple(leaf.shape) for path, leaf in metadata.items()},
+        {path: np.dtype(leaf.dtype) for path, leaf in metadata.items()},
+        lambda paths: bundle.read_leaves(directory, "transformer", paths),
+    )
+
+
+def _adapters(run, trees) -> Adapters | None:
+    try:
+        lora = LoraConfig.of(read_settings(run).get("lora", {}))
+    except (TypeError, LookupError) as error:
+        raise ValueError(f"{run}/config.json: lora is no group of a run's adapters: {files.first_line(error)}") from None
+    if lora is None:
+        return None
+    tree = trees["transformer"]
+    return Adapters(lora, unflatten_dict(dict(tree.leaves(list(tree.shapes))), sep="/"))
+
+
+def _open_checkpoint(run, weights, step) -> dict[str, StoredTree]:
+    """The branches of a run's checkpoint as they are stored."""
     run = place(run)
     folder = run / "checkpoints" / str(latest_step(run, verify=True) if step is None else step)
     configs = component_configs(run, read_settings(run))
@@ -412,6 +475,7 @@ def open_to_sample(
     weights = weights or ("ema" if has_average(run, step) else "raw")
     trees = open_run(run, weights, step)
     configs = component_configs(run, settings)
+    configs |= {name: None for name in ("heads",) if name not in trees}
     source, drawn = frozen_from or settings.get("frozen_from"), {}
     if source:
         source = bundle.locate(source)
@@ -433,6 +497,7 @@ def open_to_sample(
 
     config = bundle.BundleConfig(**configs, **describe(run, settings))
     described = [folder / "config.json" for folder in (place(run), source) if folder]
+    described += [path for path in (place(run) / "base.json",) if path.is_file()]
     told = b"".join(path.read_bytes() for path in described) + f" {step} {weights}".encode()
     digest = hashlib.sha256(told).hexdigest()
     return Run(str(run), config, read_run_tokenizer(settings, run), leaves, weights, step, digest, source or None)

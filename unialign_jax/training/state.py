@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from unialign_jax.models import parameters
 from unialign_jax.models.autoencoder import AutoencoderConfig, make_autoencoder
+from unialign_jax.models.lora import LoraConfig, init_adapters
 from unialign_jax.models.mmdit import AlignmentHeads, AlignmentHeadsConfig, MMDiT, MMDiTConfig
 from unialign_jax.models.teacher import TeacherConfig
 from unialign_jax.models.text_encoder import TextEncoder, TextEncoderConfig
@@ -29,6 +30,7 @@ class Networks(NamedTuple):
     """The modules of a run; `transformer` and `heads` are trained, the others are frozen.
 
     `teacher` is the architecture of a teacher that runs in the train step; None where its features are stored.
+    `lora` says which adapters are trained in place of transformer and heads; None where they are trained themselves.
     """
 
     transformer: MMDiT
@@ -36,6 +38,7 @@ class Networks(NamedTuple):
     text_encoder: TextEncoder
     autoencoder: Any
     teacher: TeacherConfig | None = None
+    lora: LoraConfig | None = None
 
     @classmethod
     def create(
@@ -57,7 +60,8 @@ class TrainState(NamedTuple):
     """Everything that an optimizer step changes, and so everything that a checkpoint holds.
 
     `params` and `ema` are float32 trees. `params` has the branches "transformer" and "heads"; `ema` averages the
-    transformer alone (the heads are not used after training), and is empty when switched off.
+    transformer alone (the heads are not used after training), and is empty when switched off. Of a run that trains
+    adapters, `params` has the branch "transformer" alone, and both hold adapters (models/lora.py) in its place.
     """
 
     step: jax.Array  # int32 scalar: optimizer steps done, which is also the position in the data
@@ -67,8 +71,10 @@ class TrainState(NamedTuple):
 
 
 def init_params(networks: Networks, key: jax.Array) -> dict:
-    """Random trained parameters: {"transformer": ..., "heads": ...}, float32."""
+    """Random trained parameters: {"transformer": ..., "heads": ...}, float32; {"transformer": adapters} with LoRA."""
     config = networks.transformer.config
+    if networks.lora is not None:
+        return {"transformer": init_adapters(networks.lora, abstract_transformer(networks), key)}
     transformer_key, heads_key = jax.random.split(key)
     return {
         "transformer": parameters.init(config, transformer_key),
@@ -76,18 +82,37 @@ def init_params(networks: Networks, key: jax.Array) -> dict:
     }
 
 
+def abstract_transformer(networks: Networks) -> dict:
+    """The shapes of the transformer's parameters, in the dtypes that it may be kept in where it is not trained."""
+    config = networks.transformer.config
+    shapes = jax.eval_shape(lambda: parameters.init(config, jax.random.key(0)))
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jax.ShapeDtypeStruct(
+            leaf.shape, parameters.storage_dtype(sharding.path_string(path), config.dtype)
+        ),
+        shapes,
+    )
+
+
 def init_frozen(networks: Networks) -> dict:
-    """Random frozen encoders: {"text_encoder": ..., "autoencoder": ...}, each in its compute dtype."""
+    """Random frozen encoders: {"text_encoder": ..., "autoencoder": ...}, each in its compute dtype.
+
+    With LoRA also the "base", a random transformer that the adapters change.
+    """
     text_key, image_key = jax.random.split(jax.random.key(FROZEN_SEED))
     text = parameters.init(networks.text_encoder.config, text_key)
     # Only this bias gives the text stream positions. T5's own initialisation leaves it near zero, which would make a
     # random encoder a bag of words. With a wide spread each head attends to distances of its own.
     text["relative_bias"] *= RELATIVE_BIAS_SPREAD * networks.text_encoder.config.width**0.5
     image = parameters.init(networks.autoencoder.config, image_key)
-    return {
+    frozen = {
         "text_encoder": _cast(text, networks.text_encoder.config.dtype),
         "autoencoder": _cast(image, networks.autoencoder.config.dtype),
     }
+    if networks.lora is not None:
+        base = parameters.init(networks.transformer.config, jax.random.key(FROZEN_SEED))
+        frozen["base"] = jax.tree.map(lambda x, like: x.astype(like.dtype), base, abstract_transformer(networks))
+    return frozen
 
 
 def _cast(tree, dtype):

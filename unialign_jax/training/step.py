@@ -22,6 +22,7 @@ from unialign_jax.losses.flow_matching import flow_matching_loss
 from unialign_jax.losses.intrinsic_modal import intrinsic_modal_loss
 from unialign_jax.losses.masked_text import masked_text_loss
 from unialign_jax.models.autoencoder import Moments, from_pixels, sample_latents
+from unialign_jax.models.lora import params_with_adapters
 from unialign_jax.models.mmdit import in_pairs
 from unialign_jax.models.parameters import storage_dtype
 from unialign_jax.models.teacher import pooled_features, to_cells
@@ -112,6 +113,8 @@ def compute_losses(
         cross-modal loss is reported even where its weight is 0.
     """
     transformer = networks.transformer
+    if networks.lora is not None:
+        params = {"transformer": params_with_adapters(frozen["base"], params["transformer"], networks.lora.scale)}
     params = sharding.params_for_compute(params, lambda path: storage_dtype(path, transformer.config.dtype))
     batch_size = batch["text_ids"].shape[0]
     latents, conditions = encode_images(networks, frozen, batch, named_key(key, "latents"))

@@ -161,7 +161,7 @@ class Validator:
         trainer, place = self._trainer, sharding.batch_sharding(self._trainer.mesh)
         kind = trainer.settings[name].kind
         step = make_validation_step(trainer.config, trainer.networks, kind, *trainer.token_ids)
-        params = {part: trainer.abstract_state.params[part] for part in ("transformer", "heads")}
+        params = trainer.abstract_state.params
         level = jax.ShapeDtypeStruct((trainer.config.batch_size,), jnp.float32)
         shapes = trainer.batch_shapes(name) | dict.fromkeys(Levels._fields, level)
         batch = {key: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for key, x in shapes.items()}
@@ -174,7 +174,7 @@ class Validator:
         """The means over the held-out records of every stream, and the accuracies of every task on held-out scenes.
 
         Args:
-          params: {"transformer", "heads"}; not donated.
+          params: as the state has them; not donated.
           scenes: whether the held-out scenes are scored, if the run has any.
         """
         rows = {}
@@ -188,7 +188,8 @@ class Validator:
                 totals = {key: totals.get(key, 0) + value.astype(np.float64) for key, value in found.items()}
             rows[name] = to_means(totals)
         if self._scorer and scenes:
-            for task, values in self._scorer(params["transformer"], frozen, self._alive).items():
+            transformer = self._trainer.whole_transformer(params["transformer"], frozen)
+            for task, values in self._scorer(transformer, frozen, self._alive).items():
                 rows[task] = rows.get(task, {}) | values
         return rows
 
