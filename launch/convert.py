@@ -10,6 +10,8 @@ from unialign_jax.command_line import Parser, explain_missing_packages, run_comm
 
 explain_missing_packages()
 
+from unialign_jax.conversion import lora_commands
+
 DESCRIPTION = """\
 Converts downloaded PyTorch weights to a bundle (the folder that training and sampling start from) and back.
 It needs no PyTorch, no accelerator and little memory: one tensor is in memory at a time.
@@ -24,6 +26,8 @@ examples
   python launch/convert.py unialign --source=UniAlignment --output=bundles/unialign
   python launch/convert.py teacher --source=Qwen2.5-VL-7B-Instruct --output=bundles/teacher
   python launch/convert.py export --run=runs/stage3 --weights=ema --format=unialign --output=exported
+  python launch/convert.py export-lora --run=runs/mine --layout=diffusers --output=mine.safetensors
+  python launch/convert.py merge-lora --bundle=bundles/sd3 --lora=mine.safetensors:0.8 --output=bundles/mine
   python launch/convert.py inspect bundles/sd3 --verify
 
 `python launch/convert.py COMMAND --help` lists the options of each. docs/weights.md lists the files to download.
@@ -114,6 +118,8 @@ def parse_arguments(argv):
         action="store_true",
         help="leave out a table of text positions, which PyTorch's formats cannot hold: images and texts then change",
     )
+
+    lora_commands.add_commands(command, add_output, add_dtype)
 
     sub = command("inspect", INSPECT, "what is in a file, folder, bundle or run")
     sub.add_argument("path", metavar="PATH")
@@ -215,6 +221,7 @@ def quiet_about_closed_loops(unraisable):
 
 
 COMMANDS = {"sd3": convert, "unialign": convert, "teacher": teacher, "export": export, "inspect": inspect}
+COMMANDS |= lora_commands.COMMANDS
 
 
 def main(argv=None) -> int:

@@ -48,6 +48,8 @@ examples
       --prompt="the dog wears the hat" --output=dog_in_hat.png
   python launch/generate.py --bundle=DIR --task=caption --image=fox.png --max-tokens=64
   python launch/generate.py --bundle=DIR --task=vqa --image=fox.png --question="What animal is this?"
+  python launch/generate.py --bundle=DIR --lora=style.safetensors:0.8 --task=text_to_image --prompt="a red fox" \\
+      --output=fox.png
   python launch/generate.py --bundle=DIR --jobs=jobs.jsonl --output=results --batch=16
 
 jobs
@@ -83,6 +85,12 @@ def parse_arguments(argv):
     add_arguments(parser)
 
     model = parser.add_argument_group("the machine")
+    model.add_argument(
+        "--lora",
+        metavar="FILE[:SCALE]",
+        action="append",
+        help="adapters of the model, once for each (docs/finetuning.md)",
+    )
     model.add_argument("--batch", type=int, default=8, metavar="N", help="most samples at a time (default %(default)s)")
     model.add_argument("--devices", type=int, metavar="N", help="of --jobs: default all GPUs or TPU chips, on a CPU 1")
     model.add_argument("--dtype", choices=["bfloat16", "float32"], help="default bfloat16, on a CPU float32")
@@ -130,7 +138,8 @@ class Model:
         from unialign_jax.inference.opening import ModelSource
 
         self._options = options
-        self._source = ModelSource(options.bundle, weights=options.weights, verify=options.verify)
+        source = {"weights": options.weights, "verify": options.verify, "loras": options.lora or ()}
+        self._source = ModelSource(options.bundle, **source)
         self._source.check_complete()
         self.stamp = self._source.stamp(options.dtype, options.quantize)
         self.identity = f"{self._source.digest} {options.dtype} {options.quantize}"  # all of it that changes results

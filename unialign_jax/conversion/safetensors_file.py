@@ -133,9 +133,10 @@ class Writer:
 
     Args:
       tensors: {name: (numpy dtype, shape)}, all that the file will hold.
+      metadata: texts by name, for the file's header.
     """
 
-    def __init__(self, path, tensors):
+    def __init__(self, path, tensors, metadata=None):
         self.path = Path(path)
         self._entries, position = {}, 0
         for name, (dtype, shape) in tensors.items():
@@ -150,7 +151,9 @@ class Writer:
             }
             for name, (dtype, shape, begin) in self._entries.items()
         }
-        text = json.dumps({"__metadata__": {"format": "pt"}, **header}, separators=(",", ":")).encode()
+        text = json.dumps(
+            {"__metadata__": {"format": "pt", **(metadata or {})}, **header}, separators=(",", ":")
+        ).encode()
         text += b" " * (-len(text) % 8)
         self._data_start = 8 + len(text)
         self._missing = set(tensors)

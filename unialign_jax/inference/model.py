@@ -59,6 +59,7 @@ class Model:
           load: gives a component's parameters by its name, placed and in their dtypes, when they are first needed.
         """
         self.config, self.tokenizer, self.name = config, tokenizer, name
+        self._loras = {}  # {name: (adapters, scale)}, see `Pipeline.load_lora`
         self._said = set()  # warnings that were given, and programs whose compilation was announced
         self.max_batch = check_whole("max_batch", max_batch, 1, 2**16)
         for option, value, choices in (("dtype", dtype, DTYPES), ("quantize", quantize, MODES)):

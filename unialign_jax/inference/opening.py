@@ -3,11 +3,13 @@
 import hashlib
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 
-from unialign_jax import __version__, bundle
+from unialign_jax import __version__, bundle, files
+from unialign_jax.conversion.lora import parse_reference
 from unialign_jax.inference.job_runner import check_writable
 from unialign_jax.inference.pipeline import Pipeline
 from unialign_jax.parallel import processes
@@ -22,26 +24,34 @@ class ModelSource:
     Attributes:
       folder, config: of the bundle or the run.
       run: the opened `runs.Run`; None for a bundle.
-      digest: 16 hexadecimal digits that tell its weights from others.
+      digest: 16 hexadecimal digits that tell its weights from others, its LoRAs included.
+      loras: (file, scale) of the LoRAs that change it.
     """
 
-    def __init__(self, name: str | Path, *, weights: str | None = None, verify: bool = True):
+    def __init__(self, name: str | Path, *, weights: str | None = None, verify: bool = True, loras: Sequence[str] = ()):
         """Args:
           weights, verify: as in `Pipeline.from_bundle`.
+          loras: FILE or FILE:SCALE each, as `Pipeline.load_lora` reads them.
 
         Raises FileNotFoundError or ValueError, in one line, for what cannot be opened.
         """
         self._verify, self.run = verify, None
+        self.loras = [parse_reference(text) for text in loras]
         folder = self.folder = bundle.locate(name)
         if not bundle.is_bundle(folder) and runs.is_run(folder):
             self.run = runs.open_to_sample(folder, weights, verify=verify)
-            self.config, self.digest = self.run.config, self.run.digest[:16]
+            self.config, self.digest = self.run.config, self._with_loras(self.run.digest)
             return
         if weights:
             raise ValueError(f"--weights goes with a run's folder, and {folder} is none")
         self.config = bundle.read_config(folder, verify=verify)
         # config.json has the hashes of all other files.
-        self.digest = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()[:16]
+        self.digest = self._with_loras(hashlib.sha256((folder / "config.json").read_bytes()).hexdigest())
+
+    def _with_loras(self, digest):
+        for path, scale in self.loras:
+            digest = hashlib.sha256(f"{digest} {lora_digest(path)} {scale}".encode()).hexdigest()
+        return digest[:16]
 
     def check_complete(self) -> None:
         """Raises ValueError when a component is missing that one of the tasks needs."""
@@ -57,6 +67,8 @@ class ModelSource:
         stamp = {"bundle": self.folder.resolve().name}
         if self.run:
             stamp |= {"step": self.run.step, "weights": self.run.weights}
+        if self.loras:
+            stamp["loras"] = {Path(path).name: scale for path, scale in self.loras}
         stamp |= {"bundle_hash": self.digest, "dtype": dtype or "default", "quantize": quantize}
         return stamp | {"unialign_jax": __version__}
 
@@ -64,8 +76,25 @@ class ModelSource:
         """The pipeline; `options` are those of `Pipeline.from_bundle`. JAX takes 95% of a GPU, as in training."""
         processes.take_gpu_memory(os.environ)
         if self.run:
-            return Pipeline.from_run(self.run, **options)
-        return Pipeline.from_bundle(self.folder, verify=self._verify, **options)
+            pipeline = Pipeline.from_run(self.run, **options)
+        else:
+            pipeline = Pipeline.from_bundle(self.folder, verify=self._verify, **options)
+        for number, (path, scale) in enumerate(self.loras):
+            name = Path(path).stem
+            pipeline.load_lora(path, scale, f"{name}-{number}" if name in pipeline.loras else name)
+        return pipeline
+
+
+def lora_digest(path: str) -> str:
+    """A hash of a LoRA's files; of a run, of what tells its newest checkpoint. Raises FileNotFoundError."""
+    folder = Path(path)
+    if runs.is_run(folder):
+        told = [f"{runs.latest_step(folder)} {folder.resolve()}".encode(), (folder / "config.json").read_bytes()]
+        return hashlib.sha256(b" ".join(told)).hexdigest()
+    if not folder.is_dir():
+        files.check_regular(path)
+    parts = sorted(folder.iterdir()) if folder.is_dir() else [folder]
+    return " ".join(files.sha256(part) for part in parts if part.is_file())
 
 
 def devices_to_use(count: int | None) -> list[jax.Device]:

@@ -12,8 +12,10 @@ import dataclasses
 import functools
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -23,6 +25,7 @@ from PIL import Image
 
 from unialign_jax import bundle
 from unialign_jax.bundle_config import fit_problems
+from unialign_jax.conversion.lora import open_lora, transformer_shapes
 from unialign_jax.data.images import fill_size
 from unialign_jax.data.streams import encode_question
 from unialign_jax.diffusion.flow import sampling_sigmas
@@ -127,6 +130,58 @@ class Pipeline(Model):
             keep_on_host=options.get("low_memory", False),
         )
         return cls(config, load, tokenizer, name=name, **options)
+
+    # Adapters
+
+    def load_lora(self, path: str | os.PathLike, scale: float = 1.0, name: str | None = None) -> str:
+        """Adds adapters to the transformer, beside those that are there, and returns the name that they now have.
+
+        The weights are read anew when a task next needs them, and changed on the host, before they are rounded or
+        quantised: sampling is as fast and as large as without.
+
+        Args:
+          path: a file of PEFT, diffusers, Kohya or `launch/convert.py export-lora`, a folder of PEFT or diffusers, or
+            the folder of a training run with `lora.rank`.
+          scale: of the change; 1 is as trained, 0 nothing.
+          name: by which it is told from others; None is the file's. Adapters of the same name are replaced.
+
+        Raises FileNotFoundError or ValueError, in one line, for what cannot be read or belongs to another model.
+        """
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+            raise ValueError(f"scale is {shown(scale)}, expected a finite number")
+        lora = open_lora(path, self.config.transformer, transformer_shapes(self.config, self.name))
+        for note in lora.notes:
+            log.warning("%s", note)
+        name = name or Path(path).stem
+        self._loras = {key: value for key, value in self._loras.items() if key != name} | {name: (lora, float(scale))}
+        self._adapt()
+        return name
+
+    def unload_lora(self, name: str | None = None) -> None:
+        """Takes adapters off again, all when None: the weights are then, bit for bit, as before.
+
+        Raises ValueError for a name that is not loaded.
+        """
+        if name is not None and name not in self._loras:
+            loaded = ", ".join(self._loras) or "none"
+            raise ValueError(f"there is no LoRA {shown(name)}, loaded: {loaded}")
+        self._loras = {key: value for key, value in self._loras.items() if name is not None and key != name}
+        self._adapt()
+
+    @property
+    def loras(self) -> dict[str, float]:
+        """{name: scale} of the adapters, in the order in which they change the weights."""
+        return {name: scale for name, (_, scale) in self._loras.items()}
+
+    def _adapt(self):
+        loras = list(self._loras.values())
+
+        def change(path, leaf):
+            for lora, scale in loras:
+                leaf = lora(path, leaf, scale)
+            return leaf
+
+        self._weights.adapt("transformer", change if loras else None)
 
     # Images
 
@@ -302,6 +357,8 @@ class Pipeline(Model):
     def _render(self, task, pictures, chosen, callback):
         """The pictures: texts first, then conditions, latents and pixels, each for all batches."""
         self._require(task, "transformer", "text_encoder", "autoencoder")
+        if self._loras:
+            chosen.loras = self.loras  # for the images' parameters
         negatives = check_negatives(chosen.negative_prompt, len(pictures))
         seeds = check_seeds(chosen.seed, len(pictures) * chosen.images_per_prompt)
         pictures = [

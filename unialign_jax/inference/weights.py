@@ -48,11 +48,16 @@ class Loader:
         """
         self._leaves, self._restore, self._dtype, self._device = leaves, restore, dtype, device
         self._quantize, self._keep_on_host = quantize, keep_on_host
-        self._on_host = {}
+        self._on_host, self._changes = {}, {}
+
+    def adapt(self, name: str, change: Callable[[str, np.ndarray], np.ndarray] | None) -> None:
+        """Changes a component's arrays, `change(path, array)`, from the next call on; None leaves them as they are."""
+        self._changes[name] = change
+        self._on_host.pop(name, None)
 
     def __call__(self, name: str) -> dict:
-        quantized = self._quantize and name in QUANTIZED
-        if self._restore and not quantized:
+        quantized, change = self._quantize and name in QUANTIZED, self._changes.get(name)
+        if self._restore and not quantized and change is None:
             return self._restore(name)
         if name in self._on_host:
             return jax.device_put(self._on_host[name], self._device)
@@ -61,6 +66,8 @@ class Loader:
 
         def put(path, leaf):
             dtype = storage_dtype(path, self._dtype)
+            if change is not None:
+                leaf = change(path, leaf)
             if quantized:
                 return quantize_leaf(path, leaf, self._quantize, dtype=dtype, device=place)
             return jax.device_put(leaf.astype(dtype), place)
@@ -119,6 +126,11 @@ class Weights:
     def drop(self, name: str) -> None:
         """Forgets a component; `get` loads it anew."""
         self._resident.pop(name, None)
+
+    def adapt(self, name: str, change: Callable[[str, np.ndarray], np.ndarray] | None) -> None:
+        """Has a component read anew, with its arrays changed; see `Loader.adapt`."""
+        self._load.adapt(name, change)
+        self.drop(name)
 
     def settle(self, outputs) -> None:
         """In low-memory mode waits for `outputs`: the memory of the weights that compute them is free only then."""

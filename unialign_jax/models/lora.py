@@ -86,7 +86,9 @@ def init_adapters(lora: LoraConfig, abstract: dict, key: jax.Array) -> dict:
     """
     shapes, adapters = flatten_dict(abstract, sep="/"), {}
     for number, path in enumerate(targets_of(lora, shapes)):
-        *outer, inputs, outputs = jax.eval_shape(lambda kernel, path=path: to_matrices(path, kernel), shapes[path]).shape
+        *outer, inputs, outputs = jax.eval_shape(
+            lambda kernel, path=path: to_matrices(path, kernel), shapes[path]
+        ).shape
         bound, key_of_path = inputs**-0.5, jax.random.fold_in(key, number)
         down = jax.random.uniform(key_of_path, (*outer, inputs, lora.rank), jnp.float32, -bound, bound)
         adapters[f"{path}/a"], adapters[f"{path}/b"] = down, jnp.zeros((*outer, lora.rank, outputs))

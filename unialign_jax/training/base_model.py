@@ -63,12 +63,16 @@ def check_base(base: Base, run: str | Path) -> None:
     """Raises ValueError when the weights are not those that `base` was made of, FileNotFoundError when they are gone."""
     here = f"the adapters of {run} belong to {base.source}"
     if not (bundle.locate(base.source) / "config.json").is_file():
-        raise FileNotFoundError(f"{here}, which is not there: bring it back, or name where it is now in {run}/base.json")
+        raise FileNotFoundError(
+            f"{here}, which is not there: bring it back, or name where it is now in {run}/base.json"
+        )
     if base.step >= 0 and not (Path(base.source) / "checkpoints" / str(base.step)).is_dir():
         raise FileNotFoundError(f"{here}, whose checkpoint {base.step} is not there: bring it back")
     found = find_base(base.source, base.weights, base.step)
     if found.digest != base.digest:
-        raise ValueError(f"{here} as it was at the start ({base.digest}); its weights have changed since ({found.digest})")
+        raise ValueError(
+            f"{here} as it was at the start ({base.digest}); its weights have changed since ({found.digest})"
+        )
 
 
 def adapted_leaves(

@@ -72,7 +72,13 @@ RANGES = (
         "a number above 0",
         lambda x: 0 < x < math.inf,
         (
-            *("lora.alpha", "optimizer.learning_rate", "optimizer.clip_norm", "optimizer.eps", "cross_modal.temperature"),
+            *(
+                "lora.alpha",
+                "optimizer.learning_rate",
+                "optimizer.clip_norm",
+                "optimizer.eps",
+                "cross_modal.temperature",
+            ),
             *("sigma.std", "sigma.shift", "samples.shift", "data.prefetch_gb"),
         ),
     ),

@@ -50,7 +50,10 @@ def is_run(directory: str | Path) -> bool:
 
 def read_settings(run: str | Path) -> dict:
     """The configuration that a run's config.json holds. Raises ValueError in one line when it is none."""
-    texts, groups = ("frozen_from", "tokenizer", "init_from"), ("streams", "samples", "loss_weights", "lora", *_KEYS.values())
+    texts, groups = (
+        ("frozen_from", "tokenizer", "init_from"),
+        ("streams", "samples", "loss_weights", "lora", *_KEYS.values()),
+    )
     return _read_settings(run, dict.fromkeys(texts, str) | dict.fromkeys(groups, dict), needed=tuple(_KEYS.values()))
 
 
@@ -306,7 +309,9 @@ def _adapters(run, trees) -> Adapters | None:
     try:
         lora = LoraConfig.of(read_settings(run).get("lora", {}))
     except (TypeError, LookupError) as error:
-        raise ValueError(f"{run}/config.json: lora is no group of a run's adapters: {files.first_line(error)}") from None
+        raise ValueError(
+            f"{run}/config.json: lora is no group of a run's adapters: {files.first_line(error)}"
+        ) from None
     if lora is None:
         return None
     tree = trees["transformer"]
