@@ -1,8 +1,8 @@
-"""Adapters (LoRA, DoRA) of the transformer in files: written for others, and read from PEFT, diffusers, Kohya and runs.
+"""Adapters (LoRA, DoRA) of the transformer in files: written for others, and read from PEFT, diffusers and Kohya.
 
-Names are those of `conversion.transformer`'s layouts. PEFT's and diffusers' files call the factors lora_A [rank, in] and
-lora_B [out, rank], Kohya's and ComfyUI's lora_down and lora_up, after Stability's names with "_" for ".", where q, k and
-v are one layer. What a file changes is a change of kernels: W + scale * B A.
+Names are those of `conversion.transformer`'s layouts. PEFT's and diffusers' files call the factors lora_A [rank, in]
+and lora_B [out, rank]. Kohya's and ComfyUI's call them lora_down and lora_up, after Stability's names with "_" for ".",
+where q, k and v are one layer. The change of a layer's weight is alpha / rank * B A.
 """
 
 import json
@@ -137,7 +137,7 @@ def _open_run(run, shapes):
 
 
 def _modules(config: MMDiTConfig, shapes: rules.Shapes) -> dict[str, Entry]:
-    """{name of a layer, with "_" for ".": the entry of its weight} in every layout, for layers of the model's shapes."""
+    """{name of a layer, with "_" for ".": the entry of its weight} in every layout."""
     tables = [transformer.unialign_table(config)]
     if config.depth > 1:
         tables += [transformer.sd3_table(layout, config) for layout in ("diffusers", "stability")]

@@ -2,9 +2,9 @@
 
 An adapter changes the kernel W of a dense layer to W + alpha / rank * A B. The changed kernels are computed before the
 network reads them, so that the network knows nothing of adapters. A kernel of [in, out] has A [in, rank] and
-B [rank, out]; those of the stacked blocks have the block as their first axis, and q, k and v, which are one kernel here,
-have adapters of their own, as PyTorch's layers do. With `dora` a "gain" [out] scales the norm of each output's weights:
-(1 + gain) |W|, whatever the length of W + alpha / rank * A B.
+B [rank, out]; those of the stacked blocks have the block as their first axis. q, k and v, one kernel here, have
+adapters of their own, as PyTorch's layers do. With `dora` a "gain" [out] gives each output's weights their norm,
+(1 + gain) |W|, whatever that of W + alpha / rank * A B.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ class LoraConfig:
 
     @classmethod
     def of(cls, settings: dict) -> "LoraConfig | None":
-        """From the group of a configuration; None where the rank is 0. Raises TypeError or KeyError for another dict."""
+        """From the group of a configuration, None for rank 0. Raises TypeError or KeyError for another dict."""
         if not settings.get("rank"):
             return None
         return cls(**{**settings, "targets": tuple(settings["targets"])})

@@ -60,7 +60,7 @@ def write_base(base: Base, run: str | Path) -> None:
 
 
 def check_base(base: Base, run: str | Path) -> None:
-    """Raises ValueError when the weights are not those that `base` was made of, FileNotFoundError when they are gone."""
+    """Raises ValueError when the weights are not those of `base` any more, FileNotFoundError when they are gone."""
     here = f"the adapters of {run} belong to {base.source}"
     if not (bundle.locate(base.source) / "config.json").is_file():
         raise FileNotFoundError(
