@@ -5,6 +5,7 @@ and lora_B [out, rank]. Kohya's and ComfyUI's call them lora_down and lora_up, a
 where q, k and v are one layer. The change of a layer's weight is alpha / rank * B A.
 """
 
+import itertools
 import json
 import math
 import re
@@ -112,7 +113,8 @@ def open_lora(path: str | Path, config: MMDiTConfig, shapes: rules.Shapes) -> Lo
     names, changes = _modules(config, shapes), {}
     modules, notes = _read_modules(path, tensors, names, settings)
     for module, factors in modules.items():
-        entry = names[module]
+        found = [entry for entry in names[module] if _fits(factors, rules.source_shape(entry, shapes))]
+        entry = found[0] if found else names[module][0]
         _check_fit(path, module, factors, rules.source_shape(entry, shapes))
         changes.setdefault(entry.target, []).append((entry, factors))
     if not changes:
@@ -136,16 +138,18 @@ def _open_run(run, shapes):
     return Lora(str(run), changes, [])
 
 
-def _modules(config: MMDiTConfig, shapes: rules.Shapes) -> dict[str, Entry]:
-    """{name of a layer, with "_" for ".": the entry of its weight} in every layout."""
+def _modules(config: MMDiTConfig, shapes: rules.Shapes) -> dict[str, list[Entry]]:
+    """{name of a layer, with "_" for ".": the entry of its weight} in every layout.
+
+    A name has two entries where SD3's layer is a part of ours: the modulation of the last block's text half.
+    """
     tables = [transformer.unialign_table(config)]
     if config.depth > 1:
         tables += [transformer.sd3_table(layout, config) for layout in ("diffusers", "stability")]
     names = {}
-    for table in reversed(tables):  # where they share a name, ours is the whole layer
-        for entry in rules.expand(table):
-            if entry.source.endswith(".weight") and entry.target in shapes:
-                names[entry.source.removesuffix(".weight").replace(".", "_")] = entry
+    for entry in itertools.chain.from_iterable(map(rules.expand, tables)):
+        if entry.source.endswith(".weight") and entry.target in shapes:
+            names.setdefault(entry.source.removesuffix(".weight").replace(".", "_"), []).append(entry)
     return names
 
 
@@ -215,7 +219,7 @@ def _read(path, info) -> np.ndarray:
     return value
 
 
-def _module(name: str, names: Mapping[str, Entry]) -> str | None:
+def _module(name: str, names: Mapping[str, list[Entry]]) -> str | None:
     """The layer that a file's key names, as `names` has it; None for an unknown one."""
     for prefix in PREFIXES:
         name = name.removeprefix(prefix)
@@ -239,12 +243,16 @@ def _scale_of(path, settings: dict, name: str, rank: int) -> float:
         raise ValueError(f"{path}: its settings have no readable lora_alpha: {first_line(error)}") from None
 
 
+def _fits(factors: Factors, shape) -> bool:
+    """Whether the product of the factors has the shape of a layer's weight."""
+    return (factors.up.shape[0], *factors.down.shape[1:]) == tuple(shape) and math.prod(factors.up.shape[2:]) == 1
+
+
 def _check_fit(path, module, factors, shape):
-    """Raises ValueError unless the product of the factors has the shape of the layer's weight."""
-    found = (factors.up.shape[0], *factors.down.shape[1:])
-    if found != tuple(shape) or math.prod(factors.up.shape[2:]) != 1:
+    if not _fits(factors, shape):
+        found = [factors.up.shape[0], *factors.down.shape[1:]]
         raise ValueError(
-            f"{path}: the adapter of {module} makes a weight of {list(found)}, this model has {list(shape)}: the LoRA "
+            f"{path}: the adapter of {module} makes a weight of {found}, this model has {list(shape)}: the LoRA "
             "is another model's"
         )
     if factors.magnitude is not None and factors.magnitude.shape != (shape[0],):
