@@ -1,0 +1,192 @@
+"""Runs that train adapters: what they change, keep and refuse."""
+
+import contextlib
+import functools
+import json
+import logging
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from unialign_jax import Pipeline, bundle
+from unialign_jax.models.lora import adapted, adapters_by_path
+from unialign_jax.training import base_model, runs
+from unialign_jax.training.checkpoints import Checkpoints, stored_shapes
+from unialign_jax.training.config import config_problems
+from unialign_jax.training.loop import Trainer, train
+from unialign_jax.training.metrics import read_metrics
+from unialign_jax.training.program import StepProgram
+from unialign_jax.training.state import init_state
+
+KERNELS = {f"blocks/joint/{half}/{name}/kernel" for half in ("image", "text") for name in ("qkv", "out")}
+CLOCK = {"images_per_second", "seconds_per_step", "tflops_per_second_per_device", "data_wait_share", "host_peak_gb"}
+
+
+@pytest.fixture(scope="module")
+def lora_config(small_config, tiny_bundle):
+    """A function (key__subkey=value ...) -> the configuration of a small run of adapters over `tiny_bundle`."""
+
+    def make(**overrides):
+        settings = {"num_steps": 4, "checkpoint__every": 2, "init_from": str(tiny_bundle), "lora__rank": 4}
+        settings |= {"optimizer__learning_rate": 2e-2, "optimizer__warmup_steps": 1, "validation__records": 8}
+        return small_config("finetune", **settings | overrides)
+
+    return make
+
+
+def run(config, workdir, devices=1):
+    return train(config, workdir, progress=False, devices=jax.devices()[:devices])
+
+
+@pytest.fixture(scope="module")
+def finished(lora_config, tmp_path_factory):
+    """(the folder of a run of four steps, its last state, its log)."""
+    workdir = tmp_path_factory.mktemp("runs") / "lora"
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logger = logging.getLogger("unialign_jax.training.loop")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        state = run(lora_config(), workdir)
+    finally:
+        logger.removeHandler(handler)
+    return workdir, state, records
+
+
+def test_only_adapters_are_trained_saved_and_averaged(finished, tiny_bundle):
+    workdir, state, records = finished
+    paths = {f"{path}/{name}" for path in KERNELS for name in "ab"}
+    stored = set(stored_shapes(workdir / "checkpoints" / "4"))
+    assert {path.removeprefix("params/transformer/") for path in stored if path.startswith("params/")} == paths
+    assert {path.removeprefix("ema/") for path in stored if path.startswith("ema/")} == paths
+    # The two averages of Adam and counters: nothing else is kept.
+    moments = {path for path in stored if path.startswith("opt_state") and path.endswith(("/a", "/b"))}
+    assert len(moments) == 2 * len(paths)
+    assert {path for path in stored if not path.endswith(("/a", "/b"))} == {"step"} | {
+        p for p in stored if "count" in p
+    }
+    content = json.loads((workdir / "base.json").read_text())
+    digest = base_model.network_digest(tiny_bundle, "transformer")
+    assert content == {"source": str(tiny_bundle), "weights": "", "step": -1, "digest": digest}
+    assert f"{2 * 2 * 4 * 2 * 4 * 32:,} parameters" in " ".join(record.getMessage() for record in records)
+
+
+def test_training_moves_the_adapters_and_the_output(finished, tiny_bundle):
+    workdir, state, records = finished
+    rows = [row for row in read_metrics(workdir) if row["stream"] == "text_to_image"]
+    assert all(row["gradient_norm"] > 0 and row["update_norm"] > 0 for row in rows)
+    for path, adapter in adapters_by_path(state.params["transformer"]).items():
+        assert np.abs(adapter["b"]).max() > 0.01, path  # they started at zero
+    (said,) = [record.getMessage() for record in records if "have changed their kernels" in record.getMessage()]
+    assert "after 4 steps" in said and "will not show" not in said
+    prompt, options = "a red circle", {"seed": 1, "steps": 2, "height": 32, "width": 32}
+    before, after = (
+        np.asarray(Pipeline.from_bundle(source).generate(prompt, **options)[0], np.int32)
+        for source in (tiny_bundle, workdir)
+    )
+    assert np.abs(before - after).max() > 10
+
+
+@pytest.mark.parametrize("weights", ["raw", "ema"])
+def test_a_run_opens_with_its_adapters_in_the_base(weights, finished, tiny_bundle):
+    workdir, state, _ = finished
+    adapters = adapters_by_path(state.ema if weights == "ema" else state.params["transformer"])
+    assert adapters.keys() == KERNELS
+    opened = runs.open_to_sample(workdir, weights)
+    assert opened.config.heads is None and opened.frozen_from == tiny_bundle
+    base = flatten_dict(bundle.load(tiny_bundle)[1]["transformer"], sep="/")
+    for path, leaf in opened.leaves("transformer"):
+        expected = np.asarray(base[path])
+        if path in KERNELS:
+            expected = adapted(path, expected, jax.tree.map(np.asarray, adapters[path]), 16 / 4)
+            assert np.abs(expected - base[path]).max() > 1e-3
+        np.testing.assert_allclose(leaf, expected, atol=1e-6)
+
+
+def test_stopped_and_started_again_the_adapters_are_the_same_bits(finished, lora_config, tmp_path):
+    workdir, state, _ = finished
+    run(lora_config(num_steps=2), tmp_path)
+    again = run(lora_config(), tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, again, state)
+    kept = lambda rows: [{k: v for k, v in row.items() if k not in CLOCK} for row in rows]  # noqa: E731
+    assert kept(read_metrics(tmp_path)) == kept(read_metrics(workdir))
+
+
+def test_adapters_that_have_changed_nothing_are_told(lora_config, caplog):
+    trainer = Trainer(lora_config(optimizer__learning_rate=1e-12), jax.devices()[:1])
+    caplog.clear()
+    trainer.check_change(trainer.init_state(), trainer.init_frozen())
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert "will not show" in warning and "optimizer.learning_rate is 1e-12" in warning
+
+
+@pytest.mark.slow
+def test_dora_on_four_devices_has_the_losses_and_samples_of_one(lora_config, tmp_path):
+    config = functools.partial(lora_config, lora__dora=True, num_steps=2, validation__every=2, samples__count=1)
+    rows = []
+    for name, changes in (("one", {"mesh__fsdp": 1}), ("four", {"mesh__fsdp": 2, "mesh__data": 2})):
+        state = run(config(**changes), tmp_path / name, devices=1 if name == "one" else 4)
+        rows.append([row["loss"] for row in read_metrics(tmp_path / name)])
+        gains = [leaf for path, leaf in flatten_dict(state.params["transformer"], sep="/").items() if "gain" in path]
+        assert len(gains) == len(KERNELS) and all(np.abs(gain).max() > 0 for gain in gains)
+        assert list((tmp_path / name / "samples").glob("text_to_image_000002.png"))
+    np.testing.assert_allclose(*rows, rtol=1e-4)
+    streams = [row["stream"] for row in read_metrics(tmp_path / "one")]
+    assert streams == ["text_to_image"] * 2 + ["validation/text_to_image", "validation_raw/text_to_image"]
+
+
+@pytest.mark.slow
+def test_a_run_can_be_the_base(small_config, lora_config, tmp_path, refuses):
+    whole, adapters = tmp_path / "whole", tmp_path / "adapters"
+    config = small_config("stage1", frozen_from=lora_config().init_from)
+    program = StepProgram(config, jax.devices()[:1])
+    state = init_state(program.networks, program.tx, config.ema_decay, jax.random.key(0))
+    state = state._replace(ema=jax.tree.map(lambda leaf: leaf + 0.1, state.ema))
+    with contextlib.closing(Checkpoints(whole)) as checkpoints:
+        checkpoints.save(state, 1)
+    (whole / "config.json").write_text(config.to_json_best_effort())
+    run(lora_config(init_from=str(whole), init_weights="ema"), adapters)
+    base = base_model.read_base(adapters)
+    assert (base.source, base.weights, base.step) == (str(whole), "ema", 1)
+    for path, leaf in runs.open_run(adapters)["transformer"].leaves(["text_embed/kernel", *KERNELS]):
+        change = np.abs(leaf - flatten_dict(state.ema, sep="/")[path]).max()
+        assert (change == 0) == (path == "text_embed/kernel"), path
+    (whole / "checkpoints" / "1").rename(whole / "checkpoints" / "2")
+    refuses(lambda: runs.open_run(adapters), "whole", "checkpoint 1 is not there")
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"init_from": ""}, ("init_from is empty",)),
+        ({"lora__rank": -1}, ("lora.rank is -1",)),
+        ({"lora__alpha": 0.0}, ("lora.alpha is 0.0",)),
+        ({"lora__targets": ()}, ("lora.targets is empty",)),
+        ({"lora__targets": ("(",)}, ("lora.targets", "no regular expression")),
+        ({"optimizer__freeze": ("transformer/",)}, ("optimizer.freeze", "lora.targets")),
+        ({"loss_weights__intrinsic_modal": 0.1}, ("intrinsic_modal", "set it to 0")),
+    ],
+)
+def test_a_configuration_that_cannot_be_is_one_line(changes, words, lora_config):
+    (problem,) = config_problems(lora_config(**changes))
+    assert all(word in problem for word in words), problem
+
+
+@pytest.mark.bad_input
+def test_runs_that_cannot_be_are_one_line(lora_config, finished, tiny_bundle, tmp_path, refuses):
+    workdir, _, _ = finished
+    train_it = lambda folder, **changes: run(lora_config(**changes), folder)  # noqa: E731
+    refuses(lambda: train_it(tmp_path / "a", lora__targets=("patch_embed",)), "'patch_embed'", "text_head/kernel")
+    refuses(lambda: train_it(tmp_path / "b", init_from=str(workdir)), "trained adapters", "--format=bundle")
+    copied = tmp_path / "copied"
+    shutil.copytree(workdir, copied)
+    refuses(lambda: train_it(copied, num_steps=5, lora__rank=8), "another architecture")
+    base = base_model.read_base(copied)
+    base_model.write_base(base._replace(digest="0" * 16), copied)
+    refuses(lambda: train_it(copied, num_steps=5), str(tiny_bundle), "changed since")
