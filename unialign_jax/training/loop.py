@@ -478,9 +478,20 @@ def base_of(trainer: Trainer, folder: RunFolder, step: int) -> base_model.Base:
             sum(leaf.size for leaf in jax.tree.leaves(tree))
             for tree in (trainer.abstract_state.params, trainer.abstract_frozen["base"])
         )
-        text = "adapters of rank %d: %s parameters, %.2g%% of the transformer's"
-        log.info(text, trainer.networks.lora.rank, f"{trained:,}", 100 * trained / stored)
+        log.info(
+            "adapters of rank %d: %s parameters, %.2g%% of the transformer's; the state has %.3f GB, "
+            "the frozen networks %.2f GB, before they are split",
+            trainer.networks.lora.rank,
+            f"{trained:,}",
+            100 * trained / stored,
+            tree_bytes(trainer.abstract_state) / 1e9,
+            tree_bytes(trainer.abstract_frozen) / 1e9,
+        )
     return base
+
+
+def tree_bytes(tree) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def run_steps(

@@ -53,7 +53,14 @@ class Networks(NamedTuple):
     def on(self, mesh: Mesh) -> "Networks":
         """The same networks, whose blocks' gradients are reduced as fits the mesh's place in its torus."""
         scan = functools.partial(scan_blocks, axes_without_wraparound=axes_without_wraparound(mesh))
+        if self.lora is not None:
+            scan = scan_adapted
         return self._replace(transformer=self.transformer.clone(scan_blocks=scan))
+
+
+def scan_adapted(*args, late: bool = False):
+    """`scan_blocks` that never reduces late: that computes the gradients of all weights, and few are adapted."""
+    return scan_blocks(*args, late=False)
 
 
 class TrainState(NamedTuple):
