@@ -39,14 +39,8 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 ROOT = Path(__file__).resolve().parent.parent
-WITHOUT = (
-    "torch",
-    "diffusers",
-    "peft",
-    "matplotlib",
-    "nbformat",
-    "nbclient",
-)  # of requirements-test.txt: --fast does without
+# Of requirements-test.txt: --fast does without.
+WITHOUT = ("torch", "diffusers", "peft", "matplotlib", "nbformat", "nbclient")
 STREAMS = ("text_to_image", "edit", "perception", "personalization", "vqa")
 
 

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from PIL import Image
 
 from unialign_jax import Pipeline, bundle
 from unialign_jax.models.lora import adapted, adapters_by_path
@@ -76,7 +77,7 @@ def test_only_adapters_are_trained_saved_and_averaged(finished, tiny_bundle):
     assert f"{2 * 2 * 4 * 2 * 4 * 32:,} parameters" in " ".join(record.getMessage() for record in records)
 
 
-def test_training_moves_the_adapters_and_the_output(finished, tiny_bundle):
+def test_training_moves_the_adapters_and_the_output(finished, tiny_bundle, launch_command, tmp_path):
     workdir, state, records = finished
     rows = [row for row in read_metrics(workdir) if row["stream"] == "text_to_image"]
     assert all(row["gradient_norm"] > 0 and row["update_norm"] > 0 for row in rows)
@@ -90,6 +91,15 @@ def test_training_moves_the_adapters_and_the_output(finished, tiny_bundle):
         for source in (tiny_bundle, workdir)
     )
     assert np.abs(before - after).max() > 10
+    options = ["--task=text_to_image", f"--prompt={prompt}", *(f"--{name}={value}" for name, value in options.items())]
+    command = [f"--bundle={tiny_bundle}", *options, "--compilation-cache=none"]
+    generate = launch_command("generate").main
+    for scale, expected in ((1, after), (0, before)):
+        file = tmp_path / f"{scale}.png"
+        assert generate([*command, f"--lora={workdir}:{scale}", f"--output={file}"]) == 0
+        image = Image.open(file)
+        np.testing.assert_array_equal(np.asarray(image), expected)
+        assert json.loads(image.info["parameters"])["loras"] == {"lora": scale}
 
 
 @pytest.mark.parametrize("weights", ["raw", "ema"])

@@ -103,9 +103,9 @@ def open_lora(path: str | Path, config: MMDiTConfig, shapes: rules.Shapes) -> Lo
 
     Raises FileNotFoundError or ValueError, in one line, for what cannot be read, is no LoRA or is another model's.
     """
-    path = Path(path)
     if runs.is_run(path):
         return _open_run(path, shapes)
+    path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file or folder, expected a LoRA or a run that trained one")
     tensors = read_tensors(path)
@@ -302,7 +302,7 @@ def export_lora(
     """
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}, expected one of {', '.join(LAYOUTS)}")
-    output, run = Path(output).absolute(), Path(run)
+    output = Path(output).absolute()
     if output.suffix != ".safetensors" or output.is_dir():
         raise ValueError(f"{output}: a LoRA is one file, expected a name that ends in .safetensors")
     if output.exists() and not overwrite:

@@ -10,6 +10,7 @@ import jax
 
 from unialign_jax import __version__, bundle, files
 from unialign_jax.conversion.lora import parse_reference
+from unialign_jax.files.places import place
 from unialign_jax.inference.job_runner import check_writable
 from unialign_jax.inference.pipeline import Pipeline
 from unialign_jax.parallel import processes
@@ -87,10 +88,11 @@ class ModelSource:
 
 def lora_digest(path: str) -> str:
     """A hash of a LoRA's files; of a run, of what tells its newest checkpoint. Raises FileNotFoundError."""
-    folder = Path(path)
-    if runs.is_run(folder):
-        told = [f"{runs.latest_step(folder)} {folder.resolve()}".encode(), (folder / "config.json").read_bytes()]
+    if runs.is_run(path):
+        described = place(path)
+        told = [f"{runs.latest_step(path)} {described}".encode(), (described / "config.json").read_bytes()]
         return hashlib.sha256(b" ".join(told)).hexdigest()
+    folder = Path(path)
     if not folder.is_dir():
         files.check_regular(path)
     parts = sorted(folder.iterdir()) if folder.is_dir() else [folder]

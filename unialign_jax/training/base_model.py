@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from unialign_jax import bundle, files
+from unialign_jax.files.places import place, reaching, read_json
 from unialign_jax.models.lora import adapted
 from unialign_jax.training.caching import network_digest
 
@@ -36,18 +37,19 @@ def find_base(source: str, weights: str, step: int) -> Base:
     if bundle.is_bundle(folder):
         lasting = source if bundle.is_packaged(source) else str(Path(source).absolute())
         return Base(lasting, "", -1, network_digest(folder, "transformer"))
-    folder = Path(source).absolute()
-    told = f"{weights} {step} ".encode() + (folder / "config.json").read_bytes()
+    folder = place(source)
     checksums = folder / "checkpoints" / str(step) / "checksums.json"
-    if checksums.is_file():  # a run that was killed has none of its last checkpoint
-        told += checksums.read_bytes()
+    with reaching(folder):
+        told = f"{weights} {step} ".encode() + (folder / "config.json").read_bytes()
+        if checksums.is_file():  # a run that was killed has none of its last checkpoint
+            told += checksums.read_bytes()
     return Base(str(folder), weights, step, hashlib.sha256(told).hexdigest()[:16])
 
 
 def read_base(run: str | Path) -> Base:
     """What a run's base.json says. Raises FileNotFoundError or ValueError, in one line, where it says nothing."""
-    path = Path(run) / "base.json"
-    content = files.read_json(path)
+    path = place(run) / "base.json"
+    content = read_json(path)
     kinds = {"source": str, "weights": str, "step": int, "digest": str}
     for key, kind in kinds.items():
         if type(content.get(key)) is not kind:
@@ -62,11 +64,15 @@ def write_base(base: Base, run: str | Path) -> None:
 def check_base(base: Base, run: str | Path) -> None:
     """Raises ValueError when the weights are not those of `base` any more, FileNotFoundError when they are gone."""
     here = f"the adapters of {run} belong to {base.source}"
-    if not (bundle.locate(base.source) / "config.json").is_file():
+    source = bundle.locate(base.source) if base.step < 0 else place(base.source)
+    with reaching(source):
+        is_there = (source / "config.json").is_file()
+        has_step = base.step < 0 or (source / "checkpoints" / str(base.step)).is_dir()
+    if not is_there:
         raise FileNotFoundError(
             f"{here}, which is not there: bring it back, or name where it is now in {run}/base.json"
         )
-    if base.step >= 0 and not (Path(base.source) / "checkpoints" / str(base.step)).is_dir():
+    if not has_step:
         raise FileNotFoundError(f"{here}, whose checkpoint {base.step} is not there: bring it back")
     found = find_base(base.source, base.weights, base.step)
     if found.digest != base.digest:

@@ -23,7 +23,7 @@ from unialign_jax.data.mixture import IN_USE, Mixture, batches_ahead
 from unialign_jax.data.streams import Stream, StreamConfig
 from unialign_jax.data.text_lengths import cuts_of
 from unialign_jax.data.tokenizer import Tokenizer, load_backend, load_tokenizer
-from unialign_jax.files.places import place
+from unialign_jax.files.places import place, reaching
 from unialign_jax.models import flops
 from unialign_jax.models.lora import params_with_adapters, relative_change
 from unialign_jax.parallel import processes, sharding
@@ -467,7 +467,9 @@ def train(
 
 def base_of(trainer: Trainer, folder: RunFolder, step: int) -> base_model.Base:
     """The base of a run at `step`: kept in its base.json from the start on. Raises ValueError when it has changed."""
-    if step or (folder.place / "base.json").is_file():
+    with reaching(folder.place):
+        is_kept = step or (folder.place / "base.json").is_file()
+    if is_kept:
         base = base_model.read_base(folder.place)
         base_model.check_base(base, folder.place)
         return base
