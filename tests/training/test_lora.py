@@ -85,13 +85,17 @@ def test_training_moves_the_adapters_and_the_output(finished, tiny_bundle, launc
         assert np.abs(adapter["b"]).max() > 0.01, path  # they started at zero
     (said,) = [record.getMessage() for record in records if "have changed their kernels" in record.getMessage()]
     assert "after 4 steps" in said and "will not show" not in said
-    prompt, options = "a red circle", {"seed": 1, "steps": 2, "height": 32, "width": 32}
+    prompt, options = "a red circle", {"seed": 1, "steps": 2, "guidance_scale": 3.0, "shift": 3.0}
     before, after = (
         np.asarray(Pipeline.from_bundle(source).generate(prompt, **options)[0], np.int32)
         for source in (tiny_bundle, workdir)
     )
     assert np.abs(before - after).max() > 10
-    options = ["--task=text_to_image", f"--prompt={prompt}", *(f"--{name}={value}" for name, value in options.items())]
+    options = [
+        "--task=text_to_image",
+        f"--prompt={prompt}",
+        *(f"--{k.replace('_', '-')}={v}" for k, v in options.items()),
+    ]
     command = [f"--bundle={tiny_bundle}", *options, "--compilation-cache=none"]
     generate = launch_command("generate").main
     for scale, expected in ((1, after), (0, before)):
