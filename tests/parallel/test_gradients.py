@@ -58,7 +58,7 @@ def loss(scan):
         ({"data": 8}, 32, ()),
         ({"data": 8}, 32, ("data",)),
         ({"data": 8}, 30, ()),  # which 8 does not divide: nothing is split
-        ({"data": 4, "encoder": 2}, 32, ()),
+        ({"data": 2, "state": 2, "encoder": 2}, 32, ("state",)),
         ({"data": 2, "encoder": 4}, 32, ("encoder",)),
         ({"replica": 2, "data": 2, "encoder": 2}, 32, ()),
     ],
@@ -79,7 +79,7 @@ def test_gradients_are_those_of_one_device(shape, width, without_wraparound):
         np.testing.assert_allclose(y, x, rtol=1e-5, atol=1e-5, err_msg=sharding.path_string(path))
     # Each device holds its part of the sum, as of the state.
     kernel = found[0]["joint"]["image"]["mlp_in"]["kernel"]
-    parts = shape.get("data", 1) * shape.get("encoder", 1) if width == 32 else 1
+    parts = 8 // shape.get("replica", 1) if width == 32 else 1
     assert kernel.sharding.shard_shape(kernel.shape) == (DEPTH, width // parts, 2 * width)
 
 

@@ -61,6 +61,7 @@ def test_the_torus_is_read_from_coordinates():
     [
         ("TPU v5 lite", (8, 8), {"replica": 2, "encoder": 4, "data": 8}, ("replica", "encoder", "data")),
         ("TPU v5 lite", (4, 16), {"encoder": 4, "data": 16}, ("encoder",)),
+        ("TPU v5 lite", (4, 16), {"state": 2, "encoder": 2, "data": 16}, ("state",)),  # the first and the third chip
         ("TPU v5 lite", (2, 2), {"encoder": 2, "data": 2}, ()),  # both ends are next to each other
         ("TPU v4", (2, 4, 4), {"replica": 2, "encoder": 4, "data": 4}, ("encoder", "data")),
         ("TPU v4", (4, 4, 4), {"replica": 4, "encoder": 4, "data": 4}, ()),  # a whole cube
@@ -78,16 +79,36 @@ def test_which_axes_have_no_wraparound(kind, grid, axes, expected):
 
 @pytest.mark.parametrize(
     ("sizes", "devices", "expected"),
-    [((1, 1, 1, -1, 1), 8, (1, 1, 1, 8, 1)), ((2, 1, 1, -1, 2), 8, (2, 1, 1, 2, 2)), ((1,) * 5, 1, (1,) * 5)],
+    [
+        ((1, 1, 1, 1, -1, 1), 8, (1, 1, 1, 1, 8, 1)),
+        ((2, 1, 1, 1, -1, 2), 8, (2, 1, 1, 1, 2, 2)),
+        ((1,) * 6, 1, (1,) * 6),
+    ],
 )
 def test_a_free_axis_takes_what_is_left(sizes, devices, expected):
     assert complete_mesh_shape(sizes, devices) == expected
 
 
-@pytest.mark.parametrize("sizes", [(1, 3, 1, -1, 1), (1, 1, 1, 4, 1), (1, -1, 1, -1, 1), (1, 0, 1, 8, 1)])
+@pytest.mark.parametrize("sizes", [(1, 3, 1, 1, -1, 1), (1, 1, 1, 1, 4, 1), (1, -1, 1, 1, -1, 1), (1, 0, 1, 1, 8, 1)])
 def test_a_mesh_that_does_not_come_out_even_is_refused(sizes):
     with pytest.raises(ValueError, match="mesh"):
         complete_mesh_shape(sizes, 8)
+
+
+@pytest.mark.parametrize(
+    ("grid", "group", "expected"),
+    [
+        ((16, 16), 1, "replica=4, data=16, state=4"),
+        ((16, 16), 2, "replica=4, data=16, state=2, encoder=2"),
+        ((16, 16), 4, "replica=4, data=16, encoder=4"),
+        ((4, 4, 4), 1, "replica=4, data=4, state=4"),
+        ((2, 2, 4), 4, "replica=2, data=4, encoder=2"),  # no axis of four chips is left
+        ((2, 2, 1), 1, "data=2, state=2"),
+    ],
+)
+def test_the_text_encoder_takes_its_group_from_the_second_axis(grid, group, expected):
+    """Whatever the group, the state is split over as many chips."""
+    assert format_mesh(zero1_mesh(grid, 1, group)) == expected
 
 
 @pytest.mark.skipif(not HAS_LIBTPU, reason="needs the TPU compiler: pip install 'libtpu==0.0.42.*'")
@@ -100,7 +121,10 @@ def test_axes_that_scatter_lie_along_the_torus(name, slices, monkeypatch):
     devices = topology_devices(name, slices)
     topology = read_topology(devices)
     assert topology.grid == tuple(map(int, hardware.topology_name(name).split(":")[1].split("x")))
-    mesh = make_mesh(**zero1_mesh(topology.grid, slices), devices=devices)
+    pairs = make_mesh(**zero1_mesh(topology.grid, slices, 2), devices=devices)
+    two = pairs.devices[0, 0, 0, :, 0, 0]
+    assert len(two) == 2 and np.abs(np.subtract(two[0].coords, two[1].coords)).sum() == 1
+    mesh = make_mesh(**zero1_mesh(topology.grid, slices, 4), devices=devices)
     places = np.array([device.coords for device in mesh.devices.flat]).reshape(*mesh.devices.shape, 3)
     for axis in ("data", "encoder"):
         first = np.moveaxis(places, AXES.index(axis), 0).reshape(mesh.shape[axis], -1, 3)[:, 0]

@@ -50,7 +50,7 @@ def test_the_state_is_split_over_axes_that_repeat_the_weights():
     assert sharding.partition_spec(path, shape, mesh, state=True) == P(None, ("data", "encoder", "fsdp"), None)
     # What does not divide evenly is split over fewer axes, the outermost left out first.
     assert sharding.partition_spec(path, (24, 12, 6), mesh, state=True) == P(None, ("encoder", "fsdp"), None)
-    assert sharding.BATCH[0] == ("replica", "data", "encoder", "fsdp")
+    assert sharding.BATCH[0] == ("replica", "data", "state", "encoder", "fsdp")
 
 
 def test_the_text_encoder_is_split_over_its_own_axis():

@@ -14,7 +14,7 @@ from unialign_jax.training.config import read_config
 STEP = StepPlan(
     stream="text_to_image",
     chips=256,
-    mesh={"replica": 4, "data": 16, "encoder": 4, "fsdp": 1, "tensor": 1},
+    mesh={"replica": 4, "data": 16, "state": 1, "encoder": 4, "fsdp": 1, "tensor": 1},
     mesh_reason="as given",
     batch_size=256,
     accumulation=1,

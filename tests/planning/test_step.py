@@ -25,17 +25,20 @@ def compiler(monkeypatch):
 @pytest.mark.parametrize("topology", POD_SLICES)
 def test_stage1_fits_and_moves_what_arithmetic_says(topology, compiler):
     """A step at global batch 256 by hand. A chip receives the 2.10e9 weights once in bf16 (the state is split, the
-    weights are repeated) and as many bytes of gradients. T5 lies over groups of four chips: its 24 layers sum twice
-    each, which moves 2 x 3/4 of the group's activations: two texts a sample, 256 tokens of width 4096, in bf16.
+    weights are repeated) and as many bytes of gradients. T5 lies over groups of chips: its 24 layers sum twice each,
+    which in a group of n moves 2 x (n - 1) / n of the group's activations: two texts a sample, 256 tokens of width
+    4096, in bf16.
     """
     devices = topology_devices(topology)
     config = read_config("configs/stage1.py", [])
     step = plan_step(config, devices, "text_to_image", usable=usable_bytes(devices[0]))
-    assert step.memory.fits
-    assert step.roofline.mfu > (0.50 if topology == "v5e:16x16" else 0.55)
-    assert step.mesh == {"replica": 4, "data": len(devices) // 16, "encoder": 4, "fsdp": 1, "tensor": 1}
+    assert step.memory.peak < (1 - hardware.ROOM) * step.memory.usable
+    assert step.roofline.mfu > (0.55 if topology == "v5e:16x16" else 0.60)
+    group = {"v5e:16x16": 2, "v4:4x4x4": 2, "v5p:4x4x4": 1}[topology]
+    second = {"state": 4 // group, "encoder": group}
+    assert step.mesh == {"replica": 4, "data": len(devices) // 16, **second, "fsdp": 1, "tensor": 1}
     samples = 256 // len(devices)
-    expected = 2 * 2 * 2.10e9 + 48 * 2 * 3 / 4 * (4 * 2 * samples * 256 * 4096 * 2)
+    expected = 2 * 2 * 2.10e9 + 48 * 2 * (group - 1) / group * (group * 2 * samples * 256 * 4096 * 2)
     assert sum(step.bytes_inside.values()) == pytest.approx(expected, rel=0.15)
     assert sum(step.bytes_across.values()) == 0
     # The blocks' gradients, nine tenths of all, travel in rings that overlap with compute.

@@ -6,8 +6,8 @@ import jax
 from jax.sharding import Mesh
 
 # The axes that split a batch: everywhere, and inside the text encoder, where "encoder" splits the weights instead.
-BATCH_AXES = ("replica", "data", "encoder", "fsdp")
-ENCODER_BATCH_AXES = ("replica", "data", "fsdp")
+BATCH_AXES = ("replica", "data", "state", "encoder", "fsdp")
+ENCODER_BATCH_AXES = ("replica", "data", "state", "fsdp")
 HEAD_AXES = ("tensor",)
 ENCODER_HEAD_AXES = ("encoder", "tensor")
 

@@ -212,7 +212,7 @@ class Packing:
 def reduce_scatter(halves: Any, axis_names: Sequence[str], axes_without_wraparound: Sequence[str] = ()):
     """This device's part of the sums over the axes of up to two arrays [parts, ...], one for each way round a ring."""
     for name in axis_names:
-        if name in axes_without_wraparound:
+        if name in axes_without_wraparound and jax.lax.axis_size(name) > 2:  # two devices exchange, whatever the links
             halves = [reduce_scatter_line(half, name) for half in halves]
         else:
             halves = [reduce_scatter_ring(half, name, way) for half, way in zip(halves, (1, -1), strict=False)]

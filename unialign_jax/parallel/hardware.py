@@ -19,6 +19,8 @@ GPU_SOURCES = (
 
 MATMUL_SHARE = 0.85  # of the peak that large matmuls reach on TPU, an assumption
 
+ROOM = 0.03  # share of a chip's usable memory that plans leave free
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
@@ -35,6 +37,7 @@ class Chip:
     network: float = 0  # between slices (of GPUs: hosts), one way, per chip: its share of the host's
     matrix_unit: int = 0  # rows of the systolic array: a matmul that sums over fewer numbers leaves rows idle
     cores: int = 1  # per chip, as Google Cloud's names count them: v4-8 is 4 chips
+    usable: float = 0  # bytes of HBM that the compiler gives to a program; of TPUs, libtpu 0.0.42's number
     int8: float = 1  # speed of int8 matmuls, in units of `peak`
     fp8: float = 1  # of e4m3 matmuls
     matmul_share: float = MATMUL_SHARE  # of the peak that large matmuls reach, an assumption
@@ -46,10 +49,10 @@ class Chip:
 GPU_SHARES = {"matmul_share": 0.7, "attention_share": 0.6}
 
 CHIPS = (
-    Chip("v6e", ("TPU v6",), 918e12, 32e9, 1.64e12, 9e10, 2, 16, 12.5e9, 256, int8=2),
-    Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16e9, 8.1e11, 4.5e10, 2, 16, 3.125e9, 128, int8=2),
-    Chip("v5p", ("TPU v5",), 459e12, 95e9, 2.765e12, 9e10, 3, 4, 6.25e9, 128, 2, int8=2),
-    Chip("v4", ("TPU v4",), 275e12, 32e9, 1.2e12, 4.5e10, 3, 4, 6.25e9, 128, 2),
+    Chip("v6e", ("TPU v6",), 918e12, 32e9, 1.64e12, 9e10, 2, 16, 12.5e9, 256, usable=31.25 * 2**30, int8=2),
+    Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16e9, 8.1e11, 4.5e10, 2, 16, 3.125e9, 128, 1, 15.75 * 2**30, 2),
+    Chip("v5p", ("TPU v5",), 459e12, 95e9, 2.765e12, 9e10, 3, 4, 6.25e9, 128, 2, usable=95.74 * 2**30, int8=2),
+    Chip("v4", ("TPU v4",), 275e12, 32e9, 1.2e12, 4.5e10, 3, 4, 6.25e9, 128, 2, usable=30.75 * 2**30),
     Chip("H100 PCIe", ("H100 PCIe",), 756e12),
     Chip("H100", ("H100",), 989e12, 84_942_979_072, 3.352e12, 4.5e11, network=5e10, int8=2, fp8=2, **GPU_SHARES),
     Chip("H200", ("H200",), 989e12, 150_754_820_096, 4.8e12, 4.5e11, network=5e10, int8=2, fp8=2, **GPU_SHARES),

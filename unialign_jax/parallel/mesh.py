@@ -4,13 +4,15 @@ All axes but the last split the batch. They differ in what they do to weights:
 
     replica   repeats everything: between slices, over their network, or between parts of one large slice
     data      repeats the compute weights, splits the state: master weights, optimizer, average (ZeRO-1)
-    encoder   as data, but also splits the frozen text encoder's heads and hidden widths (and not its batch)
+    state     as data, along another axis of the torus
+    encoder   as state, but also splits the frozen text encoder's heads and hidden widths (and not its batch)
     fsdp      splits weights and state; a block's weights are gathered when the block runs
     tensor    splits heads and hidden widths of weights and activations; not the batch
 
 On few chips memory is the limit: use fsdp. On many chips with few samples each, the weight all-gathers would dominate:
 use data. XLA reduce-scatters only along one axis of the torus, so that an axis of the mesh should lie along one:
-`choose_mesh` takes replica=4, data=16, encoder=4 on v5e:16x16. All axes are Auto: `jax.jit` partitions over them.
+`choose_mesh` takes replica=4, data=16, state=2, encoder=2 on v5e:16x16. All axes are Auto: `jax.jit` partitions over
+them.
 """
 
 import dataclasses
@@ -24,8 +26,9 @@ from jax.sharding import AxisType, Mesh
 
 from unialign_jax.parallel import hardware
 
-AXES = ("replica", "data", "encoder", "fsdp", "tensor")
-CHIPS_PER_TEXT_ENCODER = 4
+AXES = ("replica", "data", "state", "encoder", "fsdp", "tensor")
+SECOND_AXIS = 4  # chips along the torus axis of "state" and "encoder", at most
+TEXT_ENCODER_GROUPS = (1, 2, 4)  # chips that share one copy of the text encoder; fewer sum less, and hold more
 
 
 def make_mesh(
@@ -33,6 +36,7 @@ def make_mesh(
     *,
     replica: int = 1,
     data: int = 1,
+    state: int = 1,
     encoder: int = 1,
     fsdp: int = -1,
     tensor: int = 1,
@@ -44,7 +48,7 @@ def make_mesh(
     Raises ValueError when the axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = complete_mesh_shape((replica, data, encoder, fsdp, tensor), len(devices))
+    sizes = complete_mesh_shape((replica, data, state, encoder, fsdp, tensor), len(devices))
     slices = count_slices(devices)
     if sizes[0] % slices:
         raise ValueError(f"mesh replica={sizes[0]}, but there are {slices} slices: give a multiple of {slices}")
@@ -144,7 +148,11 @@ def read_topology(devices: Sequence[jax.Device]) -> Topology:
 
 
 def choose_mesh(topology: Topology, bytes_per_chip: Callable[[dict[str, int]], float]) -> MeshChoice:
-    """The mesh for a machine: ZeRO-1 on TPU slices where `bytes_per_chip(sizes)` fits the memory, else fsdp."""
+    """The mesh for a machine: ZeRO-1 on TPU slices where `bytes_per_chip(sizes)` fits the memory, else fsdp.
+
+    Of the ZeRO-1 meshes it is the one with the smallest text-encoder group that fits. It fits if ROOM of
+    what the compiler may use stays free.
+    """
     split = dict.fromkeys(AXES, 1) | {"replica": topology.slices, "fsdp": topology.devices // topology.slices}
     if topology.chip is None:
         place = f"chosen for {topology.devices} x {topology.kind}"
@@ -154,26 +162,29 @@ def choose_mesh(topology: Topology, bytes_per_chip: Callable[[dict[str, int]], f
     if topology.devices == 1:
         return MeshChoice(split, place)
 
-    sizes = zero1_mesh(topology.grid, topology.slices)
-    need = bytes_per_chip(sizes)
-    figures = f"by arithmetic {need / 1e9:.1f} of {topology.chip.memory / 1e9:.0f} GB a chip"
-    if need <= topology.chip.memory:
-        return MeshChoice(sizes, f"{place}, weights are repeated and the state is split: {figures}")
+    for group in TEXT_ENCODER_GROUPS:
+        sizes = zero1_mesh(topology.grid, topology.slices, group)
+        need = bytes_per_chip(sizes)
+        figures = f"by arithmetic {need / 1e9:.1f} of {topology.chip.usable / 1e9:.1f} GB a chip"
+        if need <= (1 - hardware.ROOM) * topology.chip.usable:
+            return MeshChoice(sizes, f"{place}, weights are repeated and the state is split: {figures}")
     return MeshChoice(split, f"{place}, weights and state are split, since repeated weights would need {figures}")
 
 
-def zero1_mesh(grid: tuple[int, ...], slices: int) -> dict[str, int]:
+def zero1_mesh(grid: tuple[int, ...], slices: int, group: int) -> dict[str, int]:
     """The mesh that repeats the compute weights and splits the state, on slices of a torus.
 
-    Gradients are reduce-scattered over two axes, each along one axis of the torus:
+    Gradients are reduce-scattered over two axes of the torus:
 
-        data      the longest axis
-        encoder   up to 4 chips along another: the frozen text encoder's all-reduces grow with it
-        replica   all other chips, and the slices
+        data            the longest axis
+        state, encoder  up to 4 chips along another; of those up to `group`, neighbours, share one text encoder
+        replica         all other chips, and the slices
     """
     *others, data = sorted(grid)
     # The shortest of the other axes whose length is a multiple of 4, or else the longest.
-    encoder = next((side for side in others if side % CHIPS_PER_TEXT_ENCODER == 0), max(others))
-    encoder = math.gcd(encoder, CHIPS_PER_TEXT_ENCODER)
-    replica = slices * math.prod(grid) // (data * encoder)
-    return dict.fromkeys(AXES, 1) | {"replica": replica, "data": data, "encoder": encoder}
+    second = next((side for side in others if side % SECOND_AXIS == 0), max(others))
+    second = math.gcd(second, SECOND_AXIS)
+    encoder = math.gcd(second, group)
+    replica = slices * math.prod(grid) // (data * second)
+    sizes = {"replica": replica, "data": data, "state": second // encoder, "encoder": encoder}
+    return dict.fromkeys(AXES, 1) | sizes

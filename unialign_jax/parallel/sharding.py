@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from unialign_jax.parallel.activations import BATCH_AXES
 
 BATCH = P(BATCH_AXES)
-STATE_AXES = ("data", "encoder", "fsdp")  # split the state where "fsdp" splits the weights
+STATE_AXES = ("data", "state", "encoder", "fsdp")  # split the state where "fsdp" splits the weights
 ENCODER = ("encoder", "tensor")
 
 # A parameter takes the spec of the first pattern found in its path ("/"-joined). A spec shorter than the shape leaves

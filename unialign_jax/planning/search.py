@@ -6,7 +6,7 @@ A compilation takes minutes, so arithmetic orders the candidates: each has an es
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -19,6 +19,7 @@ from unialign_jax.planning.topology import GIB, DoesNotFit
 from unialign_jax.training import meshes
 from unialign_jax.training.config import active_streams, batch_shards
 from unialign_jax.training.program import make_networks
+from unialign_jax.training.state import Networks
 
 POLICIES = ("none", "dots", "block")
 FALLBACK_POLICIES = ("offload",)  # tried when none of those fits: the cost of transfers to the host is not known
@@ -68,8 +69,9 @@ def heaviest_stream(config: ConfigDict, names: list[str]) -> str:
 def candidates(config: ConfigDict, devices: list, name: str) -> list[Candidate]:
     """All ways to run the stream `name`, the fastest estimate first, those of FALLBACK_POLICIES last.
 
-    The estimated time of a step is its compute, with recomputation, plus for each micro-batch the transfers of weights
-    that do not overlap: one gather, or under fsdp two gathers and the reduction of the gradients.
+    The estimated time of a step is its compute, with recomputation, plus the sums of the text encoder's group,
+    plus for each micro-batch the transfers of weights that do not overlap: one gather, or under fsdp two gathers
+    and the reduction of the gradients.
 
     Raises ValueError for a configuration that cannot run on the devices in any number of micro-batches.
     """
@@ -80,7 +82,8 @@ def candidates(config: ConfigDict, devices: list, name: str) -> list[Candidate]:
     needs = meshes.step_memory(config, networks, devices[0].platform)
     chip = hardware.find_chip(devices[0].device_kind)
     places = np.array([getattr(device, "coords", (0, 0, 0)) for device in devices])
-    bandwidth = group_bandwidth(chip, places, places.max(axis=0) + 1)
+    grid = places.max(axis=0) + 1
+    bandwidth = group_bandwidth(chip, places, grid)
     rows = config.batch_size // batch_shards(config.mesh, len(devices))  # of one chip
     result = []
     for count in (count for count in range(1, rows + 1) if rows % count == 0):
@@ -91,13 +94,39 @@ def candidates(config: ConfigDict, devices: list, name: str) -> list[Candidate]:
             moved = needs.weights * (3 if sizes["fsdp"] > 1 else 1) * (len(devices) > 1)
             work = step_work(trial, networks, stream, len(devices))
             seconds = compute_seconds(work, chip, config.model.head_width) + count * moved / bandwidth
+            seconds += text_encoder_seconds(config, networks, stream, rows, sizes["encoder"], chip, grid)
             estimate = meshes.estimate(needs, sizes, rows / count, remat, count)
             result.append(dataclasses.replace(candidate, estimate=estimate, seconds=seconds))
     return sorted(result, key=lambda candidate: (candidate.remat in FALLBACK_POLICIES, candidate.seconds))
 
 
+def text_encoder_seconds(
+    config: ConfigDict,
+    networks: Networks,
+    stream: ConfigDict,
+    rows: int,
+    group: int,
+    chip: hardware.Chip,
+    grid: Sequence[int],
+) -> float:
+    """Seconds of a step in the all-reduces, two for each layer, of `group` neighbours that share a text encoder.
+
+    Args:
+      rows: samples of one chip.
+      grid: chips along each axis of the torus.
+    """
+    if group == 1:
+        return 0.0
+    encoder = networks.text_encoder.config
+    tokens = group * rows * (1 + has_image_pass(stream.kind)) * config.text_length
+    received = 2 * encoder.depth * tokens * encoder.width * 2 * (group - 1) / group
+    received *= np.dtype(encoder.dtype).itemsize
+    closed = zip(grid, hardware.rings(chip.name, grid), strict=True)
+    return received / (chip.link * (2 if (group, True) in closed else 1))
+
+
 def search(ordered: list[Candidate], usable: float, compile_step: Callable[[Candidate], StepPlan]) -> SearchResult:
-    """The first of `ordered` that fits, with few compilations.
+    """The first of `ordered` that fits and leaves ROOM (parallel/hardware.py), with few compilations.
 
     The first candidate whose estimate fits is compiled first. After a candidate fits, faster ones are compiled too,
     except those estimated above one that already failed, or above COMPILE_MARGIN x usable after correction. If no
@@ -111,7 +140,7 @@ def search(ordered: list[Candidate], usable: float, compile_step: Callable[[Cand
     tried, done = [], set()
     correction, failed = 1.0, math.inf  # compiled over estimated bytes; the least estimate of those that did not fit
     while True:
-        room = usable * (COMPILE_MARGIN if plan else 1)
+        room = (1 - hardware.ROOM) * usable * (COMPILE_MARGIN if plan else 1)
         left = [c for c in ordered[:best] if c not in done and c.estimate < failed]
         chosen = next((c for c in left if c.estimate * correction <= room), None)
         if chosen is None and plan is None and left:
@@ -121,13 +150,15 @@ def search(ordered: list[Candidate], usable: float, compile_step: Callable[[Cand
         done.add(chosen)
         try:
             answer = compile_step(chosen)
-            compiled, fits = answer.memory.peak, answer.memory.fits
+            compiled = answer.memory.peak
+            fits = compiled <= (1 - hardware.ROOM) * usable
         except DoesNotFit as error:
             out_of_memory, compiled, fits = str(error), error.needed, False
         else:
             if not fits:
                 numbers = f"{compiled / GIB:.2f} of {usable / GIB:.2f} GiB"
-                out_of_memory = f"the step of {answer.stream} does not fit: it needs {numbers}"
+                room = f"{100 * hardware.ROOM:.0f}% stay free"
+                out_of_memory = f"the step of {answer.stream} does not fit: it needs {numbers}, of which {room}"
         tried.append(Trial(chosen.accumulation, chosen.remat, compiled, fits))
         if fits:
             best, plan = ordered.index(chosen), answer

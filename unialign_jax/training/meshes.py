@@ -3,11 +3,13 @@
 A configuration whose `mesh` is all 0, the default, leaves the choice open. Devices that are not a known TPU slice then
 split weights and state (`fsdp`), which needs least memory. A TPU slice repeats the compute weights and splits only the
 state (ZeRO-1) if the arithmetic below says that this fits: with few samples per chip, gathers would dominate.
+The text encoder is then whole on every chip, or shared by the fewest chips that have room for it: their sums are the
+largest part of the communication that does not overlap.
 
 The arithmetic per chip: encoders, state, weights, gradients and their sums over micro-batches, and activations that
 grow with the samples. Its constants are fitted to what the compilers for TPUs and for GPUs planned, and hold within 10%
-of that (tests/training/test_meshes.py). It is compared with the memory on the chip's data sheet, about 5% below the
-compiler's (v5e: 16.0e9 of 16.9e9 bytes); `launch/plan.py` asks the compiler.
+of that (tests/training/test_meshes.py). It is compared with the memory that the compiler may use, less ROOM
+(parallel/hardware.py); `launch/plan.py` asks the compiler.
 """
 
 import dataclasses
@@ -78,7 +80,7 @@ def estimate(memory: StepMemory, sizes: dict[str, int], samples: float, remat: s
     them, which is more where the samples are few.
     """
     split = sizes["fsdp"] * sizes["tensor"]
-    pieces = split * sizes["data"] * sizes["encoder"]
+    pieces = split * sizes["data"] * sizes.get("state", 1) * sizes["encoder"]  # stored plans may lack the axis
     gathered = 2 * (2 * memory.block + memory.text_block) if sizes["fsdp"] > 1 else 0  # this block, and the next
     weights, activations = memory.weights / split, max(samples, 1) * memory.activations[remat]
     if accumulation > 1:
