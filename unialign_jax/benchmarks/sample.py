@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--caption-steps", type=int, default=32, help="default %(default)s")
     parser.add_argument("--caption-tokens", type=int, help="default what the model was trained with")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default float32 on a CPU, bfloat16 elsewhere")
-    parser.add_argument("--quantize", choices=["int8", "w8a8", "fp8"], help="8 bits, see inference/quantization.py")
+    parser.add_argument("--quantize", choices=["int8", "w8a8", "fp8"], help="8 bits, see models/quantization.py")
     parser.add_argument("--rounds", type=int, default=3, help="calls of which the median counts, default %(default)s")
 
 

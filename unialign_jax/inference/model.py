@@ -16,11 +16,11 @@ from unialign_jax.data.tokenizer import Tokenizer
 from unialign_jax.files import shown
 from unialign_jax.inference.inputs import batches
 from unialign_jax.inference.options import check_whole
-from unialign_jax.inference.quantization import MODES, quantize_module
 from unialign_jax.inference.weights import Weights
 from unialign_jax.models.attention import resolve_implementation
 from unialign_jax.models.autoencoder import make_autoencoder
 from unialign_jax.models.mmdit import MMDiT
+from unialign_jax.models.quantization import MODES, quantize_module
 from unialign_jax.models.sizes import ImageSizes
 from unialign_jax.models.text_encoder import TextEncoder
 from unialign_jax.sampling import image as image_sampler

@@ -8,8 +8,8 @@ import numpy as np
 from flax.traverse_util import path_aware_map, unflatten_dict
 
 from unialign_jax import bundle
-from unialign_jax.inference.quantization import quantize_leaf
 from unialign_jax.models.parameters import storage_dtype
+from unialign_jax.models.quantization import quantize_leaf
 
 log = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from unialign_jax.diffusion.flow import sampling_sigmas
 from unialign_jax.inference import weights
 from unialign_jax.inference.options import check_whole
 from unialign_jax.inference.pipeline import Pipeline
-from unialign_jax.inference.quantization import abstract_quantized, tree_bytes
 from unialign_jax.models import flops, presets
+from unialign_jax.models.quantization import abstract_quantized, tree_bytes
 from unialign_jax.models.sizes import ImageSizes
 from unialign_jax.parallel import hardware
 from unialign_jax.planning import gpus, topology

@@ -13,7 +13,9 @@ import qwix
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from unialign_jax import bundle
-from unialign_jax.inference.quantization import (
+from unialign_jax.models import presets
+from unialign_jax.models.mmdit import MMDiT, block_modulations, without_modulations
+from unialign_jax.models.quantization import (
     MODES,
     abstract_quantized,
     quantize_kernel,
@@ -23,8 +25,6 @@ from unialign_jax.inference.quantization import (
     quantized_dense,
     tree_bytes,
 )
-from unialign_jax.models import presets
-from unialign_jax.models.mmdit import MMDiT, block_modulations, without_modulations
 from unialign_jax.models.text_encoder import TextEncoder
 from unialign_jax.parallel.sharding import path_string
 
