@@ -146,7 +146,7 @@ def on_one_device(small_config, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh",
-    [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"replica": 2, "data": 2, "encoder": 2, "fsdp": 1}],
+    [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"replica": 2, "state": 2, "encoder": 2, "fsdp": 1}],
     ids=str,
 )
 def test_every_mesh_gives_the_losses_of_one_device(mesh, on_one_device, tmp_path):

@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict
 from unialign_jax import bundle
 from unialign_jax.evaluation import shapes, shapes_run
 from unialign_jax.inference.pipeline import Pipeline
+from unialign_jax.models.quantization import dequantize_params
 from unialign_jax.training import runs
 from unialign_jax.training.loop import Trainer
 
@@ -46,6 +47,7 @@ class RunScenes:
     def __init__(self, trainer: Trainer, tasks: list[str]):
         config, networks = trainer.config, trainer.networks
         self._count, self._tasks, self._params = config.validation.scenes, tasks, {}
+        self._mode = config.quantize_text_encoder
         settings = json.loads(config.to_json_best_effort())
         model = bundle.BundleConfig(
             transformer=networks.transformer.config,
@@ -59,6 +61,8 @@ class RunScenes:
 
     def __call__(self, transformer: dict, frozen: dict, alive: Callable[[], None]) -> dict[str, dict[str, float]]:
         """{task: {figure: its mean}}; `alive` is called before each batch of scenes."""
+        if self._mode:
+            frozen = frozen | {"text_encoder": dequantize_params(frozen["text_encoder"], self._mode)}
         self._params = frozen | {"transformer": transformer}
         try:
             return {task: self._score(task, alive) for task in self._tasks}

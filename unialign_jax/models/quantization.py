@@ -145,6 +145,29 @@ def quantize_leaf(path: str, leaf, mode: str, *, dtype=None, device: jax.Device 
     return jax.device_put(leaf, device or jax.local_devices()[0])
 
 
+def quantize_params(params: dict, mode: str) -> dict:
+    """A network's float parameters, each kernel of KERNELS as a `qwix.QArray`. Inside jit or `jax.eval_shape` too."""
+
+    def convert(path, leaf):
+        axes = input_axes(path)
+        return leaf if axes is None else quantize_kernel(leaf, axes, mode)
+
+    return unflatten_dict({path: convert(path, leaf) for path, leaf in flatten_dict(params, sep="/").items()}, sep="/")
+
+
+def dequantize_params(params: dict, mode: str) -> dict:
+    """The parameters of a network with their quantised kernels as floats again, float32, [layers, inputs, outputs]."""
+
+    def convert(path, leaf):
+        axes = input_axes(path)
+        if axes is None:
+            return leaf
+        kernel = qwix.dequantize(leaf)
+        return jnp.moveaxis(kernel, range(-axes, 0), range(1, 1 + axes)) if rounds_inputs(mode) else kernel
+
+    return unflatten_dict({path: convert(path, leaf) for path, leaf in flatten_dict(params, sep="/").items()}, sep="/")
+
+
 def host_device() -> jax.Device:
     """JAX's CPU device. Raises ValueError when JAX_PLATFORMS excludes it."""
     try:
@@ -162,15 +185,9 @@ def abstract_quantized(abstract_params: dict, mode: str) -> dict:
     Raises ValueError for an unknown mode and for a tree without such kernels.
     """
     check_mode(mode)
-    leaves = flatten_dict(abstract_params, sep="/")
-    if not any(input_axes(path) is not None for path in leaves):
+    if not any(input_axes(path) is not None for path in flatten_dict(abstract_params, sep="/")):
         raise ValueError("nothing to quantise here: expected the parameters of an MMDiT or a TextEncoder")
-
-    def abstract(path, leaf):
-        axes = input_axes(path)
-        return leaf if axes is None else jax.eval_shape(functools.partial(quantize_kernel, axes=axes, mode=mode), leaf)
-
-    return unflatten_dict({path: abstract(path, leaf) for path, leaf in leaves.items()}, sep="/")
+    return jax.eval_shape(functools.partial(quantize_params, mode=mode), abstract_params)
 
 
 def tree_bytes(params) -> int:

@@ -18,6 +18,7 @@ from unialign_jax.parallel.activations import BATCH_AXES
 BATCH = P(BATCH_AXES)
 STATE_AXES = ("data", "state", "encoder", "fsdp")  # split the state where "fsdp" splits the weights
 ENCODER = ("encoder", "tensor")
+KERNEL = "kernel(/(qvalue|scale))?"  # plain, or a qwix.QArray
 
 # A parameter takes the spec of the first pattern found in its path ("/"-joined). A spec shorter than the shape leaves
 # the last axes whole. Parameters of scanned layers have the layer as their first axis. The paths of optimizer moments
@@ -34,11 +35,11 @@ TABLE = (
     (r"time_embed/(hidden|out)/kernel$", P("fsdp", "tensor")),
     (r"image_head_modulation/kernel$", P("fsdp", None, "tensor")),
     (r"heads/(image|text)_(hidden|out)/kernel$", P("fsdp", "tensor")),
-    # T5 encoder
+    # T5 encoder; kernels of 8 bits have their values and their scales apart
     (r"token_embedding$", P(ENCODER, "fsdp")),
-    (r"layers/(query|key|value|mlp_gate|mlp_up)/kernel$", P(None, "fsdp", ENCODER)),
-    (r"layers/out/kernel$", P(None, ENCODER, None, "fsdp")),
-    (r"layers/mlp_out/kernel$", P(None, ENCODER, "fsdp")),
+    (rf"layers/(query|key|value|mlp_gate|mlp_up)/{KERNEL}$", P(None, "fsdp", ENCODER)),
+    (rf"layers/out/{KERNEL}$", P(None, ENCODER, None, "fsdp")),
+    (rf"layers/mlp_out/{KERNEL}$", P(None, ENCODER, "fsdp")),
     # Teacher's vision tower
     (r"vision/layers/.*qkv/kernel$", P(None, "fsdp", None, "tensor", None)),
     (r"vision/merger_(hidden|out)/kernel$", P("fsdp", "tensor")),

@@ -41,7 +41,7 @@ TOPOLOGIES = (
 )
 # The keys of a configuration that change the compiled program, except accumulation and remat, which are searched.
 SECTIONS = ("model", "heads", "text_encoder", "autoencoder", "mesh")
-KEYS = ("batch_size", "image_size", "text_length")
+KEYS = ("batch_size", "image_size", "text_length", "quantize_text_encoder")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,6 +29,7 @@ from unialign_jax.files import first_line, one_line
 from unialign_jax.models.attention import IMPLEMENTATIONS, resolve_implementation
 from unialign_jax.models.autoencoder import AutoencoderConfig
 from unialign_jax.models.mmdit import REMAT_POLICIES, AlignmentHeadsConfig, MMDiTConfig
+from unialign_jax.models.quantization import MODES
 from unialign_jax.models.sizes import ImageSizes
 from unialign_jax.models.text_encoder import TextEncoderConfig
 from unialign_jax.parallel.mesh import complete_mesh_shape, mesh_sizes
@@ -86,6 +87,7 @@ RANGES = (
 CHOICES = {
     "init_weights": ("raw", "ema"),
     "tracker": ("", "wandb"),
+    "quantize_text_encoder": ("", *MODES),
     "model.remat": ("none", *REMAT_POLICIES),
     "model.attention": ("auto", *IMPLEMENTATIONS),
     "autoencoder.kind": ("kl", "space_to_depth"),

@@ -24,9 +24,10 @@ from unialign_jax.data.streams import Stream, StreamConfig
 from unialign_jax.data.text_lengths import cuts_of
 from unialign_jax.data.tokenizer import Tokenizer, load_backend, load_tokenizer
 from unialign_jax.files.places import place, reaching
-from unialign_jax.models import flops
+from unialign_jax.models import flops, parameters
 from unialign_jax.models.lora import params_with_adapters, relative_change
 from unialign_jax.parallel import processes, sharding
+from unialign_jax.parallel.activations import axes_that_divide
 from unialign_jax.training import base_model, caching
 from unialign_jax.training.checkpoints import Checkpoints
 from unialign_jax.training.config import active_streams, listed
@@ -35,7 +36,7 @@ from unialign_jax.training.program import StepProgram, check_config
 from unialign_jax.training.run_folder import RunFolder
 from unialign_jax.training.runs import inherit_sources, load_params, saved_steps, write_config
 from unialign_jax.training.samples import Sampler
-from unialign_jax.training.state import TrainState, create_sharded, init_frozen, init_state
+from unialign_jax.training.state import TrainState, cast_text_encoder, create_sharded, init_frozen, init_state
 from unialign_jax.training.step import has_image_pass
 from unialign_jax.training.trackers import check_tracker, open_tracker
 from unialign_jax.training.validation import Validator, headlines, hold_out
@@ -144,7 +145,10 @@ class Trainer(StepProgram):
         if self.networks.lora is not None:
             others["base"] = self._load_base(base or self.find_base())
         if self.config.frozen_from:
-            return bundle.restore(bundle.locate(self.config.frozen_from), encoders) | others
+            source = bundle.locate(self.config.frozen_from)
+            if self.config.quantize_text_encoder:
+                others["text_encoder"] = self._quantized_text_encoder(source, encoders.pop("text_encoder"))
+            return bundle.restore(source, encoders) | others
         if self.config.autoencoder.kind == "kl":
             log.warning("no frozen_from bundle: T5 and autoencoder are random, of use for measuring speed only")
         with jax.set_mesh(self.mesh):
@@ -192,6 +196,23 @@ class Trainer(StepProgram):
             )
         else:
             log.info("after %d steps the adapters have changed their kernels by %.2g of their norm", state.step, change)
+
+    def _quantized_text_encoder(self, source: Path, abstract: dict) -> dict:
+        """The text encoder of a bundle with kernels of 8 bits. Until then its weights are split over all devices."""
+        module, dtypes = self.networks.text_encoder, bundle.component_dtypes(source, "text_encoder")
+
+        def spread(path, leaf):
+            axes = axes_that_divide(self.mesh.axis_names, self.mesh, leaf.shape[1]) if leaf.ndim > 1 else ()
+            spec = jax.P(None, axes) if axes else jax.P()
+            dtype = dtypes.get(sharding.path_string(path), leaf.dtype)
+            return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=jax.sharding.NamedSharding(self.mesh, spec))
+
+        plain = jax.eval_shape(lambda: parameters.init(module.config, jax.random.key(0)))
+        plain = jax.tree_util.tree_map_with_path(spread, plain)
+        plain = bundle.restore(source, {"text_encoder": plain})["text_encoder"]
+        places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        with jax.set_mesh(self.mesh):
+            return jax.jit(functools.partial(cast_text_encoder, module), out_shardings=places)(plain)
 
     def compile_steps(self, alive: Callable[[], None] = lambda: None) -> dict[str, jax.stages.Compiled]:
         """The executable of every stream; `alive` is called before each."""

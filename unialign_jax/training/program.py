@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from unialign_jax import bundle
 from unialign_jax.models.lora import LoraConfig
+from unialign_jax.models.quantization import quantize_module
 from unialign_jax.models.teacher import TeacherConfig
 from unialign_jax.parallel.mesh import make_mesh
 from unialign_jax.training.config import active_streams, build_configs, config_problems, listed
@@ -29,6 +30,9 @@ def make_networks(config: ConfigDict, devices: Sequence[jax.Device]) -> Networks
     """
     check_config(config, devices)
     networks = Networks.create(*build_configs(config, devices[0]))
+    if config.quantize_text_encoder:
+        module = quantize_module(networks.text_encoder, config.quantize_text_encoder)
+        networks = networks._replace(text_encoder=module)
     if config.teacher.online and config.loss_weights.intrinsic_modal:
         networks = networks._replace(teacher=read_teacher(config))
     return networks._replace(lora=LoraConfig.of(config.lora.to_dict()))

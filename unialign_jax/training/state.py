@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+import qwix
+from jax.sharding import Mesh, NamedSharding
 
 from unialign_jax.models import parameters
 from unialign_jax.models.autoencoder import AutoencoderConfig, make_autoencoder
 from unialign_jax.models.lora import LoraConfig, init_adapters
 from unialign_jax.models.mmdit import AlignmentHeads, AlignmentHeadsConfig, MMDiT, MMDiTConfig
+from unialign_jax.models.quantization import QuantizedModule, input_axes, quantize_params, rounds_inputs
 from unialign_jax.models.teacher import TeacherConfig
 from unialign_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 from unialign_jax.parallel import sharding
@@ -35,7 +37,7 @@ class Networks(NamedTuple):
 
     transformer: MMDiT
     heads: AlignmentHeads
-    text_encoder: TextEncoder
+    text_encoder: TextEncoder | QuantizedModule
     autoencoder: Any
     teacher: TeacherConfig | None = None
     lora: LoraConfig | None = None
@@ -113,13 +115,23 @@ def init_frozen(networks: Networks) -> dict:
     text["relative_bias"] *= RELATIVE_BIAS_SPREAD * networks.text_encoder.config.width**0.5
     image = parameters.init(networks.autoencoder.config, image_key)
     frozen = {
-        "text_encoder": _cast(text, networks.text_encoder.config.dtype),
+        "text_encoder": cast_text_encoder(networks.text_encoder, text),
         "autoencoder": _cast(image, networks.autoencoder.config.dtype),
     }
     if networks.lora is not None:
         base = parameters.init(networks.transformer.config, jax.random.key(FROZEN_SEED))
         frozen["base"] = jax.tree.map(lambda x, like: x.astype(like.dtype), base, abstract_transformer(networks))
     return frozen
+
+
+def cast_text_encoder(module: TextEncoder | QuantizedModule, params: dict) -> dict:
+    """Parameters of the text encoder as a step holds them: kernels in 8 bits where the module takes these, all else in
+    its compute dtype.
+    """
+    if not isinstance(module, QuantizedModule):
+        return _cast(params, module.config.dtype)
+    keep = lambda leaf: leaf if isinstance(leaf, qwix.QArray) else leaf.astype(module.config.dtype)  # noqa: E731
+    return jax.tree.map(keep, quantize_params(params, module.mode), is_leaf=lambda leaf: isinstance(leaf, qwix.QArray))
 
 
 def _cast(tree, dtype):
@@ -150,4 +162,30 @@ def abstract_frozen(networks: Networks, mesh: Mesh) -> dict:
     shapes = jax.eval_shape(lambda: init_frozen(networks))
     if (teacher := networks.teacher) is not None:
         shapes["teacher"] = jax.eval_shape(lambda: _cast(parameters.init(teacher, jax.random.key(0)), teacher.dtype))
-    return sharding.with_shardings(shapes, sharding.tree_shardings(shapes, mesh))
+    return sharding.with_shardings(shapes, frozen_shardings(networks, shapes, mesh))
+
+
+def frozen_shardings(networks: Networks, shapes: dict, mesh: Mesh) -> dict:
+    """Where the frozen networks lie. The table is for kernels [layers, inputs, outputs], and some of 8 bits have the
+    inputs last.
+    """
+    places, module = sharding.tree_shardings(shapes, mesh), networks.text_encoder
+    if not isinstance(module, QuantizedModule) or not rounds_inputs(module.mode):
+        return places
+
+    def turned(path, leaf, place):
+        path = sharding.path_string(path)
+        axes = input_axes(path)
+        if axes is None:
+            return place
+        shape = (leaf.shape[0], *leaf.shape[-axes:], *leaf.shape[1:-axes])
+        spec = sharding.partition_spec(path, shape, mesh)
+        spec = (*spec, *[None] * (leaf.ndim - len(spec)))
+        return NamedSharding(mesh, jax.P(spec[0], *spec[1 + axes :], *spec[1 : 1 + axes]))
+
+    def both(path, leaf, place):
+        return jax.tree.map(lambda part, own: turned(path, part, own), leaf, place)
+
+    is_leaf = lambda leaf: isinstance(leaf, qwix.QArray)  # noqa: E731
+    text = jax.tree_util.tree_map_with_path(both, shapes["text_encoder"], places["text_encoder"], is_leaf=is_leaf)
+    return places | {"text_encoder": text}
