@@ -4,6 +4,7 @@
     python launch/benchmark.py convert --scratch=/tmp/convert
     python launch/benchmark.py sample --random=tiny --steps=4
     python launch/benchmark.py options --bundle=bundles/tiny
+    python launch/benchmark.py quantize
     python launch/benchmark.py step --micro-batches=1,2,4,8 --remat=none,dots,block
     python launch/benchmark.py memory
     python launch/benchmark.py soak --steps=2000 --saves=200
@@ -25,7 +26,7 @@ from unialign_jax.command_line import Parser, explain_missing_packages, split_ch
 
 explain_missing_packages()
 
-from unialign_jax.benchmarks import convert, data, loop, memory, options, sample, serve, soak, step
+from unialign_jax.benchmarks import convert, data, loop, memory, options, quantize, sample, serve, soak, step
 
 
 def main(argv=None):
@@ -36,6 +37,7 @@ def main(argv=None):
         ("convert", convert, convert.benchmark_convert, "full-size weight conversions, memory and time"),
         ("sample", sample, sample.benchmark_sample, "inference: images and captions, time by part, beside diffusers"),
         ("options", options, options.benchmark_options, "what the options of sampling cost and give"),
+        ("quantize", quantize, quantize.benchmark_quantize, "what 8 bits for T5's weights change"),
         ("step", step, step.benchmark_step, "the training step alone: time, MFU, memory, and its parts"),
         ("memory", memory, memory.benchmark_memory, "the plan's memory of a training step beside a run's"),
         ("soak", soak, soak.benchmark_soak, "a long run with many saves: memory, descriptors and threads"),
