@@ -32,7 +32,7 @@ STEP = StepPlan(
     bytes_across={"all-reduce": 1.25e9},
 )
 FILES = [".plans.json.lock", "plans.json"]
-MADE = {"date": "2026-11-21", "jax": "0.10.2", "libtpu": "0.0.42.1"}
+MADE = {"date": "2026-11-21", "jax": "0.10.2", "libtpu": "0.0.42.1", "code": "0123abc"}
 
 
 class Compiler:
@@ -244,6 +244,7 @@ def test_the_tables_by_hand(folder):
         "accumulation": "1",
         "remat": "dots",
         "peak of usable, GiB": "11.50 of 16.00",
+        "compiled": "2026-11-21 0123abc",
         "all-gather GB": "4.00",
         "reduce-scatter GB": "3.00",
         "all-reduce GB": "2.00",

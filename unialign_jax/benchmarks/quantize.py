@@ -35,7 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser):
 def benchmark_quantize(arguments: argparse.Namespace) -> dict:
     """{"errors": a row for each mode and kind of weights}.
 
-    Raises ValueError or OSError for arguments that do not fit."""
+    Raises ValueError or OSError for arguments that do not fit.
+    """
     from unialign_jax import bundle
     from unialign_jax.benchmarks.sample import check_counts
     from unialign_jax.models import presets

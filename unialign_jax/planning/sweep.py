@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import os
 import re
+import subprocess
 import sys
 import types
 import typing
@@ -23,7 +24,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from unialign_jax import files
+from unialign_jax import __version__, files
 from unialign_jax.data.kinds import has_image_pass
 from unialign_jax.parallel import hardware
 from unialign_jax.planning import gpus, stage
@@ -57,7 +58,7 @@ class SlicePlan:
     step: StepPlan | None
     out_of_memory: str | None
     tried: list[Trial]
-    made: dict[str, str]  # date, and versions of jax and libtpu
+    made: dict[str, str]  # date, and versions of jax, libtpu and this code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +166,7 @@ def compile_slice(config: ConfigDict, name: str, topology: str) -> SlicePlan:
     for other, stream in alone.streams.items():  # the mesh is chosen for the streams that have a weight
         stream.weight = float(other == name)
     found = stage.plan_stage(alone, one, slices, searching=True)
-    versions = {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu")}
+    versions = {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu"), "code": code_version()}
     return SlicePlan(
         shape=shape_of(config, config.streams[name]),
         topology=topology,
@@ -178,6 +179,16 @@ def compile_slice(config: ConfigDict, name: str, topology: str) -> SlicePlan:
         tried=found.tried,
         made={"date": datetime.date.today().isoformat(), **versions},
     )
+
+
+def code_version() -> str:
+    """The commit of this code, with a + where files differ from it; without a repository the package's version."""
+    folder = Path(__file__).parent
+    git = ["git", "-C", str(folder), "describe", "--always", "--abbrev=7", "--exclude=*", "--dirty=+"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return __version__
 
 
 def describe(plan: SlicePlan) -> str:
