@@ -165,8 +165,8 @@ def markdown(plans: Plans) -> str:
         f"Compiled {' to '.join(dict.fromkeys((dates[0], dates[-1])))} ({versions}). All of it is arithmetic from the "
         "compiled programs, not measured. Each row has the micro-batches (accumulation) and remat policy that are "
         "fastest on paper among those that fit. The batch is the configuration's, or one sample per chip where there "
-        "are more chips; hours are those of the stage's samples. Beside the date is the code's commit, where it was "
-        "recorded. `python launch/plan.py --config=FILE --all --output=JSON` compiles, `--report=JSON` writes this part."
+        "are more chips; hours are those of the stage's samples. Beside the date is the commit, where it was recorded. "
+        "`python launch/plan.py --config=FILE --all --output=JSON` compiles, `--report=JSON` writes this part."
     ]
     missing = [name for name in TOPOLOGIES if name not in {plan.topology for plan in plans.plans}]
     if missing:
