@@ -48,7 +48,7 @@ def paper_config(size: str = "") -> ConfigDict:
             "init_weights": "raw",  # "raw" or "ema", of the run `init_from`
             "frozen_from": "",  # the bundle of T5 and autoencoder; "": that of init_from, else random encoders
             # "": T5 computes in its dtype. "int8": its matmul weights are kept in 8 bits, half of bfloat16's memory, so
-            # that fewer chips share them; "w8a8": their inputs are rounded too (models/quantization.py)
+            # that fewer chips share them; "w8a8" and "fp8": their inputs are rounded too (models/quantization.py)
             "quantize_text_encoder": "",
             "tokenizer": "",  # a T5 tokenizer folder; "": that of init_from or frozen_from, else the shapes world's
             "teacher": {

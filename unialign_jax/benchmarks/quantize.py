@@ -134,7 +134,7 @@ def error_rows(name: str, transformer, encoder, params: dict, ids: np.ndarray) -
         if mode == "bfloat16":
             found = both(low, params["text_encoder"])
         else:
-            found = both(quantize_module(exact, mode), quantize_params(params["text_encoder"]))
+            found = both(quantize_module(exact, mode), quantize_params(params["text_encoder"], mode))
         errors = [100 * relative_error(*pair) for pair in zip(found, expected, strict=True)]
         rows.append({"weights": name, "mode": mode, "embedding, %": errors[0], "velocity, %": errors[1]})
     return rows
