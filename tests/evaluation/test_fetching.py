@@ -146,7 +146,7 @@ def test_a_later_run_goes_on_from_what_an_earlier_one_got(server, tmp_path):
     [
         (["404"], ["/repo/a/f.bin answers with status 404"]),
         (["500"] * 3, ["answers with status 500", "3 attempts"]),
-        (["cut"] * 3, ["it was cut", "goes on from there"]),
+        (["cut"] * 3, ["it was cut", "resumes there"]),
         (["https://elsewhere.example/f.bin"], ["leads to another host", "elsewhere.example"]),
         (["/repo/a/f.bin"] * 9, ["redirects more than 5 times"]),
     ],

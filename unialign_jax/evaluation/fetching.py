@@ -1,6 +1,6 @@
 """`launch/evaluate.py fetch`: downloads the files of a benchmark that anyone may have, and says where the others are.
 
-A file is written as NAME.partial, from which an interrupted download goes on, and gets its name when its size and hash
+A file is written as NAME.partial, from which an interrupted download resumes, and gets its name when its size and hash
 are the official ones.
 """
 
@@ -126,7 +126,7 @@ def _one(session, file, target, url, timeout, tell) -> str:
             break
         except Interrupted as error:
             if attempt + 1 == ATTEMPTS:
-                raise type(error)(f"{error} ({ATTEMPTS} attempts; the same command goes on from there)") from None
+                raise type(error)(f"{error} ({ATTEMPTS} attempts; the same command resumes there)") from None
             time.sleep(min(2**attempt, timeout))
     try:
         check(file, partial)

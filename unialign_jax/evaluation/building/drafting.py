@@ -105,7 +105,7 @@ class Drafter:
         if failed:
             raise ValueError(
                 f"{len(failed)} of {len(found)} questions got no answer ({failed[0].item}: {failed[0].reason}); the "
-                "other answers are kept, and the same command goes on"
+                "other answers are kept, and the same command resumes"
             )
         return found
 

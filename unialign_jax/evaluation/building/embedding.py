@@ -229,7 +229,7 @@ def embed_all(embedder: Histogram | Served | Local, rows: list[dict], path: Path
         name = min(failed)
         raise ValueError(
             f"{len(failed)} of {len(rows)} images got no vector ({name}: {failed[name]}); the others are kept, and the "
-            "same command goes on"
+            "same command resumes"
         )
     widths = {len(found[key]) for key in keys}
     if len(widths) > 1:
