@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-MODES = ("bfloat16", "int8", "w8a8")
+MODES = ("bfloat16", "int8", "w8a8", "fp8")
 OUTLIERS, OUTLIER = 200, 20.0  # one norm scale in so many, and its factor
 SPREAD = 0.5  # of the logarithm of a channel's size
 IMAGE_SIZE, SEED = 256, 0
