@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options):
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter} | options)
 
-    def error(self, message):
+    def error(self, message: str):
         self.exit(2, f"error: {message}; --help explains\n")
 
     def check_least(self, arguments: argparse.Namespace, **least: float) -> None:

@@ -16,6 +16,7 @@ The MM-DiT computes in float32 throughout, so that T5's errors are seen alone.
 import argparse
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -70,7 +71,7 @@ def read_texts(arguments: argparse.Namespace) -> list[str]:
     return texts
 
 
-def random_params(transformer, encoder, structured: bool) -> dict:
+def random_params(transformer: Any, encoder: Any, structured: bool) -> dict:
     """Parameters of both networks. No kernel of the MM-DiT is zero, as some are at a start: the text must be heard."""
     import jax
     from flax.traverse_util import flatten_dict, unflatten_dict
@@ -104,7 +105,7 @@ def random_params(transformer, encoder, structured: bool) -> dict:
     return trees
 
 
-def error_rows(name: str, transformer, encoder, params: dict, ids: np.ndarray) -> list[dict]:
+def error_rows(name: str, transformer: Any, encoder: Any, params: dict, ids: np.ndarray) -> list[dict]:
     """The errors of each mode with these weights."""
     import jax
     import jax.numpy as jnp
@@ -140,7 +141,7 @@ def error_rows(name: str, transformer, encoder, params: dict, ids: np.ndarray) -
     return rows
 
 
-def relative_error(found, expected) -> float:
+def relative_error(found: Any, expected: Any) -> float:
     """Norm of the difference over the norm."""
     found, expected = np.float64(found), np.float64(expected)
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))

@@ -10,6 +10,7 @@ of --mix. A request that got no answer counts as lost, one that was answered wit
 The server's resident memory is read after a tenth of the requests and at the end.
 """
 
+import argparse
 import base64
 import collections
 import contextlib
@@ -24,6 +25,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +34,7 @@ TASKS = ("text_to_image", "edit", "caption", "vqa")
 LIMIT = 600.0  # seconds that a request may take
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--bundle", default="demo", metavar="DIR", help="what is served, default %(default)s")
     parser.add_argument("--url", help="of a server that runs already, up to /v1; then --batches is not read")
     parser.add_argument("--batches", default="1,8", help="the server's largest batch, default %(default)s")
@@ -47,7 +49,7 @@ def add_arguments(parser):
     parser.add_argument("--seconds", type=float, default=300.0, help="a loop ends after so long, default %(default)s")
 
 
-def benchmark_serve(arguments) -> dict:
+def benchmark_serve(arguments: argparse.Namespace) -> dict:
     """{figure: value}, a table among them. Raises ValueError for bad options, OSError where no server starts."""
     from unialign_jax.benchmarks.data import parse_numbers
     from unialign_jax.inference.options import check_range, check_whole
@@ -71,7 +73,7 @@ def benchmark_serve(arguments) -> dict:
 
 
 @contextlib.contextmanager
-def serving(arguments, batch: int | None) -> Iterator[tuple[str, int | None]]:
+def serving(arguments: argparse.Namespace, batch: int | None) -> Iterator[tuple[str, int | None]]:
     """(URL, process id) of a server that ends with the block."""
     if batch is None:
         yield arguments.url.rstrip("/"), None
@@ -97,7 +99,9 @@ def serving(arguments, batch: int | None) -> Iterator[tuple[str, int | None]]:
             process.wait(60)
 
 
-def drive(url: str, process: int | None, batch: int | None, mix: list[str], arguments) -> list[dict]:
+def drive(
+    url: str, process: int | None, batch: int | None, mix: list[str], arguments: argparse.Namespace
+) -> list[dict]:
     """A row for each loop and task."""
     bodies = [make_body(task, arguments) for task in mix]
     closed_loop(url, bodies, max(8, 2 * (batch or 1)), arguments.clients, 120.0)  # warm
@@ -113,7 +117,7 @@ def drive(url: str, process: int | None, batch: int | None, mix: list[str], argu
     return [row | memory for row in rows]
 
 
-def make_body(task: str, arguments) -> tuple[str, str, dict]:
+def make_body(task: str, arguments: argparse.Namespace) -> tuple[str, str, dict]:
     """(task, path, body) of a request."""
     from PIL import Image
 
@@ -133,7 +137,7 @@ def make_body(task: str, arguments) -> tuple[str, str, dict]:
     return task, "chat/completions", {"messages": [{"role": "user", "content": content}], **options}
 
 
-def send(session, url: str, request: tuple, seed: int) -> tuple[str, str, float]:
+def send(session: Any, url: str, request: tuple, seed: int) -> tuple[str, str, float]:
     """(task, what came of it, seconds)."""
     import requests
 

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -120,7 +121,7 @@ def open_fid(weights: Path | None = None):
     return metric.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def fid(first: Sequence[Path], second: Sequence[Path], metric, batch: int = 32) -> float:
+def fid(first: Sequence[Path], second: Sequence[Path], metric: Any, batch: int = 32) -> float:
     """The Fréchet distance of two sets of images (arXiv 1706.08500).
 
     Args:

@@ -108,7 +108,7 @@ def write_report(folder: Path, asked: dict, model: dict, rows: list) -> None:
     reporting.write(Shapes(), Request(data=folder, output=folder, mode=""), settings, rows)
 
 
-def given(arguments, names: tuple[str, ...]) -> dict:
+def given(arguments: argparse.Namespace, names: tuple[str, ...]) -> dict:
     """The options that are given; the pipeline knows the model's own values for the others."""
     return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
 

@@ -12,6 +12,7 @@ from unialign_jax.bundle_config import BundleConfig
 from unialign_jax.data.shapes.tasks import Example, shapes_example
 from unialign_jax.data.shapes.words import parse_caption, question_topic
 from unialign_jax.evaluation import shapes
+from unialign_jax.inference.pipeline import Pipeline
 from unialign_jax.training.samples import cell, draw_sheet
 
 HELD_OUT_SEED = 1_000_003  # of a world that no data set is made of by default
@@ -48,7 +49,7 @@ def held_out(stream: str, count: int, image_size: int, seed: int = HELD_OUT_SEED
 
 
 def run_task(
-    pipeline,
+    pipeline: Pipeline,
     task: str,
     count: int,
     *,

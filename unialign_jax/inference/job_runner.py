@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -45,14 +45,14 @@ class Sample(NamedTuple):
         return self.job.seed + self.index
 
 
-def batches(jobs: Sequence[Job], batch: int, pipeline) -> list[list[Sample]]:
+def batches(jobs: Sequence[Job], batch: int, pipeline: Any) -> list[list[Sample]]:
     """All samples of the jobs, those of one shape together, in batches of at most `batch`, in order of appearance."""
     samples = [Sample(job, index) for job in jobs for index in range(job.images_per_prompt)]
     keys = [shape_of(sample.job, pipeline) for sample in samples]
     return [[samples[i] for i in members] for members in inputs.batches(keys, batch)]
 
 
-def shape_of(job: Job, pipeline) -> tuple:
+def shape_of(job: Job, pipeline: Any) -> tuple:
     """What jobs must share to be done in one call of the pipeline, and in one forward."""
     shape = [job.task, json.dumps(job.options, sort_keys=True)]
     if job.task == "perception":
@@ -65,7 +65,7 @@ def shape_of(job: Job, pipeline) -> tuple:
     return tuple(shape)
 
 
-def call(pipeline, samples: Sequence[Sample], images, callback: Callable | None = None) -> list:
+def call(pipeline: Any, samples: Sequence[Sample], images: Sequence, callback: Callable | None = None) -> list:
     """The samples, which share a shape, and a list of PIL images for each -> their images or texts, in one call.
 
     `callback` is that of `Pipeline.generate`; texts have none.
@@ -103,7 +103,7 @@ def load_images(samples: Sequence[Sample]) -> list:
     return [next((image for image in images if isinstance(image, Exception)), images) for images in lists]
 
 
-def attempt(pipeline, samples: Sequence[Sample], images, callback: Callable | None = None) -> list:
+def attempt(pipeline: Any, samples: Sequence[Sample], images: Sequence, callback: Callable | None = None) -> list:
     """An image, a text or an error for each sample: where a batch fails, its samples are done one by one."""
     outcomes = dict(zip(samples, images, strict=True))  # errors of loading stay
     whole = [sample for sample in samples if not isinstance(outcomes[sample], Exception)]
@@ -119,7 +119,7 @@ def attempt(pipeline, samples: Sequence[Sample], images, callback: Callable | No
     return [outcomes[sample] for sample in samples]
 
 
-def make(job: Job, pipeline, batch: int) -> list:
+def make(job: Job, pipeline: Any, batch: int) -> list:
     """The images or the text of a single job. Raises the pipeline's errors, and ValueError for unreadable images."""
     made = []
     for samples in batches([job], batch, pipeline):

@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from unialign_jax.data import images
 from unialign_jax.data.kinds import TASKS, task_name
@@ -160,7 +161,7 @@ def _folders(job):
     return ["/".join(parts[:count]) for count in range(1, len(parts))]
 
 
-def check_id(value) -> str:
+def check_id(value: Any) -> str:
     """A job's id. Raises ValueError for a value that cannot name files inside the folder of results."""
     if not isinstance(value, str) or len(value) > MAX_ID or not SAFE_ID.fullmatch(value):
         raise ValueError(

@@ -1,7 +1,9 @@
 """A model's parameters: read, cast or quantised, and placed on the device."""
 
 import logging
+import os
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,7 +18,7 @@ log = logging.getLogger(__name__)
 QUANTIZED = ("transformer", "text_encoder")
 
 
-def abstract_component(config: bundle.BundleConfig, name: str, dtype: str, sharding=None) -> dict:
+def abstract_component(config: bundle.BundleConfig, name: str, dtype: str, sharding: Any = None) -> dict:
     """A component's parameters as ShapeDtypeStructs, in the dtypes of inference."""
 
     def abstract(path, leaf):
@@ -79,7 +81,13 @@ class Loader:
 
 
 def bundle_loader(
-    directory, config: bundle.BundleConfig, *, dtype: str, device: jax.Device, verify: bool = True, **options
+    directory: str | os.PathLike,
+    config: bundle.BundleConfig,
+    *,
+    dtype: str,
+    device: jax.Device,
+    verify: bool = True,
+    **options,
 ) -> Loader:
     """A `Loader` of a bundle's components; with `verify` each is checked against its hashes the first time it is read.
 
@@ -132,7 +140,7 @@ class Weights:
         self._load.adapt(name, change)
         self.drop(name)
 
-    def settle(self, outputs) -> None:
+    def settle(self, outputs: Any) -> None:
         """In low-memory mode waits for `outputs`: the memory of the weights that compute them is free only then."""
         if self._low_memory:
             jax.block_until_ready(outputs)

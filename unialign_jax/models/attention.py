@@ -6,6 +6,7 @@ Shape letters: B batch, N tokens, H heads, d head width.
 import functools
 import re
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ SPLASH_MAX_BLOCK = 640  # 1,280 tokens (512 px, 256 text tokens) are two such bl
 CUDNN_CAPABILITY = (8, 0)  # cuDNN 9: "SDPA FP16/BF16 requires SM80 (Ampere) or newer architecture"
 
 
-def resolve_implementation(name: str, place: str | jax.Device, dtype="bfloat16") -> str:
+def resolve_implementation(name: str, place: str | jax.Device, dtype: Any = "bfloat16") -> str:
     """The implementation that `name` means on a device, or on a platform ("cpu", "gpu", "cuda", "rocm", "tpu").
 
     "auto" becomes splash on TPU, cudnn on an NVIDIA GPU (xla for float32 models, since cuDNN's kernel has no float32,
@@ -104,7 +105,15 @@ def attention(
     return split_over_mesh(local, query, key, value, bias, batch_axes, head_axes)
 
 
-def split_over_mesh(local: Callable, query, key, value, bias, batch_axes, head_axes) -> jax.Array:
+def split_over_mesh(
+    local: Callable,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None,
+    batch_axes: Any,
+    head_axes: Any,
+) -> jax.Array:
     """Calls `local(query, key, value, bias)` on each device's own samples and heads; directly on a single device.
 
     XLA's partitioner refuses a Pallas kernel, and would gather everything for a loop. Work that no axis divides is
@@ -125,7 +134,9 @@ def split_over_mesh(local: Callable, query, key, value, bias, batch_axes, head_a
     )(query, key, value, bias)
 
 
-def xla_attention(query, key, value, bias, *, scale: float) -> jax.Array:
+def xla_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None, *, scale: float
+) -> jax.Array:
     """Attention in plain XLA operations, recomputed in the backward pass: [B, N, H, d] -> [B, N, H, d]."""
 
     def heads(query, key, value, bias):
@@ -155,7 +166,9 @@ def xla_attention(query, key, value, bias, *, scale: float) -> jax.Array:
     return attend(query, key, value, bias)
 
 
-def splash_attention(query, key, value, bias: None, *, scale: float, interpret: bool) -> jax.Array:
+def splash_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, bias: None, *, scale: float, interpret: bool
+) -> jax.Array:
     """Attention by JAX's Pallas kernel for TPU: [B, N, H, d] -> [B, N, H, d].
 
     The sequence is padded to a multiple of 128. Padding has its own segment id, so that tokens never read it.

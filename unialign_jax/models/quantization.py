@@ -20,6 +20,7 @@ Linen's interceptors replace the layers' calls here, and qwix does the arithmeti
 import dataclasses
 import functools
 import re
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -57,7 +58,7 @@ class QuantizedModule:
     def config(self):
         return self.module.config
 
-    def apply(self, variables, *args, **kwargs):
+    def apply(self, variables: dict, *args, **kwargs):
         def intercept(call, call_args, call_kwargs, context):
             layer = context.module
             if isinstance(layer, nn.DenseGeneral) and context.method_name == "__call__":
@@ -104,7 +105,7 @@ def quantized_dense(layer: nn.DenseGeneral, kernel: qwix.QArray, x: jax.Array, m
     return y
 
 
-def quantized(x: jax.Array, axes: tuple[int, ...], dtype=jnp.int8) -> qwix.QArray:
+def quantized(x: jax.Array, axes: tuple[int, ...], dtype: Any = jnp.int8) -> qwix.QArray:
     """x in 8 bits, with a float32 scale for each index along `axes`: as int8 whole numbers from -127 to 127."""
     method = ABSMAX[dtype]
     return qwix.quantize(x.astype(jnp.float32), dtype, channelwise_axes=axes, calibration_method=method)
@@ -134,7 +135,7 @@ def quantize_kernel(kernel: jax.Array, axes: int, mode: str) -> qwix.QArray:
     return jax.lax.map(layer, kernel)
 
 
-def quantize_leaf(path: str, leaf, mode: str, *, dtype=None, device: jax.Device | None = None):
+def quantize_leaf(path: str, leaf: Any, mode: str, *, dtype: Any = None, device: jax.Device | None = None):
     """The parameter at `path` ("layers/query/kernel") quantised, or cast to `dtype` where it is not to be quantised.
 
     Computed on the host; only the result is put on `device`, by default the first: no model is whole and unquantised.
@@ -190,6 +191,6 @@ def abstract_quantized(abstract_params: dict, mode: str) -> dict:
     return jax.eval_shape(functools.partial(quantize_params, mode=mode), abstract_params)
 
 
-def tree_bytes(params) -> int:
+def tree_bytes(params: dict) -> int:
     """The size of a tree of arrays, QArrays or ShapeDtypeStructs in bytes."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))

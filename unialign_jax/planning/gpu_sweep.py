@@ -8,6 +8,7 @@ import datetime
 import importlib.metadata
 import itertools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -102,7 +103,7 @@ def sweep_gpus(path: Path) -> None:
         add(path, "training", key, lambda key=key: compile_training(*key))
 
 
-def add(path: Path, part: str, key: tuple, compile_row) -> None:
+def add(path: Path, part: str, key: tuple, compile_row: Callable) -> None:
     """Adds a row to a part of the file, unless it is there."""
 
     def read() -> GpuPlans:

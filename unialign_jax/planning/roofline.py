@@ -21,6 +21,8 @@ On GPUs NVLink stands for ICI, all links of a GPU together, and InfiniBand betwe
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -120,12 +122,12 @@ def compute_seconds(work: dict[str, float], chip: hardware.Chip, head_width: int
     return (work["matmul"] + work["attention"] / filled) / (chip.peak * chip.matmul_share)
 
 
-def held_bytes(tree) -> int:
+def held_bytes(tree: Any) -> int:
     """Bytes per device of a tree of ShapeDtypeStructs with shardings, without padding."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def hbm_bytes(config: ConfigDict, state, frozen, mesh: jax.sharding.Mesh, temporaries: int) -> float:
+def hbm_bytes(config: ConfigDict, state: Any, frozen: Any, mesh: jax.sharding.Mesh, temporaries: int) -> float:
     """Bytes that a chip reads and writes of its memory in a step; see the module's formula."""
     weights = 2 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params)) / mesh.shape["tensor"]
     passes = 2 + RECOMPUTED[config.model.remat][0]
@@ -193,7 +195,7 @@ def both_ways(busy: dict[tuple[int, int], float]) -> float:
     return sum(max(busy.get((axis, way), 0.0) for way in (1, -1)) for axis in axes)
 
 
-def group_bandwidth(chip: hardware.Chip, coordinates: np.ndarray, shape) -> float:
+def group_bandwidth(chip: hardware.Chip, coordinates: np.ndarray, shape: Sequence[int]) -> float:
     """Bytes/s that each chip of a group receives over the axes of the torus that the group spans.
 
     An axis gives a link in one direction, or in both where the group is a whole axis that closes to a ring. A group
@@ -214,7 +216,7 @@ def group_bandwidth(chip: hardware.Chip, coordinates: np.ndarray, shape) -> floa
     return total or chip.link
 
 
-def link_flows(chip: hardware.Chip, pairs: np.ndarray, shape) -> dict[tuple[int, int], int]:
+def link_flows(chip: hardware.Chip, pairs: np.ndarray, shape: Sequence[int]) -> dict[tuple[int, int], int]:
     """Messages on the busiest link of each direction, {(axis, +1 or -1): count}, on the shortest routes.
 
     Args:

@@ -6,6 +6,7 @@ The compiler's count of memory decides whether a step fits; `training.meshes.est
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -59,7 +60,7 @@ class StepPlan:
         return self.batch_size / self.roofline.seconds
 
 
-def slice_number(device) -> int:
+def slice_number(device: Any) -> int:
     """The TPU slice of a device; of a GPU its host, for other GPUs are reached over a network too."""
     return device.process_index if device.platform == "gpu" else getattr(device, "slice_index", 0) or 0
 

@@ -20,6 +20,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -229,7 +230,7 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def write_plans(path: Path, plans) -> None:
+def write_plans(path: Path, plans: Any) -> None:
     """Writes a dataclass as JSON, in which objects and lists without others in them take one line each."""
     text = json.dumps(dataclasses.asdict(plans), indent=1)
     text = re.sub(r"[\[{][^\[\]{}]*[\]}]", lambda match: re.sub(r"\s*\n\s*", " ", match[0]), text)
@@ -245,7 +246,7 @@ def read_plans(path: Path) -> Plans:
 _hints = functools.cache(typing.get_type_hints)
 
 
-def from_json(kind, value, where: str):
+def from_json(kind: Any, value: Any, where: str):
     """`value` as `kind`: a dataclass, a list or dict of them, or a type of JSON."""
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if value is None and types.NoneType in options:

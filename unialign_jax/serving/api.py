@@ -408,7 +408,7 @@ def from_form(name: str, value: str) -> Any:
     return option.parse(value) if option else value
 
 
-def chat_work(fields: dict, pipeline, limits: Limits) -> Work:
+def chat_work(fields: dict, pipeline: Any, limits: Limits) -> Work:
     """The caption or the answer that a chat asks for. Raises BadRequest."""
     asked, values = read_messages(fields.pop("messages"))
     if len(values) != 1:
@@ -449,7 +449,7 @@ def read_messages(messages: list) -> tuple[str, list]:
     return "\n".join(texts).strip(), images
 
 
-def token_count(pipeline, said: str | None) -> int:
+def token_count(pipeline: Any, said: str | None) -> int:
     return len(pipeline.tokenizer.token_ids(said)) if said else 0
 
 

@@ -33,7 +33,7 @@ MOST_SESSIONS = 1000
 ASPECTS = {"square": 1, "landscape": 4 / 3, "portrait": 3 / 4, "wide": 16 / 9, "tall": 9 / 16}
 
 
-def size_choices(pipeline, limits: Limits) -> list[tuple[str, str]]:
+def size_choices(pipeline: Any, limits: Limits) -> list[tuple[str, str]]:
     """(label, WIDTHxHEIGHT) of the aspects, each with about as many pixels as the images of the training."""
     side, multiple = pipeline.config.image_size, pipeline.sizes.multiple
     most = min(pipeline.sizes.largest, limits.max_side) // multiple * multiple
@@ -54,7 +54,7 @@ def chosen_seed(seed: float | None, is_random: bool) -> int:
     return secrets.randbits(SEED_BITS) if is_random or seed is None else int(seed)
 
 
-def address(request) -> str:
+def address(request: Any) -> str:
     """The server's URL as the browser knows it."""
     scheme = request.headers.get("x-forwarded-proto", "http")
     return f"{scheme if scheme == 'https' else 'http'}://{request.headers.get('host', '127.0.0.1:8000')}"

@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -513,7 +514,7 @@ def base_of(trainer: Trainer, folder: RunFolder, step: int) -> base_model.Base:
     return base
 
 
-def tree_bytes(tree) -> int:
+def tree_bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 

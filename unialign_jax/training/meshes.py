@@ -13,6 +13,8 @@ of that (tests/training/test_meshes.py). It is compared with the memory that the
 """
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -55,7 +57,9 @@ def is_open(mesh: dict[str, int]) -> bool:
     return not any(mesh.values())
 
 
-def mesh_for(config, devices, networks: Networks, memory: StepMemory | None = None) -> MeshChoice:
+def mesh_for(
+    config: Any, devices: Sequence[jax.Device], networks: Networks, memory: StepMemory | None = None
+) -> MeshChoice:
     """The mesh of a configuration on some devices. Raises ValueError for a mesh that does not fit them.
 
     Args:
@@ -91,7 +95,7 @@ def estimate(memory: StepMemory, sizes: dict[str, int], samples: float, remat: s
     return memory.state / pieces + frozen + gathered + working + ALWAYS
 
 
-def step_memory(config, networks: Networks, platform: str) -> StepMemory:
+def step_memory(config: Any, networks: Networks, platform: str) -> StepMemory:
     """Counts a configuration's parameters, from their shapes alone, and its activations.
 
     Args:
@@ -119,7 +123,7 @@ def step_memory(config, networks: Networks, platform: str) -> StepMemory:
     )
 
 
-def sample_activations(config, networks: Networks, remat: str, platform: str) -> float:
+def sample_activations(config: Any, networks: Networks, remat: str, platform: str) -> float:
     """The bytes of one sample of the stream with most tokens: the larger of its encoding and its backward pass."""
     model, autoencoder = networks.transformer.config, networks.autoencoder.config
     streams = [stream for stream in config.streams.values() if stream.weight > 0]

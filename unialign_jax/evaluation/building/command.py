@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from unialign_jax.command_line import Parser
 from unialign_jax.evaluation import judging
@@ -138,7 +139,7 @@ def run(arguments: argparse.Namespace) -> int:
         return {"make": make, "import-review": import_review, "freeze": freeze}[arguments.part](build, arguments)
 
 
-def as_setting(name: str, value):
+def as_setting(name: str, value: Any):
     """The value of an option as settings.json keeps it."""
     if isinstance(value, list):
         return tuple(os.path.abspath(path) if name in PATHS else path for path in filter(None, value))

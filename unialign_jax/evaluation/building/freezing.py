@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import shutil
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -198,7 +199,7 @@ def write_attribution(path: Path, images: list[dict], lines: list[dict]) -> None
             writer.writerow((line["image_path"], *("" if image[name] is None else image[name] for name in names)))
 
 
-def readme(build: Build, given: Settings, images, found, status: str, version: str) -> str:
+def readme(build: Build, given: Settings, images: Any, found: Any, status: str, version: str) -> str:
     """What a reader must know of the set, in Markdown."""
     licenses = collections.Counter((image["license"] or "not stated", image["license_url"]) for image in images)
     reviewed = collections.Counter(STATUS[decision.decision] if decision else "not reviewed" for decision in found)

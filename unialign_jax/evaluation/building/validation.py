@@ -9,7 +9,7 @@ items.jsonl has every prompt with its flags, flagged.jsonl those that have any.
 import collections
 import dataclasses
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from unialign_jax.evaluation.building import review, rules
@@ -158,7 +158,9 @@ def check_all(drafts: list[Draft], given: Settings, reasoning: dict[str, dict]) 
     return found
 
 
-def check_one(group: str, text: str, parts: dict, count_tokens, given: Settings) -> tuple[list[str], dict]:
+def check_one(
+    group: str, text: str, parts: dict, count_tokens: Callable[[str], int], given: Settings
+) -> tuple[list[str], dict]:
     """(flags, what was measured) of the rules that look at one prompt alone."""
     if group == "t2i_long":
         tokens = count_tokens(text)

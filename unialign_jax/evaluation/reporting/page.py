@@ -8,6 +8,7 @@ import html
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -98,7 +99,7 @@ def render(found: dict, scores: Sequence[Score], *, worst_by: str, roots: Sequen
     return "\n".join(filter(None, parts)) + "\n"
 
 
-def escaped(text) -> str:
+def escaped(text: Any) -> str:
     """An untrusted text for HTML: its own line ends, and no other control characters."""
     lines = str(text)[: MAX_WORDS + 1].splitlines() or [""]
     text = "\n".join(one_line(line, MAX_WORDS) for line in lines)

@@ -249,7 +249,7 @@ class MMVet(Suite):
 class GradeQuestion(Question):
     """A question whose temperature and words after an answer that is no score are the official evaluator's."""
 
-    def body(self, endpoint, unread):
+    def body(self, endpoint: Any, unread: Any):
         body = super().body(endpoint, unread)
         if unread:
             body["messages"][-1]["content"] += AGAIN
