@@ -23,6 +23,8 @@ from unialign_jax.training import base_model
 from unialign_jax.training.checkpoints import Checkpoints
 from unialign_jax.training.state import TrainState
 
+pytestmark = pytest.mark.slow
+
 ATTENTION = (r"blocks/.*/(qkv|out)/kernel$",)
 EVERYTHING = (".*",)
 

@@ -16,6 +16,8 @@ from unialign_jax.evaluation.suite import read_scores
 from unialign_jax.evaluation.suites import SUITES, find_suite
 from unialign_jax.inference import opening
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).resolve().parents[2] / "launch/evaluate.py"
 PATIENCE = 60  # seconds that a process of its own may take to start
 

@@ -15,6 +15,8 @@ from PIL import Image
 from unialign_jax.serving import api
 from unialign_jax.serving.engine import Engine
 
+pytestmark = pytest.mark.slow
+
 openai = pytest.importorskip("openai", reason="openai is not installed")
 
 OPTIONS = {"steps": 2}

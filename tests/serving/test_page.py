@@ -30,6 +30,8 @@ from unialign_jax.serving.engine import Engine
 from unialign_jax.serving.examples import GENERAL, examples_for
 from unialign_jax.serving.requests import Limits
 
+pytestmark = pytest.mark.slow
+
 STEPS = 2
 
 

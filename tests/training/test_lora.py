@@ -22,6 +22,8 @@ from unialign_jax.training.metrics import read_metrics
 from unialign_jax.training.program import StepProgram
 from unialign_jax.training.state import init_state
 
+pytestmark = pytest.mark.slow
+
 KERNELS = {f"blocks/joint/{half}/{name}/kernel" for half in ("image", "text") for name in ("qkv", "out")}
 CLOCK = {"images_per_second", "seconds_per_step", "tflops_per_second_per_device", "data_wait_share", "host_peak_gb"}
 

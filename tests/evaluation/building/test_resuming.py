@@ -15,6 +15,8 @@ from unialign_jax.evaluation.building import stages
 
 from .conftest import ROOT, chat, filled
 
+pytestmark = pytest.mark.slow
+
 COMMAND = """
 import sys
 from unialign_jax.command_line import Parser, run_command
