@@ -120,7 +120,7 @@ def assert_same(found, expected, before):
 def test_diffusers_makes_our_velocity_with_our_file(
     targets, dora, make_run, torch_models, sd3_bundle, our_velocity, inputs, launch_command, tmp_path, capsys
 ):
-    pytest.importorskip("peft")
+    pytest.importorskip("peft", reason="peft is not installed: pip install peft")
     run, _ = make_run(targets, dora)
     file = tmp_path / "ours.safetensors"
     assert launch_command("convert").main(["export-lora", f"--run={run}", f"--output={file}"]) == 0
@@ -146,7 +146,7 @@ def load_torch(file):
 def test_a_lora_of_diffusers_makes_its_velocity_here(
     settings, torch_models, sd3_bundle, our_velocity, inputs, tmp_path
 ):
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="peft is not installed: pip install peft")
     import torch
 
     torch.manual_seed(2)

@@ -238,7 +238,7 @@ def check_format(path: Path) -> None:
     elif ending == "jpg":
         try:
             Image.open(path).verify()
-        except Exception:
+        except Exception:  # PIL's readers raise many kinds on damaged bytes
             raise ValueError(f"{path} is no picture") from None
 
 
