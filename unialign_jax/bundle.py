@@ -195,8 +195,38 @@ def _restore_component(directory: Path, name: str, tree: dict, wanted: dict) -> 
     if differences:
         more = f" and {len(differences) - 6} more" if len(differences) > 6 else ""
         raise ValueError(f"{directory} does not fit this model: {'; '.join(differences[:6])}{more}")
+    return _load(directory, name, tree)
+
+
+def restore_stored(
+    directory: str | os.PathLike, name: str, *, dtype: Callable[[str], Any], sharding: Any = None, verify: bool = True
+) -> dict:
+    """The params of one component in the shapes that the bundle stores.
+
+    The configuration is not compared with them, which takes longer than reading a small model: a network refuses
+    parameters of other shapes when it is traced.
+
+    Args:
+      dtype: gives the dtype of the parameter at a path.
+      sharding: of every array.
+      verify: as in `restore`, which says what is raised.
+    """
+    directory = Path(directory).absolute()
+    content = read_content(directory, verify)
+    _require(directory, parse_config(directory, content), [name])
+    if verify and not content["files"]:
+        log.warning("%s", NO_HASHES.format(directory))
+    with inventory.checked(directory, content["files"] if verify else {}, name):
+        stored = component_metadata(directory, name)
+        tree = {path: jax.ShapeDtypeStruct(x.shape, dtype(path), sharding=sharding) for path, x in stored.items()}
+        return _load(directory, name, unflatten_dict(tree, sep="/")) if tree else {}
+
+
+def _load(directory: Path, name: str, tree: dict) -> dict:
+    """A component's params, in shapes that it has, and in the dtypes and shardings of `tree`."""
     context = ocp.Context()
-    largest = max(leaf.size * max(np.dtype(leaf.dtype).itemsize, 4) for leaf in wanted.values())
+    wanted = jax.tree.leaves(tree)
+    largest = max(leaf.size * max(np.dtype(leaf.dtype).itemsize, 4) for leaf in wanted)
     context.memory.read_concurrent_bytes = max(READ_BYTES, largest + 1)
     try:
         with context:

@@ -1,5 +1,6 @@
 """A model's parameters: read, cast or quantised, and placed on the device."""
 
+import functools
 import logging
 import os
 from collections.abc import Callable, Iterable
@@ -18,11 +19,11 @@ log = logging.getLogger(__name__)
 QUANTIZED = ("transformer", "text_encoder")
 
 
-def abstract_component(config: bundle.BundleConfig, name: str, dtype: str, sharding: Any = None) -> dict:
+def abstract_component(config: bundle.BundleConfig, name: str, dtype: str) -> dict:
     """A component's parameters as ShapeDtypeStructs, in the dtypes of inference."""
 
     def abstract(path, leaf):
-        return jax.ShapeDtypeStruct(leaf.shape, storage_dtype("/".join(path), dtype), sharding=sharding)
+        return jax.ShapeDtypeStruct(leaf.shape, storage_dtype("/".join(path), dtype))
 
     return path_aware_map(abstract, bundle.abstract_params(config, [name])[name])
 
@@ -102,8 +103,8 @@ def bundle_loader(
         to_verify.discard(name)
 
     def restore(name):
-        abstract = {name: abstract_component(config, name, dtype, place)}
-        params = bundle.restore(directory, abstract, verify=name in to_verify)[name]
+        as_kept = functools.partial(storage_dtype, dtype=dtype)
+        params = bundle.restore_stored(directory, name, dtype=as_kept, sharding=place, verify=name in to_verify)
         to_verify.discard(name)
         return params
 

@@ -11,8 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
 from unialign_jax.parallel.activations import BATCH_AXES, HEAD_AXES, axes_that_divide
 
@@ -173,6 +171,10 @@ def splash_attention(
 
     The sequence is padded to a multiple of 128. Padding has its own segment id, so that tokens never read it.
     """
+    # Here, since Pallas' kernels take a fifth of a second to import.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+
     del bias
     _, tokens, heads, _ = query.shape
     padded = -(-tokens // SPLASH_LANES) * SPLASH_LANES

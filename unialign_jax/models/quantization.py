@@ -14,21 +14,24 @@ A GPU multiplies 8 bits only with the summed axis last, so that w8a8 and fp8 sto
 transposes the kernels of all layers in every call: 4.45 GiB of T5.
 
 `qwix.quantize_model` does not know scanned layers: `qwix.quantize_params` would take one scale over all of them. So
-Linen's interceptors replace the layers' calls here, and qwix does the arithmetic.
+Linen's interceptors replace the layers' calls here, and qwix does the arithmetic. It is imported where it works: it brings
+flax.nnx, a third of a second at the start of commands that quantise nothing.
 """
 
 import dataclasses
 import functools
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import qwix
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from unialign_jax.files import first_line
+
+if TYPE_CHECKING:
+    import qwix
 
 # What each mode stores.
 TYPES = {"int8": jnp.int8, "w8a8": jnp.int8, "fp8": jnp.float8_e4m3fn}
@@ -63,7 +66,7 @@ class QuantizedModule:
             layer = context.module
             if isinstance(layer, nn.DenseGeneral) and context.method_name == "__call__":
                 kernel = layer.get_variable("params", "kernel")
-                if isinstance(kernel, qwix.QArray):
+                if is_quantized(kernel):
                     return quantized_dense(layer, kernel, *call_args, mode=self.mode)
             return call(*call_args, **call_kwargs)
 
@@ -87,8 +90,15 @@ def rounds_inputs(mode: str) -> bool:
     return mode != "int8"
 
 
-def quantized_dense(layer: nn.DenseGeneral, kernel: qwix.QArray, x: jax.Array, mode: str) -> jax.Array:
+def is_quantized(leaf: Any) -> bool:
+    """Whether a leaf of a tree is a kernel in 8 bits, a `qwix.QArray`."""
+    return hasattr(leaf, "qvalue")
+
+
+def quantized_dense(layer: nn.DenseGeneral, kernel: "qwix.QArray", x: jax.Array, mode: str) -> jax.Array:
     """The call of `layer` with a `kernel` of `quantize_kernel` in the same mode, of one layer."""
+    import qwix
+
     axes = layer.axis if isinstance(layer.axis, tuple) else (layer.axis,)
     axes = tuple(axis % x.ndim for axis in axes)
     first = kernel.ndim - len(axes) if rounds_inputs(mode) else 0
@@ -105,8 +115,10 @@ def quantized_dense(layer: nn.DenseGeneral, kernel: qwix.QArray, x: jax.Array, m
     return y
 
 
-def quantized(x: jax.Array, axes: tuple[int, ...], dtype: Any = jnp.int8) -> qwix.QArray:
+def quantized(x: jax.Array, axes: tuple[int, ...], dtype: Any = jnp.int8) -> "qwix.QArray":
     """x in 8 bits, with a float32 scale for each index along `axes`: as int8 whole numbers from -127 to 127."""
+    import qwix
+
     method = ABSMAX[dtype]
     return qwix.quantize(x.astype(jnp.float32), dtype, channelwise_axes=axes, calibration_method=method)
 
@@ -117,7 +129,7 @@ def input_axes(path: str) -> int | None:
 
 
 @functools.partial(jax.jit, static_argnames=("axes", "mode"))
-def quantize_kernel(kernel: jax.Array, axes: int, mode: str) -> qwix.QArray:
+def quantize_kernel(kernel: jax.Array, axes: int, mode: str) -> "qwix.QArray":
     """[layers, inputs (`axes` of them), outputs] -> QArray of 8 bits, scales float32.
 
     Its shape is the kernel's, or [layers, outputs, inputs] in modes that round inputs. Layers are quantised one by one:
@@ -158,6 +170,7 @@ def quantize_params(params: dict, mode: str) -> dict:
 
 def dequantize_params(params: dict, mode: str) -> dict:
     """The parameters of a network with their quantised kernels as floats again, float32, [layers, inputs, outputs]."""
+    import qwix
 
     def convert(path, leaf):
         axes = input_axes(path)

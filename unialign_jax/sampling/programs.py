@@ -19,8 +19,10 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.errors import ScopeParamNotFoundError, ScopeParamShapeError
 from jax.sharding import Mesh
 
+from unialign_jax.files import first_line
 from unialign_jax.models.autoencoder import Moments, denormalize, from_pixels, to_pixels
 from unialign_jax.models.autoencoder import sample_latents as latents_of
 from unialign_jax.models.mmdit import (
@@ -299,17 +301,30 @@ class Programs:
         split = text = None
         if mesh is not None:
             split, text = batch_sharding(mesh), TextSample(batch_sharding(mesh), replicated(mesh))
-        jit = functools.partial(jax.jit, out_shardings=split)
+
+        def jit(function, *modules, out_shardings=split, static=(), **ids):
+            function = functools.partial(refusing_others(function), *modules, **ids)
+            return jax.jit(function, out_shardings=out_shardings, static_argnames=static)
+
         ids = {"mask_id": mask_id, "eos_id": eos_id}
         return cls(
-            encode_prompts=jit(functools.partial(encode_prompts, text_encoder)),
-            encode_images=jit(functools.partial(encode_images, autoencoder)),
-            sample_images=jit(functools.partial(sample_images, transformer), static_argnames="latent_shape"),
-            advance_images=jit(functools.partial(advance_images, transformer)),
-            decode_images=jit(functools.partial(decode_images, autoencoder)),
-            describe=jax.jit(
-                functools.partial(describe, transformer, text_encoder, **ids),
-                static_argnames="decoding",
-                out_shardings=text,
-            ),
+            encode_prompts=jit(encode_prompts, text_encoder),
+            encode_images=jit(encode_images, autoencoder),
+            sample_images=jit(sample_images, transformer, static="latent_shape"),
+            advance_images=jit(advance_images, transformer),
+            decode_images=jit(decode_images, autoencoder),
+            describe=jit(describe, transformer, text_encoder, **ids, static="decoding", out_shardings=text),
         )
+
+
+def refusing_others(function: Callable) -> Callable:
+    """`function`, a network's, raising ValueError in one line for parameters of another network when it is traced."""
+
+    @functools.wraps(function)
+    def refusing(*args, **options):
+        try:
+            return function(*args, **options)
+        except (ScopeParamNotFoundError, ScopeParamShapeError) as error:
+            raise ValueError(f"the parameters do not fit the configuration: {first_line(error)}") from None
+
+    return refusing

@@ -9,6 +9,8 @@ import optax
 
 from unialign_jax.parallel.sharding import path_string
 
+Optimizer = optax.GradientTransformation
+
 
 def make_schedule(
     learning_rate: float, warmup_steps: int, *, cooldown_start: int = 0, cooldown_steps: int = 0

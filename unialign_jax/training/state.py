@@ -2,29 +2,29 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
-import qwix
 from jax.sharding import Mesh, NamedSharding
 
 from unialign_jax.models import parameters
 from unialign_jax.models.autoencoder import AutoencoderConfig, make_autoencoder
 from unialign_jax.models.lora import LoraConfig, init_adapters
 from unialign_jax.models.mmdit import AlignmentHeads, AlignmentHeadsConfig, MMDiT, MMDiTConfig
-from unialign_jax.models.quantization import QuantizedModule, input_axes, quantize_params, rounds_inputs
+from unialign_jax.models.quantization import QuantizedModule, input_axes, is_quantized, quantize_params, rounds_inputs
 from unialign_jax.models.teacher import TeacherConfig
 from unialign_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 from unialign_jax.parallel import sharding
 from unialign_jax.parallel.gradients import scan_blocks
 from unialign_jax.parallel.mesh import axes_without_wraparound
 
+if TYPE_CHECKING:  # readers of a checkpoint do without optax
+    from unialign_jax.training.optimizer import Optimizer
+
 # Without converted weights the frozen encoders are drawn from this seed, whatever the run's own: the stages of one
 # training must agree on them.
 FROZEN_SEED = 20250928
-Optimizer = optax.GradientTransformation
 RELATIVE_BIAS_SPREAD = 4.0  # standard deviation, over distances, of a random encoder's attention bias
 
 
@@ -130,15 +130,15 @@ def cast_text_encoder(module: TextEncoder | QuantizedModule, params: dict) -> di
     """
     if not isinstance(module, QuantizedModule):
         return _cast(params, module.config.dtype)
-    keep = lambda leaf: leaf if isinstance(leaf, qwix.QArray) else leaf.astype(module.config.dtype)  # noqa: E731
-    return jax.tree.map(keep, quantize_params(params, module.mode), is_leaf=lambda leaf: isinstance(leaf, qwix.QArray))
+    keep = lambda leaf: leaf if is_quantized(leaf) else leaf.astype(module.config.dtype)  # noqa: E731
+    return jax.tree.map(keep, quantize_params(params, module.mode), is_leaf=is_quantized)
 
 
 def _cast(tree, dtype):
     return jax.tree.map(lambda x: x.astype(dtype), tree)
 
 
-def init_state(networks: Networks, tx: Optimizer, ema_decay: float, key: jax.Array) -> TrainState:
+def init_state(networks: Networks, tx: "Optimizer", ema_decay: float, key: jax.Array) -> TrainState:
     """A state of random parameters at step 0."""
     params = init_params(networks, key)
     # A copy, since the step donates the state, and no buffer can be donated twice.
@@ -151,7 +151,7 @@ def create_sharded(init: Callable, abstract: Any, *args):
     return jax.jit(init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))(*args)
 
 
-def abstract_state(networks: Networks, tx: Optimizer, ema_decay: float, mesh: Mesh) -> TrainState:
+def abstract_state(networks: Networks, tx: "Optimizer", ema_decay: float, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state; nothing is allocated."""
     shapes = jax.eval_shape(lambda: init_state(networks, tx, ema_decay, jax.random.key(0)))
     return sharding.with_shardings(shapes, sharding.tree_shardings(shapes, mesh, state=True))
@@ -186,6 +186,5 @@ def frozen_shardings(networks: Networks, shapes: dict, mesh: Mesh) -> dict:
     def both(path, leaf, place):
         return jax.tree.map(lambda part, own: turned(path, part, own), leaf, place)
 
-    is_leaf = lambda leaf: isinstance(leaf, qwix.QArray)  # noqa: E731
-    text = jax.tree_util.tree_map_with_path(both, shapes["text_encoder"], places["text_encoder"], is_leaf=is_leaf)
+    text = jax.tree_util.tree_map_with_path(both, shapes["text_encoder"], places["text_encoder"], is_leaf=is_quantized)
     return places | {"text_encoder": text}

@@ -27,8 +27,8 @@ from unialign_jax.models.mmdit import in_pairs
 from unialign_jax.models.parameters import storage_dtype
 from unialign_jax.models.teacher import pooled_features, to_cells
 from unialign_jax.parallel import sharding
-from unialign_jax.training.optimizer import ema_update
-from unialign_jax.training.state import Networks, Optimizer, TrainState
+from unialign_jax.training.optimizer import Optimizer, ema_update
+from unialign_jax.training.state import Networks, TrainState
 
 BUCKETS = 4  # the flow loss is reported by quarter of sigma, the text loss by quarter of the mask fraction
 
