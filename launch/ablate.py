@@ -107,13 +107,12 @@ def train(arguments: argparse.Namespace, variant: str, seed: int, stage: str) ->
 
 
 def ablate(arguments: argparse.Namespace) -> None:
-    import jax
-
     from unialign_jax import files
     from unialign_jax.evaluation import ablation
+    from unialign_jax.parallel.compiled import keep_compiled
 
     # Runs of one shape share their compiled programs.
-    jax.config.update("jax_compilation_cache_dir", str(arguments.output.absolute() / "compiled"))
+    keep_compiled(arguments.output.absolute() / "compiled")
     path = arguments.output / "results.json"
     arguments.output.mkdir(parents=True, exist_ok=True)
     settings = {

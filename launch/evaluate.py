@@ -128,8 +128,8 @@ def add_suite_arguments(parser: argparse.ArgumentParser, suite) -> None:
     add(
         "--compilation-cache",
         metavar="DIR",
-        default=str(Path("~") / ".cache" / "unialign_jax" / "compiled"),
-        help="keeps compiled programs between calls; none: keep nothing (%(default)s)",
+        default="",
+        help="keeps compiled programs; none: nothing (~/.cache/unialign_jax/compiled)",
     )
     add = parser.add_argument_group("the sampler (default: the suite's own settings, then the model's)").add_argument
     for name, option in OPTIONS.items():

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from unialign_jax.data.kinds import TASKS, task_name
+from unialign_jax.files import check_writable
 from unialign_jax.inference import job_runner, jobs
 from unialign_jax.inference.options import IMAGE_TASKS, OPTIONS, TEXT_TASKS, add_arguments, flag
 
@@ -104,8 +105,8 @@ def parse_arguments(argv):
     model.add_argument(
         "--compilation-cache",
         metavar="DIR",
-        default=str(Path("~") / ".cache" / "unialign_jax" / "compiled"),
-        help="keeps compiled programs between calls; none: keep nothing (default %(default)s)",
+        default="",
+        help="keeps compiled programs; none: nothing (default ~/.cache/unialign_jax/compiled)",
     )
     model.add_argument("--traceback", action="store_true", help="show where an error came from")
 
@@ -167,7 +168,7 @@ def generate(options) -> int:
             raise IsADirectoryError(f"{path} is a folder, expected the name of a file")
         if os.path.lexists(path) and not options.overwrite:
             raise FileExistsError(f"{path} is there already; choose another --output, or give --overwrite")
-        job_runner.check_writable(path.parent)
+        check_writable(path.parent)
     made = job_runner.make(job, model.open()[0], options.batch)
     if job.task in TEXT_TASKS:
         print(made[0])

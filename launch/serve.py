@@ -70,8 +70,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--compilation-cache",
         metavar="DIR",
-        default=str(Path("~") / ".cache" / "unialign_jax" / "compiled"),
-        help="keeps compiled programs, for a fast second start; none: keep nothing (default %(default)s)",
+        default="",
+        help="keeps compiled programs, for a fast second start; none: nothing (default ~/.cache/unialign_jax/compiled)",
     )
     arguments = parser.parse_args(argv)
     parser.check_least(arguments, batch=1, queue=1, time_limit=0.1, max_samples=1, max_steps=1, max_side=1, port=0)

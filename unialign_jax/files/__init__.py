@@ -100,6 +100,17 @@ def make_folder(path: Path, option: str) -> None:
         raise OSError(f"{option}={path} cannot be a folder: {error.strerror}") from None
 
 
+def check_writable(folder: Path) -> None:
+    """Makes the folder where it is not there. Raises OSError when nothing can be written into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise OSError(f"cannot write into {folder}: {reason}".replace("\0", "\\0")) from None
+
+
 def check_json_output(path: str | os.PathLike) -> None:
     """Checks before a command's work that it can write its JSON result to `path` afterwards.
 

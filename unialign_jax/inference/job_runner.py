@@ -11,7 +11,6 @@ import dataclasses
 import io
 import json
 import logging
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from unialign_jax.data import images as image_files
-from unialign_jax.files import check_regular, first_line, replacing_file
+from unialign_jax.files import check_regular, check_writable, first_line, replacing_file
 from unialign_jax.inference import inputs
 from unialign_jax.inference.jobs import RESULTS, BadJob, Job
 from unialign_jax.inference.options import OPTIONS, TEXT_TASKS
@@ -365,17 +364,6 @@ def made_by(path: Path) -> str | None:
 def _encode(entry) -> bytes:
     # A lone surrogate, which a bad line may hold, becomes its JSON escape.
     return json.dumps(entry, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
-
-
-def check_writable(folder: Path) -> None:
-    """Makes the folder where it is not there. Raises OSError when nothing can be written into it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise OSError(f"cannot write into {folder}: {reason}".replace("\0", "\\0")) from None
 
 
 def describe(image: Image.Image, sample: Sample, stamp: dict) -> dict:

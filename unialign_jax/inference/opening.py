@@ -1,7 +1,6 @@
 """A model by the name that a command line gives it: checked at once, opened as a `Pipeline` when it is needed."""
 
 import hashlib
-import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +10,10 @@ import jax
 from unialign_jax import __version__, bundle, files
 from unialign_jax.conversion.lora import parse_reference
 from unialign_jax.files.places import place
-from unialign_jax.inference.job_runner import check_writable
 from unialign_jax.inference.pipeline import Pipeline
 from unialign_jax.parallel import processes
+from unialign_jax.parallel.compiled import keep_compiled as keep_compiled  # for those who open models
 from unialign_jax.training import runs
-
-log = logging.getLogger(__name__)
 
 
 class ModelSource:
@@ -111,20 +108,3 @@ def devices_to_use(count: int | None) -> list[jax.Device]:
     if not 1 <= count <= len(devices):
         raise ValueError(f"--devices is {count}, and this machine has {len(devices)} ({devices[0].platform})")
     return devices[:count]
-
-
-def keep_compiled(directory: str) -> None:
-    """Keeps compiled programs between processes in a folder, which is made; "none" keeps nothing.
-
-    Logs a warning, and keeps nothing, where the folder cannot be written.
-    """
-    if directory == "none":
-        return
-    folder = Path(directory).expanduser()
-    try:
-        check_writable(folder)
-    except OSError as error:
-        log.warning("compiled programs are not kept: %s", error)
-        return
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -29,6 +29,7 @@ from unialign_jax.models import flops, parameters
 from unialign_jax.models.lora import params_with_adapters, relative_change
 from unialign_jax.parallel import processes, sharding
 from unialign_jax.parallel.activations import axes_that_divide
+from unialign_jax.parallel.compiled import keep_compiled
 from unialign_jax.training import base_model, caching
 from unialign_jax.training.checkpoints import Checkpoints
 from unialign_jax.training.config import active_streams, listed
@@ -398,8 +399,7 @@ def train(
     place(workdir)
     check_config(config, jax.devices() if devices is None else devices)
     check_tracker(config)
-    if config.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
+    keep_compiled(config.compilation_cache)
 
     with contextlib.ExitStack() as stack:
         alive = stack.enter_context(processes.ending_when_stuck(stuck_timeout))
