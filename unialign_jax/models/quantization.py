@@ -14,8 +14,8 @@ A GPU multiplies 8 bits only with the summed axis last, so that w8a8 and fp8 sto
 transposes the kernels of all layers in every call: 4.45 GiB of T5.
 
 `qwix.quantize_model` does not know scanned layers: `qwix.quantize_params` would take one scale over all of them. So
-Linen's interceptors replace the layers' calls here, and qwix does the arithmetic. It is imported where it works: with it
-comes flax.nnx, a third of a second at the start of commands that quantise nothing.
+Linen's interceptors replace the layers' calls here, and qwix does the arithmetic. It is imported where it works: it
+brings flax.nnx, a third of a second at the start of commands that quantise nothing.
 """
 
 import dataclasses
