@@ -26,8 +26,8 @@ from unialign_jax.evaluation.suite import (
 )
 from unialign_jax.files import check_regular, make_folder, parse_json, read_json, replacing_file, shown, write_json
 from unialign_jax.inference import job_runner, jobs
-from unialign_jax.inference.opening import ModelSource, devices_to_use, keep_compiled
 from unialign_jax.inference.options import options_of
+from unialign_jax.parallel.compiled import keep_compiled
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +65,8 @@ def generate(suite: Suite, request: Request, machine: Machine, *, overwrite: boo
     Raises ValueError or OSError, in one line, for data or a model that cannot be read, for another suite's folder, and
     for a folder whose images were made in another way, unless `overwrite`.
     """
+    from unialign_jax.inference.opening import ModelSource, devices_to_use
+
     source = ModelSource(machine.bundle, weights=machine.weights, verify=machine.verify)
     source.check_complete()
     request = dataclasses.replace(request, image_size=source.config.image_size)

@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from scipy import ndimage
 
 from unialign_jax.data.shapes.detector import detect
 from unialign_jax.data.shapes.render import DEPTH_LEVELS
@@ -105,6 +104,8 @@ def _tolerant_iou(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 def _grow(mask: np.ndarray) -> np.ndarray:
     """Every pixel within TOLERANCE of the mask."""
+    from scipy import ndimage
+
     return ndimage.binary_dilation(mask, np.ones((2 * TOLERANCE + 1, 2 * TOLERANCE + 1)))
 
 

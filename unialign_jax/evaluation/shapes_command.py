@@ -19,7 +19,6 @@ from unialign_jax.evaluation.running import SCORES, SETTINGS
 from unialign_jax.evaluation.shapes_run import HELD_OUT_SEED, TASKS
 from unialign_jax.evaluation.shapes_suite import PICTURES, Shapes, write_rows
 from unialign_jax.evaluation.suite import Request, write_scores
-from unialign_jax.inference.opening import ModelSource
 from unialign_jax.inference.options import OPTIONS
 
 # The options that it offers, of those of the pipeline.
@@ -57,6 +56,8 @@ def check_arguments(parser: Parser, arguments: argparse.Namespace) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Writes the output folder."""
+    from unialign_jax.inference.opening import ModelSource
+
     files.refuse_existing(arguments.output, overwrite=arguments.overwrite, foreign=foreign_names)
     source = ModelSource(arguments.bundle, weights=arguments.weights)
     pipeline, run, model = source.open(max_batch=arguments.batch), source.run, {"bundle": str(source.folder)}

@@ -3,17 +3,18 @@
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from unialign_jax.bundle_config import BundleConfig
 from unialign_jax.data.shapes.tasks import Example, shapes_example
 from unialign_jax.data.shapes.words import parse_caption, question_topic
 from unialign_jax.evaluation import shapes
-from unialign_jax.inference.pipeline import Pipeline
-from unialign_jax.training.samples import cell, draw_sheet
+
+if TYPE_CHECKING:  # without JAX, the command's help and its errors come at once
+    from unialign_jax.bundle_config import BundleConfig
+    from unialign_jax.inference.pipeline import Pipeline
 
 HELD_OUT_SEED = 1_000_003  # of a world that no data set is made of by default
 # The tasks, each with its leading figure, which orders the sheet of its worst records.
@@ -49,7 +50,7 @@ def held_out(stream: str, count: int, image_size: int, seed: int = HELD_OUT_SEED
 
 
 def run_task(
-    pipeline: Pipeline,
+    pipeline: "Pipeline",
     task: str,
     count: int,
     *,
@@ -126,7 +127,7 @@ def worst(results: Sequence[Result], task: str, count: int = 12) -> list[Result]
     return [results[i] for i in itertools.islice(order, count)]
 
 
-def tasks_of(config: BundleConfig) -> list[str]:
+def tasks_of(config: "BundleConfig") -> list[str]:
     """The tasks that a model was trained for, by its `BundleConfig`; all when it does not say."""
     if config.tasks is None:
         return list(TASKS)
@@ -144,6 +145,8 @@ def table(task: str, scores: dict, seconds: float) -> str:
 
 def write_worst(folder: Path, task: str, results: Sequence[Result]) -> Path:
     """Writes the records of the lowest scores: pictures as a sheet (.png), texts as a table (.md)."""
+    from unialign_jax.training.samples import cell, draw_sheet
+
     chosen = worst(results, task)
     if isinstance(chosen[0].made, str):
         path = folder / f"worst_{task}.md"

@@ -9,8 +9,6 @@ import logging
 import os
 from pathlib import Path
 
-import jax
-
 from unialign_jax.files import check_writable, first_line
 
 log = logging.getLogger(__name__)
@@ -35,6 +33,8 @@ def keep_compiled(folder: str | os.PathLike = "") -> None:
     Args:
       folder: made where it is not there; "" is the user's own, "none" keeps nothing.
     """
+    import jax
+
     if folder == NONE or jax.config.jax_compilation_cache_dir is not None:
         return
     try:

@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 from PIL import Image, ImageDraw
-from scipy import ndimage
 
 from unialign_jax.data.shapes.scene import Scene, Thing
 
@@ -109,6 +108,8 @@ def canny(image: np.ndarray, *, low: float = 8.0, high: float = 20.0) -> np.ndar
         ahead = padded[1 + step_y : 1 + step_y + height, 1 + step_x : 1 + step_x + width]
         behind = padded[1 - step_y : 1 - step_y + height, 1 - step_x : 1 - step_x + width]
         thin |= (sector == number) & (magnitude > behind) & (magnitude >= ahead)
+
+    from scipy import ndimage  # here, since it takes a third of a second to import
 
     weak = thin & (magnitude >= low)
     return ndimage.binary_propagation(thin & (magnitude >= high), np.ones((3, 3)), mask=weak)

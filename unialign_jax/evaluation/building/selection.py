@@ -11,7 +11,6 @@ import collections
 from pathlib import Path
 
 import numpy as np
-from scipy.cluster import hierarchy, vq
 
 from unialign_jax.evaluation.building import pictures
 from unialign_jax.evaluation.building.stages import Build, Stage, write_rows
@@ -108,6 +107,8 @@ def clusters_of(points: np.ndarray, wanted: int, least: int, seed: int) -> tuple
             f"{len(points)} images are left to choose from, fewer than {wanted} clusters with {least} each "
             f"({wanted * least}): give more images, or loosen the filters"
         )
+    from scipy.cluster import hierarchy, vq
+
     small = np.arange(len(points))
     if len(points) > MOST_JOINED:
         _, small = vq.kmeans2(points, SMALL_CLUSTERS, minit="points", rng=np.random.default_rng(seed))
