@@ -32,13 +32,11 @@ class MetricsWriter:
         self._active = jax.process_index() == 0
         if not self._active:
             return
-        from tensorboardX import SummaryWriter  # two seconds where PyTorch is installed, which it imports
-
         self._tracker = tracker
         path = Path(workdir) / "metrics.jsonl"
         keep_rows_until(path, start_step)
         self._file = open(path, "a", buffering=1)
-        self._board = SummaryWriter(str(workdir), purge_step=start_step + 1, flush_secs=30)
+        self._board = summary_writer()(str(workdir), purge_step=start_step + 1, flush_secs=30)
 
     def write(self, step: int, stream: str, values: dict[str, float]) -> None:
         if not self._active:
@@ -55,6 +53,22 @@ class MetricsWriter:
             self._board.close()
             if self._tracker:
                 self._tracker.close()
+
+
+def summary_writer() -> type:
+    """TensorBoard's writer of scalars, imported without what it has no use for here, which takes two seconds.
+
+    tensorboardX imports PyTorch for tensors and Google's storage for buckets where they are installed, and does
+    without where they are not.
+    """
+    hidden = [name for name in ("torch", "google.cloud.storage") if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # importing a module that is None raises ImportError
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+    return SummaryWriter
 
 
 def keep_rows_until(path: Path, step: int) -> None:
