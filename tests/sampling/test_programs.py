@@ -6,6 +6,7 @@ import pytest
 
 from unialign_jax.models import presets
 from unialign_jax.models.autoencoder import make_autoencoder
+from unialign_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 from unialign_jax.sampling import image as image_sampler
 from unialign_jax.sampling import programs
 from unialign_jax.sampling.solvers import SolverTable
@@ -37,6 +38,18 @@ def advance(prompt=TEXT, negative=TEXT, guidance=GUIDANCE):
 def test_arrays_that_do_not_fit_are_refused_with_their_shapes(call, found):
     with pytest.raises(AssertionError, match=found):
         call()
+
+
+def test_parameters_of_another_network_are_refused_in_one_line():
+    config = TextEncoderConfig(vocab_size=8, width=4, mlp_width=4, num_heads=1, head_width=4, depth=1, dtype="float32")
+    made = programs.Programs.of(None, TextEncoder(config), None, mask_id=0, eos_id=1)
+    for params, named in (
+        ({"token_embedding": jnp.zeros((8, 6))}, "token_embedding"),
+        ({"layers": {}}, "token_embedding"),
+    ):
+        with pytest.raises(ValueError, match="the parameters do not fit the configuration: .*" + named) as error:
+            made.encode_prompts(params, jnp.zeros((1, 3), jnp.int32))
+        assert "\n" not in str(error.value)
 
 
 def test_guidance_holds_only_what_takes_part():
