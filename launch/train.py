@@ -77,7 +77,7 @@ def main(arguments: list[str]) -> None:
         config = read_config(options.config, changes)
         from unialign_jax.parallel import processes
 
-        processes.take_gpu_memory(os.environ)
+        processes.prepare_memory(os.environ)
         last_words = processes.start(
             os.environ,
             options.coordinator,

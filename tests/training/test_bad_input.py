@@ -21,7 +21,7 @@ pytestmark = pytest.mark.bad_input
 def as_it_was(monkeypatch):
     """The command adds to the import path and sets what is logged."""
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr("unialign_jax.parallel.processes.take_gpu_memory", lambda environ: None)
+    monkeypatch.setattr("unialign_jax.parallel.processes.prepare_memory", lambda environ: None)
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio", "unialign_jax")]
     levels = [logger.level for logger in loggers]
     yield

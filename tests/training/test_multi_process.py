@@ -3,6 +3,8 @@
 import contextlib
 import errno
 import os
+import platform
+import resource
 import signal
 import socket
 import subprocess
@@ -363,6 +365,18 @@ def test_training_takes_a_gpu_but_for_what_the_environment_says():
         environ = dict(given)
         processes.take_gpu_memory(environ)
         assert environ == (given or {"XLA_CLIENT_MEM_FRACTION": "0.95"})
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc has these options")
+def test_freed_memory_stays_with_the_process():
+    def faults():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        np.ones(64 * 2**20, np.uint8)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    processes.keep_freed_memory()
+    faults()
+    assert faults() < 100  # of 16,384 pages
 
 
 @pytest.mark.parametrize(

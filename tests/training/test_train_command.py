@@ -139,7 +139,7 @@ def fails(monkeypatch):
 
         monkeypatch.setattr("unialign_jax.training.loop.train", train)
         monkeypatch.setattr(processes, "start", lambda *_, **__: LastWords() if several else None)
-        monkeypatch.setattr(processes, "take_gpu_memory", lambda environ: None)
+        monkeypatch.setattr(processes, "prepare_memory", lambda environ: None)
         monkeypatch.setattr(os, "_exit", end)
 
     return fail

@@ -36,7 +36,7 @@ def benchmark_train(arguments: argparse.Namespace) -> dict:
 
     check_counts(arguments, steps=MOST_ROUNDS, rounds=MOST_ROUNDS)
     logging.getLogger().setLevel(logging.ERROR)
-    processes.take_gpu_memory(os.environ)  # as in training
+    processes.prepare_memory(os.environ)  # as in training
     config = read_config(arguments.config, arguments.changes)
     config.num_steps = 1 << 30  # each measurement sets its own end
     config.checkpoint.every = 1 << 30

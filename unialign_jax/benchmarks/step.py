@@ -208,7 +208,7 @@ def open_setup(settings: dict) -> Setup:
     from unialign_jax.parallel import processes
     from unialign_jax.training.config import batch_shards, read_config
 
-    processes.take_gpu_memory(os.environ)  # as in training
+    processes.prepare_memory(os.environ)  # as in training
     config = read_config(settings["config"], settings["changes"])
     devices = jax.devices()[: settings["devices"]]
     config.accumulation = settings["accumulation"]

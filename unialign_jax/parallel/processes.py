@@ -1,9 +1,11 @@
 """Several processes as one run: how they find one another, which rows each reads, how they stop or fail together."""
 
 import contextlib
+import ctypes
 import faulthandler
 import importlib.util
 import os
+import platform
 import re
 import socket
 import subprocess
@@ -22,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 from unialign_jax.files import first_line
 
 METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # options of mallopt (glibc's malloc.h)
 LOST = os.EX_TEMPFAIL  # 75: the exit status of a process that ends because another was lost; start it again
 AGAIN = "The same command resumes from the last checkpoint, on this or another number of processes"
 
@@ -93,6 +96,25 @@ def take_gpu_memory(environ: MutableMapping[str, str]) -> None:
     """
     if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & environ.keys():  # JAX refuses both at once
         environ["XLA_CLIENT_MEM_FRACTION"] = "0.95"
+
+
+def prepare_memory(environ: MutableMapping[str, str]) -> None:
+    """Sets up the memory of a process that trains or samples. Call it before JAX touches a device.
+
+    On a GPU see `take_gpu_memory`. On a host without an accelerator, memory that JAX frees stays with the process: the
+    buffers of each step would otherwise go back to the kernel and be taken again, page by page.
+    """
+    take_gpu_memory(environ)
+    if environ.get("JAX_PLATFORMS", "cpu") == "cpu" and not (_has_tpu() or list(Path("/dev").glob("nvidia[0-9]*"))):
+        keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Lets the C library keep what is freed: nothing by mmap, no trimming, one arena. Only glibc can."""
+    if platform.libc_ver()[0] == "glibc":
+        library = ctypes.CDLL(None)
+        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_ARENA_MAX, 1)):
+            library.mallopt(option, value)
 
 
 def _set_if_known(option: str, value):
