@@ -326,5 +326,7 @@ def refusing_others(function: Callable) -> Callable:
             return function(*args, **options)
         except (ScopeParamNotFoundError, ScopeParamShapeError) as error:
             raise ValueError(f"the parameters do not fit the configuration: {first_line(error)}") from None
+        except KeyError as missing:
+            raise ValueError(f"the parameters do not fit the configuration: {missing} is missing") from missing
 
     return refusing
