@@ -85,8 +85,8 @@ def test_xla_keeps_no_scores_for_the_backward_pass():
     assert memory.temp_size_in_bytes < 10 * 2**20
 
 
-# 200 is not a multiple of the block and padded to 256; 700 takes two blocks. With 384 keys at once each of them writes a
-# part of the queries' gradient.
+# 200 is not a multiple of the block and padded to 256; 700 takes two blocks of queries. Where only 384 keys are held at
+# once, each block of keys writes a part of the queries' gradient.
 @pytest.mark.parametrize(("tokens", "keys"), [(128, 4352), (200, 4352), (700, 4352), (700, 384)])
 def test_splash_equals_xla_forward_and_backward(tokens, keys, monkeypatch):
     monkeypatch.setattr(attention_module, "SPLASH_MAX_KEYS", keys)
