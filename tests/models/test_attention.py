@@ -90,6 +90,7 @@ def test_xla_keeps_no_scores_for_the_backward_pass():
 @pytest.mark.parametrize(("tokens", "keys"), [(128, 4352), (200, 4352), (700, 4352), (700, 384)])
 def test_splash_equals_xla_forward_and_backward(tokens, keys, monkeypatch):
     monkeypatch.setattr(attention_module, "SPLASH_MAX_KEYS", keys)
+    monkeypatch.setattr(attention_module, "SPLASH_LONG", min(keys, 2304))
     inputs = make_inputs((2, tokens, 2, 64))
     expected = output_and_gradients(inputs, implementation="xla")
     found = output_and_gradients(inputs, implementation="splash", interpret=True)

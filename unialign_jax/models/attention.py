@@ -19,8 +19,9 @@ from unialign_jax.parallel.activations import BATCH_AXES, HEAD_AXES, axes_that_d
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
 SPLASH_LANES = 128  # the TPU kernel's block sizes are multiples of this
 SPLASH_MAX_BLOCK = 640  # 1,280 tokens (512 px, 256 text tokens) are two such blocks
-# Keys and values that the kernel holds at once; three condition images are 4,352 tokens. One block of keys gives one
-# gradient of the queries; of several blocks each writes its own, in the inputs' dtype, and XLA adds them up afterwards.
+# The kernel holds all keys and values of so many tokens (three condition images are 4,352), of more tokens those of
+# SPLASH_LONG at most. With one block of keys there is one gradient of the queries; of several blocks each writes its own,
+# in the inputs' dtype, and XLA adds them up afterwards.
 SPLASH_MAX_KEYS = 4352
 SPLASH_LONG = 2304  # with more keys than that only 128 queries at once fit into the 16 MiB that v4 gives a kernel
 
@@ -180,7 +181,8 @@ def splash_attention(
     del bias
     _, tokens, heads, _ = query.shape
     padded = -(-tokens // SPLASH_LANES) * SPLASH_LANES
-    block, keys = splash_block(padded), splash_block(padded, SPLASH_MAX_KEYS)
+    block = splash_block(padded)
+    keys = padded if padded <= SPLASH_MAX_KEYS else splash_block(padded, SPLASH_LONG)
     at_once = splash_block(keys)
     kernel = splash.make_splash_mha(
         splash_mask.MultiHeadMask([splash_mask.FullMask((padded, padded))] * heads),
