@@ -20,8 +20,8 @@ IMPLEMENTATIONS = ("xla", "cudnn", "splash")
 SPLASH_LANES = 128  # the TPU kernel's block sizes are multiples of this
 SPLASH_MAX_BLOCK = 640  # 1,280 tokens (512 px, 256 text tokens) are two such blocks
 # The kernel holds all keys and values of so many tokens (three condition images are 4,352), of more tokens those of
-# SPLASH_LONG at most. With one block of keys there is one gradient of the queries; of several blocks each writes its own,
-# in the inputs' dtype, and XLA adds them up afterwards.
+# SPLASH_LONG at most. One block of keys gives one gradient of the queries; of several blocks each writes its own, which
+# XLA adds up afterwards.
 SPLASH_MAX_KEYS = 4352
 SPLASH_LONG = 2304  # with more keys than that only 128 queries at once fit into the 16 MiB that v4 gives a kernel
 
