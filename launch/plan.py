@@ -33,10 +33,11 @@ examples
   python launch/plan.py --report=plans.json
   python launch/plan.py --gpus --output=gpu_plans.json && python launch/plan.py --report=gpu_plans.json
 
---all searches micro-batches and remat for every slice in docs/tpu.md (hours; --topologies names some of them) and
-collects the plans in the file --output. A plan in the file is not compiled again: the same command resumes, and several
-processes may share the work by different --topologies. After a change of the compiled code, name another file. --report
-writes the tables of docs/tpu.md from the file. --gpus compiles what the tables of docs/gpu.md need (hours; it resumes).
+--all searches micro-batches and remat for every slice in docs/tpu_tables.md (hours; --topologies names some of them)
+and collects the plans in the file --output. A plan of today's code in the file is not compiled again: the same command
+resumes, and several processes may share the work by different --topologies. A plan of older code is replaced. --report
+writes docs/tpu_tables.md from the file, and the tables of docs/tpu.md. --gpus compiles what the tables of docs/gpu.md
+need (hours; it resumes).
 
 Topologies are named by kind and grid, v4:4x4x4, or as on Google Cloud, v4-128 (of v4 and v5p the number of cores, two
 per chip; of v5e and v6e the number of chips); GPUs by the GPUs of a host, h100:1 and h100:8, and several hosts
@@ -64,7 +65,10 @@ def parse_arguments(argv):
     modes.add_argument("--config", metavar="FILE", help="training: a stage file, and --config.KEY=VALUE for its keys")
     modes.add_argument("--gpus", action="store_true", help="what docs/gpu.md has, into the file --output")
     modes.add_argument(
-        "--report", type=Path, metavar="JSON", help="docs/tpu.md and its plot from the plans of --all, or docs/gpu.md"
+        "--report",
+        type=Path,
+        metavar="JSON",
+        help="docs/tpu_tables.md, its plot and the tables of docs/tpu.md from the plans of --all, or docs/gpu.md",
     )
     parser.add_argument("--topology", default="v5e:1x1", help="the chips, default %(default)s; sampling uses one")
     parser.add_argument("--num-slices", type=int, default=1, help="training: slices of that topology, default 1")
@@ -120,7 +124,9 @@ def main(argv=None):
                 print(f"wrote {arguments.docs / 'gpu.md'}")
                 return
             report.write_report(arguments.report, arguments.docs)
-            print(f"wrote {arguments.docs / 'tpu.md'} and {arguments.docs / report.PLOT}")
+            print(
+                f"wrote {', '.join(str(arguments.docs / name) for name in (report.TABLES, report.GUIDE, report.PLOT))}"
+            )
             return
         if arguments.gpus:
             gpu_sweep.sweep_gpus(arguments.output)

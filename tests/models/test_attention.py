@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from unialign_jax.models import attention as attention_module
 from unialign_jax.models.attention import attention, resolve_implementation
 
 
@@ -84,9 +85,12 @@ def test_xla_keeps_no_scores_for_the_backward_pass():
     assert memory.temp_size_in_bytes < 10 * 2**20
 
 
-# 200 is not a multiple of the block and padded to 256; 700 takes two blocks, each with a part of the queries' gradient.
-@pytest.mark.parametrize("tokens", [128, 200, 700])
-def test_splash_equals_xla_forward_and_backward(tokens):
+# 200 is not a multiple of the block and padded to 256; 700 takes two blocks of queries. Where only 384 keys are held at
+# once, each block of keys writes a part of the queries' gradient.
+@pytest.mark.parametrize(("tokens", "keys"), [(128, 4352), (200, 4352), (700, 4352), (700, 384)])
+def test_splash_equals_xla_forward_and_backward(tokens, keys, monkeypatch):
+    monkeypatch.setattr(attention_module, "SPLASH_MAX_KEYS", keys)
+    monkeypatch.setattr(attention_module, "SPLASH_LONG", min(keys, 2304))
     inputs = make_inputs((2, tokens, 2, 64))
     expected = output_and_gradients(inputs, implementation="xla")
     found = output_and_gradients(inputs, implementation="splash", interpret=True)

@@ -60,14 +60,14 @@ class Compiler:
             step=None if chips == 8 else step,
             out_of_memory="it needs 21G of 16G" if chips == 8 else None,
             tried=[Trial(32, "offload", 21 * GIB, fits=False)] if chips == 8 else [],
-            made=MADE,
+            made=MADE | {"sources": sweep.sources_digest()},
         )
 
 
 def cells(page, heading, first):
     """{column: cell} of the row that begins with `first`, in the tables under a heading that have one."""
     found = {}
-    part = page.partition(f"### {heading}")[2].partition("###")[0]
+    part = page.partition(f"## {heading}")[2].partition("## ")[0]
     for block in part.split("\n\n"):
         lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()]
         for line in lines[2:]:
@@ -119,8 +119,35 @@ def test_a_sweep_resumes(tmp_path, capsys):
     assert list(plans.stages) == ["stage1", "stage2"]
     found = [(plan.shape, plan.topology) for plan in plans.plans]
     assert found == [(f"image{i}-text", chips) for i in (0, 1, 3) for chips in ("v5e-256", "v5e-8")]
-    assert plans.find("image0-text", "v5e-256").step == STEP and plans.find("image0-text", "v5e-256").made == MADE
+    assert plans.find("image0-text", "v5e-256").step == STEP and plans.find("image0-text", "v5e-256").is_current
     assert sorted(file.name for file in tmp_path.iterdir()) == FILES
+    # A plan of older code is replaced, the others are kept.
+    content = json.loads(path.read_text())
+    content["plans"][0]["made"]["sources"] = "0"
+    path.write_text(json.dumps(content))
+    third = Compiler()
+    assert sweep.sweep(stage1, "configs/stage1.py", ["v5e-8", "v5e-256"], path, plan_slice=third) == []
+    assert third.asked == [("text_to_image", content["plans"][0]["topology"])]
+    assert len(sweep.read_plans(path).plans) == len(found)
+
+
+def test_the_digest_of_the_sources_is_of_what_runs(tmp_path, monkeypatch):
+    """Comments and docstrings do not change a plan; everything else may."""
+    package = tmp_path / "package"
+    (package / "planning").mkdir(parents=True)
+    monkeypatch.setattr(sweep, "__file__", str(package / "planning" / "sweep.py"))
+    monkeypatch.setattr(sweep, "SOURCES", ("models", "step.py"))
+    (package / "models").mkdir()
+
+    def digest(model, step="x = 1"):
+        (package / "models" / "model.py").write_text(model)
+        (package / "step.py").write_text(step)
+        return sweep.sources_digest.__wrapped__()
+
+    first = digest('"""A."""\ndef f(x):\n    """B."""\n    return x + 1')
+    assert digest('"""C."""\ndef f(x):\n    """D."""\n    return x + 1  # one more') == first
+    assert digest("def f(x):\n    return x + 2") != first
+    assert digest("def f(x):\n    return x + 1") == first != digest("def f(x):\n    return x + 1", "x = 2")
 
 
 def test_a_stream_is_planned_alone(monkeypatch):
@@ -275,9 +302,9 @@ def test_the_tables_by_hand(folder):
     assert cells(page, "stage2", ["v5e-256", "256", "edit, perception"])["step ms"] == "325"
     total = cells(page, "stage2", ["v5e-256", "256"])
     assert (total["images/s"], total["hours"], total["chip-hours"]) == ("1,138", "2.50", "640")
-    stage2 = page.partition("### stage2")[2].partition("### Scaling")[0]
+    stage2 = page.partition("## stage2")[2].partition("## Scaling")[0]
     assert "v5p-1024" not in stage2 and "not all streams of this stage are compiled" in stage2
-    assert "not all streams" not in page.partition("### stage2")[0]
+    assert "not all streams" not in page.partition("## stage2")[0]
     assert "Compiled 2026-11-21 (jax 0.10.2, libtpu 0.0.42.1)" in page
     (missing,) = re.findall(r"Not compiled yet: ([^.]*)\.", page)
     missing = missing.replace("\n", " ").split(", ")
@@ -297,8 +324,41 @@ def test_the_assumptions_are_those_that_planning_reads(folder):
         "DCN a chip, one way, GB/s": "6.25",
         "rows of the matrix unit": "128",
     }
-    part, _, sources = page.partition("### Assumed figures")[2].partition("Sources: ")
+    part, _, sources = page.partition("## Assumed figures")[2].partition("Sources: ")
     assert hardware.SOURCES in " ".join(sources.split()) and "H100" not in part
+
+
+def test_plans_of_older_code_are_marked(folder):
+    content = json.loads((folder / "plans.json").read_text())
+    for plan in content["plans"]:
+        if plan["topology"] == "v5e-256" and plan["shape"] == "image1-text":
+            del plan["made"]["sources"]
+    (folder / "plans.json").write_text(json.dumps(content))
+    page = report.markdown(report.read_sweep(folder / "plans.json"))
+    assert "1 of 6 plans are of older code than this page and marked †" in " ".join(page.split())
+    assert cells(page, "stage1", ["v5e-256"])["step ms"] == "125"
+    assert cells(page, "stage2", ["v5e-256 †", "256", "edit, perception"])["step ms"] == "325"
+    assert cells(page, "stage2", ["v5e-256 †", "256"])["images/s"] == "1,138"  # the stage has that stream
+
+
+def test_the_guide_shows_the_reference_slices(folder):
+    """The step is 125 ms: 20 TFLOP at 200 a second are 100, at 85% 117.6, of which compute says 100."""
+    part = report.reference(report.read_sweep(folder / "plans.json"))
+    (row,) = [line for line in part.splitlines() if line.startswith("| v5e-256 | 256 | replica=4")]
+    assert [cell.strip() for cell in row.split("|")][-4:] == ["125", "80", "1.39", ""]
+    (names,) = [line for line in part.splitlines() if line.startswith("| part |")]
+    assert names == "| part | v5e-256 |"
+    parts = re.findall(r"^\| ([^|]*?) \| (-?[\d.]+) \|$", part, re.MULTILINE)
+    assert dict(parts)["exposed ICI"] == "20.0" and dict(parts)["the model's FLOPs at the peak"] == "100"
+    assert sum(float(value) for _, value in parts) == pytest.approx(125, abs=0.5)
+
+
+def test_the_pages_are_those_of_the_file():
+    """docs/tpu_tables.md and docs/tpu.md were written from docs/plans.json. The marks of older plans may be missing."""
+    plans = report.read_sweep(ROOT / "docs/plans.json")
+    plain = lambda text: "".join(re.sub(r"[^.]* of older code [^.]*\.", "", text).replace("†", "").split())  # noqa: E731
+    assert plain(report.markdown(plans)) == plain((ROOT / "docs/tpu_tables.md").read_text())
+    assert plain(report.reference(plans)) in plain((ROOT / "docs/tpu.md").read_text())
 
 
 @pytest.mark.slow
@@ -308,7 +368,9 @@ def test_the_page_is_written_between_its_marks_and_the_same_again(folder):
     report.write_report(folder / "plans.json", docs)
     page, picture = (docs / "tpu.md").read_text(), (docs / "scaling.png").read_bytes()
     assert page.startswith("before\n\n<!-- plans") and page.endswith("<!-- end of plans -->\n\nafter\n")
-    assert "old" not in page and "](scaling.png)" in page
+    assert "\nold\n" not in page and "| v5e-256 |" in page
+    tables = (docs / "tpu_tables.md").read_text()
+    assert tables.startswith("# Plans") and "](scaling.png)" in tables
     assert len(picture) < 150_000
     with Image.open(docs / "scaling.png") as image:
         assert image.size == (900, 380)

@@ -13,14 +13,16 @@ from unialign_jax.parallel import hardware
 from unialign_jax.parallel.mesh import AXES, Topology, choose_mesh, format_mesh
 from unialign_jax.training import meshes
 from unialign_jax.training.config import build_configs, read_config
+from unialign_jax.training.program import make_networks
 from unialign_jax.training.state import Networks
 
 ROOT = Path(__file__).resolve().parents[2]
 
 # Bytes of the full model: 2.1e9 trained parameters in bf16, and 16 bytes each of state (float32 masters, two moments,
 # the average); T5's 4.76e9 in bf16, a small autoencoder; three float32 copies of the gradients; a sample's activations,
-# 0.6 GB with all blocks computed again.
-MEMORY = meshes.StepMemory(4.2e9, 0.17e9, 33.6e9, 9.5e9, 0.4e9, 0.2e9, 25.2e9, {"dots": 2.2e9, "block": 0.6e9})
+# 0.6 GB with all blocks computed again, of which 0.4 are left beside the gradients of all weights.
+ACTIVATIONS = {"dots": (2.2e9, 1.3e9), "block": (0.6e9, 0.4e9)}
+MEMORY = meshes.StepMemory(4.2e9, 0.17e9, 33.6e9, 9.5e9, 0.4e9, 0.2e9, 25.2e9, ACTIVATIONS)
 
 
 def slice_of(name, slices=1):
@@ -78,8 +80,8 @@ def test_bytes_a_chip_by_hand():
     repeated = sizes | {"replica": 4, "data": 16, "encoder": 4}
     # GB on v5e-256: T5 9.5 over 4 chips, state 33.6 over 64, the autoencoder, and 0.5 for everything else.
     held = 2.375e9 + 0.525e9 + 0.2e9 + 0.5e9
-    # Weights 4.2 and gradients 4.2 with 60% of a sample's activations; of 8 samples, weights and all activations.
-    assert meshes.estimate(MEMORY, repeated, 1, "block", 1) == pytest.approx(held + 8.4e9 + 0.6 * 0.6e9)
+    # Weights 4.2 and gradients 4.2 with a part of a sample's activations; of 8 samples, weights and all activations.
+    assert meshes.estimate(MEMORY, repeated, 1, "block", 1) == pytest.approx(held + 8.4e9 + 0.4e9)
     assert meshes.estimate(MEMORY, repeated, 8, "dots", 1) == pytest.approx(held + 4.2e9 + 8 * 2.2e9)
     # Of several micro-batches, the sums of their gradients in 64 pieces.
     assert meshes.estimate(MEMORY, repeated, 1, "dots", 2) == pytest.approx(held + 4.2e9 + 2.2e9 + 25.2e9 / 64)
@@ -89,7 +91,7 @@ def test_bytes_a_chip_by_hand():
 
 def test_smaller_micro_batches_make_room_for_repeated_weights():
     topology = slice_of("v5e-64")  # 4 samples a chip: 4.1 GB held (state 33.6 / 32), weights 4.2, sums 0.8, of 16.4
-    tight = dataclasses.replace(MEMORY, activations={"dots": 4e9, "block": 1.7e9})
+    tight = dataclasses.replace(MEMORY, activations={"dots": (4e9, 2.4e9), "block": (1.7e9, 1e9)})
     assert chosen(topology, 256, 1, "block", tight).sizes["fsdp"] == 64
     assert chosen(topology, 256, 2, "dots", tight).sizes["fsdp"] == 64
     choice = chosen(topology, 256, 2, "block", tight)
@@ -119,7 +121,7 @@ def test_what_the_full_model_needs():
     assert meshes.estimate(memory, sizes | {"data": 16}, 1, "dots", 1) == pytest.approx(13.3e9, rel=0.1)
     assert meshes.estimate(memory, sizes | {"data": 4}, 4, "dots", 1) == pytest.approx(21.4e9, rel=0.1)
     several = meshes.sample_activations(read_config("stage2", []), networks, "block", "tpu")
-    assert several > 2 * memory.activations["block"]  # of three condition images
+    assert several[0] > 2 * memory.activations["block"][0]  # of three condition images
 
 
 # The step that a shape in docs/plans.json stands for.
@@ -141,10 +143,11 @@ def stored_plans():
 
 
 def test_the_arithmetic_is_within_a_tenth_of_the_compilers():
+    """And what fits by the arithmetic fits by the compiler."""
     networks, memory = full_model("tpu")
     sums = {"tpu": memory.sums, "gpu": memory.sums * meshes.SUMS["gpu"] / meshes.SUMS["tpu"]}
     stages = {name: read_config(name, []) for name in ("stage1", "stage2", "stage3")}
-    errors = {}
+    errors, false_fits = {}, []
     for stage, stream, platform, name, step in stored_plans():
         alone = stages[stage].copy_and_resolve_references()
         for other, settings in alone.streams.items():
@@ -155,9 +158,35 @@ def test_the_arithmetic_is_within_a_tenth_of_the_compilers():
         found = meshes.estimate(memory, step["mesh"], samples, step["remat"], step["accumulation"])
         compiled = sum(value for key, value in step["memory"].items() if key != "usable")
         errors[stream, name, step["accumulation"], step["remat"]] = found / compiled - 1
+        usable = step["memory"]["usable"]
+        if found <= (1 - hardware.ROOM) * usable < usable < compiled:
+            false_fits.append((stream, name))
     assert len(errors) > 45
     assert {key: error for key, error in errors.items() if abs(error) > 0.1} == {}
     assert abs(np.mean(list(errors.values()))) < 0.03
+    assert false_fits == []
+
+
+def test_the_text_encoder_is_whole_where_that_fits_and_not_where_it_only_seems_to():
+    """Stage 1 with the compiler's numbers: in 8 bits whole on v5e-256, 14.80 GiB; in bfloat16 pairs, 14.66. On v5e-64,
+    four samples a chip and remat block, a quarter makes 14.13 GiB, so that a half, 2.2 more, leaves no room of 15.75.
+    """
+    _, memory = full_model("tpu")
+    choice = chosen(slice_of("v5e-256"), 256, 1, "dots", memory)
+    assert format_mesh(choice.sizes) == "replica=4, data=16, state=2, encoder=2"
+    assert meshes.estimate(memory, choice.sizes, 1, "dots", 1) == pytest.approx(14.66 * 2**30, rel=0.02)
+    choice = chosen(slice_of("v5e-64"), 256, 1, "block", memory)
+    assert format_mesh(choice.sizes) == "replica=2, data=8, encoder=4"
+    assert meshes.estimate(memory, choice.sizes, 4, "block", 1) == pytest.approx(14.13 * 2**30, rel=0.02)
+    device = lambda i: types.SimpleNamespace(  # noqa: E731
+        device_kind="TPU v5 lite", platform="tpu", coords=(i % 16, i // 16, 0), slice_index=0
+    )
+    devices, config = [device(i) for i in range(256)], read_config("stage1", ["quantize_text_encoder=int8"])
+    networks = make_networks(config, devices)
+    needs = meshes.step_memory(config, networks, "tpu")
+    choice = meshes.mesh_for(config, devices, networks, needs)
+    assert format_mesh(choice.sizes) == "replica=4, data=16, state=4"
+    assert meshes.estimate(needs, choice.sizes, 1, "dots", 1) == pytest.approx(14.80 * 2**30, rel=0.02)
 
 
 def test_a_given_mesh_is_kept():

@@ -17,6 +17,11 @@ from unialign_jax.parallel.activations import BATCH_AXES, HEAD_AXES, axes_that_d
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
 SPLASH_LANES = 128  # the TPU kernel's block sizes are multiples of this
 SPLASH_MAX_BLOCK = 640  # 1,280 tokens (512 px, 256 text tokens) are two such blocks
+# The kernel holds all keys and values of so many tokens (three condition images are 4,352), of more tokens those of
+# SPLASH_LONG at most. One block of keys gives one gradient of the queries; of several blocks each writes its own, which
+# XLA adds up afterwards.
+SPLASH_MAX_KEYS = 4352
+SPLASH_LONG = 2304  # with more keys than that only 128 queries at once fit into the 16 MiB that v4 gives a kernel
 
 
 CUDNN_CAPABILITY = (8, 0)  # cuDNN 9: "SDPA FP16/BF16 requires SM80 (Ampere) or newer architecture"
@@ -179,13 +184,17 @@ def splash_attention(
     _, tokens, heads, _ = query.shape
     padded = -(-tokens // SPLASH_LANES) * SPLASH_LANES
     block = splash_block(padded)
+    keys = padded if padded <= SPLASH_MAX_KEYS else splash_block(padded, SPLASH_LONG)
+    at_once = splash_block(keys)
     kernel = splash.make_splash_mha(
         splash_mask.MultiHeadMask([splash_mask.FullMask((padded, padded))] * heads),
         block_sizes=splash.BlockSizes(
             block_q=block,
-            block_kv=block,
-            block_q_dkv=block,
-            block_kv_dkv=block,
+            block_kv=keys,
+            block_kv_compute=at_once,
+            block_q_dkv=block if keys <= SPLASH_LONG else SPLASH_LANES,
+            block_kv_dkv=keys,
+            block_kv_dkv_compute=at_once,
             use_fused_bwd_kernel=True,  # computes the scores once for all three gradients
         ),
         head_shards=1,
@@ -205,6 +214,6 @@ def splash_attention(
     return jnp.swapaxes(attended[:, :, :tokens], 1, 2)
 
 
-def splash_block(padded: int) -> int:
-    """The largest block that divides the padded length, in multiples of 128 up to SPLASH_MAX_BLOCK."""
-    return max(b for b in range(SPLASH_LANES, SPLASH_MAX_BLOCK + 1, SPLASH_LANES) if padded % b == 0)
+def splash_block(padded: int, most: int = SPLASH_MAX_BLOCK) -> int:
+    """The largest block that divides the padded length, in multiples of 128 up to `most`."""
+    return max(b for b in range(SPLASH_LANES, most + 1, SPLASH_LANES) if padded % b == 0)

@@ -1,10 +1,12 @@
-"""Plans as tables: as text for the command line, and of a sweep as the generated part of docs/tpu.md with its plot.
+"""Plans as tables: as text for the command line, and of a sweep as docs/tpu_tables.md and a part of docs/tpu.md.
 
-Every number of the page comes from the sweep's file and from `hardware.CHIPS`; the same file gives the same page.
+Every number of the pages comes from the sweep's file and from `hardware.CHIPS`; the same file gives the same pages. The
+marks of plans that older code has made depend on today's code too.
 """
 
 import dataclasses
 import math
+import os
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,7 +22,9 @@ from unialign_jax.training.config import active_streams
 
 BEGIN = "<!-- plans: written by python launch/plan.py --report, not by hand -->"
 END = "<!-- end of plans -->"
-PLOT = "scaling.png"
+GUIDE, TABLES, PLOT = "tpu.md", "tpu_tables.md", "scaling.png"
+REFERENCE = ("v5e-256", "v4-128", "v5p-128", "v6e-64", "v6e-256")  # the slices that the guide shows
+OLDER = "†"  # behind the name of a slice whose plan older code has made
 GENERATIONS = ("v4", "v5e", "v5p", "v6e")
 COLORS = dict(zip(GENERATIONS, ("#4c78a8", "#f58518", "#54a24b", "#b279a2"), strict=True))
 KINDS = ("all-gather", "reduce-scatter", "all-reduce")  # the others are one column
@@ -122,17 +126,20 @@ def sampling_text(figures: dict) -> str:
 
 
 def write_report(path: Path, docs: Path) -> None:
-    """Puts the tables of a sweep's file into `docs`/tpu.md, between its two marks, and plots `docs`/scaling.png.
+    """Writes `docs`/tpu_tables.md and scaling.png from a sweep's file, and the part of `docs`/tpu.md between its marks.
 
     Raises ValueError where there are no plans, no marks, or no matplotlib.
     """
     plans = read_sweep(path)
-    page = docs / "tpu.md"
-    check_regular(page)
-    text = splice(page.read_text(), markdown(plans))
+    guide, tables = docs / GUIDE, docs / TABLES
+    check_regular(guide)
+    if os.path.lexists(tables):
+        check_regular(tables)
+    pages = {guide: splice(guide.read_text(), reference(plans)), tables: markdown(plans)}
     plot(plans, docs / PLOT)
-    with replacing_file(page) as scratch:
-        scratch.write_text(text)
+    for page, text in pages.items():
+        with replacing_file(page) as scratch:
+            scratch.write_text(text)
 
 
 def read_sweep(path: Path) -> Plans:
@@ -156,17 +163,14 @@ def splice(page: str, part: str) -> str:
 
 
 def markdown(plans: Plans) -> str:
-    made = [plan.made for plan in plans.plans]
-    dates = sorted({entry["date"] for entry in made})
-    versions = ", ".join(
-        f"{name} {' and '.join(sorted({entry[name] for entry in made}))}" for name in ("jax", "libtpu")
-    )
+    """The page of all tables."""
     parts = [
-        f"Compiled {' to '.join(dict.fromkeys((dates[0], dates[-1])))} ({versions}). All of it is arithmetic from the "
-        "compiled programs, not measured. Each row has the micro-batches (accumulation) and remat policy that are "
-        "fastest on paper among those that fit. The batch is the configuration's, or one sample per chip where there "
-        "are more chips; hours are those of the stage's samples. Beside the date is the commit, where it was recorded. "
-        "`python launch/plan.py --config=FILE --all --output=JSON` compiles, `--report=JSON` writes this part."
+        "# Plans of TPU slices: the tables",
+        f"{made_of(plans.plans)} [The guide]({GUIDE}) says how it is counted. Each row has the micro-batches "
+        "(accumulation) and remat policy that are fastest on paper among those that fit. The batch is the "
+        "configuration's, or one sample per chip where there are more chips; hours are those of the stage's samples. "
+        "Beside the date is the commit, where it was recorded. This page is written by `python launch/plan.py "
+        "--report=docs/plans.json`, not by hand.",
     ]
     missing = [name for name in TOPOLOGIES if name not in {plan.topology for plan in plans.plans}]
     if missing:
@@ -174,13 +178,73 @@ def markdown(plans: Plans) -> str:
     for name, stage in sorted(plans.stages.items()):
         parts += stage_part(plans.plans, name, stage)
     parts += [
-        "### Scaling",
+        "## Scaling",
         f"![predicted MFU and bytes received per chip, against chips]({PLOT})",
         f"The step of {plotted(plans)[1]}, batches as above; hollow marks are runs over several slices.",
-        "### Assumed figures of the chips",
+        "## Assumed figures of the chips",
         format_table(map(chip_cells, (chip for chip in hardware.CHIPS if chip.axes)), markdown=True),
         f"Sources: {hardware.SOURCES} Matmuls are assumed to reach {100 * hardware.MATMUL_SHARE:.0f}% of the peak.",
     ]
+    return joined(parts) + "\n"
+
+
+def reference(plans: Plans) -> str:
+    """The guide's part: stage 1 on the slices of REFERENCE, and where the time of its step goes."""
+    shape, stream = plotted(plans)
+    found = [plan for name in REFERENCE if (plan := plans.find(shape, name)) and plan.step]
+    if not found:
+        return "None of the slices that this page shows is planned yet."
+    stage = plans.stages[min(plans.stages)]
+    rows, parts = [], {}
+    for plan in found:
+        step = plan.step
+        whole = stage_cells(stage, {share.shape: plan for share in stage.streams.values()})
+        speed = {"ms a step": short(1e3 * step.roofline.seconds), "MFU %": f"{100 * step.roofline.mfu:.0f}"}
+        rows.append(label(plan) | choice_cells(plan) | speed | {"hours": whole["hours"]})
+        for part, seconds in time_parts(step).items():
+            parts.setdefault(part, {})[label(plan)["slice"]] = short(1e3 * seconds)
+    text = [
+        f"{min(plans.stages)}, the step of {stream}. {made_of(found)}",
+        format_table(rows, markdown=True),
+        "Where the milliseconds of that step go:",
+        format_table(({"part": part} | cells for part, cells in parts.items()), markdown=True),
+    ]
+    return joined(text)
+
+
+def time_parts(step: StepPlan) -> dict[str, float]:
+    """The seconds of a step in parts that add up to it."""
+    roofline = step.roofline
+    peak = roofline.flops / roofline.peak_flops
+    reached = peak / hardware.MATMUL_SHARE
+    busiest = max(roofline.compute, roofline.hbm, roofline.ici_overlapped)
+    return {
+        "the model's FLOPs at the peak": peak,
+        f"matmuls at {100 * hardware.MATMUL_SHARE:.0f}% of it": reached - peak,
+        "attention below that, and recomputation": roofline.compute - reached,
+        "memory or overlapped ICI, beyond compute": busiest - roofline.compute,
+        "exposed ICI": roofline.ici_exposed,
+        "DCN": roofline.dcn,
+    }
+
+
+def made_of(plans: list[SlicePlan]) -> str:
+    """When and with what the plans were compiled, and which are of older code."""
+    dates = sorted({plan.made["date"] for plan in plans})
+    versions = ", ".join(
+        f"{name} {' and '.join(sorted({plan.made[name] for plan in plans}))}" for name in ("jax", "libtpu")
+    )
+    text = f"Compiled {' to '.join(dict.fromkeys((dates[0], dates[-1])))} ({versions})."
+    text += " All of it is arithmetic from the compiled programs, not measured."
+    older = sum(not plan.is_current for plan in plans)
+    if older:
+        which = "All plans are" if older == len(plans) else f"{older} of {len(plans)} plans are"
+        text += f" {which} of older code than this page and marked {OLDER}: today's step may differ."
+    return text
+
+
+def joined(parts: list[str]) -> str:
+    """Paragraphs in lines of the page's width; tables, headings and pictures as they are."""
     return "\n\n".join(part if part[0] in "|#!" else wrap(part) for part in parts)
 
 
@@ -199,12 +263,12 @@ def stage_part(plans: list[SlicePlan], name: str, stage: Stage) -> list[str]:
         if plan.shape in shapes:
             by_slice.setdefault(plan.topology, {})[plan.shape] = plan
     planned = {topology: found for topology, found in by_slice.items() if len(found) == len(shapes)}
-    title = f"### {name}: {stage.num_steps:,} steps of {stage.batch_size} samples"
+    title = f"## {name}: {stage.num_steps:,} steps of {stage.batch_size} samples"
     if not planned:
         return [title, "Not planned yet."]
     chosen = [(found[shape], names) for found in planned.values() for shape, names in shapes.items()]
     several = len(shapes) > 1
-    labels = [label(plan, names if several else None) for plan, names in chosen]
+    labels = [label(plan, streams=names if several else None) for plan, names in chosen]
     parts = [
         title,
         format_table(
@@ -222,7 +286,7 @@ def stage_part(plans: list[SlicePlan], name: str, stage: Stage) -> list[str]:
     if len(planned) < len(by_slice):
         parts.append("On the other slices not all streams of this stage are compiled.")
     if several:
-        totals = (label(next(iter(found.values()))) | stage_cells(stage, found) for found in planned.values())
+        totals = (label(*found.values()) | stage_cells(stage, found) for found in planned.values())
         parts += [
             "Each stream is planned by itself. A run has one mesh, accumulation and remat for all its streams, those "
             "of the heaviest (`--search` finds them). So the stage, by the streams' shares of the steps, is at best:",
@@ -231,8 +295,10 @@ def stage_part(plans: list[SlicePlan], name: str, stage: Stage) -> list[str]:
     return parts
 
 
-def label(plan: SlicePlan, streams: list[str] | None = None) -> dict[str, str]:
-    cells = {"slice": plan.topology, "chips": f"{plan.chips:,}"}
+def label(*plans: SlicePlan, streams: list[str] | None = None) -> dict[str, str]:
+    """The first cells of a row about one slice's plans."""
+    mark = "" if all(plan.is_current for plan in plans) else f" {OLDER}"
+    cells = {"slice": plans[0].topology + mark, "chips": f"{plans[0].chips:,}"}
     return cells | ({"streams": ", ".join(streams)} if streams else {})
 
 

@@ -2,7 +2,8 @@
 
     time = max(compute, HBM, overlapped ICI) + exposed ICI + DCN
 
-compute   FLOPs of the model and of recomputation, at the chip's `matmul_share` of the peak. On TPU attention reaches
+compute   FLOPs of the model and of recomputation, at the chip's `matmul_share` of the peak; the text encoder's matmuls
+          at that of 8 bits where its inputs are rounded too (w8a8, fp8). On TPU attention reaches
           head_width / matrix_unit of that, because its sums over the head width fill only that share of the matrix
           unit, on GPUs `attention_share`; its backward kernels compute the scores again
 HBM       compute weights read by each pass, gradients written and read, the state read and written, temporaries
@@ -39,6 +40,8 @@ ATTENTION_BACKWARD = 2.5
 # Forward passes that a remat policy repeats in the backward pass: (of the blocks' matmuls, of attention).
 RECOMPUTED = {"none": (0, 0), "dots": (0, 1), "block": (1, 1), "offload": (1, 1)}
 
+EIGHT_BITS = {"w8a8": "int8", "fp8": "fp8"}  # {way to quantize: the chip's speed at it}
+
 # The permutes inside the scan of parallel/gradients.py; the reduction of the last block comes after the scan.
 IN_BLOCKS = re.compile(r"shard_map/while/body/.*ppermute$")
 
@@ -70,9 +73,10 @@ class Roofline:
         return self.flops / seconds / self.peak_flops
 
 
-def step_work(config: ConfigDict, networks: Networks, stream: ConfigDict, chips: int) -> dict:
+def step_work(config: ConfigDict, networks: Networks, stream: ConfigDict, chips: int) -> dict[str, Any]:
     """FLOPs of a step per chip: of the "model", and with recomputation those in "matmul" and in "attention".
 
+    "w8a8" or "fp8" has the text encoder's matmuls, if they multiply numbers of 8 bits; "matmul" is then without them.
     "backward" has "matmul" and "attention" of the blocks' backward pass alone.
     """
     model, text_encoder = networks.transformer.config, networks.text_encoder.config
@@ -106,9 +110,16 @@ def step_work(config: ConfigDict, networks: Networks, stream: ConfigDict, chips:
     blocks, attention = RECOMPUTED[config.model.remat]
     samples = config.batch_size / chips
     forward_matmul = forward - forward_attention
+    eight_bits = {}
+    if config.quantize_text_encoder in EIGHT_BITS:
+        length, heads = config.text_length, text_encoder.num_heads * text_encoder.head_width
+        of_texts = flops.text_encoder_forward(text_encoder, text_length=length)
+        of_texts -= text_encoder.depth * flops.attention(length, heads)
+        eight_bits[config.quantize_text_encoder] = samples * len(passes) * of_texts
     return {
+        **eight_bits,
         "model": samples * sample,
-        "matmul": samples * (sample - 3 * forward_attention + blocks * forward_matmul),
+        "matmul": samples * (sample - 3 * forward_attention + blocks * forward_matmul) - sum(eight_bits.values()),
         "attention": samples * forward_attention * (1 + ATTENTION_BACKWARD + attention),
         "backward": {
             "matmul": samples * (2 + blocks) * forward_matmul,
@@ -119,7 +130,8 @@ def step_work(config: ConfigDict, networks: Networks, stream: ConfigDict, chips:
 
 def compute_seconds(work: dict[str, float], chip: hardware.Chip, head_width: int) -> float:
     filled = min(1.0, head_width / chip.matrix_unit) if chip.matrix_unit else chip.attention_share
-    return (work["matmul"] + work["attention"] / filled) / (chip.peak * chip.matmul_share)
+    eight_bits = sum(work.get(mode, 0.0) / getattr(chip, kind) for mode, kind in EIGHT_BITS.items())
+    return (work["matmul"] + eight_bits + work["attention"] / filled) / (chip.peak * chip.matmul_share)
 
 
 def held_bytes(tree: Any) -> int:

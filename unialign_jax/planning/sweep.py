@@ -1,21 +1,25 @@
 """Plans of a configuration for many TPU slices, in one JSON file.
 
-The file is the state of the sweep. A plan in it is not compiled again, so an interrupted sweep resumes, and several
-processes may share the file by taking different slices. Streams whose steps have the same shapes share their plans,
-also across stages. Batches grow with the slice, to at least one sample per chip.
+The file is the state of the sweep. A plan in it that today's code has made is not compiled again, so an interrupted
+sweep resumes, and several processes may share the file by taking different slices. A plan of older code is replaced.
+Streams whose steps have the same shapes share their plans, also across stages. Batches grow with the slice, to at least
+one sample per chip.
 """
 
+import ast
 import contextlib
 import dataclasses
 import datetime
 import fcntl
 import functools
+import hashlib
 import importlib.metadata
 import json
 import os
 import re
 import subprocess
 import sys
+import time
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -44,6 +48,12 @@ TOPOLOGIES = (
 # The keys of a configuration that change the compiled program, except accumulation and remat, which are searched.
 SECTIONS = ("model", "heads", "text_encoder", "autoencoder", "mesh")
 KEYS = ("batch_size", "image_size", "text_length", "quantize_text_encoder")
+# The code that a plan comes from, in the package: folders and files.
+SOURCES = (
+    *("models", "parallel", "losses", "diffusion"),
+    *(f"training/{name}.py" for name in ("meshes", "optimizer", "program", "state", "step")),
+    *(f"planning/{name}.py" for name in ("collectives", "roofline", "search", "stage", "step", "topology")),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +69,12 @@ class SlicePlan:
     step: StepPlan | None
     out_of_memory: str | None
     tried: list[Trial]
-    made: dict[str, str]  # date, and versions of jax, libtpu and this code
+    made: dict[str, str]  # date; versions of jax and libtpu; this code's commit, and the digest of its SOURCES
+
+    @property
+    def is_current(self) -> bool:
+        """Whether today's code has made it."""
+        return self.made.get("sources") == sources_digest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,9 +136,9 @@ def program_of(config: ConfigDict) -> dict:
 def sweep(
     config: ConfigDict, reference: str, topologies: list[str], path: Path, *, plan_slice: Callable | None = None
 ) -> list[str]:
-    """Adds the plans of a configuration's streams to the file `path`; returns one line for each error.
+    """Adds the plans of a configuration's streams to the file `path`, in place of those of older code.
 
-    A slice on which nothing fits is a result, not an error.
+    Returns one line for each error. A slice on which nothing fits is a result, not an error.
 
     Args:
       reference: the configuration's name as the user gave it.
@@ -133,6 +148,7 @@ def sweep(
     Raises ValueError for an unknown topology, a missing compiler, and a file of another configuration.
     """
     topologies = list(dict.fromkeys(map(usual_name, topologies)))
+    code_version(), sources_digest()  # of the code that is loaded now, whatever changes on disk meanwhile
     if plan_slice is None:
         topology_devices("v5e-1")  # without the TPU compiler one error, not one for each slice
     program, shapes, errors = program_of(config), {}, []
@@ -143,9 +159,11 @@ def sweep(
         plans.stages[config.name] = Stage(reference, config.num_steps, config.batch_size, shares)
     for topology in topologies:
         for shape, name in shapes.items():
-            if read_plans(path).find(shape, topology):
+            found = read_plans(path).find(shape, topology)
+            if found and found.is_current:
                 print(f"{path} has {shape} on {topology}", file=sys.stderr)
                 continue
+            start, start_cpu = time.perf_counter(), time.process_time()
             try:
                 plan = (plan_slice or compile_slice)(config, name, topology)
             except (ValueError, jax.errors.JaxRuntimeError) as error:
@@ -153,8 +171,9 @@ def sweep(
                 print(f"error: {errors[-1]}", file=sys.stderr)
                 continue
             with updating(path, program) as plans:
-                plans.plans.append(plan)
-            print(f"{shape} on {topology}: {describe(plan)}", file=sys.stderr)
+                plans.plans = [old for old in plans.plans if (old.shape, old.topology) != (shape, topology)] + [plan]
+            took = f"{time.perf_counter() - start:.0f} s, {time.process_time() - start_cpu:.0f} s of CPU"
+            print(f"{shape} on {topology}: {describe(plan)} ({took})", file=sys.stderr)
     return errors
 
 
@@ -167,7 +186,8 @@ def compile_slice(config: ConfigDict, name: str, topology: str) -> SlicePlan:
     for other, stream in alone.streams.items():  # the mesh is chosen for the streams that have a weight
         stream.weight = float(other == name)
     found = stage.plan_stage(alone, one, slices, searching=True)
-    versions = {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu"), "code": code_version()}
+    versions = {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu")}
+    versions |= {"code": code_version(), "sources": sources_digest()}
     return SlicePlan(
         shape=shape_of(config, config.streams[name]),
         topology=topology,
@@ -182,14 +202,37 @@ def compile_slice(config: ConfigDict, name: str, topology: str) -> SlicePlan:
     )
 
 
+@functools.cache
 def code_version() -> str:
-    """The commit of this code, with a + where files differ from it; without a repository the package's version."""
-    folder = Path(__file__).parent
-    git = ["git", "-C", str(folder), "describe", "--always", "--abbrev=7", "--exclude=*", "--dirty=+"]
+    """The commit of this code, with a + where the package differs from it; without a repository its version."""
+    package = Path(__file__).parents[1]
+
+    def git(*words):
+        return subprocess.run(["git", "-C", str(package), *words], capture_output=True, text=True, check=True).stdout
+
     try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        changed = git("status", "--porcelain", "--", ".")
+        return git("rev-parse", "--short=7", "HEAD").strip() + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return __version__
+
+
+@functools.cache
+def sources_digest() -> str:
+    """A digest of the code of SOURCES, without comments and docstrings: plans that differ in it may differ."""
+    package, digest = Path(__file__).parents[1], hashlib.sha256()
+    for name in SOURCES:
+        place = package / name
+        for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+            tree = ast.parse(path.read_text())
+            for node in ast.walk(tree):
+                if (
+                    isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+                    and ast.get_docstring(node) is not None
+                ):
+                    node.body = node.body[1:]
+            digest.update(ast.dump(tree).encode())
+    return digest.hexdigest()[:12]
 
 
 def describe(plan: SlicePlan) -> str:

@@ -33,7 +33,9 @@ SAVED = {
 WORKING = {"tpu": 50, "gpu": 28}  # the same units, of the block whose backward pass runs; fitted
 SEPARATE_PASS = {"tpu": 800, "gpu": 0}  # tokens' worth that two passes of two shapes save more than one of both; fitted
 SUMS = {"tpu": 3.0, "gpu": 1.5}  # float32 copies of the gradients, beside the micro-batch's; fitted
-KEPT = 0.6  # share of the activations that are there when the gradients of all weights are; fitted
+# The shares of what the blocks have saved, and of the running block's, that are there when the gradients of all weights
+# are; fitted. "paired": both passes of a sample are one forward, as without condition images.
+KEPT = {"tpu": (0.8, 0.6), "tpu, paired": (0.28, 1.33), "gpu": (0.6, 0.6), "gpu, paired": (0.6, 0.6)}
 ALWAYS = 5e8  # bytes of everything else; fitted
 AUTOENCODER_MAPS = 3  # feature maps at the resolution of the image that are alive at once
 
@@ -49,7 +51,8 @@ class StepMemory:
     text_block: float
     autoencoder: float
     sums: float  # of the gradients over micro-batches
-    activations: dict[str, float]  # {remat policy: bytes} of one sample of the stream with most tokens
+    # {remat policy: bytes} of one sample of the stream with most tokens: all, and those beside all weights' gradients
+    activations: dict[str, tuple[float, float]]
 
 
 def is_open(mesh: dict[str, int]) -> bool:
@@ -86,11 +89,12 @@ def estimate(memory: StepMemory, sizes: dict[str, int], samples: float, remat: s
     split = sizes["fsdp"] * sizes["tensor"]
     pieces = split * sizes["data"] * sizes.get("state", 1) * sizes["encoder"]  # stored plans may lack the axis
     gathered = 2 * (2 * memory.block + memory.text_block) if sizes["fsdp"] > 1 else 0  # this block, and the next
-    weights, activations = memory.weights / split, max(samples, 1) * memory.activations[remat]
+    weights = memory.weights / split
+    activations, kept = (max(samples, 1) * number for number in memory.activations[remat])
     if accumulation > 1:
         working = weights + activations + memory.sums / pieces
     else:
-        working = max(weights + activations, 2 * weights + KEPT * activations)
+        working = max(weights + activations, 2 * weights + kept)
     frozen = memory.text_encoder / (split * sizes["encoder"]) + memory.autoencoder
     return memory.state / pieces + frozen + gathered + working + ALWAYS
 
@@ -123,8 +127,11 @@ def step_memory(config: Any, networks: Networks, platform: str) -> StepMemory:
     )
 
 
-def sample_activations(config: Any, networks: Networks, remat: str, platform: str) -> float:
-    """The bytes of one sample of the stream with most tokens: the larger of its encoding and its backward pass."""
+def sample_activations(config: Any, networks: Networks, remat: str, platform: str) -> tuple[float, float]:
+    """The bytes of one sample of the stream with most tokens.
+
+    Returns the larger of its encoding and its backward pass, and what is there beside the gradients of all weights.
+    """
     model, autoencoder = networks.transformer.config, networks.autoencoder.config
     streams = [stream for stream in config.streams.values() if stream.weight > 0]
     images = 1 + max((stream.num_conditions for stream in streams), default=0)
@@ -134,9 +141,10 @@ def sample_activations(config: Any, networks: Networks, remat: str, platform: st
     tokens = (images + passes - 1) * target + passes * config.text_length
     tokens += SEPARATE_PASS[platform] * (images > 1)
     width = tokens * model.width * itemsize
-    saved = (model.depth * SAVED[platform][remat] + WORKING[platform]) * width
+    saved, working = model.depth * SAVED[platform][remat] * width, WORKING[platform] * width
+    of_saved, of_working = KEPT[platform + (", paired" if passes == 2 and images == 1 else "")]
     maps = 0.0
     if autoencoder.kind == "kl":
         maps = AUTOENCODER_MAPS * images * config.image_size**2 * autoencoder.block_widths[0]
         maps *= np.dtype(autoencoder.dtype).itemsize
-    return max(maps, saved)
+    return max(maps, saved + working), of_saved * saved + of_working * working
