@@ -86,6 +86,7 @@ def test_what_a_reader_answers_at_each_token():
     assert (encoders.answers("move the red star to the top", [], 8) == encoders.NOT_ASKED).all()
 
 
+@pytest.mark.slow
 def test_what_the_loss_of_reading_counts():
     """A reader that is sure of all, and right but for one word in ten, seen or hidden, and one answer."""
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 12, (4, 20)))
