@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import gc
 import http.server
 import importlib.machinery
@@ -95,9 +96,13 @@ def compilation_cache(pytestconfig):
 @pytest.fixture(scope="module")
 def optimized():
     """The programs that the module's tests compile from here on are optimized: for those that run for many seconds."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
+    from unialign_jax.sampling.programs import Programs
+
+    for switch in (False, True):
+        jax.config.update("jax_disable_most_optimizations", switch)
+        Programs.of.__func__.cache_clear()
+        if not switch:
+            yield
 
 
 @pytest.fixture(scope="session")
@@ -110,8 +115,72 @@ def shapes_dir(tmp_path_factory):
     return directory
 
 
+# What of a configuration does not change the program of a step, but through the networks, the mesh and the batch.
+NOT_OF_THE_STEP = {"name", "num_steps", "init_from", "init_weights", "frozen_from", "tokenizer", "streams", "data"}
+NOT_OF_THE_STEP |= {"mesh", "compilation_cache", "tracker", "log_every", "checkpoint", "samples", "validation"}
+
+
 @pytest.fixture(scope="session")
-def small_config(shapes_dir):
+def shared_programs():
+    """Runs of one process share what is the same: executables, first states and random encoders.
+
+    Most of a small run is tracing its programs and loading them, 5 s where the steps take half a second.
+    """
+    from unialign_jax.data.kinds import has_image_pass
+    from unialign_jax.training import program
+    from unialign_jax.training.loop import Trainer
+    from unialign_jax.training.validation import Validator
+
+    made = {}
+
+    def once(key, make):
+        if key not in made:
+            made[key] = make()
+        return made[key]
+
+    def key_of(trainer):
+        config = {key: value for key, value in trainer.config.to_dict().items() if key not in NOT_OF_THE_STEP}
+        flag = jax.config.values["jax_disable_most_optimizations"]
+        return json.dumps(config, sort_keys=True), trainer.networks, trainer.mesh, trainer.token_ids, flag
+
+    def step_of(trainer, name):
+        batch = tuple(sorted(trainer.batch_shapes(name).items()))
+        return *key_of(trainer), has_image_pass(trainer.settings[name].kind), batch, type(trainer).step_function
+
+    def compile_step(self, name, compiling=program.StepProgram.compile_step):
+        return once(("step", *step_of(self, name)), lambda: compiling(self, name))
+
+    def compile_validation(self, name, compiling=Validator._compile):
+        return once(("validation", *step_of(self._trainer, name)), lambda: compiling(self, name))
+
+    def init_state(self, initial=Trainer.init_state):
+        if self.config.init_from:
+            return initial(self)
+        # Copies, since a step donates the state.
+        return jax.tree.map(lambda leaf: leaf.copy(), once(("state", *key_of(self)), lambda: initial(self)))
+
+    def init_frozen(self, base=None, initial=Trainer.init_frozen):
+        networks = self.networks
+        if self.config.frozen_from or networks.lora or networks.teacher or self.config.autoencoder.kind == "kl":
+            return initial(self, base)
+        return jax.tree.map(lambda leaf: leaf, once(("frozen", *key_of(self)), lambda: initial(self)))
+
+    def make_optimizer(making=program.make_optimizer, **settings):
+        return once(("optimizer", json.dumps(settings, sort_keys=True)), lambda: making(**settings))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program.StepProgram, "compile_step", compile_step)
+        patch.setattr(Validator, "_compile", compile_validation)
+        patch.setattr(Trainer, "init_state", init_state)
+        patch.setattr(Trainer, "init_frozen", init_frozen)
+        patch.setattr(program, "make_optimizer", make_optimizer)
+        for name in ("abstract_state", "abstract_frozen"):
+            patch.setattr(program, name, functools.cache(getattr(program, name)))
+        yield
+
+
+@pytest.fixture(scope="session")
+def small_config(shapes_dir, shared_programs):
     """A function (stage, key__subkey=value ...) -> the stage's configuration, small enough to compile in seconds."""
 
     def make(stage="stage1", **overrides):

@@ -99,6 +99,7 @@ def test_a_source_becomes_a_stream(home, launch_command, command):
     assert (home / folder / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_a_stream_trains_a_stage(home, launch_command, small_config):
     """The configuration of the walk, at the suite's size: it trains, and validates on what was held out."""
     main, arguments = run(launch_command, PREPARE[0])

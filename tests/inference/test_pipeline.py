@@ -81,6 +81,7 @@ def difference(a, b):
     return np.abs(np.asarray(a, np.int32) - np.asarray(b, np.int32)).max()
 
 
+@pytest.mark.slow
 def test_generate_equals_a_plain_loop(pipeline, tiny_bundle):
     (image,) = pipeline.generate("a red circle", steps=4, seeds=5)
     expected = plain_image(tiny_bundle, pipeline.tokenizer, "a red circle", 5, steps=4, scale=7.0)

@@ -168,6 +168,7 @@ def rows(text):
     return [{k: v for k, v in json.loads(row).items() if k not in CLOCK} for row in text.splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_resumes_with_the_numbers_of_a_local_one(
     bucket, fresh, small_config, tmp_path, monkeypatch, caplog
 ):

@@ -1,6 +1,7 @@
 """The pretraining of the miniature's frozen parts: its losses against closed forms, and what the package holds."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,14 @@ SMALL_IMAGES = AutoencoderConfig(
 SMALL_TEXTS = dataclasses.replace(
     presets.TEXT_ENCODER["tiny"], width=16, mlp_width=16, num_heads=2, head_width=8, depth=1
 )
+
+
+@functools.cache
+def autoencoder():
+    """(the small autoencoder, its parameters, its `apply`), compiled as a whole: one operation at a time is slow."""
+    module = make_autoencoder(SMALL_IMAGES)
+    params = jax.jit(module.init)(jax.random.key(1), jnp.zeros((1, 16, 16, 3)))["params"]
+    return module, params, jax.jit(module.apply, static_argnames="method")
 
 
 def test_the_rate_warms_up_stays_and_falls():
@@ -77,6 +86,7 @@ def test_what_a_reader_answers_at_each_token():
     assert (encoders.answers("move the red star to the top", [], 8) == encoders.NOT_ASKED).all()
 
 
+@pytest.mark.slow
 def test_what_the_loss_of_reading_counts():
     """A reader that is sure of all, and right but for one word in ten, seen or hidden, and one answer."""
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 12, (4, 20)))
@@ -111,34 +121,34 @@ def test_what_the_loss_of_reading_counts():
 
 @pytest.mark.slow
 def test_whitened_latents_are_uncorrelated_and_the_pictures_stay():
-    module = make_autoencoder(SMALL_IMAGES)
-    params = module.init(jax.random.key(1), jnp.zeros((1, 16, 16, 3)))["params"]
+    _, params, apply = autoencoder()
+    params = jax.tree.map(lambda leaf: leaf, params)
     images = encoders.world_images(7, 0, 12, 16)
-    mean = module.apply({"params": params}, jnp.float32(images) / 127.5 - 1, method="encode")[0].mean((0, 1, 2))
+    mean = apply({"params": params}, jnp.float32(images) / 127.5 - 1, method="encode")[0].mean((0, 1, 2))
     # Pictures stay exactly where the mean is 0: the decoder's first convolution pads with zeros.
     params["encoder"]["conv_out"]["bias"] -= jnp.pad(mean, (0, 2))
     white = encoders.whitened(SMALL_IMAGES, params, images)
     pixels = jnp.float32(images) / 127.5 - 1
-    latents, log_variance = module.apply({"params": white}, pixels, method="encode")
+    latents, log_variance = apply({"params": white}, pixels, method="encode")
     latents = np.asarray(latents).reshape(-1, 2)
     np.testing.assert_allclose(latents.mean(0), 0, atol=1e-4)
     np.testing.assert_allclose(np.cov(latents.T), np.eye(2), atol=1e-3)
-    before, variance = module.apply({"params": params}, pixels, method="encode")
+    before, variance = apply({"params": params}, pixels, method="encode")
     matrix = np.linalg.lstsq(before.reshape(-1, 2) - before.mean((0, 1, 2)), latents, rcond=None)[0]
     wanted = np.exp(variance).mean((0, 1, 2)) @ matrix**2
     np.testing.assert_allclose(np.exp(log_variance).mean((0, 1, 2)), wanted, rtol=1e-3)
-    pictures = [np.asarray(module.apply({"params": p}, pixels)) for p in (params, white)]
+    pictures = [np.asarray(apply({"params": p}, pixels)) for p in (params, white)]
     np.testing.assert_allclose(*pictures, atol=1e-3)
 
 
 @pytest.fixture(scope="module")
 def small_autoencoder():
     """(module, parameters with a viewer, pictures as float32, what is at each latent)."""
-    module = make_autoencoder(SMALL_IMAGES)
+    module, params, _ = autoencoder()
     images, things = encoders.world_pictures(7, 0, 6, 16, 8)
     latents = jnp.zeros((1, 1, 1, 2))
     params = {
-        "autoencoder": module.init(jax.random.key(1), jnp.zeros((1, 16, 16, 3)))["params"],
+        "autoencoder": params,
         "viewer": encoders.Viewer().init(jax.random.key(2), latents, latents)["params"],
     }
     return module, params, jnp.float32(images) / 127.5 - 1, things
@@ -151,24 +161,25 @@ def test_the_decoder_learns_on_alone_and_through_noise(small_autoencoder, monkey
     def loss(params):
         return encoders.autoencoder_loss(module, params, pixels, things, jax.random.key(3), phase="decoder")[0]
 
-    value, gradients = jax.value_and_grad(loss)({"autoencoder": params["autoencoder"]})
+    value, gradients = jax.jit(jax.value_and_grad(loss))({"autoencoder": params["autoencoder"]})
     norm = {name: optax.global_norm(gradients["autoencoder"][name]) for name in ("encoder", "decoder")}
     assert norm["encoder"] == 0 < norm["decoder"]
     monkeypatch.setattr(encoders, "DECODER_NOISE", 0.0)
-    assert abs(loss(params) - value) > 1e-4
+    assert abs(jax.jit(lambda params: loss(params))(params) - value) > 1e-4  # another function: traced anew
 
 
 @pytest.mark.slow
 def test_the_loss_that_asks_what_is_there_is_the_sum_of_its_parts(small_autoencoder, monkeypatch):
     """Without noise in the decoder's latents the picture's part is that of the means and the variances' own draw."""
     module, params, pixels, things = small_autoencoder
-    key = jax.random.key(3)
+    key, apply = jax.random.key(3), autoencoder()[-1]
     monkeypatch.setattr(encoders, "DECODER_NOISE", 0.0)
-    loss, parts = encoders.autoencoder_loss(module, params, pixels, things, key, phase="things")
-    mean, log_variance = module.apply({"params": params["autoencoder"]}, pixels, method="encode")
+    ask = functools.partial(encoders.autoencoder_loss, module, phase="things")
+    loss, parts = jax.jit(ask)(params, pixels, things, key)
+    mean, log_variance = apply({"params": params["autoencoder"]}, pixels, method="encode")
     draws, view_key, *_ = jax.random.split(key, 4)
     latents = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(draws, mean.shape)
-    made = module.apply({"params": params["autoencoder"]}, latents, method="decode")
+    made = apply({"params": params["autoencoder"]}, latents, method="decode")
     error = np.abs(np.asarray(made - pixels))
     weights = 1 + encoders.FOREGROUND_WEIGHT * np.asarray(encoders.foreground(pixels))
     mean, variance = np.float64(mean), np.exp(np.float64(log_variance))
@@ -190,11 +201,10 @@ def test_the_loss_that_asks_what_is_there_is_the_sum_of_its_parts(small_autoenco
 
 @pytest.mark.slow
 def test_scale_and_shift_bring_latents_to_mean_0_and_deviation_1():
-    module = make_autoencoder(SMALL_IMAGES)
-    params = module.init(jax.random.key(1), jnp.zeros((1, 16, 16, 3)))["params"]
+    _, params, apply = autoencoder()
     images = encoders.world_images(7, 0, 12, 16)
     config = encoders.with_statistics(SMALL_IMAGES, params, images)
-    moments = module.apply({"params": params}, jnp.float32(images) / 127.5 - 1, method="encode")
+    moments = apply({"params": params}, jnp.float32(images) / 127.5 - 1, method="encode")
     latents = (np.asarray(moments[0]) - config.shift) * config.scale
     assert abs(latents.mean()) < 1e-3 and abs(latents.std() - 1) < 1e-3
 

@@ -1,4 +1,6 @@
 import json
+import logging
+import os
 import re
 import signal
 import subprocess
@@ -89,44 +91,53 @@ def test_a_run_in_two_halves_has_the_numbers_of_one(finished, small_config, tmp_
 
 @pytest.mark.slow
 def test_killed_and_stopped_at_any_point_and_started_again_the_numbers_are_the_same(
-    small_config, changes_of, shapes_dir, compilation_cache, tmp_path
+    small_config, changes_of, shapes_dir, compilation_cache, tmp_path, monkeypatch, caplog
 ):
-    """Killed before the first checkpoint, stopped, and killed after the second: the numbers of a run in one go."""
-    overrides = changes_of(small_config(num_steps=14, checkpoint__every=4, data__num_threads=2))
+    """Killed before the first checkpoint, stopped, and killed after the second: the numbers of a run in one go.
+
+    Only what is killed has a process of its own.
+    """
+    config = small_config(num_steps=14, checkpoint__every=4, data__num_threads=2)
+    overrides = changes_of(config)
     overrides += [f"streams.text_to_image.path={shapes_dir}/text_to_image", f"compilation_cache={compilation_cache}"]
     workdir = tmp_path / "run"
-
-    def start(workdir):
-        command = [sys.executable, ROOT / "launch" / "train.py", "--noprogress", f"--workdir={workdir}"]
-        command += [f"--config={ROOT}/configs/stage1.py:tiny", *(f"--config.{o}" for o in overrides)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def row_count():
         path = workdir / "metrics.jsonl"
         return path.read_text().count("\n") if path.exists() else 0
 
-    def start_and_end(after, number):
-        """A process that gets this signal after so many rows, one of its own at least -> its exit status and output."""
+    def start_and_kill(after):
+        """A process that is killed after so many rows, one of its own at least."""
         after = max(after, row_count() + 1)
-        process = start(workdir)
+        command = [sys.executable, ROOT / "launch" / "train.py", "--noprogress", f"--workdir={workdir}"]
+        command += [f"--config={ROOT}/configs/stage1.py:tiny", *(f"--config.{o}" for o in overrides)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         while process.poll() is None and row_count() < after:
-            time.sleep(0.002)
-        process.send_signal(number)
+            time.sleep(0.01)
+        process.kill()
         output, _ = process.communicate(timeout=300)
-        return process.returncode, output
+        assert process.returncode == -signal.SIGKILL, output
 
-    assert start_and_end(2, signal.SIGKILL)[0] == -signal.SIGKILL
-    status, output = start_and_end(5, signal.SIGTERM)
-    assert status == 128 + signal.SIGTERM, output
-    stopped = int(re.search(r"stopped by SIGTERM at step (\d+), saved", output).group(1))
+    def stopping(trainer, batch, put_batch=Trainer.put_batch):
+        if row_count() >= 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+            monkeypatch.undo()
+        return put_batch(trainer, batch)
+
+    start_and_kill(2)
+    monkeypatch.setattr(Trainer, "put_batch", stopping)
+    with caplog.at_level(logging.INFO, "unialign_jax"), pytest.raises(SystemExit) as stop:
+        run(config, workdir)
+    assert stop.value.code == 128 + signal.SIGTERM
+    stopped = int(re.search(r"stopped by SIGTERM at step (\d+), saved", caplog.text).group(1))
     # The step under way when the signal came is in the checkpoint.
     assert stopped == len(read_metrics(workdir)) >= 5 and (workdir / "checkpoints" / str(stopped)).is_dir()
-    assert start_and_end(9, signal.SIGKILL)[0] == -signal.SIGKILL
+    start_and_kill(9)
     for folder in (workdir, tmp_path / "whole"):
-        process = start(folder)
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output
-        assert ("resuming" in output) == (folder == workdir)
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "unialign_jax"):
+            run(config, folder)
+        assert ("resuming" in caplog.text) == (folder == workdir)
     whole = read_metrics(tmp_path / "whole")
     assert len(whole) == 14
     assert numbers(read_metrics(workdir)) == numbers(whole)
@@ -166,6 +177,7 @@ def test_one_compilation_per_stream_and_none_after(small_config, tmp_path, monke
     step_function = Trainer.step_function
     # Counted together, by the function's name: once for each of the five streams.
     monkeypatch.setattr(Trainer, "step_function", lambda *args: chex.assert_max_traces(step_function(*args), n=5))
+    monkeypatch.setattr(Trainer, "compile_step", lambda self, name: self.lower_step(name).compile())  # not shared
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, _, **details: (

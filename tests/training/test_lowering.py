@@ -2,13 +2,14 @@
 
 Lowering finds what JAX itself refuses on those machines (a kernel that is not split by hand, shapes that a kernel does
 not take), in seconds and without their compilers. The attention is the one that "auto" chooses there. Sizes are small,
-but for the width of the heads, which the kernels depend on.
+but for the width of the heads, which the kernels depend on. Most of the time is tracing: programs share what they can.
 """
 
 import functools
 import types
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +17,10 @@ import pytest
 
 from unialign_jax.diffusion.flow import sampling_sigmas
 from unialign_jax.models.attention import attention
+from unialign_jax.models.autoencoder import AutoencoderKL
+from unialign_jax.models.mmdit import MMDiT
 from unialign_jax.models.parameters import storage_dtype
+from unialign_jax.models.text_encoder import TextEncoder
 from unialign_jax.parallel import sharding
 from unialign_jax.parallel.mesh import make_mesh
 from unialign_jax.sampling import image as image_sampler
@@ -54,18 +58,31 @@ def no_cudnn_needed(monkeypatch):
     monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
 
 
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("method", "paired"))
+def apply_once(module, *arguments, **keywords):
+    """A network on arrays of these shapes, on this mesh: traced for the first program that has it."""
+    return nn.Module.apply(module, *arguments, **keywords)
+
+
+@pytest.fixture(autouse=True)
+def encoders_traced_once(monkeypatch):
+    """The frozen networks are the same on every platform."""
+    monkeypatch.setattr(TextEncoder, "apply", apply_once)
+    monkeypatch.setattr(AutoencoderKL, "apply", apply_once)
+
+
 @functools.cache
 def made_small(stage):
     config = read_config(str(ROOT / "configs" / f"{stage}.py"), [])
     config.update(
         {
             "batch_size": 8,
-            "image_size": 64,
+            "image_size": 16,
             "text_length": 24,
             "model": {"depth": 2, "num_heads": 2, "tap_depth": 1, "text_width": 128, "vocab_size": 512},
             "heads": {"hidden_width": 32, "teacher_width": 16},
             "text_encoder": {"width": 128, "mlp_width": 64, "num_heads": 2, "depth": 1, "vocab_size": 512},
-            "autoencoder": {"block_widths": (32,) * 4, "blocks_per_level": 1},
+            "autoencoder": {"block_widths": (32, 64), "blocks_per_level": 1, "downsample_factor": 2},
             "samples": {"count": 5, "steps": 2},
         }
     )
@@ -87,10 +104,10 @@ def weights(stage, mesh):
     return abstract_state(networks, tx, config.ema_decay, mesh), abstract_frozen(networks, mesh)
 
 
-def lower(platform, function, mesh, *arguments, **static):
-    """Lowers `function(*arguments, **static)` under the mesh; the arguments are shapes."""
+def lower(platform, function, mesh, *arguments):
+    """Lowers `function(*arguments)` under the mesh; the arguments are shapes."""
     with jax.set_mesh(mesh):
-        return jax.jit(functools.partial(function, **static)).trace(*arguments).lower(lowering_platforms=(platform,))
+        return jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,))
 
 
 def test_the_steps_below_are_all_there_are():
@@ -131,7 +148,7 @@ def lower_step(stage, name, sizes, platform):
 @pytest.mark.slow
 @EVERY_PLATFORM
 @pytest.mark.parametrize(("mesh", "batch"), [(ONE, 5), (FSDP, 8), (FSDP, 5)], ids=str)
-def test_every_sampling_program(mesh, batch, platform):
+def test_every_sampling_program(mesh, batch, platform, monkeypatch):
     config, mesh = made_small("stage3"), on(mesh)
     networks = Networks.create(*build_configs(config, platform))
     transformer, text_encoder, autoencoder = networks.transformer, networks.text_encoder, networks.autoencoder
@@ -154,23 +171,29 @@ def test_every_sampling_program(mesh, batch, platform):
     interval, two_scales = text_only._replace(active=np.ones(2, bool)), text_only._replace(image_scale=array())
     state = image_sampler.SamplerState(latents, latents, latents)
 
-    lowered = functools.partial(lower, platform)
     ids, is_target = array(24, dtype=jnp.int32), array(24, dtype=jnp.bool_)
-    lowered(functools.partial(programs.encode_prompts, text_encoder), mesh, frozen["text_encoder"], ids)
-    images = array(64, 64, 3, dtype=jnp.uint8)
-    lowered(functools.partial(programs.encode_images, autoencoder), mesh, frozen["autoencoder"], images)
-    lowered(functools.partial(programs.decode_images, autoencoder), mesh, frozen["autoencoder"], latents)
-    rest = (table, text, text)
-    lowered(functools.partial(programs.advance_images, transformer), mesh, params, state, *rest, text_only)
+    images = array(16, 16, 3, dtype=jnp.uint8)
+    calls = [
+        (functools.partial(programs.encode_prompts, text_encoder), frozen["text_encoder"], ids),
+        (functools.partial(programs.encode_images, autoencoder), frozen["autoencoder"], images),
+        (functools.partial(programs.decode_images, autoencoder), frozen["autoencoder"], latents),
+        (functools.partial(programs.advance_images, transformer), params, state, table, text, text, text_only),
+    ]
     sample = functools.partial(programs.sample_images, transformer, latent_shape=(8, 8, 16))
     for guidance in (None, text_only, interval, two_scales):  # by the same function, `advance_images`
         conditions = array(1, 8, 8, 16) if guidance is two_scales else None
-        lowered(sample, mesh, params, seeds, *rest, guidance, conditions)
+        calls.append((sample, params, seeds, table, text, text, guidance, conditions))
     both = {"transformer": params, "text_encoder": frozen["text_encoder"]}
     describe = functools.partial(programs.describe, transformer, text_encoder, mask_id=511, eos_id=1)
     for decoding in DECODINGS:
         rest = (latents, ids, is_target, seeds, 4, 1.0, 0.9, 0.1)
-        lowered(describe, mesh, both, *rest, decoding=decoding)
+        calls.append((functools.partial(describe, decoding=decoding), both, *rest))
+
+    def every_program(arguments):
+        return [function(*own) for (function, *_), own in zip(calls, arguments, strict=True)]
+
+    monkeypatch.setattr(MMDiT, "apply", apply_once)  # and lowered once, where programs call it in one module
+    lower(platform, every_program, mesh, [arguments for _, *arguments in calls])
 
 
 class Blank:
@@ -187,13 +210,13 @@ class Blank:
 
     def __getitem__(self, index):
         example = {
-            "image": np.zeros((64, 64, 3), np.uint8),
+            "image": np.zeros((16, 16, 3), np.uint8),
             "prompt_ids": np.zeros(24, np.int32),
             "text_ids": np.zeros(24, np.int32),
             "text_is_target": np.ones(24, bool),
         }
         if self.config.num_conditions:
-            example["conditions"] = np.zeros((self.config.num_conditions, 64, 64, 3), np.uint8)
+            example["conditions"] = np.zeros((self.config.num_conditions, 16, 16, 3), np.uint8)
         return example
 
 
@@ -228,6 +251,7 @@ def test_the_samples_of_every_stream(mesh, platform, monkeypatch, tmp_path):
         monkeypatch.setattr(module, "jax", types.SimpleNamespace(**vars(jax) | {"jit": lowering_jit}))
     streams = {name: Blank(settings) for name, settings in config.streams.items() if name not in SAME}
     tokenizer = types.SimpleNamespace(eos_id=1, mask_id=511, decode=str)
+    monkeypatch.setattr(MMDiT, "apply", apply_once)
     sampler = Sampler(config, networks, mesh, streams, tokenizer, tmp_path)
     state, frozen = weights("stage3", mesh)
     written = sampler.write(1, state.params["transformer"], frozen)

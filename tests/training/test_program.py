@@ -17,6 +17,7 @@ def test_the_shapes_of_a_batch_are_those_of_the_data(small_config, intrinsic):
         assert ("teacher_text" in expected) == (intrinsic > 0)
 
 
+@pytest.mark.slow
 def test_the_program_needs_no_data(small_config):
     config = small_config("stage2")
     for stream in config.streams.values():

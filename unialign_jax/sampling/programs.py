@@ -283,6 +283,7 @@ class Programs:
     describe: Callable[..., TextSample]  # static: decoding
 
     @classmethod
+    @functools.lru_cache(maxsize=8)
     def of(
         cls,
         transformer: MMDiT,
@@ -294,6 +295,8 @@ class Programs:
         mesh: Mesh | None = None,
     ) -> "Programs":
         """The programs of three modules. A module may be None; its programs cannot be called then.
+
+        Equal arguments give the same programs, so that nothing is traced or compiled twice in a process.
 
         Args:
           mesh: when given, every result is split over the axes that split a batch; call them under `jax.set_mesh`.

@@ -54,10 +54,14 @@ class Networks(NamedTuple):
 
     def on(self, mesh: Mesh) -> "Networks":
         """The same networks, whose blocks' gradients are reduced as fits the mesh's place in its torus."""
-        scan = functools.partial(scan_blocks, axes_without_wraparound=axes_without_wraparound(mesh))
-        if self.lora is not None:
-            scan = scan_adapted
+        scan = scan_adapted if self.lora is not None else scan_on(axes_without_wraparound(mesh))
         return self._replace(transformer=self.transformer.clone(scan_blocks=scan))
+
+
+@functools.cache
+def scan_on(axes: tuple[str, ...]) -> Callable:
+    """`scan_blocks` where these axes have no wrap-around: one function, so that equal networks compare equal."""
+    return functools.partial(scan_blocks, axes_without_wraparound=axes)
 
 
 def scan_adapted(*args, late: bool = False):

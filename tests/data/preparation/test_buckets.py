@@ -214,6 +214,7 @@ def test_any_hosts_and_threads_read_the_same_batches(config, hosts, start):
         batches.close()
 
 
+@pytest.mark.slow
 def test_each_bucket_has_a_step_of_its_own_shapes(config):
     program = StepProgram(config, jax.devices()[:1])
     assert set(program.settings) == {f"text_to_image_{bucket_name(size)}" for size in SIZES}

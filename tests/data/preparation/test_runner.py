@@ -113,6 +113,7 @@ def test_a_run_goes_on_where_it_stopped(rows, tmp_path, monkeypatch, stage):
     assert not (tmp_path / ".o.preparing").exists()
 
 
+@pytest.mark.slow
 def test_kill_9(rows, tmp_path, launch_command):
     """The command, killed while two processes work, and started again."""
     command = [
