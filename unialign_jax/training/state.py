@@ -19,7 +19,7 @@ from unialign_jax.models.teacher import TeacherConfig
 from unialign_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 from unialign_jax.parallel import sharding
 from unialign_jax.parallel.gradients import scan_blocks
-from unialign_jax.parallel.mesh import axes_without_wraparound
+from unialign_jax.parallel.mesh import axes_without_wraparound, count_slices
 
 # Without converted weights the frozen encoders are drawn from this seed, whatever the run's own: the stages of one
 # training must agree on them.
@@ -54,7 +54,8 @@ class Networks(NamedTuple):
 
     def on(self, mesh: Mesh) -> "Networks":
         """The same networks, whose blocks' gradients are reduced as fits the mesh's place in its torus."""
-        scan = functools.partial(scan_blocks, axes_without_wraparound=axes_without_wraparound(mesh))
+        place = {"axes_without_wraparound": axes_without_wraparound(mesh), "slices": count_slices(mesh.devices.flat)}
+        scan = functools.partial(scan_blocks, **place)
         if self.lora is not None:
             scan = scan_adapted
         return self._replace(transformer=self.transformer.clone(scan_blocks=scan))
