@@ -3,7 +3,7 @@
 XLA on TPU does not overlap reduce-scatter with compute, so a plain scan stalls at every layer. The backward pass here
 holds layer i + 1's gradients for one iteration and reduces them while it computes layer i's, by a ring of ppermutes,
 which XLA does overlap. Without a wrap-around link a ring would cross the whole axis, so there both ends send inwards
-along an open line.
+along an open line. The sums over "replica" follow in the same iteration, so that those between slices overlap too.
 """
 
 import functools
@@ -20,7 +20,7 @@ from unialign_jax.parallel.activations import BATCH_AXES, axes_that_divide
 from unialign_jax.parallel.sharding import partition_spec, path_string, table_spec
 
 TILE = 8 * 128  # numbers that a TPU keeps together
-LONGEST_RING = 8  # replicas of a slice that are summed block by block; the hops of more would outlast a block
+LONGEST_RING = 8  # replicas that are summed along one ring; more take several, one after the other
 
 
 def scan_blocks(
@@ -101,9 +101,8 @@ def scan_reducing_late(
         lambda keys, leaf: partition_spec(f"{path}/{path_string(keys)}", leaf.shape, mesh, state=True), params
     )
     replicas = mesh.shape.get("replica", 1) // slices  # in a slice
-    in_ring = "replica" in used and replicas <= LONGEST_RING
     parts = math.prod(mesh.shape[name] for name in scattered)
-    packing = Packing(params, of_state, scattered, parts, replicas if in_ring else 1)
+    packing = Packing(params, of_state, scattered, parts, replicas)
     rows, rows_of_layers, everywhere = jax.P(used), jax.P(None, used), jax.P()
     specs = everywhere, rows, rows_of_layers, rows  # of the arguments of `scan`
     by_device = functools.partial(jax.shard_map, check_vma=False)
@@ -123,7 +122,7 @@ def scan_reducing_late(
 
     def reduce(halves):
         pieces = reduce_scatter(halves, scattered, axes_without_wraparound)
-        return sum_over_replicas(pieces, slices) if in_ring else pieces
+        return sum_over_replicas(pieces, slices) if "replica" in used else pieces
 
     def backward(params, residuals, cotangent, shared):
         def step(state, of_layer):
@@ -144,8 +143,6 @@ def scan_reducing_late(
         # Iteration i reduced the gradients of layer i + 1; those of layer 0 are left.
         last = reduce(last)
         pieces = [jnp.concatenate([first[None], later[:-1]]) for first, later in zip(last, pieces, strict=True)]
-        if "replica" in used and not in_ring:
-            pieces = [jax.lax.psum(piece, "replica") for piece in pieces]
         rest = [jax.lax.psum(leaf.astype(jnp.float32), used).astype(leaf.dtype) for leaf in rest]
         return packing.unpack(pieces, rest), cotangent, of_inputs, of_shared
 
@@ -259,19 +256,19 @@ def split_pieces(x: jax.Array, name: str):
     return x, jax.lax.dynamic_index_in_dim(x, jax.lax.axis_index(name), keepdims=False)
 
 
-def reduce_along(x: jax.Array, name: str, direction: int, closed: bool, size: int | None = None):
+def reduce_along(x: jax.Array, name: str, direction: int, closed: bool, size: int | None = None, stride: int = 1):
     """The sum of this device's piece over the other devices: all of them on a ring, on a line those on one side.
 
     At each hop a device passes its partial sum to its neighbour, which adds its own contribution to the same piece. On
     an open line the first device receives zeros, and a partial sum that runs off the end is dropped.
 
     Args:
-      size: each ring or line has so many devices that follow each other along the axis; None for all of the axis.
+      size, stride: each ring or line has so many devices of the axis (None is all), every `stride`-th.
     """
     size = size or jax.lax.axis_size(name)
-    device = jax.lax.axis_index(name) % size
+    device = jax.lax.axis_index(name) // stride % size
     piece = lambda hop: jax.lax.dynamic_index_in_dim(x, (device - direction * (1 + hop)) % size, keepdims=False)  # noqa: E731
-    pairs = neighbours(name, direction, closed, size)
+    pairs = neighbours(name, direction, closed, size, stride)
     total = piece(0)
     for hop in range(1, size):
         total = jax.lax.ppermute(total, name, pairs)
@@ -280,10 +277,10 @@ def reduce_along(x: jax.Array, name: str, direction: int, closed: bool, size: in
     return total
 
 
-def gather_along(piece: jax.Array, name: str, direction: int, size: int):
+def gather_along(piece: jax.Array, name: str, direction: int, size: int, stride: int):
     """The pieces [size, ...] of all devices of a ring; every device passes on what it received."""
-    device = jax.lax.axis_index(name) % size
-    pairs = neighbours(name, direction, True, size)
+    device = jax.lax.axis_index(name) // stride % size
+    pairs = neighbours(name, direction, True, size, stride)
     pieces = jnp.zeros((size, *piece.shape), piece.dtype)
     for hop in range(size):
         piece = jax.lax.ppermute(piece, name, pairs) if hop else piece
@@ -291,30 +288,37 @@ def gather_along(piece: jax.Array, name: str, direction: int, size: int):
     return pieces
 
 
-def neighbours(name: str, direction: int, closed: bool, size: int) -> list[tuple[int, int]]:
-    """Who sends to whom along an axis, in rings or lines of `size` devices."""
-    starts = range(0, jax.lax.axis_size(name), size)
-    steps = [(i, (i + direction) % size) for i in range(size) if closed or 0 <= i + direction < size]
-    return [(start + source, start + target) for start in starts for source, target in steps]
+def neighbours(name: str, direction: int, closed: bool, size: int, stride: int) -> list[tuple[int, int]]:
+    """Who sends to whom along an axis, in rings or lines of `size` devices, every `stride`-th."""
+    pairs = []
+    for device in range(jax.lax.axis_size(name)):
+        place = device // stride % size
+        if closed or 0 <= place + direction < size:
+            pairs.append((device, device + ((place + direction) % size - place) * stride))
+    return pairs
 
 
 def sum_over_replicas(halves: Any, slices: int):
     """The sums over "replica" of up to two arrays [tiles, ...], the same bits on every device, one for each way round.
 
-    The devices of a slice reduce-scatter and gather along a ring; between slices only a device's share of that travels.
+    The devices of a slice reduce-scatter and gather along rings; between slices only a device's share of that travels.
     """
-    size = jax.lax.axis_size("replica") // slices
+    count = jax.lax.axis_size("replica")
 
-    def total(x, way):
+    def total(x, way, stride):
+        left = count // slices // stride  # devices of a slice that are still to be summed
+        if left == 1:
+            peers = [list(range(first, count, stride)) for first in range(stride)]
+            return jax.lax.psum(x, "replica", axis_index_groups=peers) if slices > 1 else x
+        size = math.gcd(left, LONGEST_RING)
+        size = left if size == 1 else size
         pieces = x.reshape(size, -1, *x.shape[1:])
-        own = jax.lax.dynamic_index_in_dim(pieces, jax.lax.axis_index("replica") % size, keepdims=False)
-        own += reduce_along(pieces, "replica", way, True, size) if size > 1 else 0
-        if slices > 1:
-            peers = [list(range(first, slices * size, size)) for first in range(size)]
-            own = jax.lax.psum(own, "replica", axis_index_groups=peers)
-        return gather_along(own, "replica", way, size).reshape(x.shape)
+        place = jax.lax.axis_index("replica") // stride % size
+        own = jax.lax.dynamic_index_in_dim(pieces, place, keepdims=False)
+        own += reduce_along(pieces, "replica", way, True, size, stride)
+        return gather_along(total(own, way, stride * size), "replica", way, size, stride).reshape(x.shape)
 
-    return [total(half, way) for half, way in zip(halves, (1, -1), strict=False)]
+    return [total(half, way, 1) for half, way in zip(halves, (1, -1), strict=False)]
 
 
 def split_dot_general(path: str) -> Callable:
