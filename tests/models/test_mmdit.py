@@ -210,6 +210,20 @@ def test_the_gradient_of_every_weight_is_reduce_scattered():
 
 
 @pytest.mark.slow
+def test_passes_of_two_shapes_reduce_gradients_once():
+    params, (latents, text, sigma, conditions) = random_params(SMALL), inputs(SMALL, batch=8)
+
+    def permutes(*passes):
+        apply = lambda p: MMDiT(SMALL).apply({"params": p}, *passes, method="several")  # noqa: E731
+        loss = lambda p: sum(jnp.sum(x**2) for x in jax.tree.leaves(apply(p)))  # noqa: E731
+        return jax.jit(jax.grad(loss)).lower(params).as_text().count("stablehlo.collective_permute")
+
+    with jax.set_mesh(make_mesh(data=4, encoder=2, fsdp=1)):
+        alone = permutes((latents, text, sigma))
+        assert alone and permutes((latents, text, sigma, conditions), (latents, text, sigma)) == alone
+
+
+@pytest.mark.slow
 def test_bfloat16_stays_near_float32():
     params, args = random_params(SMALL, scale=0.1), inputs(SMALL)
     exact = run(SMALL, params, *args)

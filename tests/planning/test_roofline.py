@@ -90,11 +90,11 @@ def test_permutes_load_links_and_both_ways_at_once():
 
 
 def test_sums_of_gradients_are_known_by_their_names():
-    def layer(params, index, carry, shared):
+    def layer(params, index, carry, inputs, shared):
         return jnp.tanh(carry @ params["image"]["mlp_in"]["kernel"]) + shared
 
     def loss(params, x):
-        return jnp.sum(scan_reducing_late(layer, params, x, x, "blocks"))
+        return jnp.sum(scan_reducing_late(layer, params, x, None, x, "blocks"))
 
     params = {"image": {"mlp_in": {"kernel": jnp.ones((3, 8, 8))}}}
     with jax.set_mesh(make_mesh(data=8, fsdp=1)):

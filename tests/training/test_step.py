@@ -151,8 +151,10 @@ def toy_networks(autoencoder):
     def encode(variables, ids):
         return jnp.sin(ids[..., None] * jnp.arange(1, 9))
 
-    def transform(variables, latents, text, sigma, conditions=None):
-        p = variables["params"]
+    def transform(variables, *passes, method):
+        return [one_pass(variables["params"], *each) for each in passes]
+
+    def one_pass(p, latents, text, sigma, conditions=None):
         image = latents.reshape(latents.shape[0], -1, latents.shape[-1]) @ p["image"]
         text = text @ p["text"] + sigma[:, None, None]
         if conditions is not None:
@@ -265,7 +267,10 @@ def recorder(trainer, kind, **changes):
         seen.append(ids)
         return jnp.zeros((*ids.shape, 8)).at[..., 0].set(ids)
 
-    def transform(variables, latents, text, sigma, conditions=None):
+    def transform(variables, *inputs, method=None):
+        return [transform(variables, *each) for each in inputs] if method == "several" else one_pass(*inputs)
+
+    def one_pass(latents, text, sigma, conditions=None):
         passes.append({"latents": latents, "text": text, "sigma": sigma, "conditions": conditions})
         # Not constants, which the compiler would compute with for seconds.
         image, logits = latents.reshape(latents.shape[0], -1, 12), jnp.tile(text[..., :1], 512)
@@ -296,10 +301,13 @@ def test_images_are_compared_cell_by_cell_where_there_is_a_grid(trainer):
     tap, grid = (rng.standard_normal((BATCH, count, 16)).astype(np.float32) for count in (16, 4))
     batch = made_up_batch() | {"teacher_grid": grid.astype(np.float16)}
 
-    def transform(variables, latents, text, sigma, conditions=None):
-        logits = jnp.tile(text[..., :1], 512)
-        features = latents.reshape(BATCH, -1, 12)
-        return MMDiTOutput(latents, logits, features, features, jnp.asarray(tap), text)
+    def transform(variables, *passes, method):
+        logits = [jnp.tile(text[..., :1], 512) for _, text, *_ in passes]
+        features = [latents.reshape(BATCH, -1, 12) for latents, *_ in passes]
+        return [
+            MMDiTOutput(latents, logits, features, features, jnp.asarray(tap), text)
+            for (latents, text, *_), logits, features in zip(passes, logits, features, strict=True)
+        ]
 
     def align(variables, image, text, pool_image):
         assert not pool_image

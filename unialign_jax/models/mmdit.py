@@ -22,6 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from unialign_jax.models.attention import attention
 from unialign_jax.parallel.activations import keep_batch_sharded
+from unialign_jax.parallel.few_rows import dense_of_all_blocks, moves_rows
 from unialign_jax.parallel.gradients import scan_blocks, split_dot_general
 
 XAVIER = nn.initializers.xavier_uniform()
@@ -265,6 +266,11 @@ class Layer(nn.Module):
         text_tap = jnp.where(reached, text, text_tap)
         return (image, text, image_tap, text_tap), None
 
+    @staticmethod
+    def weights_read(params: dict, vectors: Any) -> dict:
+        """The parameters that a block reads: with `vectors`, not those of the modulations."""
+        return params if vectors is None else {"joint": joint_without_modulations(params["joint"])}
+
 
 class TimeEmbedder(nn.Module):
     """sigma [B] -> [B, D]: sinusoids, then a two-layer MLP; all float32."""
@@ -330,6 +336,20 @@ class MMDiT(nn.Module):
         modulations: Modulations | None = None,
         paired: bool = False,
     ) -> MMDiTOutput:
+        read_out, block_pass = self.begin(latents, text_embeddings, sigma, conditions, modulations, paired)
+        return read_out(*self.run_blocks(block_pass)[0])
+
+    def several(self, *passes: tuple) -> list[MMDiTOutput]:
+        """The outputs of passes of several shapes, each (latents, text_embeddings, sigma[, conditions]).
+
+        Where gradients are reduced a block late, the passes run side by side, so that they are reduced once.
+        """
+        begun = [self.begin(*each) for each in passes]
+        carries = self.run_blocks(*(block_pass for _, block_pass in begun))
+        return [read_out(*carry) for (read_out, _), carry in zip(begun, carries, strict=True)]
+
+    def begin(self, latents, text_embeddings, sigma, conditions=None, modulations=None, paired=False):
+        """A pass up to the blocks: the function of the last carry that ends it, and its (carry, inputs, shared)."""
         c = self.config
         check_inputs(c, latents, text_embeddings, sigma, conditions, modulations)
         image, text = self.embed(latents, conditions, text_embeddings)
@@ -337,15 +357,35 @@ class MMDiT(nn.Module):
         if modulations is None:
             time_embedding = self.time_embed(sigma)
             head_modulation = self.image_head_modulation(nn.silu(time_embedding))
+            vectors = self.vectors_of_blocks(time_embedding)
+            time_embedding = time_embedding if vectors is None else None
         else:
             vectors = modulations.image[:, None], modulations.text[:, None]
             head_modulation = modulations.head[None]
         image, text = keep_batch_sharded(image), keep_batch_sharded(text)
         target_tokens = latents.shape[1] * latents.shape[2] // c.patch_size**2
         carry = image, text, jnp.zeros_like(image[:, :target_tokens]), jnp.zeros_like(text)
-        block, late = Layer(c, parent=None), c.remat != "offload"
-        carry = self.scan_blocks(self.blocks, block, c.depth, carry, vectors, time_embedding, late=late)
-        return self.read_out(*carry, head_modulation, latents.shape[1:3], paired)
+        read_out = functools.partial(
+            self.read_out, head_modulation=head_modulation, latent_size=latents.shape[1:3], paired=paired
+        )
+        return read_out, (carry, vectors, time_embedding)
+
+    def run_blocks(self, *passes: tuple) -> list[tuple]:
+        c = self.config
+        return self.scan_blocks(self.blocks, Layer(c, parent=None), c.depth, passes, late=c.remat != "offload")
+
+    def vectors_of_blocks(self, time_embedding: jax.Array):
+        """The modulations of all blocks, [depth, B, 6, D] of each stream, where their kernels stay split; or None."""
+        if self.is_initializing():
+            return None
+        vectors = []
+        for stream in ("image", "text"):
+            weights = self.blocks.variables["params"]["joint"][stream].get("modulation", {})
+            path = f"blocks/joint/{stream}/modulation/kernel"
+            if "kernel" not in weights or not moves_rows(path, weights["kernel"], len(time_embedding)):
+                return None
+            vectors.append(dense_of_all_blocks(nn.silu(time_embedding), weights["kernel"], weights["bias"]))
+        return tuple(vectors)
 
     def embed(self, latents: jax.Array, conditions: jax.Array | None, text_embeddings: jax.Array):
         """The image tokens [B, N, D], the target's before the conditions', and the text tokens [B, L, D]."""
@@ -423,10 +463,12 @@ def block_modulations(config: MMDiTConfig, params: dict, sigma: jax.Array) -> Mo
 
 def without_modulations(params: dict) -> dict:
     """The two thirds of the parameters that the network reads when it is given `modulations`."""
-    streams = params["blocks"]["joint"]
-    streams = {name: {k: v for k, v in half.items() if k != "modulation"} for name, half in streams.items()}
     rest = {k: v for k, v in params.items() if k not in ("time_embed", "image_head_modulation", "blocks")}
-    return rest | {"blocks": {"joint": streams}}
+    return rest | {"blocks": {"joint": joint_without_modulations(params["blocks"]["joint"])}}
+
+
+def joint_without_modulations(streams: dict) -> dict:
+    return {name: {k: v for k, v in half.items() if k != "modulation"} for name, half in streams.items()}
 
 
 def check_inputs(

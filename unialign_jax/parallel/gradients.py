@@ -3,7 +3,7 @@
 XLA on TPU does not overlap reduce-scatter with compute, so a plain scan stalls at every layer. The backward pass here
 holds layer i + 1's gradients for one iteration and reduces them while it computes layer i's, by a ring of ppermutes,
 which XLA does overlap. Without a wrap-around link a ring would cross the whole axis, so there both ends send inwards
-along an open line.
+along an open line. The sums over "replica" follow in the same iteration, so that those between slices overlap too.
 """
 
 import functools
@@ -20,40 +20,45 @@ from unialign_jax.parallel.activations import BATCH_AXES, axes_that_divide
 from unialign_jax.parallel.sharding import partition_spec, path_string, table_spec
 
 TILE = 8 * 128  # numbers that a TPU keeps together
+LONGEST_RING = 8  # replicas that are summed along one ring; more take several, one after the other
 
 
 def scan_blocks(
     blocks: nn.Module,
     block: nn.Module,
     depth: int,
-    carry: Any,
-    inputs: Any,
-    shared: Any,
+    passes: Sequence[tuple],
     *,
     late: bool = True,
     axes_without_wraparound: Sequence[str] = (),
+    slices: int = 1,
 ):
-    """Runs a network's blocks, carry, _ = block(carry, i, inputs[i], shared) for each i, and returns the last carry.
+    """Runs a network's blocks, carry, _ = block(carry, i, inputs[i], shared) for each i, and returns the last carries.
 
-    The gradients of the weights are reduced one block late where `reduces_late` holds, else where autodiff makes them.
+    The gradients of the weights are reduced one block late where `reduces_late` holds, once for all passes, else where
+    autodiff makes them.
 
     Args:
       blocks: the `nn.scan` of `block`, bound; its parameters have the block as their first axis.
-      block: a single block, unbound.
-      carry, shared: trees of arrays whose first axis is the batch.
-      inputs: a tree of arrays whose first axis is the block, for blocks that are not trained; or None.
+      block: a single block, unbound. `block.weights_read(params, inputs)` are the parameters that it reads.
+      passes: (carry, inputs, shared) of each pass through the network. `carry` and `shared` are trees of arrays whose
+        first axis is the batch; `inputs` is one of arrays whose first axes are the block and the batch, or None.
       late: False never reduces late, for a remat policy that offloads.
+      slices: of the mesh, which "replica" counts from the outside.
     """
-    late = late and inputs is None and not blocks.is_initializing()
-    batch_size = jax.tree.leaves(carry)[0].shape[0]
-    if not late or not reduces_late(jax.sharding.get_abstract_mesh(), batch_size):
-        return blocks(carry, jnp.arange(depth), inputs, shared)[0]
+    mesh = jax.sharding.get_abstract_mesh()
+    rows = {leaf.shape[0] for carry, _, _ in passes for leaf in jax.tree.leaves(carry)}
+    rows |= {leaf.shape[1] for _, inputs, _ in passes for leaf in jax.tree.leaves(inputs)}
+    if not late or blocks.is_initializing() or not all(reduces_late(mesh, count) for count in rows):
+        return [blocks(carry, jnp.arange(depth), inputs, shared)[0] for carry, inputs, shared in passes]
 
-    def layer(params, index, carry, shared):
-        return block.apply({"params": params}, carry, index, None, shared)[0]
+    def layer(params, index, carries, inputs, shared):
+        each = zip(carries, inputs, shared, strict=True)
+        return [block.apply({"params": params}, carry, index, *others)[0] for carry, *others in each]
 
-    params = blocks.variables["params"]
-    return scan_reducing_late(layer, params, carry, shared, blocks.name, axes_without_wraparound)
+    carries, inputs, shared = [list(parts) for parts in zip(*passes, strict=True)]
+    params = block.weights_read(blocks.variables["params"], inputs[0])
+    return scan_reducing_late(layer, params, carries, inputs, shared, blocks.name, axes_without_wraparound, slices)
 
 
 def reduces_late(mesh: Mesh, batch_size: int) -> bool:
@@ -70,9 +75,16 @@ def gradient_axes(mesh: Mesh) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def scan_reducing_late(
-    layer: Callable, params: dict, carry: Any, shared: Any, path: str, axes_without_wraparound: tuple[str, ...] = ()
+    layer: Callable,
+    params: dict,
+    carry: Any,
+    inputs: Any,
+    shared: Any,
+    path: str,
+    axes_without_wraparound: tuple[str, ...] = (),
+    slices: int = 1,
 ):
-    """Computes carry = layer(params[i], i, carry, shared) for each i under a mesh, and returns the last carry.
+    """Computes carry = layer(params[i], i, carry, inputs[i], shared) for each i under a mesh; returns the last carry.
 
     The gradient of a leaf is split as the table splits its state.
 
@@ -80,74 +92,81 @@ def scan_reducing_late(
       layer: a function of one device's samples; it saves its own residuals (remat included).
       params: tree of [depth, ...], whole on every device.
       carry, shared: trees of arrays whose first axis is the batch, split over all axes of the mesh that split batches.
+      inputs: a tree of such arrays with the depth as an axis before the batch.
       path: of `params` in the sharding table, which gives the axis that the state of a leaf is split along.
     """
     mesh = jax.sharding.get_abstract_mesh()
     used, scattered = gradient_axes(mesh)
-    specs = jax.tree_util.tree_map_with_path(
+    of_state = jax.tree_util.tree_map_with_path(
         lambda keys, leaf: partition_spec(f"{path}/{path_string(keys)}", leaf.shape, mesh, state=True), params
     )
-    packing = Packing(params, specs, scattered, math.prod(mesh.shape[name] for name in scattered))
-    rows, everywhere = jax.P(used), jax.P()
+    replicas = mesh.shape.get("replica", 1) // slices  # in a slice
+    parts = math.prod(mesh.shape[name] for name in scattered)
+    packing = Packing(params, of_state, scattered, parts, replicas)
+    rows, rows_of_layers, everywhere = jax.P(used), jax.P(None, used), jax.P()
+    specs = everywhere, rows, rows_of_layers, rows  # of the arguments of `scan`
     by_device = functools.partial(jax.shard_map, check_vma=False)
     vjp = {}  # the tree of a layer's vjp, and which of its leaves are the layer's weights: those are not saved twice
 
-    def forward(params, carry, shared):
-        def step(carry, inputs):
-            index, weights = inputs
-            carry, pull = jax.vjp(lambda w, c, s: layer(w, index, c, s), weights, carry, shared)
+    def forward(params, carry, inputs, shared):
+        def step(carry, of_layer):
+            index, weights, inputs = of_layer
+            carry, pull = jax.vjp(lambda w, c, i, s: layer(w, index, c, i, s), weights, carry, inputs, shared)
             residuals, vjp["tree"] = jax.tree.flatten(pull)
             place = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves(weights))}
             vjp["weights"] = [place.get(id(leaf)) for leaf in residuals]
             return carry, [leaf for leaf in residuals if id(leaf) not in place]
 
-        carry, residuals = jax.lax.scan(step, carry, (depths(params), params))
+        carry, residuals = jax.lax.scan(step, carry, (depths(params), params, inputs))
         return carry, [leaf[None] for leaf in residuals]
 
+    def reduce(halves):
+        pieces = reduce_scatter(halves, scattered, axes_without_wraparound)
+        return sum_over_replicas(pieces, slices) if "replica" in used else pieces
+
     def backward(params, residuals, cotangent, shared):
-        def step(state, inputs):
+        def step(state, of_layer):
             cotangent, of_shared, late = state
-            weights, residuals = inputs
+            weights, residuals = of_layer
             weights, residuals = jax.tree.leaves(weights), iter(residuals)
             leaves = [next(residuals) if i is None else weights[i] for i in vjp["weights"]]
-            of_weights, cotangent, more = jax.tree.unflatten(vjp["tree"], leaves)(cotangent)
+            of_weights, cotangent, of_inputs, more = jax.tree.unflatten(vjp["tree"], leaves)(cotangent)
             of_shared = jax.tree.map(jnp.add, of_shared, more)
             packed, rest = packing.pack(of_weights)
-            return (cotangent, of_shared, packed), (reduce_scatter(late, scattered, axes_without_wraparound), rest)
+            return (cotangent, of_shared, packed), (reduce(late), rest, of_inputs)
 
         zeros = jax.tree.map(jnp.zeros_like, shared)
-        inputs = params, [leaf[0] for leaf in residuals]
-        (cotangent, of_shared, last), (pieces, rest) = jax.lax.scan(
-            step, (cotangent, zeros, packing.zeros()), inputs, reverse=True
+        of_layers = params, [leaf[0] for leaf in residuals]
+        (cotangent, of_shared, last), (pieces, rest, of_inputs) = jax.lax.scan(
+            step, (cotangent, zeros, packing.zeros()), of_layers, reverse=True
         )
         # Iteration i reduced the gradients of layer i + 1; those of layer 0 are left.
-        last = reduce_scatter(last, scattered, axes_without_wraparound)
+        last = reduce(last)
         pieces = [jnp.concatenate([first[None], later[:-1]]) for first, later in zip(last, pieces, strict=True)]
-        if "replica" in used:
-            pieces = [jax.lax.psum(piece, "replica") for piece in pieces]
         rest = [jax.lax.psum(leaf.astype(jnp.float32), used).astype(leaf.dtype) for leaf in rest]
-        return packing.unpack(pieces, rest), cotangent, of_shared
+        return packing.unpack(pieces, rest), cotangent, of_inputs, of_shared
 
     @jax.custom_vjp
-    def scan(params, carry, shared):
-        def plain(params, carry, shared):
-            step = lambda carry, inputs: (layer(inputs[1], inputs[0], carry, shared), None)  # noqa: E731
-            return jax.lax.scan(step, carry, (depths(params), params))[0]
+    def scan(params, carry, inputs, shared):
+        def plain(params, carry, inputs, shared):
+            step = lambda carry, x: (layer(x[1], x[0], carry, x[2], shared), None)  # noqa: E731
+            return jax.lax.scan(step, carry, (depths(params), params, inputs))[0]
 
-        return by_device(plain, in_specs=(everywhere, rows, rows), out_specs=rows)(params, carry, shared)
+        return by_device(plain, in_specs=specs, out_specs=rows)(params, carry, inputs, shared)
 
-    def scan_forward(params, carry, shared):
-        run = by_device(forward, in_specs=(everywhere, rows, rows), out_specs=(rows, rows))
-        carry, residuals = run(params, carry, shared)
+    def scan_forward(params, carry, inputs, shared):
+        run = by_device(forward, in_specs=specs, out_specs=(rows, rows))
+        carry, residuals = run(params, carry, inputs, shared)
         return carry, (params, residuals, shared)
 
     def scan_backward(kept, cotangent):
-        run = by_device(backward, in_specs=(everywhere, rows, rows, rows), out_specs=(packing.specs, rows, rows))
+        gradients = packing.specs, *specs[1:]
+        run = by_device(backward, in_specs=(everywhere, rows, rows, rows), out_specs=gradients)
         params, residuals, shared = kept
         return run(params, residuals, cotangent, shared)
 
     scan.defvjp(scan_forward, scan_backward)
-    return scan(params, carry, shared)
+    return scan(params, carry, inputs, shared)
 
 
 def depths(params: dict):
@@ -161,9 +180,9 @@ class Packing:
     leaves, such as biases, stay as they are: the "rest".
     """
 
-    def __init__(self, params, specs, axis_names, parts):
+    def __init__(self, params, specs, axis_names, parts, replicas=1):
         leaves, self.tree = jax.tree.flatten(params)
-        self.parts = parts
+        self.parts, self.filled = parts, TILE * replicas  # so that the replicas too divide a part
         self.leaves = [jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for leaf in leaves]
         wanted = axis_names if len(axis_names) > 1 else axis_names[0]
         self.axes = [list(spec).index(wanted) - 1 if wanted in spec else None for spec in jax.tree.leaves(specs)]
@@ -184,7 +203,7 @@ class Packing:
         for half in self.halves:
             flat = [jnp.moveaxis(leaves[i], self.axes[i], 0).reshape(self.parts, -1) for i in half]
             flat = jnp.concatenate(flat, axis=1)
-            flat = jnp.pad(flat, ((0, 0), (0, -flat.shape[1] % TILE)))
+            flat = jnp.pad(flat, ((0, 0), (0, -flat.shape[1] % self.filled)))
             halves.append(flat.reshape(self.parts, -1, 8, 128))
         return halves, [leaf for leaf, axis in zip(leaves, self.axes, strict=True) if axis is None]
 
@@ -237,22 +256,69 @@ def split_pieces(x: jax.Array, name: str):
     return x, jax.lax.dynamic_index_in_dim(x, jax.lax.axis_index(name), keepdims=False)
 
 
-def reduce_along(x: jax.Array, name: str, direction: int, closed: bool):
+def reduce_along(x: jax.Array, name: str, direction: int, closed: bool, size: int | None = None, stride: int = 1):
     """The sum of this device's piece over the other devices: all of them on a ring, on a line those on one side.
 
     At each hop a device passes its partial sum to its neighbour, which adds its own contribution to the same piece. On
     an open line the first device receives zeros, and a partial sum that runs off the end is dropped.
+
+    Args:
+      size, stride: each ring or line has so many devices of the axis (None is all), every `stride`-th.
     """
-    size = jax.lax.axis_size(name)
-    device = jax.lax.axis_index(name)
+    size = size or jax.lax.axis_size(name)
+    device = jax.lax.axis_index(name) // stride % size
     piece = lambda hop: jax.lax.dynamic_index_in_dim(x, (device - direction * (1 + hop)) % size, keepdims=False)  # noqa: E731
-    neighbours = [(i, (i + direction) % size) for i in range(size) if closed or 0 <= i + direction < size]
+    pairs = neighbours(name, direction, closed, size, stride)
     total = piece(0)
     for hop in range(1, size):
-        total = jax.lax.ppermute(total, name, neighbours)
+        total = jax.lax.ppermute(total, name, pairs)
         if hop < size - 1:
             total += piece(hop)
     return total
+
+
+def gather_along(piece: jax.Array, name: str, direction: int, size: int, stride: int):
+    """The pieces [size, ...] of all devices of a ring; every device passes on what it received."""
+    device = jax.lax.axis_index(name) // stride % size
+    pairs = neighbours(name, direction, True, size, stride)
+    pieces = jnp.zeros((size, *piece.shape), piece.dtype)
+    for hop in range(size):
+        piece = jax.lax.ppermute(piece, name, pairs) if hop else piece
+        pieces = jax.lax.dynamic_update_index_in_dim(pieces, piece, (device - direction * hop) % size, 0)
+    return pieces
+
+
+def neighbours(name: str, direction: int, closed: bool, size: int, stride: int) -> list[tuple[int, int]]:
+    """Who sends to whom along an axis, in rings or lines of `size` devices, every `stride`-th."""
+    pairs = []
+    for device in range(jax.lax.axis_size(name)):
+        place = device // stride % size
+        if closed or 0 <= place + direction < size:
+            pairs.append((device, device + ((place + direction) % size - place) * stride))
+    return pairs
+
+
+def sum_over_replicas(halves: Any, slices: int):
+    """The sums over "replica" of up to two arrays [tiles, ...], the same bits on every device, one for each way round.
+
+    The devices of a slice reduce-scatter and gather along rings; between slices only a device's share of that travels.
+    """
+    count = jax.lax.axis_size("replica")
+
+    def total(x, way, stride):
+        left = count // slices // stride  # devices of a slice that are still to be summed
+        if left == 1:
+            peers = [list(range(first, count, stride)) for first in range(stride)]
+            return jax.lax.psum(x, "replica", axis_index_groups=peers) if slices > 1 else x
+        size = math.gcd(left, LONGEST_RING)
+        size = left if size == 1 else size
+        pieces = x.reshape(size, -1, *x.shape[1:])
+        place = jax.lax.axis_index("replica") // stride % size
+        own = jax.lax.dynamic_index_in_dim(pieces, place, keepdims=False)
+        own += reduce_along(pieces, "replica", way, True, size, stride)
+        return gather_along(total(own, way, stride * size), "replica", way, size, stride).reshape(x.shape)
+
+    return [total(half, way, 1) for half, way in zip(halves, (1, -1), strict=False)]
 
 
 def split_dot_general(path: str) -> Callable:

@@ -25,7 +25,7 @@ KERNEL = "kernel(/(qvalue|scale))?"  # plain, or a qwix.QArray
 # and of the EMA end in the parameter's path, so that they are split like it.
 TABLE = (
     # MM-DiT blocks
-    (r"blocks/.*/modulation/kernel$", P(None, "fsdp", None, "tensor")),
+    (r"blocks/.*/modulation/kernel$", P(None, "tensor", None, "fsdp")),
     (r"blocks/.*/qkv/kernel$", P(None, "fsdp", None, "tensor", None)),
     (r"blocks/.*/out/kernel$", P(None, "tensor", None, "fsdp")),
     (r"blocks/.*/mlp_in/kernel$", P(None, "fsdp", "tensor")),
@@ -47,6 +47,7 @@ TABLE = (
     (r".*", P()),
 )
 
+FEW_ROWS = re.compile(r"blocks/.*/modulation/kernel$")  # kernels that read one row a sample
 
 path_string = functools.partial(jax.tree_util.keystr, simple=True, separator="/")  # "blocks/joint/image/qkv/kernel"
 
@@ -62,6 +63,14 @@ def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh, *, state: bool
     if len(spec) > len(shape):
         raise ValueError(f"{path} has shape {shape}, but the sharding table gives it {len(spec)} axes: {spec}")
     return P(*(_dividing(axes, size, mesh, state) for axes, size in zip(spec, shape, strict=False)))
+
+
+def stays_split(path: str, shape: tuple[int, ...], mesh: Mesh) -> bool:
+    """Whether compute uses a kernel as its state is split, along its outputs: parallel/few_rows.py moves the rows."""
+    if not FEW_ROWS.search(path) or mesh.shape["fsdp"] * mesh.shape["tensor"] > 1:
+        return False
+    names = tuple(name for name in STATE_AXES if mesh.shape[name] > 1)
+    return bool(names) and partition_spec(path, shape, mesh, state=True)[-1] in (names, names[0])
 
 
 def _dividing(axes, size, mesh, state):
@@ -113,7 +122,8 @@ def params_for_compute(params: dict, dtypes: Callable[[str], jax.typing.DTypeLik
         path = path_string(path)
         specs = None
         if not mesh.empty:
-            specs = tuple(partition_spec(path, leaf.shape, mesh, state=state) for state in (False, True))
+            split = stays_split(path, leaf.shape, mesh)
+            specs = tuple(partition_spec(path, leaf.shape, mesh, state=state) for state in (split, True))
         return _gather(leaf, jax.numpy.dtype(dtypes(path)), specs)
 
     return jax.tree_util.tree_map_with_path(convert, params)

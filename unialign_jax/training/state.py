@@ -17,7 +17,7 @@ from unialign_jax.models.teacher import TeacherConfig
 from unialign_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 from unialign_jax.parallel import sharding
 from unialign_jax.parallel.gradients import scan_blocks
-from unialign_jax.parallel.mesh import axes_without_wraparound
+from unialign_jax.parallel.mesh import axes_without_wraparound, count_slices
 
 if TYPE_CHECKING:  # readers of a checkpoint do without optax
     from unialign_jax.training.optimizer import Optimizer
@@ -54,14 +54,16 @@ class Networks(NamedTuple):
 
     def on(self, mesh: Mesh) -> "Networks":
         """The same networks, whose blocks' gradients are reduced as fits the mesh's place in its torus."""
-        scan = scan_adapted if self.lora is not None else scan_on(axes_without_wraparound(mesh))
+        scan = scan_adapted
+        if self.lora is None:
+            scan = scan_on(axes_without_wraparound(mesh), count_slices(mesh.devices.flat))
         return self._replace(transformer=self.transformer.clone(scan_blocks=scan))
 
 
 @functools.cache
-def scan_on(axes: tuple[str, ...]) -> Callable:
-    """`scan_blocks` where these axes have no wrap-around: one function, so that equal networks compare equal."""
-    return functools.partial(scan_blocks, axes_without_wraparound=axes)
+def scan_on(axes: tuple[str, ...], slices: int) -> Callable:
+    """`scan_blocks` on slices where these axes have no wrap-around: one function, so that equal networks compare equal."""
+    return functools.partial(scan_blocks, axes_without_wraparound=axes, slices=slices)
 
 
 def scan_adapted(*args, late: bool = False):

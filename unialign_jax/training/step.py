@@ -152,9 +152,10 @@ def compute_losses(
         # Both passes have the same shapes: as one forward, each weight is read (and under FSDP gathered) once.
         pairs = (in_pairs(noisy, latents), in_pairs(prompt, masked_text), in_pairs(sigma, text_sigma))
         image_pass = text_pass = transformer.apply(weights, *pairs, paired=True)
+    elif has_image_pass(kind):
+        passes = (noisy, prompt, sigma, conditions), (latents, masked_text, text_sigma)
+        image_pass, text_pass = transformer.apply(weights, *passes, method="several")
     else:
-        if has_image_pass(kind):
-            image_pass = transformer.apply(weights, noisy, prompt, sigma, conditions)
         text_pass = transformer.apply(weights, latents, masked_text, text_sigma)
 
     if has_image_pass(kind):
