@@ -62,7 +62,7 @@ class Networks(NamedTuple):
 
 @functools.cache
 def scan_on(axes: tuple[str, ...], slices: int) -> Callable:
-    """`scan_blocks` on slices where these axes have no wrap-around: one function, so that equal networks compare equal."""
+    """`scan_blocks` where these axes have no wrap-around: one function, so that equal networks compare equal."""
     return functools.partial(scan_blocks, axes_without_wraparound=axes, slices=slices)
 
 
