@@ -36,7 +36,7 @@ def test_stage1_fits_and_moves_what_arithmetic_says(topology, compiler):
     assert step.roofline.mfu > (0.55 if topology == "v5e:16x16" else 0.60)
     group = 2 if topology == "v5e:16x16" else 1
     second = {"state": 4 // group, "encoder": group}
-    assert step.mesh == {"replica": 4, "data": len(devices) // 16, **second, "fsdp": 1, "tensor": 1}
+    assert step.mesh == {"replica": 4, "data": len(devices) // 16, **second, "fsdp": 1, "context": 1, "tensor": 1}
     samples = 256 // len(devices)
     expected = 2 * 2 * 2.10e9 + 48 * 2 * (group - 1) / group * (group * 2 * samples * 256 * 4096 * 2)
     assert sum(step.bytes_inside.values()) == pytest.approx(expected, rel=0.15)

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from unialign_jax.parallel.activations import BATCH_AXES
 
 BATCH = P(BATCH_AXES)
-STATE_AXES = ("data", "state", "encoder", "fsdp")  # split the state where "fsdp" splits the weights
+STATE_AXES = ("data", "state", "encoder", "fsdp", "context")  # split the state where "fsdp" splits the weights
 ENCODER = ("encoder", "tensor")
 KERNEL = "kernel(/(qvalue|scale))?"  # plain, or a qwix.QArray
 
@@ -69,7 +69,7 @@ def _dividing(axes, size, mesh, state):
     if state and axes == "fsdp":
         axes = STATE_AXES
     names = [axes] if isinstance(axes, str) else list(axes or ())
-    names = [name for name in names if mesh.shape[name] > 1]
+    names = [name for name in names if mesh.shape.get(name, 1) > 1]
     while names and size % math.prod(mesh.shape[name] for name in names):
         names.pop(0)
     return tuple(names) if len(names) > 1 else names[0] if names else None

@@ -1,0 +1,64 @@
+"""Steps whose tokens are split over the mesh's axis `context`: the numbers of one device."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from unialign_jax.parallel import sharding
+from unialign_jax.training.loop import Trainer
+from unialign_jax.training.step import compute_losses
+
+BATCH = 4
+
+
+@pytest.fixture(scope="module")
+def computed(small_config):
+    """A function (kind, mesh) -> the loss's parts and the gradients of all weights, which are random everywhere."""
+
+    @functools.cache
+    def trainer_of(mesh):
+        config = small_config("stage3", batch_size=BATCH, model__num_heads=4, text_length=24)
+        config.mesh.update(dict(mesh))
+        devices = int(np.prod([size for _, size in mesh]))
+        return Trainer(config, jax.devices()[:devices])
+
+    def compute(kind, **mesh):
+        trainer = trainer_of(tuple(mesh.items()))
+        generator = np.random.default_rng(0)
+
+        def draw(leaf):
+            return jax.device_put((0.1 * generator.normal(size=leaf.shape)).astype(np.float32), leaf.sharding)
+
+        params, frozen = (jax.tree.map(draw, tree) for tree in (trainer.abstract_state.params, trainer.abstract_frozen))
+        examples = [trainer.streams[kind][index] for index in range(BATCH)]
+        batch = trainer.put_batch({name: np.stack([example[name] for example in examples]) for name in examples[0]})
+        ids = trainer.tokenizer.mask_id, trainer.tokenizer.eos_id
+
+        @jax.jit
+        def step(params, frozen, batch, key):
+            loss = lambda p: compute_losses(trainer.config, trainer.networks, kind, *ids, p, frozen, batch, key)  # noqa: E731
+            (_, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+            return metrics, gradients
+
+        with jax.set_mesh(trainer.mesh):
+            program = step.lower(params, frozen, batch, jax.random.key(7)).compile()
+            metrics, gradients = program(params, frozen, batch, jax.random.key(7))
+        return program, jax.device_get(metrics), gradients
+
+    return compute
+
+
+@pytest.mark.slow
+def test_split_tokens_give_the_gradients_of_one_device(computed):
+    """Of a stream with condition images, so of both passes apart; edit and perception are like it."""
+    _, expected, plain = computed("personalization", data=1)
+    program, found, gradients = computed("personalization", data=2, context=2)
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5, err_msg=name)
+    for (path, one), many in zip(jax.tree_util.tree_leaves_with_path(plain), jax.tree.leaves(gradients), strict=True):
+        np.testing.assert_allclose(many, one, rtol=1e-5, atol=1e-5, err_msg=sharding.path_string(path))
+    assert "all-to-all" in program.as_text()
+    kernel = gradients["transformer"]["blocks"]["joint"]["image"]["mlp_in"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape[1] == kernel.shape[1] // 4  # as the state
