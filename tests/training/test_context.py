@@ -1,4 +1,4 @@
-"""Steps whose tokens are split over the mesh's axis `context`: the numbers of one device."""
+"""Steps and samplers whose tokens are split over the mesh's axis `context`: the numbers of one device."""
 
 import functools
 
@@ -6,7 +6,13 @@ import jax
 import numpy as np
 import pytest
 
+from unialign_jax import bundle
+from unialign_jax.diffusion.flow import sampling_sigmas
+from unialign_jax.models.mmdit import MMDiT
 from unialign_jax.parallel import sharding
+from unialign_jax.parallel.mesh import make_mesh
+from unialign_jax.sampling.programs import Programs, make_guidance
+from unialign_jax.sampling.solvers import solver_table
 from unialign_jax.training.loop import Trainer
 from unialign_jax.training.step import compute_losses
 
@@ -62,3 +68,26 @@ def test_split_tokens_give_the_gradients_of_one_device(computed):
     assert "all-to-all" in program.as_text()
     kernel = gradients["transformer"]["blocks"]["joint"]["image"]["mlp_in"]["kernel"]
     assert kernel.addressable_shards[0].data.shape[1] == kernel.shape[1] // 4  # as the state
+
+
+@pytest.mark.slow
+def test_one_picture_over_two_devices_is_that_of_one(tiny_bundle):
+    config, params = bundle.load(tiny_bundle)
+    table = solver_table("euler", sampling_sigmas(2))
+    generator = np.random.default_rng(1)
+    prompt, negative = generator.normal(size=(2, 1, 24, 32)).astype(np.float32)
+    conditions = generator.normal(size=(1, 3, 8, 8, 48)).astype(np.float32)
+    seeds, guidance = np.array([5], np.uint32), make_guidance(1, table, scale=3.0)
+
+    def sample(**axes):
+        mesh = make_mesh(fsdp=1, **axes, devices=jax.devices()[: axes.get("context", 1)])
+        programs = Programs.of(MMDiT(config.transformer), None, None, mask_id=511, eos_id=1, mesh=mesh)
+        weights = jax.device_put(jax.device_get(params["transformer"]), sharding.replicated(mesh))
+        with jax.set_mesh(mesh):
+            return programs.sample_images(
+                weights, seeds, table, prompt, negative, guidance, conditions, latent_shape=(8, 8, 48)
+            )
+
+    expected = sample()
+    np.testing.assert_allclose(sample(context=2), expected, rtol=1e-5, atol=1e-5)
+    assert 0.3 < np.std(expected) < 30
