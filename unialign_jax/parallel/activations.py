@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 BATCH_AXES = ("replica", "data", "state", "encoder", "fsdp")
 ENCODER_BATCH_AXES = ("replica", "data", "state", "fsdp")
 TOKEN_AXES = ("context",)  # the tokens of a sample, outside attention
+ROW_AXES = (*BATCH_AXES, *TOKEN_AXES)  # samples where no tokens are split: in the autoencoder
 # The heads, inside attention. The axis of the tokens takes heads there, because every token reads all tokens.
 HEAD_AXES = ("tensor", *TOKEN_AXES)
 ENCODER_HEAD_AXES = ("encoder", "tensor", *TOKEN_AXES)
@@ -35,6 +36,12 @@ def keep_tokens_sharded(x: jax.Array, axes: tuple[str, ...] = BATCH_AXES) -> jax
         return keep_batch_sharded(x, axes)
     rows = axes_that_divide(axes, mesh, x.shape[0])
     return jax.lax.with_sharding_constraint(x, jax.P(rows or None, tokens))
+
+
+def spread_rows(x: jax.Array) -> jax.Array:
+    """[B, ...] whose rows are split over TOKEN_AXES too, for work that splits no tokens; as it is where they do not."""
+    axes = axes_that_divide(ROW_AXES, jax.sharding.get_abstract_mesh(), x.shape[0])
+    return jax.lax.with_sharding_constraint(x, jax.P(axes)) if TOKEN_AXES[0] in axes else x
 
 
 def join_tokens(first: jax.Array, second: jax.Array) -> jax.Array:
@@ -83,14 +90,15 @@ def exchange_tokens_for_heads(
     """attend(*arrays), of arrays [B, tokens, heads, width] whose tokens are split outside and whose heads are inside.
 
     By an all-to-all each device gives away its tokens' other heads for its heads' other tokens, and by another takes
-    the results back (DeepSpeed-Ulysses, arXiv 2309.14509). Without TOKEN_AXES this is attend(*arrays).
+    the results back (DeepSpeed-Ulysses, arXiv 2309.14509). Where TOKEN_AXES split the batch or cannot split the heads,
+    this is attend(*arrays).
     """
     mesh = jax.sharding.get_abstract_mesh()
     rows, count, heads, _ = arrays[0].shape
     tokens = axes_that_divide(TOKEN_AXES, mesh, count)
-    if not tokens:
-        return attend(*arrays)
     rows, heads = axes_that_divide(batch_axes, mesh, rows), axes_that_divide(head_axes, mesh, heads)
+    if not tokens or tokens[0] in rows or tokens[0] not in heads:
+        return attend(*arrays)
     outside = jax.P(rows or None, tokens, tuple(name for name in heads if name not in tokens) or None)
     inside = jax.P(rows or None, None, heads or None)
     place = jax.lax.with_sharding_constraint
