@@ -13,7 +13,8 @@ from unialign_jax.parallel import sharding
 from unialign_jax.parallel.mesh import make_mesh
 from unialign_jax.sampling.programs import Programs, make_guidance
 from unialign_jax.sampling.solvers import solver_table
-from unialign_jax.training.loop import Trainer
+from unialign_jax.training.loop import Trainer, train
+from unialign_jax.training.metrics import read_metrics
 from unialign_jax.training.step import compute_losses
 
 BATCH = 4
@@ -91,3 +92,17 @@ def test_one_picture_over_two_devices_is_that_of_one(tiny_bundle):
     expected = sample()
     np.testing.assert_allclose(sample(context=2), expected, rtol=1e-5, atol=1e-5)
     assert 0.3 < np.std(expected) < 30
+
+
+@pytest.mark.slow
+def test_a_run_with_split_tokens_resumes_without(small_config, tmp_path):
+    config, split = (small_config("stage1", num_steps=steps) for steps in (2, 1))
+    split.mesh.update({"data": 2, "context": 2})
+    train(config, tmp_path / "plain", progress=False, devices=jax.devices()[:1])
+    train(split, tmp_path / "split", progress=False, devices=jax.devices()[:4])
+    train(config, tmp_path / "split", progress=False, devices=jax.devices()[:1])
+    plain, resumed = (read_metrics(tmp_path / name) for name in ("plain", "split"))
+    assert [row["step"] for row in resumed] == [1, 2]
+    for one, other in zip(plain, resumed, strict=True):
+        for name in ("loss", "flow_matching", "masked_text", "cross_modal", "intrinsic_modal", "gradient_norm"):
+            np.testing.assert_allclose(other[name], one[name], rtol=1e-5, atol=1e-5, err_msg=name)
