@@ -111,7 +111,7 @@ def paper_config(size: str = "") -> ConfigDict:
             },
             # Devices per axis (parallel/sharding.py says what each axis does). All 0: chosen for the machine
             # (training/meshes.py). If any axis is set, the axes left at 0 count as 1; -1 means all remaining devices.
-            "mesh": {"replica": 0, "data": 0, "state": 0, "encoder": 0, "fsdp": 0, "tensor": 0},
+            "mesh": {"replica": 0, "data": 0, "state": 0, "encoder": 0, "fsdp": 0, "context": 0, "tensor": 0},
             "compilation_cache": "",  # keeps compiled programs between starts; "": the user's folder, "none": nothing
             # What a run writes
             "tracker": "",  # beside metrics.jsonl and TensorBoard: "wandb", training/trackers.py; "": none

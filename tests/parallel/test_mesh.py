@@ -80,16 +80,18 @@ def test_which_axes_have_no_wraparound(kind, grid, axes, expected):
 @pytest.mark.parametrize(
     ("sizes", "devices", "expected"),
     [
-        ((1, 1, 1, 1, -1, 1), 8, (1, 1, 1, 1, 8, 1)),
-        ((2, 1, 1, 1, -1, 2), 8, (2, 1, 1, 1, 2, 2)),
-        ((1,) * 6, 1, (1,) * 6),
+        ((1, 1, 1, 1, -1, 1, 1), 8, (1, 1, 1, 1, 8, 1, 1)),
+        ((2, 1, 1, 1, -1, 2, 2), 8, (2, 1, 1, 1, 1, 2, 2)),
+        ((1,) * 7, 1, (1,) * 7),
     ],
 )
 def test_a_free_axis_takes_what_is_left(sizes, devices, expected):
     assert complete_mesh_shape(sizes, devices) == expected
 
 
-@pytest.mark.parametrize("sizes", [(1, 3, 1, 1, -1, 1), (1, 1, 1, 1, 4, 1), (1, -1, 1, 1, -1, 1), (1, 0, 1, 1, 8, 1)])
+@pytest.mark.parametrize(
+    "sizes", [(1, 3, 1, 1, -1, 1, 1), (1, 1, 1, 1, 4, 1, 1), (1, -1, 1, 1, -1, 1, 1), (1, 0, 1, 1, 8, 1, 1)]
+)
 def test_a_mesh_that_does_not_come_out_even_is_refused(sizes):
     with pytest.raises(ValueError, match="mesh"):
         complete_mesh_shape(sizes, 8)

@@ -48,6 +48,6 @@ def test_the_plan_is_what_a_run_takes(monkeypatch):
 
 @pytest.mark.parametrize("mesh", ["fsdp", "fsdp=8,depth=2", "fsdp=half", ""])
 def test_a_bad_mesh_is_told_in_a_line(mesh):
-    axes = "replica, data, state, encoder, fsdp, tensor"
+    axes = "replica, data, state, encoder, fsdp, context, tensor"
     with pytest.raises(ValueError, match=f"^--mesh is .*, expected sizes of {axes}"):
         memory.mesh_changes(mesh)

@@ -56,6 +56,14 @@ def test_overlapped_and_exposed_collectives():
     assert roofline.ici_seconds(gather, V5E, 2 * devices, slice_of, 0.0) == (0.0, pytest.approx(expected))
 
 
+def test_an_all_to_alls_busiest_link():
+    """Of four chips in a line the link in the middle takes, each way, the pieces of two for two."""
+    devices = [type("Device", (), {"coords": (i, 0, 0)})() for i in range(4)]
+    exchange = [Collective("all-to-all", "", 9_000_000, np.arange(4)[None], 2, False)]
+    seconds = roofline.ici_seconds(exchange, V5E, devices, np.zeros(4, int), 0.0)
+    assert seconds == (0.0, pytest.approx(2 * 4 * 9e6 / 4 / 4.5e10))
+
+
 def test_permutes_load_links_and_both_ways_at_once():
     ring = np.stack([grid(1, 16), np.roll(grid(1, 16), -1, axis=0)], axis=1)  # each to the next, the last to the first
     assert roofline.link_flows(V5E, ring, (16, 16)) == {(1, 1): 1}

@@ -99,6 +99,7 @@ BAD_VALUES = [
     ("streams.text_to_image.num_conditions", 2, "0 for text_to_image"),
     ("mesh.tensor", 3, "mesh tensor=3 does not fit 8 devices"),
     ("mesh.data", -2, "sizes are positive"),
+    ("mesh.context", 8, "model.num_heads is 4, expected a multiple of mesh.context 8, over which attention splits"),
 ]
 
 
@@ -146,6 +147,21 @@ def test_cudnn_trains_even_numbers_of_tokens(changes, tokens):
     assert config_problems(config) == [problem]
     config.model.attention = "xla"
     assert config_problems(config, device=gpu) == []
+
+
+@pytest.mark.bad_input
+def test_split_tokens_come_out_even():
+    config = load_stage(f"{ROOT}/configs/stage1.py:tiny")
+    config.mesh.update({"data": 4, "context": 2})
+    assert config_problems(config, device_count=8) == []
+    config.mesh.update({"data": 1, "tensor": 4})
+    (problem,) = config_problems(config, device_count=8)
+    assert problem.startswith("model.num_heads is 4, expected a multiple of mesh.context 2 x mesh.tensor 4")
+    config.update({"model": {"num_heads": 5}, "mesh": {"context": 5, "tensor": 1}})
+    assert config_problems(config, device_count=5) == [
+        "text_length is 32, expected a multiple of mesh.context 5, which splits tokens",
+        "an image of 64 x 64 has 16 tokens, expected a multiple of mesh.context 5, which splits them",
+    ]
 
 
 def test_a_mesh_is_open_or_given():

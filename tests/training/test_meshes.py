@@ -193,5 +193,5 @@ def test_a_given_mesh_is_kept():
     devices = [types.SimpleNamespace(device_kind="cpu") for _ in range(8)]
     config = read_config("configs/stage1.py:tiny", ["mesh.data=2", "mesh.tensor=-1"])
     choice = meshes.mesh_for(config, devices, None)
-    assert choice.sizes == {"replica": 1, "data": 2, "state": 1, "encoder": 1, "fsdp": 1, "tensor": 4}
+    assert choice.sizes == {"replica": 1, "data": 2, "state": 1, "encoder": 1, "fsdp": 1, "context": 1, "tensor": 4}
     assert str(choice) == "mesh data=2, tensor=4: as given"

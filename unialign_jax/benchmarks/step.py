@@ -457,14 +457,14 @@ def attention_calls(setup: Setup) -> dict[str, Callable]:
     from jax.sharding import NamedSharding
 
     from unialign_jax.models.attention import attention
-    from unialign_jax.parallel.activations import BATCH_AXES, HEAD_AXES
+    from unialign_jax.parallel.activations import BATCH_AXES, HEAD_AXES, axes_that_divide
 
     model = setup.networks.transformer.config
     rows = setup.config.batch_size // setup.config.accumulation
     shapes = [(rows, tokens, model.num_heads, model.head_width) for tokens in pass_tokens(setup)]
     if len(set(shapes)) == 1:
         shapes = [(rows * len(shapes), *shapes[0][1:])]
-    place = NamedSharding(setup.mesh, jax.P(BATCH_AXES, None, HEAD_AXES))
+    place = NamedSharding(setup.mesh, jax.P(BATCH_AXES, None, axes_that_divide(HEAD_AXES, setup.mesh, model.num_heads)))
 
     @functools.partial(jax.jit, out_shardings=place)
     def make():

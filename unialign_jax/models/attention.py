@@ -12,7 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unialign_jax.parallel.activations import BATCH_AXES, HEAD_AXES, axes_that_divide
+from unialign_jax.parallel.activations import (
+    BATCH_AXES,
+    HEAD_AXES,
+    axes_that_divide,
+    exchange_tokens_for_heads,
+)
 
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
 SPLASH_LANES = 128  # the TPU kernel's block sizes are multiples of this
@@ -65,7 +70,8 @@ def attention(
     """softmax(scale * query key^T + bias) value, where every token reads every token.
 
     Returns [B, N, H, d] in the dtype of the inputs. Under `jax.set_mesh(mesh)` the work is split over `batch_axes` and
-    `head_axes`; an axis that does not divide it repeats it.
+    `head_axes`; an axis that does not divide it repeats it. Where the mesh splits tokens, the inputs and the result
+    are split by tokens, the work by heads (`exchange_tokens_for_heads`).
 
     Args:
       query, key, value: [B, N, H, d], all of one shape and dtype.
@@ -100,12 +106,14 @@ def attention(
         if query.dtype.itemsize != 2:
             raise ValueError(f"attention 'cudnn' needs bfloat16 inputs, found {query.dtype}: use 'xla'")
         # cuDNN's call has its own partitioning rule, so there is nothing to split here.
-        return jax.nn.dot_product_attention(query, key, value, scale=scale, implementation="cudnn")
-    if implementation == "splash":
-        local = functools.partial(splash_attention, scale=scale, interpret=interpret)
+        attend = functools.partial(jax.nn.dot_product_attention, scale=scale, implementation="cudnn")
     else:
-        local = functools.partial(xla_attention, scale=scale)
-    return split_over_mesh(local, query, key, value, bias, batch_axes, head_axes)
+        if implementation == "splash":
+            local = functools.partial(splash_attention, scale=scale, interpret=interpret)
+        else:
+            local = functools.partial(xla_attention, scale=scale)
+        attend = functools.partial(split_over_mesh, local, bias=bias, batch_axes=batch_axes, head_axes=head_axes)
+    return exchange_tokens_for_heads(attend, query, key, value, batch_axes=batch_axes, head_axes=head_axes)
 
 
 def split_over_mesh(

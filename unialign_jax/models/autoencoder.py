@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from unialign_jax.models.attention import attention
+from unialign_jax.parallel.activations import ROW_AXES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,7 +244,7 @@ class SpatialAttention(nn.Module):
 
         hidden = norm(self.config, "norm")(x).reshape(batch, height * width, features)
         query, key, value = (dense(name)(hidden)[:, :, None, :] for name in ("query", "key", "value"))
-        attended = attention(query, key, value)[:, :, 0, :]
+        attended = attention(query, key, value, batch_axes=ROW_AXES)[:, :, 0, :]
         return x + dense("out")(attended).reshape(x.shape)
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from unialign_jax.models.attention import attention
-from unialign_jax.parallel.activations import keep_batch_sharded
+from unialign_jax.parallel.activations import first_tokens, join_tokens, keep_tokens_sharded, last_tokens
 from unialign_jax.parallel.few_rows import dense_of_all_blocks, moves_rows
 from unialign_jax.parallel.gradients import scan_blocks, split_dot_general
 
@@ -240,12 +240,12 @@ class JointBlock(nn.Module):
         image_modulation, text_modulation = map(Modulation.of, vectors)
         image_qkv = self.image.project(image, image_modulation)
         text_qkv = self.text.project(text, text_modulation)
-        query, key, value = (jnp.concatenate(pair, axis=1) for pair in zip(image_qkv, text_qkv, strict=True))
+        query, key, value = map(join_tokens, image_qkv, text_qkv)
         attended = attention(query, key, value, implementation=self.config.attention)
         tokens = image.shape[1]
-        image = self.image.update(image, attended[:, :tokens], image_modulation)
-        text = self.text.update(text, attended[:, tokens:], text_modulation)
-        return keep_batch_sharded(image), keep_batch_sharded(text)
+        image = self.image.update(image, first_tokens(attended, tokens), image_modulation)
+        text = self.text.update(text, last_tokens(attended, tokens), text_modulation)
+        return keep_tokens_sharded(image), keep_tokens_sharded(text)
 
 
 class Layer(nn.Module):
@@ -262,7 +262,7 @@ class Layer(nn.Module):
         image, text = block(self.config, name="joint")(image, text, time_embedding, vectors)
         # Outside the remat: `where` saves no residuals, so that the taps cost no memory per block.
         reached = index == self.config.tap_depth - 1
-        image_tap = jnp.where(reached, image[:, : image_tap.shape[1]], image_tap)
+        image_tap = jnp.where(reached, first_tokens(image, image_tap.shape[1]), image_tap)
         text_tap = jnp.where(reached, text, text_tap)
         return (image, text, image_tap, text_tap), None
 
@@ -362,9 +362,9 @@ class MMDiT(nn.Module):
         else:
             vectors = modulations.image[:, None], modulations.text[:, None]
             head_modulation = modulations.head[None]
-        image, text = keep_batch_sharded(image), keep_batch_sharded(text)
+        image, text = keep_tokens_sharded(image), keep_tokens_sharded(text)
         target_tokens = latents.shape[1] * latents.shape[2] // c.patch_size**2
-        carry = image, text, jnp.zeros_like(image[:, :target_tokens]), jnp.zeros_like(text)
+        carry = image, text, jnp.zeros_like(first_tokens(image, target_tokens)), jnp.zeros_like(text)
         read_out = functools.partial(
             self.read_out, head_modulation=head_modulation, latent_size=latents.shape[1:3], paired=paired
         )
@@ -388,13 +388,13 @@ class MMDiT(nn.Module):
         return tuple(vectors)
 
     def embed(self, latents: jax.Array, conditions: jax.Array | None, text_embeddings: jax.Array):
-        """The image tokens [B, N, D], the target's before the conditions', and the text tokens [B, L, D]."""
+        """The image tokens [B, N, D], the target's and the conditions' joined, and the text tokens [B, L, D]."""
         c = self.config
         image = self.embed_image(latents)
         if conditions is not None:
             condition_tokens = self.embed_image(conditions)
             condition_tokens = condition_tokens.reshape(latents.shape[0], -1, c.width)
-            image = jnp.concatenate([image, condition_tokens], axis=1)
+            image = join_tokens(image, condition_tokens)
         text = self.text_embed(text_embeddings)
         if c.text_positions:
             text = text + self.text_positions[: text.shape[1]].astype(c.dtype)
@@ -423,7 +423,7 @@ class MMDiT(nn.Module):
             head_modulation, image, image_tap = (first_of_pairs(x) for x in (head_modulation, image, image_tap))
             text, text_tap = second_of_pairs(text), second_of_pairs(text_tap)
         shift, scale = head_modulation[:, 0, None], head_modulation[:, 1, None]
-        image_features = modulated_norm(image[:, : image_tap.shape[1]], shift, scale, c.dtype)
+        image_features = modulated_norm(first_tokens(image, image_tap.shape[1]), shift, scale, c.dtype)
         text_features = layer_norm(text).astype(c.dtype)
         velocity, text_logits = self.image_head(image_features), self.text_head(text_features)
         return MMDiTOutput(

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unialign_jax.models.attention import attention
-from unialign_jax.parallel.activations import BATCH_AXES, ENCODER_BATCH_AXES, ENCODER_HEAD_AXES, keep_batch_sharded
+from unialign_jax.parallel.activations import BATCH_AXES, ENCODER_BATCH_AXES, ENCODER_HEAD_AXES, keep_tokens_sharded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Layer(nn.Module):
 
         # The weights are split over axes that split the batch elsewhere. Here the batch is whole along them: XLA moves
         # the tokens and not the weights.
-        x = keep_batch_sharded(x, ENCODER_BATCH_AXES)
+        x = keep_tokens_sharded(x, ENCODER_BATCH_AXES)
         heads = (c.num_heads, c.head_width)
         hidden = rms_norm(c, "attention_norm")(x)
         # The factor 1/sqrt(d) that the scores lack is in the initial query weights instead.
@@ -86,13 +86,13 @@ class Layer(nn.Module):
             head_axes=ENCODER_HEAD_AXES,
         )
         x = x + dense(c.width, "out", axis=(-2, -1), fan=c.num_heads * c.head_width)(attended)
-        x = keep_batch_sharded(x, ENCODER_BATCH_AXES)
+        x = keep_tokens_sharded(x, ENCODER_BATCH_AXES)
 
         hidden = rms_norm(c, "mlp_norm")(x)
         gate = nn.gelu(dense(c.mlp_width, "mlp_gate")(hidden), approximate=True)
         hidden = gate * dense(c.mlp_width, "mlp_up")(hidden)
         x = x + dense(c.width, "mlp_out", fan=c.mlp_width)(hidden)
-        return keep_batch_sharded(x, ENCODER_BATCH_AXES), None
+        return keep_tokens_sharded(x, ENCODER_BATCH_AXES), None
 
 
 class TextEncoder(nn.Module):
@@ -113,8 +113,8 @@ class TextEncoder(nn.Module):
         bias_init = nn.initializers.normal(c.width**-0.5)
         bias_table = self.param("relative_bias", bias_init, (c.num_buckets, c.num_heads))
 
-        x = jnp.take(table, keep_batch_sharded(ids, ENCODER_BATCH_AXES), axis=0).astype(c.dtype)
-        x = keep_batch_sharded(x, ENCODER_BATCH_AXES)
+        x = jnp.take(table, keep_tokens_sharded(ids, ENCODER_BATCH_AXES), axis=0).astype(c.dtype)
+        x = keep_tokens_sharded(x, ENCODER_BATCH_AXES)
         buckets = relative_buckets(ids.shape[1], c.num_buckets, c.max_distance)
         bias = jnp.transpose(jnp.take(bias_table, buckets, axis=0), (2, 0, 1))  # [H, L, L]
         layers = nn.scan(
@@ -125,4 +125,4 @@ class TextEncoder(nn.Module):
             length=c.depth,
         )
         x, _ = layers(c, name="layers")(x, bias)
-        return keep_batch_sharded(rms_norm(c, "final_norm")(x), BATCH_AXES)
+        return keep_tokens_sharded(rms_norm(c, "final_norm")(x), BATCH_AXES)

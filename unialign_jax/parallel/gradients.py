@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from unialign_jax.parallel.activations import BATCH_AXES, axes_that_divide
+from unialign_jax.parallel.activations import BATCH_AXES, TOKEN_AXES, axes_that_divide
 from unialign_jax.parallel.sharding import partition_spec, path_string, table_spec
 
 TILE = 8 * 128  # numbers that a TPU keeps together
@@ -64,7 +64,7 @@ def scan_blocks(
 def reduces_late(mesh: Mesh, batch_size: int) -> bool:
     """Whether `scan_reducing_late` applies: every device has whole weights, and a part of the state and the batch."""
     used, scattered = gradient_axes(mesh)
-    whole = mesh.shape.get("fsdp", 1) == mesh.shape.get("tensor", 1) == 1
+    whole = all(mesh.shape.get(name, 1) == 1 for name in ("fsdp", "tensor", *TOKEN_AXES))
     return whole and bool(scattered) and axes_that_divide(BATCH_AXES, mesh, batch_size) == used
 
 
@@ -324,8 +324,9 @@ def sum_over_replicas(halves: Any, slices: int):
 def split_dot_general(path: str) -> Callable:
     """A `dot_general` of activations [B, ...] and the weight at a path, whose gradient is reduce-scattered.
 
-    The gradient of a weight is a sum over all samples, of which a device needs the piece of its part of the state: the
-    table says along which axis. By itself XLA all-reduces the whole sum, which moves twice the bytes, and then slices.
+    The gradient of a weight is a sum over all samples and tokens, of which a device needs the piece of its part of the
+    state: the table says along which axis. By itself XLA all-reduces the whole sum, which moves twice the bytes, and
+    then slices.
     Without a mesh, or where the sizes do not divide, this is `jax.lax.dot_general`.
     """
     spec = table_spec(path)
@@ -342,8 +343,11 @@ def split_dot_general(path: str) -> Callable:
         )
         mesh = jax.sharding.get_abstract_mesh()
         used, scattered = gradient_axes(mesh)
-        parts = math.prod(mesh.shape[name] for name in scattered)
         auto = axes_that_divide(BATCH_AXES, mesh, x.shape[0])
+        rows = jax.P(used)
+        if x.ndim > 2 and (tokens := axes_that_divide(TOKEN_AXES, mesh, x.shape[1])):
+            rows, used, auto, scattered = jax.P(used, tokens), used + tokens, auto + tokens, scattered + tokens
+        parts = math.prod(mesh.shape[name] for name in scattered)
         if parts == 1 or len(auto) < len(used) or mesh.shape.get("tensor", 1) > 1 or weight.shape[axis] % parts:
             return plain(x, weight)
 
@@ -367,7 +371,6 @@ def split_dot_general(path: str) -> Callable:
             _, pull = jax.vjp(lambda x: plain(x, weight), x)
             spec = [None] * weight.ndim
             spec[axis] = scattered
-            rows = jax.P(used)
             gradient = jax.shard_map(
                 local_gradient,
                 in_specs=(rows, rows),

@@ -1,12 +1,13 @@
 """The device mesh: its axes, how it lies in a TPU slice's torus, and which one suits a machine.
 
-All axes but the last split the batch. They differ in what they do to weights:
+All axes but the last two split the batch. They differ in what they do to weights:
 
     replica   repeats everything: between slices, over their network, or between parts of one large slice
     data      repeats the compute weights, splits the state: master weights, optimizer, average (ZeRO-1)
     state     as data, along another axis of the torus
     encoder   as state, but also splits the frozen text encoder's heads and hidden widths (and not its batch)
     fsdp      splits weights and state; a block's weights are gathered when the block runs
+    context   as data for weights and state; splits the tokens of a sample, and in attention its heads; not the batch
     tensor    splits heads and hidden widths of weights and activations; not the batch
 
 On few chips memory is the limit: use fsdp. On many chips with few samples each, the weight all-gathers would dominate:
@@ -26,7 +27,7 @@ from jax.sharding import AxisType, Mesh
 
 from unialign_jax.parallel import hardware
 
-AXES = ("replica", "data", "state", "encoder", "fsdp", "tensor")
+AXES = ("replica", "data", "state", "encoder", "fsdp", "context", "tensor")
 SECOND_AXIS = 4  # chips along the torus axis of "state" and "encoder", at most
 TEXT_ENCODER_GROUPS = (1, 2, 4)  # chips that share one copy of the text encoder; fewer sum less, and hold more
 
@@ -39,27 +40,32 @@ def make_mesh(
     state: int = 1,
     encoder: int = 1,
     fsdp: int = -1,
+    context: int = 1,
     tensor: int = 1,
 ) -> Mesh:
     """A mesh over the devices, by default all; one axis may be -1 and takes the remaining devices.
+
+    A mesh has the axis `context` only where that is larger than 1.
 
     With several TPU slices `replica` must be a multiple of their number: only that axis crosses the network between
     them. On GPUs the devices of a host are neighbours, so that the first axis larger than 1 crosses hosts.
     Raises ValueError when the axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = complete_mesh_shape((replica, data, state, encoder, fsdp, tensor), len(devices))
+    sizes = complete_mesh_shape((replica, data, state, encoder, fsdp, context, tensor), len(devices))
+    named = {name: size for name, size in zip(AXES, sizes, strict=True) if name != "context" or size > 1}
+    names, sizes = tuple(named), tuple(named.values())
     slices = count_slices(devices)
     if sizes[0] % slices:
         raise ValueError(f"mesh replica={sizes[0]}, but there are {slices} slices: give a multiple of {slices}")
     if math.prod(sizes) == 1:  # mesh_utils would look up the topology of all devices
         grid = np.array(devices).reshape(sizes)
     elif slices > 1:
-        inside, across = (sizes[0] // slices, *sizes[1:]), (slices,) + (1,) * (len(AXES) - 1)
+        inside, across = (sizes[0] // slices, *sizes[1:]), (slices,) + (1,) * (len(sizes) - 1)
         grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
     else:
         grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
 
 
 def complete_mesh_shape(sizes: Sequence[int], device_count: int) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from unialign_jax.parallel.activations import BATCH_AXES
 
 BATCH = P(BATCH_AXES)
-STATE_AXES = ("data", "state", "encoder", "fsdp")  # split the state where "fsdp" splits the weights
+STATE_AXES = ("data", "state", "encoder", "fsdp", "context")  # split the state where "fsdp" splits the weights
 ENCODER = ("encoder", "tensor")
 KERNEL = "kernel(/(qvalue|scale))?"  # plain, or a qwix.QArray
 
@@ -67,9 +67,10 @@ def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh, *, state: bool
 
 def stays_split(path: str, shape: tuple[int, ...], mesh: Mesh) -> bool:
     """Whether compute uses a kernel as its state is split, along its outputs: parallel/few_rows.py moves the rows."""
-    if not FEW_ROWS.search(path) or mesh.shape["fsdp"] * mesh.shape["tensor"] > 1:
+    whole = all(mesh.shape.get(name, 1) == 1 for name in ("fsdp", "context", "tensor"))
+    if not FEW_ROWS.search(path) or not whole:
         return False
-    names = tuple(name for name in STATE_AXES if mesh.shape[name] > 1)
+    names = tuple(name for name in STATE_AXES if mesh.shape.get(name, 1) > 1)
     return bool(names) and partition_spec(path, shape, mesh, state=True)[-1] in (names, names[0])
 
 
@@ -78,7 +79,7 @@ def _dividing(axes, size, mesh, state):
     if state and axes == "fsdp":
         axes = STATE_AXES
     names = [axes] if isinstance(axes, str) else list(axes or ())
-    names = [name for name in names if mesh.shape[name] > 1]
+    names = [name for name in names if mesh.shape.get(name, 1) > 1]
     while names and size % math.prod(mesh.shape[name] for name in names):
         names.pop(0)
     return tuple(names) if len(names) > 1 else names[0] if names else None

@@ -9,7 +9,8 @@ compute   FLOPs of the model and of recomputation, at the chip's `matmul_share` 
 HBM       compute weights read by each pass, gradients written and read, the state read and written, temporaries
           written and read once. Intermediate results that are written and read again are not counted
 ICI       bytes that a chip receives in each collective, over the links of its group: every axis of the torus that
-          the group spans, in both directions where the axis closes to a ring. Permutes take the shortest route.
+          the group spans, in both directions where the axis closes to a ring. Permutes and the pieces of an all-to-all
+          take the shortest route, and the busiest link counts.
           Concurrent permutes in one direction share links; the two directions of an axis run in parallel. A collective
           is overlapped if the compiler made it asynchronous (start/done, or split over fusions), otherwise exposed. The
           gradient reductions of parallel/gradients.py are overlapped up to the length of the blocks' backward pass;
@@ -20,6 +21,7 @@ On GPUs NVLink stands for ICI, all links of a GPU together, and InfiniBand betwe
 """
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -116,10 +118,17 @@ def step_work(config: ConfigDict, networks: Networks, stream: ConfigDict, chips:
         of_texts = flops.text_encoder_forward(text_encoder, text_length=length)
         of_texts -= text_encoder.depth * flops.attention(length, heads)
         eight_bits[config.quantize_text_encoder] = samples * len(passes) * of_texts
+    # Where the chips that share samples (mesh.context) cannot divide their images, each encodes all of them.
+    images, context, repeated = 1 + stream.num_conditions, max(config.mesh.context, 1), 0.0
+    group = samples * context * max(config.mesh.tensor, 1) / config.accumulation
+    if group * images % context and not config.data.cached_latents:
+        side = math.sqrt(math.prod(size))
+        repeated = (context - 1) * images * flops.autoencoder_encode(networks.autoencoder.config, image_size=side)
     return {
         **eight_bits,
         "model": samples * sample,
-        "matmul": samples * (sample - 3 * forward_attention + blocks * forward_matmul) - sum(eight_bits.values()),
+        "matmul": samples * (sample - 3 * forward_attention + blocks * forward_matmul + repeated)
+        - sum(eight_bits.values()),
         "attention": samples * forward_attention * (1 + ATTENTION_BACKWARD + attention),
         "backward": {
             "matmul": samples * (2 + blocks) * forward_matmul,
@@ -187,6 +196,15 @@ def ici_seconds(
             together = other if not is_reduction else in_blocks if IN_BLOCKS.search(collective.name) else after_blocks
             for way, seconds in busy.items():
                 together[way] = together.get(way, 0.0) + seconds
+            continue
+        if collective.kind == "all-to-all":
+            pairs = np.array([pair for group in collective.groups for pair in itertools.permutations(group, 2)])
+            pairs = pairs[slice_of[pairs[:, 0]] == slice_of[pairs[:, 1]]]
+            piece = collective.times * collective.sent / collective.groups.shape[1]
+            flows = link_flows(chip, coordinates[pairs], shape).values()
+            seconds = piece * max(flows, default=0) / chip.link
+            overlapped += seconds if collective.overlaps else 0.0
+            exposed += 0.0 if collective.overlaps else seconds
             continue
         inside = collective.received - collective.received_across(slice_of)
         if inside > 0:

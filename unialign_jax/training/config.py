@@ -32,7 +32,8 @@ from unialign_jax.models.mmdit import REMAT_POLICIES, AlignmentHeadsConfig, MMDi
 from unialign_jax.models.quantization import MODES
 from unialign_jax.models.sizes import ImageSizes
 from unialign_jax.models.text_encoder import TextEncoderConfig
-from unialign_jax.parallel.mesh import complete_mesh_shape, mesh_sizes
+from unialign_jax.parallel.activations import BATCH_AXES
+from unialign_jax.parallel.mesh import AXES, complete_mesh_shape, mesh_sizes
 from unialign_jax.training.meshes import is_open
 
 # Keys of earlier versions -> where they are now; None: gone, for the code always does it.
@@ -259,6 +260,7 @@ def config_problems(config: ConfigDict, device_count: int | None = None, device:
         *problems,
         *_value_problems(config),
         *_batch_problems(config, device_count),
+        *_context_problems(config, device_count),
         *_network_problems(config),
         *_attention_problems(config, device),
         *_stream_problems(config),
@@ -385,6 +387,34 @@ def _batch_problems(config: ConfigDict, device_count: int | None) -> Iterator[st
         )
 
 
+def _context_problems(config: ConfigDict, device_count: int | None) -> Iterator[str]:
+    """The axis `context` of a mesh splits the tokens of images and of texts evenly, and the heads in attention."""
+    if device_count is None or is_open(config.mesh):
+        return
+    try:
+        sizes = dict(zip(AXES, complete_mesh_shape(mesh_sizes(config.mesh), device_count), strict=True))
+    except ValueError:  # already told
+        return
+    context, tensor, heads = sizes["context"], sizes["tensor"], config.model.num_heads
+    factor = config.autoencoder.downsample_factor * config.model.patch_size
+    if context == 1 or min(heads, factor, config.image_size) < 1:
+        return
+    if heads % (context * tensor):
+        across = f"mesh.context {context}" + (f" x mesh.tensor {tensor}" if tensor > 1 else "")
+        yield f"model.num_heads is {heads}, expected a multiple of {across}, over which attention splits the heads"
+    if config.text_length % context:
+        yield f"text_length is {config.text_length}, expected a multiple of mesh.context {context}, which splits tokens"
+    buckets = config.data.buckets and config.image_size % BUCKET_STEP == 0
+    square = (config.image_size, config.image_size)
+    for height, width in bucket_sizes(config.image_size) if buckets else [square]:
+        if (height // factor) * (width // factor) % context:
+            yield (
+                f"an image of {height} x {width} has {(height // factor) * (width // factor)} tokens, expected a "
+                f"multiple of mesh.context {context}, which splits them"
+            )
+            return
+
+
 def _network_problems(config: ConfigDict) -> Iterator[str]:
     """What does not fit together in the networks."""
     values = dict(flat_items(config))
@@ -463,8 +493,8 @@ def batch_shards(mesh: dict[str, int], device_count: int) -> int:
     """
     if is_open(mesh):
         return device_count
-    *batch_axes, _ = complete_mesh_shape(mesh_sizes(mesh), device_count)
-    return math.prod(batch_axes)
+    sizes = dict(zip(AXES, complete_mesh_shape(mesh_sizes(mesh), device_count), strict=True))
+    return math.prod(sizes[name] for name in BATCH_AXES)
 
 
 # Building

@@ -83,14 +83,16 @@ def mesh_for(
 def estimate(memory: StepMemory, sizes: dict[str, int], samples: float, remat: str, accumulation: int) -> float:
     """The bytes per chip of a mesh in a step of micro-batches with `samples` per chip (at least one).
 
+    Chips along `context` share their samples, and split the tokens of each.
+
     Activations are most when the forward pass ends. Without accumulation, the gradients of all weights meet a part of
     them, which is more where the samples are few.
     """
-    split = sizes["fsdp"] * sizes["tensor"]
-    pieces = split * sizes["data"] * sizes.get("state", 1) * sizes["encoder"]  # stored plans may lack the axis
+    split, context = sizes["fsdp"] * sizes["tensor"], sizes.get("context", 1)  # stored plans may lack an axis
+    pieces = split * context * sizes["data"] * sizes.get("state", 1) * sizes["encoder"]
     gathered = 2 * (2 * memory.block + memory.text_block) if sizes["fsdp"] > 1 else 0  # this block, and the next
     weights = memory.weights / split
-    activations, kept = (max(samples, 1) * number for number in memory.activations[remat])
+    activations, kept = (max(samples, 1) * number / context for number in memory.activations[remat])
     if accumulation > 1:
         working = weights + activations + memory.sums / pieces
     else:

@@ -27,6 +27,7 @@ from unialign_jax.models.mmdit import in_pairs
 from unialign_jax.models.parameters import storage_dtype
 from unialign_jax.models.teacher import pooled_features, to_cells
 from unialign_jax.parallel import sharding
+from unialign_jax.parallel.activations import spread_rows
 from unialign_jax.training.optimizer import Optimizer, ema_update
 from unialign_jax.training.state import Networks, TrainState
 
@@ -61,7 +62,7 @@ def encode_images(networks: Networks, frozen: dict, batch: dict, key: jax.Array)
     if "conditions" in batch:
         images = jnp.concatenate([images, batch["conditions"]], axis=1)
     batch_size, count = images.shape[:2]
-    pixels = from_pixels(images.reshape(batch_size * count, *images.shape[2:]))
+    pixels = from_pixels(spread_rows(images.reshape(batch_size * count, *images.shape[2:])))
     moments = networks.autoencoder.apply({"params": frozen["autoencoder"]}, pixels, method="encode")
     latents = sample_latents(Moments(*moments), key, networks.autoencoder.config)
     latents = latents.reshape(batch_size, count, *latents.shape[1:])
