@@ -353,7 +353,7 @@ def test_cancelling_and_leaving_and_an_end_with_an_open_page(tiny_pipeline, runn
     monkeypatch.setattr(
         engine, "submit", lambda *given, **options: tickets.append(submit(*given, **options)) or tickets[-1]
     )
-    options = ["auto", 1, 7, False, "lossless", None, None, False, "", None]
+    options = ["auto", 1, 7, False, "lossless", None, None, None, False, "", None]
     folder = Path(os.environ["GRADIO_TEMP_DIR"])
     assert folder.is_dir()
     with running(app) as url:
