@@ -337,6 +337,7 @@ def make_app(
         is_streamed, stream_options = fields.pop("stream", False), fields.pop("stream_options", None)
         work = await asyncio.to_thread(chat_work, fields, engine.pipeline, work_of)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        head |= {"seed": work.job.seed, "task": work.job.task, "lora": work.loras, "reproducible": reproducible}
 
         def ending(answer: str) -> tuple[str, dict]:
             """(reason of the end, usage) of an answer."""
@@ -370,8 +371,7 @@ def make_app(
         reason, usage = ending(answer)
         message = {"role": "assistant", "content": answer}
         choice = {"index": 0, "message": message, "finish_reason": reason, "logprobs": None}
-        extra = {"seed": work.job.seed, "task": work.job.task, "lora": work.loras, "reproducible": reproducible}
-        return head | {"object": "chat.completion", "choices": [choice], "usage": usage} | extra
+        return head | {"object": "chat.completion", "choices": [choice], "usage": usage}
 
     @app.get("/v1/models")
     async def models() -> dict:
