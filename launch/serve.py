@@ -169,6 +169,7 @@ def add_page(app, engine, **options) -> bool:
 
 def serve(arguments: argparse.Namespace) -> None:
     """Runs until SIGINT or SIGTERM; requests that were taken are answered first."""
+    keys, bound = api_keys(arguments), listen(arguments.host, arguments.port)  # first: what follows takes seconds
     import uvicorn
     from fastapi.middleware.cors import CORSMiddleware
 
@@ -178,7 +179,6 @@ def serve(arguments: argparse.Namespace) -> None:
     from unialign_jax.serving.metrics import Metrics
     from unialign_jax.serving.requests import Limits
 
-    keys, bound = api_keys(arguments), listen(arguments.host, arguments.port)
     sizes, loras = warming.parse_sizes(arguments.warm_up), parse_loras(arguments.lora)
     source = ModelSource(arguments.bundle, weights=arguments.weights)
     source.check_complete()

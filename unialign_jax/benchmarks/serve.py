@@ -37,6 +37,7 @@ LIMIT = 600.0  # seconds that a request may take
 def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--bundle", default="demo", metavar="DIR", help="what is served, default %(default)s")
     parser.add_argument("--url", help="of a server that runs already, up to /v1; then --batches is not read")
+    parser.add_argument("--process", type=int, metavar="ID", help="of that server, on this machine, for its memory")
     parser.add_argument("--batches", default="1,8", help="the server's largest batch, default %(default)s")
     parser.add_argument("--requests", type=int, default=200, help="of each loop, default %(default)s")
     parser.add_argument("--clients", type=int, default=16, help="of the closed loop, default %(default)s")
@@ -76,7 +77,7 @@ def benchmark_serve(arguments: argparse.Namespace) -> dict:
 def serving(arguments: argparse.Namespace, batch: int | None) -> Iterator[tuple[str, int | None]]:
     """(URL, process id) of a server that ends with the block."""
     if batch is None:
-        yield arguments.url.rstrip("/"), None
+        yield arguments.url.rstrip("/"), arguments.process
         return
     command = [sys.executable, str(ROOT / "launch" / "serve.py"), f"--bundle={arguments.bundle}", "--port=0"]
     command += [f"--batch={batch}", f"--max-samples={batch}", "--queue=4096", "--max-side=4096", "--no-page"]
