@@ -93,6 +93,9 @@ def parse_arguments(argv):
         help="adapters of the model, once for each (docs/finetuning.md)",
     )
     model.add_argument("--batch", type=int, default=8, metavar="N", help="most samples at a time (default %(default)s)")
+    model.add_argument(
+        "--reproducible", action="store_true", help="a seed gives the same bytes alone and among others; no batches"
+    )
     model.add_argument("--devices", type=int, metavar="N", help="of --jobs: default all GPUs or TPU chips, on a CPU 1")
     model.add_argument("--dtype", choices=["bfloat16", "float32"], help="default bfloat16, on a CPU float32")
     model.add_argument("--quantize", choices=["int8", "w8a8", "fp8"], help="weights of 8 bits; w8a8, fp8: inputs too")
@@ -142,7 +145,7 @@ class Model:
         source = {"weights": options.weights, "verify": options.verify, "loras": options.lora or ()}
         self._source = ModelSource(options.bundle, **source)
         self._source.check_complete()
-        self.stamp = self._source.stamp(options.dtype, options.quantize)
+        self.stamp = self._source.stamp(options.dtype, options.quantize, options.reproducible)
         self.identity = f"{self._source.digest} {options.dtype} {options.quantize}"  # all of it that changes results
 
     def open(self, devices: int | None = 1) -> list:
@@ -153,7 +156,9 @@ class Model:
         keep_compiled(options.compilation_cache)
         places = devices_to_use(devices)
         log.info("opening %s%s", options.bundle, f" on {len(places)} devices" if len(places) > 1 else "")
-        how = {name: getattr(options, name) for name in ("dtype", "quantize", "low_memory", "attention")}
+        how = {
+            name: getattr(options, name) for name in ("dtype", "quantize", "low_memory", "attention", "reproducible")
+        }
         return [self._source.open(max_batch=options.batch, device=place, **how) for place in places]
 
 

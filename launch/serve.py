@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import secrets
 import socket
 import sys
@@ -16,6 +17,8 @@ explain_missing_packages()
 
 log = logging.getLogger("serve")
 
+LOCAL = ("localhost", "127.0.0.1", "::1")
+
 HOW_TO_INSTALL_GRADIO = "Gradio is not installed: pip install --no-deps -r requirements-page.txt"
 
 DESCRIPTION = """\
@@ -27,6 +30,7 @@ EXAMPLES = """\
 examples
   python launch/serve.py
   python launch/serve.py --bundle=BUNDLE --batch=16 --warm-up=512x512
+  python launch/serve.py --bundle=BUNDLE --lora=style=runs/mine:0.8 --lora=water=watercolor.safetensors
   UNIALIGN_API_KEYS=secret1,secret2 python launch/serve.py --bundle=BUNDLE --host=0.0.0.0
 
   curl http://127.0.0.1:8000/v1/images/generations -H 'Content-Type: application/json' \\
@@ -44,6 +48,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("the network").add_argument
     add("--host", default="127.0.0.1", help="address to listen on (default %(default)s: this machine alone)")
     add("--port", type=int, default=8000, help="default %(default)s; 0 takes a free one")
+    add("--allow-host", action="append", default=[], metavar="NAME", help="lets requests call this server by this name")
     add("--no-key", action="store_true", help="let everybody in who reaches a --host that is not this machine alone")
     add("--cors-origin", action="append", default=[], metavar="URL", help="lets pages of this origin call; repeatable")
     add("--no-page", action="store_true", help="the API alone, without the web page at /")
@@ -58,6 +63,21 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--max-megabytes", type=int, default=32, metavar="N", help="of a request (default %(default)s)")
     add = parser.add_argument_group("the machine").add_argument
     add("--devices", type=int, metavar="N", help="replicas of the model, one a device (default: all; on a CPU 1)")
+    add(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="NAME=FILE[:SCALE]",
+        help="adapters that a request may name; repeatable",
+    )
+    add(
+        "--lora-sets",
+        type=int,
+        default=2,
+        metavar="N",
+        help="sets of adapted weights that stay on a device; others are read anew (default %(default)s)",
+    )
+    add("--reproducible", action="store_true", help="a seed gives the same bytes alone and among others; no batches")
     add("--dtype", choices=["bfloat16", "float32"], help="default bfloat16, on a CPU float32")
     add("--quantize", choices=["int8", "w8a8", "fp8"], help="weights of 8 bits; w8a8, fp8: inputs too")
     add("--weights", choices=["raw", "ema"], help="of a run: default its average, if it keeps one")
@@ -75,6 +95,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     arguments = parser.parse_args(argv)
     parser.check_least(arguments, batch=1, queue=1, time_limit=0.1, max_samples=1, max_steps=1, max_side=1, port=0)
+    parser.check_least(arguments, lora_sets=1)
     if arguments.devices is not None:
         parser.check_least(arguments, devices=1)
     return arguments
@@ -83,13 +104,40 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def api_keys(arguments: argparse.Namespace) -> list[str]:
     """The keys of the environment. Raises ValueError where an open address has none."""
     keys = [key.strip() for key in os.environ.get("UNIALIGN_API_KEYS", "").split(",") if key.strip()]
-    is_local = arguments.host in ("127.0.0.1", "::1", "localhost")
-    if not keys and not is_local and not arguments.no_key:
+    if not keys and not is_local(arguments.host) and not arguments.no_key:
         raise ValueError(
             f"--host={arguments.host} can be reached from other machines, and there is no key: set UNIALIGN_API_KEYS, "
             f"for example to {secrets.token_urlsafe(24)}, or give --no-key"
         )
     return keys
+
+
+def is_local(host: str) -> bool:
+    """Whether an address is reached from this machine alone."""
+    return host in LOCAL
+
+
+def hosts(arguments: argparse.Namespace) -> list[str]:
+    """The names that requests may call the server by; none is any, of one that other machines reach."""
+    return [*(LOCAL if is_local(arguments.host) else ()), *arguments.allow_host]
+
+
+def parse_loras(texts: list[str]) -> dict[str, tuple[str, float]]:
+    """NAME=FILE[:SCALE] of each adapter -> {name: (file, scale)}. Raises ValueError."""
+    from unialign_jax.conversion.lora import parse_reference
+    from unialign_jax.files import shown
+
+    loras = {}
+    for text in texts:
+        name, _, reference = text.partition("=")
+        if not re.fullmatch(r"[\w.-]{1,64}", name) or not reference:
+            raise ValueError(
+                f"--lora is {shown(text)}, expected NAME=FILE or NAME=FILE:SCALE, the name of letters and - _ ."
+            )
+        if name in loras:
+            raise ValueError(f"--lora has {name} twice")
+        loras[name] = parse_reference(reference)
+    return loras
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -121,6 +169,7 @@ def add_page(app, engine, **options) -> bool:
 
 def serve(arguments: argparse.Namespace) -> None:
     """Runs until SIGINT or SIGTERM; requests that were taken are answered first."""
+    keys, bound = api_keys(arguments), listen(arguments.host, arguments.port)  # first: what follows takes seconds
     import uvicorn
     from fastapi.middleware.cors import CORSMiddleware
 
@@ -130,15 +179,21 @@ def serve(arguments: argparse.Namespace) -> None:
     from unialign_jax.serving.metrics import Metrics
     from unialign_jax.serving.requests import Limits
 
-    keys, bound = api_keys(arguments), listen(arguments.host, arguments.port)
-    sizes = warming.parse_sizes(arguments.warm_up)
+    sizes, loras = warming.parse_sizes(arguments.warm_up), parse_loras(arguments.lora)
     source = ModelSource(arguments.bundle, weights=arguments.weights)
     source.check_complete()
     keep_compiled(arguments.compilation_cache)
-    how = {name: getattr(arguments, name) for name in ("dtype", "quantize", "attention")}
-    pipelines = warming.open_replicas(source, arguments.devices, max_batch=arguments.batch, **how)
+    how = {name: getattr(arguments, name) for name in ("dtype", "quantize", "attention", "reproducible")}
+    pipelines = warming.open_replicas(source, arguments.devices, loras, max_batch=arguments.batch, **how)
     metrics = Metrics()
-    engine = Engine(pipelines, max_waiting=arguments.queue, time_limit=arguments.time_limit, observe=metrics.observe)
+    engine = Engine(
+        pipelines,
+        max_waiting=arguments.queue,
+        time_limit=arguments.time_limit,
+        loras={name: scale for name, (_, scale) in loras.items()},
+        kept_loras=arguments.lora_sets,
+        observe=metrics.observe,
+    )
     metrics.watch(engine)
     warming.warm_up(pipelines, sizes)
     limits = Limits(
@@ -151,9 +206,10 @@ def serve(arguments: argparse.Namespace) -> None:
         "model": arguments.name or source.folder.resolve().name,
         "limits": limits,
         "log_prompts": arguments.log_prompts,
-        "stamp": source.stamp(arguments.dtype, arguments.quantize),
+        "stamp": source.stamp(arguments.dtype, arguments.quantize, arguments.reproducible),
+        "metrics": metrics,
     }
-    app = api.make_app(engine, keys=keys, metrics=metrics, **shared)
+    app = api.make_app(engine, keys=keys, hosts=hosts(arguments), **shared)
     if arguments.cors_origin:
         app.add_middleware(
             CORSMiddleware, allow_origins=arguments.cors_origin, allow_methods=["*"], allow_headers=["*"]

@@ -89,6 +89,9 @@ def test_an_end_under_load_answers_all_that_was_taken(tiny_bundle, compilation_c
         (["--bundle=nowhere"], ["nowhere", "no such bundle"]),
         (["--warm-up=big", "--bundle=demo"], ["--warm-up is 'big'", "512x512"]),
         (["--batch=0"], ["--batch is 0"]),
+        (["--lora=style"], ["--lora is 'style'", "NAME=FILE:SCALE"]),
+        (["--lora=a=x", "--lora=a=y"], ["--lora has a twice"]),
+        (["--bundle=demo", "--lora=a=nowhere.safetensors"], ["nowhere.safetensors", "no such file"]),
         (["--host=192.0.2.1", "--no-key"], ["cannot listen on 192.0.2.1"]),
     ],
 )
@@ -100,4 +103,6 @@ def test_what_cannot_be_served(command_refuses, monkeypatch, arguments, words):
 def test_keys_come_from_the_environment(launch_command, monkeypatch):
     monkeypatch.setitem(os.environ, "UNIALIGN_API_KEYS", " one, two ,,")
     command = launch_command("serve")
+    assert command.hosts(command.parse_arguments(["--allow-host=me.local"])) == [*command.LOCAL, "me.local"]
+    assert command.hosts(command.parse_arguments(["--host=0.0.0.0"])) == []
     assert command.api_keys(command.parse_arguments(["--host=0.0.0.0"])) == ["one", "two"]

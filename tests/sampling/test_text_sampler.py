@@ -329,6 +329,20 @@ def test_errors():
         sample_text(wide_logits, ids, ids == 0, keys[:1], num_steps=4, mask_id=WIDE_MASK)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("decoding", ["ancestral", "top_k"])
+def test_a_text_in_parts_has_the_tokens_of_one_call(decoding):
+    ids, is_target, keys = wide_problem(0)
+    options = {"num_steps": 6, "evaluations": 0, "most": 99}
+    whole = wide_program(ids, is_target, keys, decoding, **options)
+    parts, options["most"] = ids, 2
+    while options["evaluations"] < whole.evaluations:
+        parts, options["evaluations"] = wide_program(parts, is_target, keys, decoding, **options)
+        assert np.any(np.asarray(parts) == WIDE_MASK) == (options["evaluations"] < whole.evaluations)
+    np.testing.assert_array_equal(parts, whole.ids)
+    assert options["evaluations"] == whole.evaluations > 2
+
+
 # End of text last, and single first tokens: the rules in plain loops, and what they are for.
 
 END = 5

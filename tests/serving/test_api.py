@@ -1,19 +1,24 @@
 """The API over HTTP: the openai client, plain requests, what is refused, and clients that leave."""
 
 import base64
+import contextlib
 import io
 import json
+import logging
 import socket
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import requests
 from PIL import Image
 
+from unialign_jax.inference.streaming import TextStep
 from unialign_jax.serving import api
 from unialign_jax.serving.engine import Engine
+from unialign_jax.serving.metrics import Metrics
 
 pytestmark = pytest.mark.slow
 
@@ -91,6 +96,61 @@ def test_captions_answers_and_streams(client, tiny_pipeline):
     )
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
     assert chunks[-1].choices[0].finish_reason in ("stop", "length")
+
+
+class WritingPipeline:
+    """Writes an answer in two parts, and waits between them until it is told to go on; it fails at a question."""
+
+    max_batch, edit_limit = 2, 1024
+
+    def __init__(self, model):
+        self.sizes, self.config, self.tokenizer, self.gate = (
+            model.sizes,
+            model.config,
+            model.tokenizer,
+            threading.Event(),
+        )
+
+    def answer(self, images, questions, *, callback=None, **options):
+        for text in ("", "a red", "a red circle on"):
+            callback(TextStep(1, tuple(range(len(images))), (text,) * len(images)))
+        assert self.gate.wait(30)
+        if "fail" in questions:
+            raise ValueError("it failed")
+        return ["a red circle on white"] * len(images)
+
+
+def test_words_are_streamed_as_they_settle(tiny_pipeline, running, monkeypatch):
+    slow = WritingPipeline(tiny_pipeline)
+    engine, tickets = Engine([slow]), []
+    submit = engine.submit
+    monkeypatch.setattr(
+        engine, "submit", lambda *given, **options: tickets.append(submit(*given, **options)) or tickets[-1]
+    )
+    with running(api.make_app(engine, model="tiny")) as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+        def stream(text):
+            return client.chat.completions.create(model="tiny", messages=asks(text, png()), stream=True)
+
+        events = iter(stream("what is it?"))
+        words = [next(events).choices[0].delta.content for _ in range(3)]
+        assert words == ["", "a red", " circle on"] and not slow.gate.is_set()
+        slow.gate.set()
+        rest = [(event.choices[0].delta.content, event.choices[0].finish_reason) for event in events]
+        assert rest == [(" white", None), (None, "stop")]
+        with pytest.raises(openai.APIError, match="the request failed: it failed"):
+            list(stream("fail"))
+        slow.gate.clear()
+        left = stream("what?")
+        assert next(iter(left)).choices[0].delta.content == "" and not tickets[-1].future.done()
+        left.close()  # the client leaves while it is written
+        deadline = time.monotonic() + 20
+        while not tickets[-1].future.cancelled():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        slow.gate.set()
+        assert len(list(stream("what is it?"))) == 5
 
 
 def test_a_map_and_the_model_and_the_figures(server, client, tiny_pipeline):
@@ -227,6 +287,45 @@ def test_keys_are_asked_for_except_for_health(tiny_pipeline, running):
             )
             is None
         )
+
+
+def test_other_names_than_its_own_are_refused(tiny_pipeline, running):
+    metrics = Metrics()
+    app = api.make_app(
+        Engine([tiny_pipeline]), model="tiny", keys=["secret"], hosts=["localhost", "::1", "me.local"], metrics=metrics
+    )
+    with running(app) as url:
+        port = url.rpartition(":")[2]
+        hosts = {f"localhost:{port}": 200, "LOCALHOST": 200, f"[::1]:{port}": 200, "me.local": 200}
+        hosts |= {"evil.example": 421, f"evil.example:{port}": 421, "localhost.evil.example": 421, "[::1": 421, "": 421}
+        for host, status in hosts.items():
+            answer = requests.get(f"{url}/health", headers={"Host": host}, timeout=60)
+            assert answer.status_code == status, host
+        assert "expected localhost or ::1 or me.local" in answer.json()["error"]["message"]
+        local = {"Host": "localhost"}
+        assert requests.get(f"{url}/v1/models", headers=local, timeout=60).status_code == 401
+        figures = requests.get(f"{url}/metrics", headers=local | {"Authorization": "Bearer secret"}, timeout=60).text
+        assert 'unialign_refused_total{reason="host"} 5.0' in figures
+        assert 'unialign_refused_total{reason="key"} 1.0' in figures
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_under_the_log_loses_no_request(server):
+    with open("/dev/full", "w") as full:
+        handler = logging.StreamHandler(full)
+        ours = logging.getLogger("unialign_jax")
+        ours.addHandler(handler)
+        ours.setLevel(logging.INFO)
+        try:
+            with pytest.raises(OSError):
+                print("a line", file=full, flush=True)
+            for _ in range(2):
+                answer = requests.post(f"{server}/v1/images/generations", json={"prompt": "x"} | OPTIONS, timeout=60)
+                assert answer.status_code == 200 and answer.json()["data"]
+        finally:
+            ours.removeHandler(handler)
+            with contextlib.suppress(OSError):
+                full.close()
 
 
 class SlowPipeline:

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from unialign_jax.inference.jobs import make_job
+from unialign_jax.inference.streaming import TextStep
 from unialign_jax.serving.engine import Busy, Closing, Engine, Outlook, TooLate
 
 IMAGE = Image.new("RGB", (8, 8))
@@ -29,7 +30,12 @@ class FakePipeline:
             raise ValueError("a bad prompt")
         return [f"{prompt} {number}" for prompt, number in zip(prompts, seed, strict=True)]
 
-    def caption(self, images, seed, **options):
+    def choose_loras(self, scales, kept):
+        self.chosen = dict(scales)
+
+    def caption(self, images, seed, callback=None, **options):
+        if callback is not None:
+            callback(TextStep(1, tuple(range(len(images))), tuple(f"begin {number}" for number in seed)))
         self.calls.append(("caption", len(images)))
         assert self.gate.wait(10)
         return [f"caption {number}" for number in seed]
@@ -226,6 +232,38 @@ def test_a_request_with_a_callback_has_its_batch_alone_and_hears_of_its_steps(ma
         ticket.future.result(10)
     assert heard == ["a step"]
     assert pipeline.calls[1:] == [("text_to_image", ["plain"] * 2), ("text_to_image", ["told"] * 2)]
+
+
+def test_texts_that_are_heard_share_batches_with_others_and_each_hears_its_own(make_engine, pipeline):
+    engine, heard = make_engine(), {}
+    first = hold(engine, pipeline)
+    tickets = [
+        engine.submit(
+            job(task="caption", seed=seed),
+            [IMAGE],
+            hear=(lambda text, seed=seed: heard.setdefault(seed, []).append(text)) if seed % 2 else None,
+        )
+        for seed in range(4)
+    ]
+    pipeline.gate.set()
+    assert first.future.result(10) == ["first 0"]
+    assert [ticket.future.result(10) for ticket in tickets] == [[f"caption {seed}"] for seed in range(4)]
+    assert pipeline.calls[1:] == [("caption", 4)]
+    assert heard == {1: ["begin 1"], 3: ["begin 3"]}
+
+
+def test_a_batch_has_one_set_of_adapters(make_engine, pipeline):
+    engine, chosen = make_engine(loras={"style": 1.0}), []
+    generate = pipeline.generate
+    pipeline.generate = lambda prompts, **options: chosen.append(pipeline.chosen) or generate(prompts, **options)
+    hold(engine, pipeline)
+    asked = [{}, {"style": 0.5}, {"style": 1.0}, {"style": 0.5}, {}]
+    tickets = [engine.submit(job(f"p{i}"), loras=loras) for i, loras in enumerate(asked)]
+    pipeline.gate.set()
+    for ticket in tickets:
+        ticket.future.result(10)
+    assert [prompts for _, prompts in pipeline.calls[1:]] == [["p0", "p4"], ["p1", "p3"], ["p2"]]
+    assert chosen == [{}, {}, {"style": 0.5}, {"style": 1.0}]
 
 
 def test_what_may_be_expected_of_a_request(make_engine, pipeline):

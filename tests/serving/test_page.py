@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import re
 import socket
 import sys
 import threading
@@ -28,6 +29,7 @@ from unialign_jax.inference.opening import ModelSource
 from unialign_jax.serving import api, page, page_worker
 from unialign_jax.serving.engine import Engine
 from unialign_jax.serving.examples import GENERAL, examples_for
+from unialign_jax.serving.metrics import Metrics
 from unialign_jax.serving.requests import Limits
 
 pytestmark = pytest.mark.slow
@@ -54,9 +56,10 @@ def engine(tiny_pipeline):
 @pytest.fixture(scope="module")
 def url(engine, limits, stamp, running):
     """A server of the tiny bundle with the page."""
-    app = api.make_app(engine, model="tiny", limits=limits, stamp=stamp)
+    shared = {"model": "tiny", "limits": limits, "stamp": stamp, "metrics": Metrics(engine)}
+    app = api.make_app(engine, **shared)
     is_ending = threading.Event()
-    page.add_page(app, engine, model="tiny", limits=limits, stamp=stamp, is_ending=is_ending.is_set)
+    page.add_page(app, engine, **shared, is_ending=is_ending.is_set)
     with running(app) as url:
         yield url
         is_ending.set()
@@ -190,8 +193,15 @@ def test_questions_and_subjects(client, photo, tiny_pipeline, tmp_path):
         ({"prompt": " "}, "not empty"),
     ],
 )
-def test_the_limits_are_those_of_the_api(client, change, words):
+def test_the_limits_are_those_of_the_api(client, url, change, words):
+    def refused():
+        figures = requests.get(f"{url}/metrics", timeout=60).text
+        found = re.search(r'unialign_refused_total\{reason="bad_request"\} (\S+)', figures)
+        return float(found[1]) if found else 0.0
+
+    before = refused()
     status, _, _, _ = generate(client, **change)
+    assert refused() == before + 1
     assert status.startswith("Not done: ") and words in status and "\n" not in status
 
 
@@ -353,7 +363,7 @@ def test_cancelling_and_leaving_and_an_end_with_an_open_page(tiny_pipeline, runn
     monkeypatch.setattr(
         engine, "submit", lambda *given, **options: tickets.append(submit(*given, **options)) or tickets[-1]
     )
-    options = ["auto", 1, 7, False, "lossless", None, None, False, "", None]
+    options = ["auto", 1, 7, False, "lossless", None, None, None, False, "", None]
     folder = Path(os.environ["GRADIO_TEMP_DIR"])
     assert folder.is_dir()
     with running(app) as url:

@@ -7,7 +7,7 @@ For each of --batches a server of its own is started (launch/serve.py) and drive
 each of which asks again as soon as it has its answer: the throughput. Open loop: requests at random times (a Poisson
 process) at --load of that throughput, whoever has answered: the times that users see. Tasks take turns in the shares
 of --mix. A request that got no answer counts as lost, one that was answered with 429 as rejected.
-The server's resident memory is read after a tenth of the requests and at the end.
+The server's resident memory is read after a tenth of each loop's requests, after half of them and at the end.
 """
 
 import argparse
@@ -37,6 +37,7 @@ LIMIT = 600.0  # seconds that a request may take
 def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--bundle", default="demo", metavar="DIR", help="what is served, default %(default)s")
     parser.add_argument("--url", help="of a server that runs already, up to /v1; then --batches is not read")
+    parser.add_argument("--process", type=int, metavar="ID", help="of that server, on this machine, for its memory")
     parser.add_argument("--batches", default="1,8", help="the server's largest batch, default %(default)s")
     parser.add_argument("--requests", type=int, default=200, help="of each loop, default %(default)s")
     parser.add_argument("--clients", type=int, default=16, help="of the closed loop, default %(default)s")
@@ -76,12 +77,11 @@ def benchmark_serve(arguments: argparse.Namespace) -> dict:
 def serving(arguments: argparse.Namespace, batch: int | None) -> Iterator[tuple[str, int | None]]:
     """(URL, process id) of a server that ends with the block."""
     if batch is None:
-        yield arguments.url.rstrip("/"), None
+        yield arguments.url.rstrip("/"), arguments.process
         return
     command = [sys.executable, str(ROOT / "launch" / "serve.py"), f"--bundle={arguments.bundle}", "--port=0"]
-    command += [f"--batch={batch}", "--queue=4096", "--max-side=4096", f"--time-limit={LIMIT}"]
-    side = arguments.side
-    command += [f"--warm-up={side}x{side}"] if side else []
+    command += [f"--batch={batch}", f"--max-samples={batch}", "--queue=4096", "--max-side=4096", "--no-page"]
+    command += [f"--time-limit={LIMIT}", "--warm-up=none"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
             lines = []
@@ -104,17 +104,49 @@ def drive(
 ) -> list[dict]:
     """A row for each loop and task."""
     bodies = [make_body(task, arguments) for task in mix]
-    closed_loop(url, bodies, max(8, 2 * (batch or 1)), arguments.clients, 120.0)  # warm
-    before = resident_mb(process)
+    warm(url, bodies, batch or arguments.clients)
+    closed = Outcomes(arguments.requests, process)
     began = time.monotonic()
-    closed = closed_loop(url, bodies, arguments.requests, arguments.clients, arguments.seconds)
-    rate = len(closed) / (time.monotonic() - began)
+    closed_loop(url, bodies, arguments.requests, arguments.clients, arguments.seconds, closed)
+    rate = len(closed.all) / (time.monotonic() - began)
     rows = table("closed", batch, rate, closed)
+    opened = Outcomes(arguments.requests, process)
     began = time.monotonic()
-    opened = open_loop(url, bodies, arguments.requests, rate * arguments.load, arguments.seconds)
-    rows += table("open", batch, len(opened) / (time.monotonic() - began), opened)
-    memory = {"MB before": before, "MB after": resident_mb(process)}
-    return [row | memory for row in rows]
+    open_loop(url, bodies, arguments.requests, rate * arguments.load, arguments.seconds, opened)
+    return rows + table("open", batch, len(opened.all) / (time.monotonic() - began), opened)
+
+
+def warm(url: str, bodies: list, batch: int) -> None:
+    """Has the server compile what the loops ask for, in batches of 1, 2, 4, ... and of `batch`."""
+    import requests
+
+    with requests.Session() as session:
+        for size in sorted({min(batch, 1 << power) for power in range((batch - 1).bit_length() + 1)}):
+            for task, path, body in bodies:
+                if task in ("caption", "vqa"):  # one text a request: those that come while it works are a batch
+                    closed_loop(url, [(task, path, body)], 3 * size, size, LIMIT, Outcomes(3 * size))
+                else:
+                    send(session, url, (task, path, body | {"n": size}), 0)
+
+
+class Outcomes:
+    """What came of a loop's requests, and the server's memory on the way.
+
+    Attributes:
+      all: (task, what came of it, seconds) of each.
+      memory: {requests done: MB in RAM}.
+    """
+
+    def __init__(self, count: int, process: int | None = None):
+        self.all: list[tuple[str, str, float]] = []
+        self.memory: dict[int, int | None] = dict.fromkeys(sorted({max(1, count // 10), max(1, count // 2), count}))
+        self._lock, self._process = threading.Lock(), process
+
+    def add(self, outcome: tuple[str, str, float]) -> None:
+        with self._lock:
+            self.all.append(outcome)
+            if len(self.all) in self.memory:
+                self.memory[len(self.all)] = resident_mb(self._process)
 
 
 def make_body(task: str, arguments: argparse.Namespace) -> tuple[str, str, dict]:
@@ -151,30 +183,29 @@ def send(session: Any, url: str, request: tuple, seed: int) -> tuple[str, str, f
     return task, outcome, time.monotonic() - began
 
 
-def closed_loop(url: str, bodies: list, count: int, clients: int, seconds: float) -> list[tuple]:
-    """What came of `count` requests of clients that each wait for their answer."""
+def closed_loop(url: str, bodies: list, count: int, clients: int, seconds: float, outcomes: Outcomes) -> None:
+    """`count` requests of clients that each wait for their answer; what comes of them goes into `outcomes`."""
     import requests
 
-    numbers, outcomes, ends = itertools.count(), [], time.monotonic() + seconds
+    numbers, ends = itertools.count(), time.monotonic() + seconds
 
     def work():
         with requests.Session() as session:
             while (number := next(numbers)) < count and time.monotonic() < ends:
-                outcomes.append(send(session, url, bodies[number % len(bodies)], number))
+                outcomes.add(send(session, url, bodies[number % len(bodies)], number))
 
     threads = [threading.Thread(target=work) for _ in range(min(clients, count))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return outcomes
 
 
-def open_loop(url: str, bodies: list, count: int, rate: float, seconds: float) -> list[tuple]:
-    """What came of `count` requests that begin at random times, `rate` a second."""
+def open_loop(url: str, bodies: list, count: int, rate: float, seconds: float, outcomes: Outcomes) -> None:
+    """`count` requests that begin at random times, `rate` a second; what comes of them goes into `outcomes`."""
     import requests
 
-    generator, outcomes, threads = random.Random(0), [], []
+    generator, threads = random.Random(0), []
     session = requests.Session()
     session.mount("http://", requests.adapters.HTTPAdapter(pool_maxsize=256))
     ends = due = time.monotonic()
@@ -186,25 +217,25 @@ def open_loop(url: str, bodies: list, count: int, rate: float, seconds: float) -
         time.sleep(max(0.0, due - time.monotonic()))
         body = bodies[number % len(bodies)]
         threads.append(
-            threading.Thread(target=lambda body=body, number=number: outcomes.append(send(session, url, body, number)))
+            threading.Thread(target=lambda body=body, number=number: outcomes.add(send(session, url, body, number)))
         )
         threads[-1].start()
     for thread in threads:
         thread.join()
-    return outcomes
 
 
-def table(loop: str, batch: int | None, rate: float, outcomes: list[tuple]) -> list[dict]:
+def table(loop: str, batch: int | None, rate: float, outcomes: Outcomes) -> list[dict]:
     """A row for each task."""
     rows = []
-    for task in dict.fromkeys(task for task, _, _ in outcomes):
-        mine = [(outcome, seconds) for name, outcome, seconds in outcomes if name == task]
+    for task in dict.fromkeys(task for task, _, _ in outcomes.all):
+        mine = [(outcome, seconds) for name, outcome, seconds in outcomes.all if name == task]
         counts = collections.Counter(outcome for outcome, _ in mine)
         taken = [seconds for outcome, seconds in mine if outcome == "answered"]
         quantiles = np.quantile(taken, (0.5, 0.95, 0.99)) if taken else (float("nan"),) * 3
         row = {"batch": batch or "-", "loop": loop, "task": task, "requests/s in all": round(rate, 2)}
         row |= {f"p{name}, s": round(float(value), 3) for name, value in zip((50, 95, 99), quantiles, strict=True)}
-        rows.append(row | {name: counts[name] for name in ("answered", "rejected", "lost")})
+        row |= {name: counts[name] for name in ("answered", "rejected", "lost")}
+        rows.append(row | {f"MB at {count}": memory for count, memory in outcomes.memory.items()})
     return rows
 
 

@@ -67,18 +67,18 @@ def shape_of(job: Job, pipeline: Any) -> tuple:
 def call(pipeline: Any, samples: Sequence[Sample], images: Sequence, callback: Callable | None = None) -> list:
     """The samples, which share a shape, and a list of PIL images for each -> their images or texts, in one call.
 
-    `callback` is that of `Pipeline.generate`; texts have none.
+    `callback` is that of `Pipeline.generate`, or of `Pipeline.caption` for texts.
     """
     first = samples[0].job
     options = dict(first.options, seed=[sample.seed for sample in samples])
+    if callback is not None:
+        options["callback"] = callback
     texts = [sample.job.text for sample in samples]
     if first.task == "caption":
         return pipeline.caption([image for (image,) in images], **options)
     if first.task == "vqa":
         return pipeline.answer([image for (image,) in images], texts, **options)
     options["negative_prompt"] = [sample.job.negative_prompt for sample in samples]
-    if callback is not None:
-        options["callback"] = callback
     if first.task == "text_to_image":
         return pipeline.generate(texts, **options)
     if first.task == "personalization":
@@ -103,7 +103,10 @@ def load_images(samples: Sequence[Sample]) -> list:
 
 
 def attempt(pipeline: Any, samples: Sequence[Sample], images: Sequence, callback: Callable | None = None) -> list:
-    """An image, a text or an error for each sample: where a batch fails, its samples are done one by one."""
+    """An image, a text or an error for each sample: where a batch fails, its samples are done one by one.
+
+    `callback` hears of the batch, not of samples that are done one by one.
+    """
     outcomes = dict(zip(samples, images, strict=True))  # errors of loading stay
     whole = [sample for sample in samples if not isinstance(outcomes[sample], Exception)]
     try:
@@ -111,7 +114,7 @@ def attempt(pipeline: Any, samples: Sequence[Sample], images: Sequence, callback
     except FAILURES as error:
         if len(whole) > 1:
             log.warning("a batch of %d failed and is done one by one (%s)", len(whole), first_line(error))
-            made = [attempt(pipeline, [sample], [outcomes[sample]], callback)[0] for sample in whole]
+            made = [attempt(pipeline, [sample], [outcomes[sample]])[0] for sample in whole]
         else:
             made = [error]
     outcomes.update(zip(whole, made, strict=True))

@@ -25,10 +25,12 @@ from unialign_jax.models.sizes import ImageSizes
 from unialign_jax.models.text_encoder import TextEncoder
 from unialign_jax.sampling import image as image_sampler
 from unialign_jax.sampling.programs import Programs, initial_noise
+from unialign_jax.sampling.text import TextSample
 
 log = logging.getLogger(__name__)
 
 DTYPES = ("bfloat16", "float32")
+ALL = 2**30  # evaluations of a text, more than it has
 
 
 class Model:
@@ -37,6 +39,7 @@ class Model:
     Attributes:
       programs: its compiled programs, a `sampling.programs.Programs`.
       max_batch: the most samples in one forward.
+      reproducible: whether every sample has forwards of its own, by the same programs with and without a callback.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Model:
         quantize: str | None = None,
         low_memory: bool = False,
         max_batch: int = 8,
+        reproducible: bool = False,
         device: jax.Device | None = None,
     ):
         """`Pipeline.from_bundle` is the usual way in.
@@ -62,6 +66,9 @@ class Model:
         self._loras = {}  # {name: (adapters, scale)}, see `Pipeline.load_lora`
         self._said = set()  # warnings that were given, and programs whose compilation was announced
         self.max_batch = check_whole("max_batch", max_batch, 1, 2**16)
+        self.reproducible = reproducible
+        if reproducible:
+            self.max_batch = 1
         for option, value, choices in (("dtype", dtype, DTYPES), ("quantize", quantize, MODES)):
             if value is not None and value not in choices:
                 raise ValueError(f"{option} is {shown(value)}, expected one of {', '.join(choices)}")
@@ -98,12 +105,15 @@ class Model:
         self._weights.drop(component)
 
     def _sample(self, seeds, table, arguments, size, members, callback):
-        """The latents of one batch: in one program, or evaluation by evaluation with a call back after each."""
+        """The latents of one batch: in one program, or evaluation by evaluation with a call back after each.
+
+        The two round differently, so a reproducible model has the second alone.
+        """
         params = self._weights.get("transformer")["transformer"]
         factor, count = self.config.autoencoder.downsample_factor, len(table.sigma)
         shape = size[0] // factor, size[1] // factor, self.config.autoencoder.latent_channels
         *texts, guidance, conditions = arguments
-        if callback is None:
+        if callback is None and not self.reproducible:
             kind = str(jax.tree.structure(arguments)), conditions is not None and conditions.shape[1], count
             with self._telling(f"{count_of(len(seeds), 'image')} of {size[1]} x {size[0]} pixels", *kind):
                 return self.programs.sample_images(params, seeds, table, *arguments, latent_shape=shape)
@@ -114,7 +124,8 @@ class Model:
             if guidance is not None and guidance.active is not None:
                 here = guidance._replace(active=guidance.active[i : i + 1])
             state = self.programs.advance_images(params, state, row, *texts, here, conditions)
-            callback(Step(i + 1, count, tuple(members), state.clean[: len(members)], self._preview))
+            if callback is not None:
+                callback(Step(i + 1, count, tuple(members), state.clean[: len(members)], self._preview))
         return state.latents
 
     def _preview(self, latents):
@@ -147,8 +158,11 @@ class Model:
         self._weights.settle(latents)
         return latents
 
-    def _write_texts(self, latents, ids, is_target, seeds, chosen):
-        """ids [B, L] with their targets filled in, as rows on the host; `latents` are those of the images."""
+    def _write_texts(self, latents, ids, is_target, seeds, chosen, callback):
+        """ids [B, L] with their targets filled in, as rows on the host; `latents` are those of the images.
+
+        `callback(evaluations, members, ids, is_hidden)` is called after each evaluation, with the rows of `members`.
+        """
         numbers = chosen.temperature, chosen.threshold, chosen.entropy_bound
         params = self._weights.get("transformer", "text_encoder")
         filled = [None] * len(latents)
@@ -156,10 +170,25 @@ class Model:
             padded = np.array(padded)
             # Rows that only fill the batch have nothing to decide, and so cause no step.
             open_rows = is_target[padded] & (np.arange(len(padded)) < len(members))[:, None]
-            given = jnp.stack([latents[i] for i in padded]), ids[padded], open_rows, seeds[padded]
+            images = jnp.stack([latents[i] for i in padded])
+            # On the device, as what the program returns: the parts of a text are one program, which runs it whole too.
+            state = jax.device_put(TextSample(ids[padded], np.int32(0)), self.device)
+
+            def run(state, most, given=(open_rows, seeds[padded], chosen.steps, *numbers), images=images):
+                progress = {"evaluations": state.evaluations, "most": most}
+                return self.programs.describe(params, images, state.ids, *given, decoding=chosen.decoding, **progress)
+
             with self._telling(f"{count_of(len(padded), 'text')} of {ids.shape[1]} tokens", chosen.decoding):
-                sample = self.programs.describe(params, *given, chosen.steps, *numbers, decoding=chosen.decoding)
-            for i, row in zip(members, np.asarray(sample.ids), strict=False):
+                state = run(state, 1 if callback else ALL)
+            while callback:
+                following = run(state, 1)  # the device works on while the host reads what it has
+                rows = np.asarray(state.ids)[: len(members)]
+                is_hidden = is_target[members] & (rows == self.tokenizer.mask_id)
+                callback(int(state.evaluations), members, rows, is_hidden)
+                if not is_hidden.any():
+                    break
+                state = following
+            for i, row in zip(members, np.asarray(state.ids), strict=False):
                 filled[i] = row
         return filled
 

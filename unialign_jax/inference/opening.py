@@ -60,15 +60,15 @@ class ModelSource:
                 "convert the model again with all parts (python launch/convert.py --help)"
             )
 
-    def stamp(self, dtype: str | None, quantize: str | None) -> dict:
-        """The facts about the model that go into the parameters of an image."""
+    def stamp(self, dtype: str | None, quantize: str | None, reproducible: bool = False) -> dict:
+        """The facts about the model, and how it runs, that go into the parameters of an image."""
         stamp = {"bundle": self.folder.resolve().name}
         if self.run:
             stamp |= {"step": self.run.step, "weights": self.run.weights}
         if self.loras:
             stamp["loras"] = {Path(path).name: scale for path, scale in self.loras}
         stamp |= {"bundle_hash": self.digest, "dtype": dtype or "default", "quantize": quantize}
-        return stamp | {"unialign_jax": __version__}
+        return stamp | ({"reproducible": True} if reproducible else {}) | {"unialign_jax": __version__}
 
     def open(self, **options) -> Pipeline:
         """The pipeline; `options` are those of `Pipeline.from_bundle`. JAX takes 95% of a GPU, as in training."""

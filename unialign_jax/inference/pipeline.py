@@ -14,7 +14,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,6 +42,7 @@ from unialign_jax.inference.inputs import (
 )
 from unialign_jax.inference.model import Model, Step, default_dtype
 from unialign_jax.inference.options import MAX_REFERENCES, PERCEPTION, check_whole, settings, takes_options
+from unialign_jax.inference.streaming import TextStep, settled_text
 from unialign_jax.inference.weights import Loader, bundle_loader
 from unialign_jax.sampling.programs import make_guidance
 from unialign_jax.sampling.solvers import solver_table
@@ -84,6 +85,7 @@ class Pipeline(Model):
         low_memory: bool = False,
         attention: str = "auto",
         max_batch: int = 8,
+        reproducible: bool = False,
         device: jax.Device | None = None,
     ) -> "Pipeline":
         """Opens a bundle, or a training run's newest whole checkpoint; weights are read when a task first needs them.
@@ -97,12 +99,14 @@ class Pipeline(Model):
           low_memory: keep on the device only the components that the current part of a task reads.
           attention: "auto", or an implementation of models.attention.
           max_batch: the most samples in one forward.
+          reproducible: make each image and text in forwards of its own, whatever `max_batch` is: the same seed then
+            gives the same bits alone and among others, with and without a callback. Batches are no faster then.
           device: where to run; None is JAX's first device.
 
         Raises FileNotFoundError or ValueError for a folder that is neither, has no tokenizer or (later too) is damaged.
         """
         options = {"dtype": dtype, "quantize": quantize, "low_memory": low_memory, "attention": attention}
-        options |= {"max_batch": max_batch, "device": device}
+        options |= {"max_batch": max_batch, "reproducible": reproducible, "device": device}
         directory = bundle.locate(directory)
         if not bundle.is_bundle(directory) and runs.is_run(directory):
             return cls.from_run(runs.open_to_sample(directory, weights, verify=verify), **options)
@@ -154,6 +158,7 @@ class Pipeline(Model):
             log.warning("%s", note)
         name = name or Path(path).stem
         self._loras = {key: value for key, value in self._loras.items() if key != name} | {name: (lora, float(scale))}
+        self._weights.forget("transformer")
         self._adapt()
         return name
 
@@ -162,26 +167,48 @@ class Pipeline(Model):
 
         Raises ValueError for a name that is not loaded.
         """
-        if name is not None and name not in self._loras:
+        if name is not None:
+            self._check_loaded(name)
+        self._loras = {key: value for key, value in self._loras.items() if name is not None and key != name}
+        self._weights.forget("transformer")
+        self._adapt()
+
+    def choose_loras(self, scales: Mapping[str, float], *, kept: int = 0) -> None:
+        """Sets the scales of the adapters that are loaded; those that are not named are off.
+
+        Args:
+          kept: how many sets of changed weights stay on the device at most, beside the unchanged, to be chosen again at
+            once; 0 has one set there, changed or not. Arrays that no adapter changes are in memory once.
+
+        Raises ValueError for a name that is not loaded.
+        """
+        for name in scales:
+            self._check_loaded(name)
+        chosen = {name: (lora, float(scales.get(name, 0.0))) for name, (lora, _) in self._loras.items()}
+        if {name: scale for name, (_, scale) in chosen.items()} != self.loras:
+            self._loras = chosen
+            self._adapt(kept)
+
+    def _check_loaded(self, name):
+        if name not in self._loras:
             loaded = ", ".join(self._loras) or "none"
             raise ValueError(f"there is no LoRA {shown(name)}, loaded: {loaded}")
-        self._loras = {key: value for key, value in self._loras.items() if name is not None and key != name}
-        self._adapt()
 
     @property
     def loras(self) -> dict[str, float]:
         """{name: scale} of the adapters, in the order in which they change the weights."""
         return {name: scale for name, (_, scale) in self._loras.items()}
 
-    def _adapt(self):
-        loras = list(self._loras.values())
+    def _adapt(self, kept=0):
+        loras = [(lora, scale) for lora, scale in self._loras.values() if scale]
+        key = tuple((name, scale) for name, scale in self.loras.items() if scale)
 
         def change(path, leaf):
             for lora, scale in loras:
                 leaf = lora(path, leaf, scale)
             return leaf
 
-        self._weights.adapt("transformer", change if loras else None)
+        self._weights.adapt("transformer", change if loras else None, key, kept)
 
     # Images
 
@@ -300,11 +327,13 @@ class Pipeline(Model):
     # Texts
 
     @takes_options("caption")
-    def caption(self, images: Images, **options) -> list[str]:
+    def caption(self, images: Images, *, callback: Callable[[TextStep], None] | None = None, **options) -> list[str]:
         """The images described in words.
 
         Args:
           images: PIL images or paths; their middle square is read, at the bundle's training size.
+          callback: called with a `TextStep` after every evaluation of the network; it changes no text and compiles
+            nothing.
 
         `max_tokens` counts the tokens after the `prefix`. Steps that would change nothing cost nothing. Decodings are
         described in `sampling.text`; of a model with text positions the usual one is top_k at temperature 0.
@@ -319,13 +348,21 @@ class Pipeline(Model):
         ids = np.full((len(images), length), self.tokenizer.eos_id, np.int32)
         ids[:, : len(given)] = given
         is_target = np.broadcast_to(np.arange(length) >= len(given), ids.shape)
-        return [self.tokenizer.decode(row).strip() for row in self._fill_texts(images, ids, is_target, chosen)]
+        first = np.zeros(len(images), np.int32)
+        return self._fill_texts(images, ids, is_target, first, chosen, callback)
 
     @takes_options("vqa")
-    def answer(self, images: Images, questions: str | Sequence[str], **options) -> list[str]:
+    def answer(
+        self,
+        images: Images,
+        questions: str | Sequence[str],
+        *,
+        callback: Callable[[TextStep], None] | None = None,
+        **options,
+    ) -> list[str]:
         """Answers to questions about the images; one image, or one question, may stand for all.
 
-        The model completes "Q: {question} A: ". Images and options are as in `caption`.
+        The model completes "Q: {question} A: ". Images, callback and options are as in `caption`.
         """
         chosen = self._settings("vqa", options)
         questions, images = spread(check_texts(questions, "question"), open_images(images), "questions")
@@ -338,9 +375,7 @@ class Pipeline(Model):
                 log.warning(text, number, count, length - 1)
         encoded = [encode_question(question, "", self.tokenizer, length) for question in questions]
         ids, is_target = (np.stack(column) for column in zip(*encoded, strict=True))
-        first = np.argmax(is_target, axis=1)
-        filled = self._fill_texts(images, ids, is_target, chosen)
-        return [self.tokenizer.decode(row[start:]).strip() for row, start in zip(filled, first, strict=True)]
+        return self._fill_texts(images, ids, is_target, np.argmax(is_target, axis=1), chosen, callback)
 
     # What the tasks share
 
@@ -357,8 +392,8 @@ class Pipeline(Model):
     def _render(self, task, pictures, chosen, callback):
         """The pictures: texts first, then conditions, latents and pixels, each for all batches."""
         self._require(task, "transformer", "text_encoder", "autoencoder")
-        if self._loras:
-            chosen.loras = self.loras  # for the images' parameters
+        if loras := {name: scale for name, scale in self.loras.items() if scale}:
+            chosen.loras = loras  # for the images' parameters
         negatives = check_negatives(chosen.negative_prompt, len(pictures))
         seeds = check_seeds(chosen.seed, len(pictures) * chosen.images_per_prompt)
         pictures = [
@@ -418,17 +453,27 @@ class Pipeline(Model):
         latents = self._encode([np.asarray(image) for image in images.values()])
         return dict(zip(images, latents, strict=True))
 
-    def _fill_texts(self, images, ids, is_target, chosen):
-        """ids [B, L] with their targets filled in, as rows on the host."""
+    def _fill_texts(self, images, ids, is_target, first, chosen, callback):
+        """The texts of ids [B, L] from their places `first` on, with the targets filled in."""
         self._require("a text", "transformer", "text_encoder", "autoencoder")
         if chosen.max_tokens is not None:  # what is beyond stays end-of-text
             check_whole("max_tokens", chosen.max_tokens, 1, ids.shape[1])
-            first = np.argmax(is_target, axis=1)
-            is_target = is_target & (np.arange(ids.shape[1]) < (first + chosen.max_tokens)[:, None])
+            begin = np.argmax(is_target, axis=1)
+            is_target = is_target & (np.arange(ids.shape[1]) < (begin + chosen.max_tokens)[:, None])
         seeds = np.array(check_seeds(chosen.seed, len(images)), np.uint32)
         side = self.config.image_size
         latents = self._encode([np.asarray(fill_size(image, side, side)) for image in images])
-        return self._write_texts(latents, ids, is_target, seeds, chosen)
+
+        def tell(evaluations, members, rows, is_hidden):
+            starts = [first[i] for i in members]
+            texts = [
+                settled_text(self.tokenizer, row[start:], hidden[start:])
+                for row, hidden, start in zip(rows, is_hidden, starts, strict=True)
+            ]
+            callback(TextStep(evaluations, tuple(members), tuple(texts)))
+
+        filled = self._write_texts(latents, ids, is_target, seeds, chosen, tell if callback else None)
+        return [self.tokenizer.decode(row[start:]).strip() for row, start in zip(filled, first, strict=True)]
 
     # Checks
 

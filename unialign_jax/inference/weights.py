@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax.traverse_util import path_aware_map, unflatten_dict
+from flax.traverse_util import flatten_dict, path_aware_map, unflatten_dict
 
 from unialign_jax import bundle
 from unialign_jax.models.parameters import storage_dtype
@@ -58,7 +58,8 @@ class Loader:
         self._changes[name] = change
         self._on_host.pop(name, None)
 
-    def __call__(self, name: str) -> dict:
+    def __call__(self, name: str, unchanged: dict | None = None) -> dict:
+        """The parameters; arrays that `adapt` changes nothing of are those of `unchanged`, where it is given."""
         quantized, change = self._quantize and name in QUANTIZED, self._changes.get(name)
         if self._restore and not quantized and change is None:
             return self._restore(name)
@@ -66,11 +67,14 @@ class Loader:
             return jax.device_put(self._on_host[name], self._device)
         keep = quantized and self._keep_on_host
         place = jax.local_devices(backend="cpu")[0] if keep else self._device
+        shared = {} if unchanged is None else flatten_dict(unchanged, sep="/")
 
         def put(path, leaf):
             dtype = storage_dtype(path, self._dtype)
             if change is not None:
-                leaf = change(path, leaf)
+                plain, leaf = leaf, change(path, leaf)
+                if leaf is plain and path in shared:
+                    return shared[path]
             if quantized:
                 return quantize_leaf(path, leaf, self._quantize, dtype=dtype, device=place)
             return jax.device_put(leaf.astype(dtype), place)
@@ -117,6 +121,8 @@ class Weights:
     def __init__(self, load: Callable[[str], dict], low_memory: bool = False):
         self._load, self._low_memory = load, low_memory
         self._resident = {}
+        self._keys = {}  # {name: the key of the set that is resident, or will be}
+        self._sets = {}  # {(name, key): parameters}, the set that was used last at the end; () is unchanged
 
     def get(self, *names: str) -> dict:
         """{name: parameters} of the named components, loaded where they are not there yet.
@@ -129,17 +135,42 @@ class Weights:
         for name in names:
             if name not in self._resident:
                 log.info("reading the %s", name.replace("_", " "))
-                self._resident[name] = self._load(name)
+                unchanged = self._sets.get((name, ()))
+                self._resident[name] = self._load(name) if unchanged is None else self._load(name, unchanged)
         return {name: self._resident[name] for name in names}
 
     def drop(self, name: str) -> None:
         """Forgets a component; `get` loads it anew."""
         self._resident.pop(name, None)
 
-    def adapt(self, name: str, change: Callable[[str, np.ndarray], np.ndarray] | None) -> None:
-        """Has a component read anew, with its arrays changed; see `Loader.adapt`."""
+    def adapt(
+        self,
+        name: str,
+        change: Callable[[str, np.ndarray], np.ndarray] | None,
+        key: tuple = (),
+        kept: int = 0,
+    ) -> None:
+        """Has a component read anew, with its arrays changed; see `Loader.adapt`.
+
+        Args:
+          key: tells this change from others; () is None's.
+          kept: how many changed sets are in memory at most, beside the unchanged one, to be taken again by their keys.
+        """
+        if kept and not self._low_memory and name in self._resident:
+            self._sets[name, self._keys.get(name, ())] = self._resident[name]
+        self._keys[name] = key
         self._load.adapt(name, change)
         self.drop(name)
+        if (name, key) in self._sets:
+            self._resident[name] = self._sets[name, key] = self._sets.pop((name, key))
+        room = kept - (key != () and (name, key) not in self._sets)  # what is read next takes a place
+        changed = [found for found in self._sets if found[0] == name and found[1]]
+        for found in changed[: max(0, len(changed) - room)]:
+            del self._sets[found]
+
+    def forget(self, name: str) -> None:
+        """Drops the sets of a component that `adapt` kept."""
+        self._sets = {found: params for found, params in self._sets.items() if found[0] != name}
 
     def settle(self, outputs: Any) -> None:
         """In low-memory mode waits for `outputs`: the memory of the weights that compute them is free only then."""

@@ -227,6 +227,8 @@ def describe(
     temperature: jax.Array,
     threshold: jax.Array,
     entropy_bound: jax.Array,
+    evaluations: jax.Array | int = 0,
+    most: jax.Array | None = None,
     *,
     mask_id: int,
     eos_id: int,
@@ -239,6 +241,7 @@ def describe(
       latents: [B, h, w, C] of the images, clean.
       ids, is_target: [B, L]; positions that are no target, such as a question's, stay.
       seeds: uint32 [B].
+      evaluations, most: of a text that is filled in parts.
     """
     chex.assert_rank(latents, 4)
     chex.assert_equal_shape([ids, is_target])
@@ -265,6 +268,8 @@ def describe(
         temperature=temperature,
         threshold=threshold,
         entropy_bound=entropy_bound,
+        evaluations=evaluations,
+        most=most,
     )
 
 

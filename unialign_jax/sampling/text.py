@@ -14,7 +14,7 @@ SINGLE_STEPS = 4  # of "top_k" for a model without text positions
 
 
 class TextSample(NamedTuple):
-    ids: jax.Array  # int32 [B, L], the completed ids
+    ids: jax.Array  # int32 [B, L], the completed ids; of a sampler that was stopped, the mask's id in hidden targets
     evaluations: jax.Array  # int32, how often the network ran on the batch
 
 
@@ -32,6 +32,8 @@ def sample_text(
     temperature: ArrayLike = 1.0,
     threshold: ArrayLike = 0.9,
     entropy_bound: ArrayLike = 0.1,
+    evaluations: ArrayLike = 0,
+    most: ArrayLike | None = None,
 ) -> TextSample:
     """Fills the target positions, starting from all of them masked.
 
@@ -62,6 +64,9 @@ def sample_text(
     - In the first `single_steps` steps top_k reveals one token. A model without text positions predicts the same word
       at every masked position until it sees a first one.
 
+    A text may be filled in parts: a call with `most` stops after so many evaluations. The next one goes on from the ids
+    and evaluations of its TextSample, with all else the same. The tokens are those of a single call.
+
     A sample's outcome depends on its own key and row, not on its neighbours, if logits_fn keeps rows apart. Call it
     under jax.jit: everything but decoding and mask_id may be traced.
 
@@ -77,6 +82,8 @@ def sample_text(
       temperature: of the draw, a scalar or [B]; 1 draws from the model, 0 takes the likeliest token.
       threshold: of "confidence", a scalar or [B]; above 1 it reveals one token a step.
       entropy_bound: of "entropy", a scalar or [B]; 0 or less reveals one token a step, or those that are certain.
+      evaluations: an int32 scalar, those that the text has had in earlier calls; 0 masks all targets first.
+      most: an int32 scalar, after how many evaluations of this call it stops; None is when all is revealed.
 
     Raises ValueError for an unknown decoding, num_steps below 1 (where it is not traced), and shapes that do not fit.
     """
@@ -129,8 +136,8 @@ def sample_text(
         return is_hidden & (rank < jnp.maximum(count, 1))
 
     def unfinished(state):
-        _, is_hidden, _ = state
-        return jnp.any(is_hidden)
+        _, is_hidden, done = state
+        return jnp.any(is_hidden) & (True if last is None else done < last)
 
     def reveal(state):
         ids, is_hidden, evaluations = state
@@ -145,6 +152,9 @@ def sample_text(
         revealed = choose(logits, is_hidden, step)
         return jnp.where(revealed, drawn, ids), is_hidden & ~revealed, evaluations + 1
 
-    masked = jnp.where(is_target_BL, jnp.asarray(mask_id, ids_BL.dtype), ids_BL)
-    ids, _, evaluations = jax.lax.while_loop(unfinished, reveal, (masked, jnp.asarray(is_target_BL), jnp.int32(0)))
+    evaluations = jnp.asarray(evaluations, jnp.int32)
+    last = None if most is None else evaluations + jnp.asarray(most, jnp.int32)
+    masked = jnp.where(is_target_BL & (evaluations == 0), jnp.asarray(mask_id, ids_BL.dtype), ids_BL)
+    state = masked, is_target_BL & (masked == mask_id), evaluations
+    ids, _, evaluations = jax.lax.while_loop(unfinished, reveal, state)
     return TextSample(ids, evaluations)

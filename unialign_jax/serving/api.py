@@ -9,14 +9,17 @@ GET  /v1/models  /health  /metrics
 
 import asyncio
 import base64
+import concurrent.futures
 import contextlib
+import functools
 import hmac
 import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -69,7 +72,8 @@ _SHARED = {
     "size": text("WIDTHxHEIGHT in pixels, or auto"),
     "quality": text(f"{' or '.join(TIERS)}; OpenAI's auto and high are lossless, medium and low fast"),
     "response_format": text("b64_json"),
-    "model": text("not read: a server has one model"),
+    "model": text("the server's, or MODEL:LORA with one of its LoRAs; other names are not read"),
+    "lora": (Any, Field(None, description="the name of a LoRA of the server, or an object {name: scale}")),
 }
 ImageRequest = options_model(
     "ImageRequest", "text_to_image", prompt=(str, Field(description="what to show")), **_SHARED
@@ -81,12 +85,15 @@ PerceiveRequest = options_model(
     kind=(str, Field(description="canny, depth or pose")),
     instruction=text("instead of the kind's own"),
     quality=_SHARED["quality"],
+    model=_SHARED["model"],
+    lora=_SHARED["lora"],
 )
 ChatRequest = options_model(
     "ChatRequest",
     "vqa",
     messages=(list[dict[str, Any]], Field(description="of the last one of the user, the image and the text are read")),
     model=_SHARED["model"],
+    lora=_SHARED["lora"],
     max_tokens=(int | None, Field(None, description="most tokens of the answer; clamped to what the model writes")),
     stream=(bool | None, Field(None, description="server-sent events")),
     prefix=text("what a caption begins with"),
@@ -94,11 +101,11 @@ ChatRequest = options_model(
 
 
 class Guard:
-    """Around the application: checks keys, counts bytes, and logs each request without its content."""
+    """Around the application: checks keys and hosts, counts bytes, and logs each request without its content."""
 
-    def __init__(self, app: ASGIApp, *, keys: Sequence[str], limits: Limits):
-        self._app, self._limits = app, limits
-        self._keys = [key.encode() for key in keys]
+    def __init__(self, app: ASGIApp, *, keys: Sequence[str], hosts: Sequence[str], limits: Limits, metrics: Metrics):
+        self._app, self._limits, self._metrics = app, limits, metrics
+        self._keys, self._hosts = [key.encode() for key in keys], [host.lower() for host in hosts]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -113,12 +120,19 @@ class Guard:
 
         try:
             headers = {name: value for name, value in scope["headers"]}
+            host = headers.get(b"host", b"").decode("latin-1")
+            if self._hosts and host_name(host) not in self._hosts:
+                self._metrics.refused("host")
+                wrong = f"Host is {shown(host)}, expected {' or '.join(self._hosts)} (launch/serve.py --allow-host)"
+                return await problem(421, wrong)(scope, receive, watched)
             if scope["path"] not in OPEN_PATHS and not self._may_enter(
                 scope["path"], headers.get(b"authorization", b"")
             ):
+                self._metrics.refused("key")
                 return await self._refusal(scope["path"])(scope, receive, watched)
             body = await self._read(headers, receive)
             if body is None:
+                self._metrics.refused("too_large")
                 too_large = f"the request has more than {self._limits.request_bytes:,} bytes"
                 return await problem(413, too_large)(scope, receive, watched)
             first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
@@ -169,6 +183,14 @@ class Guard:
         return problem(401, message, code="invalid_api_key", headers=headers)
 
 
+def host_name(host: str) -> str:
+    """The name in a Host header, in small letters: "[::1]:8000" -> "::1"."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
 def problem(
     status: int,
     message: str,
@@ -188,6 +210,7 @@ def make_app(
     *,
     model: str,
     keys: Sequence[str] = (),
+    hosts: Sequence[str] = (),
     limits: Limits = Limits(),  # noqa: B008 (it is frozen)
     metrics: Metrics | None = None,
     log_prompts: bool = False,
@@ -199,6 +222,8 @@ def make_app(
       model: the name of the model in answers.
       stamp: goes into every image's parameters (`ModelSource.stamp`).
       keys: API keys, one of which requests must have; none are needed where there are none.
+      hosts: the names that requests may call this server by (their Host header); any where there are none. A page of
+        another origin can have its name lead to this machine, and a browser then takes the server for that origin.
       metrics: what `engine` reports to.
       log_prompts: whether texts of requests go into the log.
     """
@@ -210,12 +235,15 @@ def make_app(
 
     metrics = metrics or Metrics(engine)
     app = FastAPI(title="unialign_jax", version=__version__, lifespan=lifespan)
-    app.add_middleware(Guard, keys=keys, limits=limits)
+    app.add_middleware(Guard, keys=keys, hosts=hosts, limits=limits, metrics=metrics)
+    work_of = functools.partial(make_work, limits=limits, model=model, loras=engine.loras)
+    reproducible = getattr(engine.pipeline, "reproducible", False)
 
     @app.exception_handler(BadRequest)
     async def bad_request(request: Request, error: BadRequest) -> JSONResponse:
         metrics.refused("bad_request")
-        return problem(400, str(error), parameter=error.parameter)
+        code = "model_not_found" if error.status == 404 else None
+        return problem(error.status, str(error), parameter=error.parameter, code=code)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -236,32 +264,28 @@ def make_app(
 
     @app.exception_handler(Closing)
     async def closing(request: Request, error: Closing) -> JSONResponse:
+        metrics.refused("closing")
         return problem(503, str(error), headers={"Retry-After": "10"})
 
     @app.exception_handler(TooLate)
     async def too_late(request: Request, error: TooLate) -> JSONResponse:
+        metrics.refused("too_late")
         return problem(504, str(error))
 
-    async def do(request: Request, work: Work) -> Ticket:
-        """Queues the work and waits for it, unless its client leaves. Raises its error."""
+    def queue(work: Work, hear: Callable[[str], None] | None = None) -> Ticket:
+        """Queues the work."""
         if log_prompts:
             log.info(json.dumps({"task": work.job.task, "text": work.job.text}))
         check_size(work.job, engine.pipeline.sizes)
-        ticket = engine.submit(work.job, work.images)
-        future = asyncio.wrap_future(ticket.future)
-        leaves = asyncio.ensure_future(gone(request))
+        return engine.submit(work.job, work.images, hear=hear, loras=work.loras)
+
+    async def do(request: Request, work: Work) -> Ticket:
+        """Queues the work and waits for it, unless its client leaves. Raises its error."""
+        ticket = queue(work)
         try:
-            await asyncio.wait({future, leaves}, return_when=asyncio.FIRST_COMPLETED)
-            if not future.done():
-                raise ClientGone
-            error = future.exception()
-            if isinstance(error, ValueError):
-                raise BadRequest(first_line(error))
-            if error is not None:
-                raise error
+            await unless_gone(request, asyncio.wrap_future(ticket.future))
             return ticket
         finally:
-            leaves.cancel()
             ticket.cancel()
 
     async def made(request: Request, work: Work) -> dict:
@@ -277,6 +301,8 @@ def make_app(
             "output_format": "png",
             "quality": work.tier,
             "model": model,
+            "lora": work.loras,
+            "reproducible": reproducible,
             "seconds": {"queued": round(ticket.queued or 0.0, 3), "working": round(ticket.working, 3)},
         }
 
@@ -290,49 +316,70 @@ def make_app(
 
     @app.post("/v1/images/generations")
     async def generate(request: Request, body: ImageRequest) -> dict:
-        work = await asyncio.to_thread(make_work, "text_to_image", given(body), [], limits)
+        work = await asyncio.to_thread(work_of, "text_to_image", given(body), [])
         return await made(request, work)
 
     @app.post("/v1/images/edits")
     async def edit(request: Request) -> dict:
         fields, data = await read_edit(request)
         task = "edit" if len(data) == 1 else "personalization"
-        return await made(request, await asyncio.to_thread(make_work, task, fields, data, limits))
+        return await made(request, await asyncio.to_thread(work_of, task, fields, data))
 
     @app.post("/v1/tasks/perceive")
     async def perceive(request: Request, body: PerceiveRequest) -> dict:
         fields = given(body)
         data = [image_bytes(fields.pop("image"), "image")]
-        return await made(request, await asyncio.to_thread(make_work, "perception", fields, data, limits))
+        return await made(request, await asyncio.to_thread(work_of, "perception", fields, data))
 
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(request: Request, body: ChatRequest) -> dict | StreamingResponse:
         fields = given(body)
         is_streamed, stream_options = fields.pop("stream", False), fields.pop("stream_options", None)
-        work = await asyncio.to_thread(chat_work, fields, engine.pipeline, limits)
+        work = await asyncio.to_thread(chat_work, fields, engine.pipeline, work_of)
+        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        head |= {"seed": work.job.seed, "task": work.job.task, "lora": work.loras, "reproducible": reproducible}
+
+        def ending(answer: str) -> tuple[str, dict]:
+            """(reason of the end, usage) of an answer."""
+            counted = {"prompt_tokens": token_count(engine.pipeline, work.job.text)}
+            counted["completion_tokens"] = token_count(engine.pipeline, answer)
+            most = work.job.options.get("max_tokens") or engine.pipeline.config.text_length
+            reason = "length" if counted["completion_tokens"] >= most else "stop"
+            return reason, counted | {"total_tokens": sum(counted.values())}
+
+        if is_streamed:
+            texts, loop = asyncio.Queue(), asyncio.get_running_loop()
+
+            def hear(text: str | None) -> None:
+                with contextlib.suppress(RuntimeError):  # the loop has ended
+                    loop.call_soon_threadsafe(texts.put_nowait, text)
+
+            ticket = queue(work, hear)
+            ticket.future.add_done_callback(lambda _: hear(None))
+            try:
+                first = await unless_gone(request, asyncio.ensure_future(texts.get()))
+                if first is None:  # an error before the first words has a status of its own
+                    raise_as_ours(ticket.future)
+            except BaseException:
+                ticket.cancel()
+                raise
+            wants_usage = isinstance(stream_options, dict) and stream_options.get("include_usage")
+            events = chat_events(head, first, texts, ticket, ending, bool(wants_usage))
+            return StreamingResponse(events, media_type="text/event-stream")
         ticket = await do(request, work)
         [answer] = ticket.future.result()
-        counted = {"prompt_tokens": token_count(engine.pipeline, work.job.text)}
-        counted["completion_tokens"] = token_count(engine.pipeline, answer)
-        usage = counted | {"total_tokens": sum(counted.values())}
-        most = work.job.options.get("max_tokens") or engine.pipeline.config.text_length
-        reason = "length" if counted["completion_tokens"] >= most else "stop"
-        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-        if is_streamed:
-            wants_usage = isinstance(stream_options, dict) and stream_options.get("include_usage")
-            events = chat_events(head, answer, reason, usage if wants_usage else None)
-            return StreamingResponse(events, media_type="text/event-stream")
+        reason, usage = ending(answer)
         message = {"role": "assistant", "content": answer}
         choice = {"index": 0, "message": message, "finish_reason": reason, "logprobs": None}
-        extra = {"seed": work.job.seed, "task": work.job.task}
-        return head | {"object": "chat.completion", "choices": [choice], "usage": usage} | extra
+        return head | {"object": "chat.completion", "choices": [choice], "usage": usage}
 
     @app.get("/v1/models")
     async def models() -> dict:
         config = engine.pipeline.config
         facts = {"image_size": config.image_size, "text_length": config.text_length, "tasks": config.tasks}
-        entry = {"id": model, "object": "model", "created": 0, "owned_by": "unialign_jax"} | facts
-        return {"object": "list", "data": [entry]}
+        facts |= {"object": "model", "created": 0, "owned_by": "unialign_jax", "reproducible": reproducible}
+        adapted = [{"id": f"{model}:{name}", "parent": model} | facts for name in engine.loras]
+        return {"object": "list", "data": [{"id": model} | facts, *adapted]}
 
     @app.get("/health")
     async def health() -> dict:
@@ -359,6 +406,27 @@ async def gone(request: Request) -> None:
     """Returns when the client has closed the connection."""
     while not await request.is_disconnected():
         await asyncio.sleep(0.1)
+
+
+async def unless_gone(request: Request, future: asyncio.Future) -> Any:
+    """What comes of a future. Raises its error, or ClientGone if the client leaves before."""
+    leaves = asyncio.ensure_future(gone(request))
+    try:
+        await asyncio.wait({future, leaves}, return_when=asyncio.FIRST_COMPLETED)
+        if not future.done():
+            future.cancel()
+            raise ClientGone
+        return raise_as_ours(future)
+    finally:
+        leaves.cancel()
+
+
+def raise_as_ours(future: asyncio.Future | concurrent.futures.Future) -> Any:
+    """What came of a future that is done. Raises its error; BadRequest for a ValueError."""
+    error = future.exception()
+    if isinstance(error, ValueError):
+        raise BadRequest(first_line(error))
+    return future.result()
 
 
 def given(body: BaseModel) -> dict:
@@ -404,12 +472,17 @@ def from_form(name: str, value: str) -> Any:
         return int(value) if value.isascii() and value.isdigit() else value
     if name == "stream":
         return value.lower() == "true"
+    if name == "lora" and value.startswith("{"):
+        try:
+            return parse_json(value, "lora")
+        except ValueError as error:
+            raise BadRequest(str(error), "lora") from None
     option = OPTIONS.get(name)
     return option.parse(value) if option else value
 
 
-def chat_work(fields: dict, pipeline: Any, limits: Limits) -> Work:
-    """The caption or the answer that a chat asks for. Raises BadRequest."""
+def chat_work(fields: dict, pipeline: Any, work_of: Callable[..., Work]) -> Work:
+    """The caption or the answer that a chat asks for, by `work_of` (`make_work`). Raises BadRequest."""
     asked, values = read_messages(fields.pop("messages"))
     if len(values) != 1:
         raise BadRequest(f"the user's last message has {len(values)} images, expected one to write about", "messages")
@@ -429,7 +502,7 @@ def chat_work(fields: dict, pipeline: Any, limits: Limits) -> Work:
     if task == "vqa":
         fields |= {"question": asked}
         fields.pop("prefix", None)
-    return make_work(task, fields, [image_bytes(values[0], "image")], limits)
+    return work_of(task, fields, [image_bytes(values[0], "image")])
 
 
 def read_messages(messages: list) -> tuple[str, list]:
@@ -453,18 +526,48 @@ def token_count(pipeline: Any, said: str | None) -> int:
     return len(pipeline.tokenizer.token_ids(said)) if said else 0
 
 
-async def chat_events(head: dict, answer: str, reason: str, usage: dict | None) -> AsyncIterator[str]:
-    """An answer as server-sent events, a word at a time."""
+async def chat_events(
+    head: dict,
+    text: str | None,
+    texts: asyncio.Queue[str | None],
+    ticket: Ticket,
+    ending: Callable[[str], tuple[str, dict]],
+    wants_usage: bool,
+) -> AsyncIterator[str]:
+    """An answer as server-sent events, each with the words that are settled since the one before.
 
-    def event(delta: dict, finish: str | None = None) -> str:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish}
-        return f"data: {json.dumps(head | {'object': 'chat.completion.chunk', 'choices': [choice]})}\n\n"
+    Args:
+      text: how the answer begins; None where it is whole.
+      texts: what follows: longer beginnings, and None at the end.
+      ending: (reason, usage) of the whole answer.
+    """
 
-    yield event({"role": "assistant", "content": ""})
-    words = answer.split(" ")
-    for number, word in enumerate(words):
-        yield event({"content": word if number == len(words) - 1 else f"{word} "})
-    yield event({}, reason)
-    if usage:
-        yield f"data: {json.dumps(head | {'object': 'chat.completion.chunk', 'choices': [], 'usage': usage})}\n\n"
-    yield "data: [DONE]\n\n"
+    def event(content: dict) -> str:
+        return f"data: {json.dumps(head | {'object': 'chat.completion.chunk'} | content)}\n\n"
+
+    def chunk(delta: dict, finish: str | None = None) -> str:
+        return event({"choices": [{"index": 0, "delta": delta, "finish_reason": finish}]})
+
+    try:
+        yield chunk({"role": "assistant", "content": ""})
+        said = ""
+        while text is not None:
+            if len(text) > len(said):
+                yield chunk({"content": text[len(said) :]})
+                said = text
+            text = await texts.get()
+        error = ticket.future.exception()
+        if error is None and not (answer := ticket.future.result()[0]).startswith(said):
+            error = ValueError("the answer was made anew after a failure: ask again")
+        if error is not None:  # the status is long sent
+            yield event({"error": {"message": f"the request failed: {first_line(error)}", "type": "server_error"}})
+            return
+        if answer != said:
+            yield chunk({"content": answer[len(said) :]})
+        reason, usage = ending(answer)
+        yield chunk({}, reason)
+        if wants_usage:
+            yield event({"choices": [], "usage": usage})
+        yield "data: [DONE]\n\n"
+    finally:
+        ticket.cancel()

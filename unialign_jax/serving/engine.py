@@ -11,11 +11,12 @@ the dearest task takes is passed by nothing.
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from PIL import Image
 
@@ -23,6 +24,7 @@ from unialign_jax.files import first_line
 from unialign_jax.inference import job_runner
 from unialign_jax.inference.job_runner import Sample
 from unialign_jax.inference.jobs import Job
+from unialign_jax.inference.streaming import TextStep
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +57,8 @@ class Ticket:
       queued, working: seconds that it waited, and from its first batch's begin to its last one's end.
       batch_sizes: samples of each batch that it was in.
       callback: of `Pipeline.generate`; its samples then share no batch with others.
+      hear: of a text, called in the thread of a pipeline with how it begins (`TextStep.texts`) while it is written.
+      loras: {name: scale} of the adapters that it is made with.
     """
 
     job: Job
@@ -66,6 +70,8 @@ class Ticket:
     working: float = 0.0
     batch_sizes: list[int] = dataclasses.field(default_factory=list)
     callback: Callable | None = None
+    hear: Callable[[str], None] | None = None
+    loras: Mapping[str, float] = dataclasses.field(default_factory=dict)
     _outcomes: dict = dataclasses.field(default_factory=dict)
 
     def cancel(self) -> None:
@@ -109,7 +115,8 @@ class Counts:
 class Engine:
     """Does requests through pipelines of one model, one thread each.
 
-    `observe` is told of each batch: (task, size, seconds, whether it failed).
+    Attributes:
+      loras: {name: usual scale} of the adapters that requests may name; all pipelines have loaded them.
     """
 
     def __init__(
@@ -118,7 +125,9 @@ class Engine:
         *,
         max_waiting: int = 256,
         time_limit: float = 300.0,
-        observe: Callable[[str, int, float, bool], None] = lambda task, size, seconds, failed: None,
+        loras: Mapping[str, float] | None = None,
+        kept_loras: int = 2,
+        observe: Callable[[str, list[float], float], None] = lambda task, waits, seconds: None,
     ):
         """Starts the threads.
 
@@ -126,7 +135,10 @@ class Engine:
           pipelines: replicas: `Pipeline`s of the same model on different devices.
           max_waiting: samples in the queue at most.
           time_limit: seconds after which a sample that has not begun is given up.
+          kept_loras: of `Pipeline.choose_loras`.
+          observe: is told of each batch: its task, the seconds that each sample waited, and those that it took.
         """
+        self.loras, self._kept_loras = dict(loras or {}), kept_loras
         self._pipelines, self._observe = pipelines, observe
         self._max_waiting, self._time_limit = max_waiting, time_limit
         self._lock = threading.Condition()
@@ -154,6 +166,8 @@ class Engine:
         *,
         time_limit: float | None = None,
         callback: Callable | None = None,
+        hear: Callable[[str], None] | None = None,
+        loras: Mapping[str, float] | None = None,
     ) -> Ticket:
         """Queues a request.
 
@@ -161,6 +175,8 @@ class Engine:
           job: of `jobs.make_job`; its seed is set.
           time_limit: seconds, shorter than the engine's.
           callback: of `Pipeline.generate`, called in the thread of a pipeline.
+          hear, loras: see `Ticket`. Samples of one batch have the same adapters, and it makes them faster if several
+            requests do.
 
         Raises Busy when the queue has no room for all of its samples, Closing when the engine ends, ValueError when
         there are more samples than it ever has room for.
@@ -170,7 +186,8 @@ class Engine:
             raise ValueError(f"{count} images are asked for at once, expected at most {self._max_waiting}")
         now = time.monotonic()
         deadline = now + min(time_limit or self._time_limit, self._time_limit)
-        ticket = Ticket(job, images, deadline, now, callback=callback)
+        ticket = Ticket(job, images, deadline, now, callback=callback, hear=hear, loras=dict(loras or {}))
+        shape += (tuple(sorted(ticket.loras.items())),)
         if callback is not None:
             shape += (id(ticket),)
         with self._lock:
@@ -294,12 +311,15 @@ class Engine:
             if waiting.ticket.queued is None:
                 waiting.ticket.queued = began - waiting.ticket.arrived
         samples = [waiting.sample for waiting in batch]
-        outcomes = job_runner.attempt(
-            pipeline, samples, [list(waiting.ticket.images) for waiting in batch], batch[0].ticket.callback
-        )
+        callback = batch[0].ticket.callback
+        if any(waiting.ticket.hear for waiting in batch):
+            callback = functools.partial(_tell, batch)
+        if self.loras:
+            pipeline.choose_loras(batch[0].ticket.loras, kept=self._kept_loras)
+        outcomes = job_runner.attempt(pipeline, samples, [list(waiting.ticket.images) for waiting in batch], callback)
         seconds = time.monotonic() - began
         failed = sum(isinstance(outcome, Exception) for outcome in outcomes)
-        self._observe(task, len(batch), seconds, bool(failed))
+        self._observe(task, [began - waiting.ticket.arrived for waiting in batch], seconds)
         with self._lock:
             before = self._seconds.get(task, seconds / len(batch))
             self._seconds[task] = 0.8 * before + 0.2 * seconds / len(batch)
@@ -318,6 +338,14 @@ class Engine:
                 is_whole = len(ticket._outcomes) == ticket.job.images_per_prompt
             if is_whole:
                 _finish(ticket, [ticket._outcomes[index] for index in range(ticket.job.images_per_prompt)])
+
+
+def _tell(batch: Sequence[_Waiting], step: TextStep) -> None:
+    """Tells those of a batch that want to hear it how their texts begin."""
+    for position, text in zip(step.members, step.texts, strict=True):
+        ticket = batch[position].ticket
+        if ticket.hear and not ticket.future.done():
+            ticket.hear(text)
 
 
 def _finish(ticket: Ticket, results: list) -> None:

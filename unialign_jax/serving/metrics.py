@@ -26,6 +26,7 @@ class Metrics:
         made = {"registry": self._registry, "namespace": "unialign"}
         self._sizes = Histogram("batch_size", "Samples of a batch", ["task"], buckets=SIZES, **made)
         self._seconds = Histogram("batch_seconds", "Seconds of a batch", ["task"], buckets=SECONDS, **made)
+        self._waits = Histogram("wait_seconds", "Seconds of a sample in the queue", ["task"], buckets=SECONDS, **made)
         self._refusals = Counter("refused", "Requests that were not taken", ["reason"], **made)
         self._registry.register(self)
 
@@ -33,10 +34,12 @@ class Metrics:
         """Names the engine whose queue is shown."""
         self._engine = engine
 
-    def observe(self, task: str, size: int, seconds: float, failed: bool) -> None:
+    def observe(self, task: str, waits: list[float], seconds: float) -> None:
         """A batch; what an `Engine` calls."""
-        self._sizes.labels(task).observe(size)
+        self._sizes.labels(task).observe(len(waits))
         self._seconds.labels(task).observe(seconds)
+        for wait in waits:
+            self._waits.labels(task).observe(wait)
 
     def refused(self, reason: str) -> None:
         """A request that was not taken."""

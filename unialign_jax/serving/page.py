@@ -24,6 +24,7 @@ from unialign_jax.inference.options import MAX_REFERENCES, PERCEPTION
 from unialign_jax.serving.edit_tree import EditTree
 from unialign_jax.serving.engine import Engine, Ticket
 from unialign_jax.serving.examples import Examples, examples_for
+from unialign_jax.serving.metrics import Metrics
 from unialign_jax.serving.page_filter import Filter
 from unialign_jax.serving.page_worker import Worker
 from unialign_jax.serving.requests import SEED_BITS, TIERS, Limits
@@ -108,9 +109,11 @@ class Layout:
             with gr.Row():
                 steps = self._number("Steps", precision=0, minimum=1)
                 guidance = self._number("Guidance", minimum=0, maximum=100)
-            options = [tier, steps, guidance]
+            options = [tier, steps, guidance, self._lora()]
             if has_preview:
-                info = "Slower, in no batch; pixels may differ by one grey level from those without it"
+                info = "Slower, in no batch"
+                if not getattr(self._worker.engine.pipeline, "reproducible", False):
+                    info += "; pixels may differ by one grey level from those without it"
                 options.append(gr.Checkbox(False, label="Live preview", info=info))
         return seeds, options
 
@@ -121,17 +124,24 @@ class Layout:
             is_random = gr.Checkbox(True, label="New seed each time", min_width=120)
         return [seed, is_random]
 
+    def _lora(self) -> gr.Dropdown | gr.State:
+        """The name of an adapter, or nothing."""
+        loras = self._worker.engine.loras
+        if not loras:
+            return gr.State("")
+        return gr.Dropdown([("none", ""), *loras], value="", label="LoRA", min_width=120)
+
     @staticmethod
     def _number(label: str, **limits) -> gr.Number:
         return gr.Number(None, label=label, placeholder="the model's", min_width=120, **limits)
 
-    @staticmethod
-    def _copies(prefix: str) -> list:
+    def _copies(self, prefix: str) -> list:
         with gr.Accordion("Copy as code", open=False):
-            gr.Markdown(
-                "`image.png` is the picture that was sent; of a later edit, the one before it. "
-                "In Python, the bundle's folder goes where its name stands."
-            )
+            note = "`image.png` is the picture that was sent; of a later edit, the one before it. "
+            note += "In Python, the bundle's folder goes where its name stands."
+            if self._worker.engine.loras:
+                note += " So does a LoRA's file; jobs get it by `generate.py --lora=FILE`."
+            gr.Markdown(note)
             return [
                 gr.Code("", language=language, label=label, elem_id=f"{prefix}_{label.split()[0].lower()}", lines=2)
                 for language, label in (("python", "Python"), ("shell", "curl"), ("json", "Job line"))
@@ -211,22 +221,24 @@ class Layout:
         self._connect([run.click, prompt.submit], self._generate, inputs, outputs, "generate")
 
     async def _generate(
-        self, prompt, size, count, seed, is_random, tier, steps, guidance, live, negative, kept, request: gr.Request
-    ):
+        self, prompt, size, count, seed, is_random, tier, steps, guidance, lora, live, negative, kept,
+        request: gr.Request,
+    ):  # fmt: skip
         fields = given(
-            prompt=prompt, size=size, n=count, quality=tier, steps=steps, guidance_scale=guidance,
+            prompt=prompt, size=size, n=count, quality=tier, steps=steps, guidance_scale=guidance, lora=lora,
             negative_prompt=negative, seed=chosen_seed(seed, is_random),
         )  # fmt: skip
         async for outputs in self._images(("text_to_image", fields, []), live, kept, request):
             yield outputs
 
     async def _personalize(
-        self, prompt, references, seed, is_random, tier, steps, guidance, live, kept, request: gr.Request
+        self, prompt, references, seed, is_random, tier, steps, guidance, lora, live, kept, request: gr.Request
     ):
         data = [Path(path).read_bytes() for path, _ in references or []]
         fields = given(
-            prompt=prompt, quality=tier, steps=steps, guidance_scale=guidance, seed=chosen_seed(seed, is_random)
-        )
+            prompt=prompt, quality=tier, steps=steps, guidance_scale=guidance, lora=lora,
+            seed=chosen_seed(seed, is_random),
+        )  # fmt: skip
         async for outputs in self._images(("personalization", fields, data), live, kept, request):
             yield outputs
 
@@ -332,7 +344,7 @@ class Layout:
         return self._moved(tree, lambda tree: tree.go_to(int(event.index)))
 
     async def _edit_once(
-        self, tree, instruction, seed, is_random, tier, steps, guidance, live, negative, request: gr.Request
+        self, tree, instruction, seed, is_random, tier, steps, guidance, lora, live, negative, request: gr.Request
     ):
         nothing = gr.skip()
         same = [nothing] * 3
@@ -341,8 +353,8 @@ class Layout:
             return
         parent = tree.at
         fields = given(
-            instruction=instruction, quality=tier, steps=steps, guidance_scale=guidance, negative_prompt=negative,
-            seed=chosen_seed(seed, is_random),
+            instruction=instruction, quality=tier, steps=steps, guidance_scale=guidance, lora=lora,
+            negative_prompt=negative, seed=chosen_seed(seed, is_random),
         )  # fmt: skip
         data = [tree.now.image.read_bytes()]
         async for now in self._worker.do([("edit", fields, data)], live):
@@ -372,7 +384,7 @@ class Layout:
         inputs, outputs = [photo, wanted, *seeds, *options], [status, tickets, caption, maps, seeds[0], *copies]
         self._connect([photo.change, run.click], self._perceive, inputs, outputs, "perceive")
 
-    async def _perceive(self, photo, wanted, seed, is_random, tier, steps, guidance, request: gr.Request):
+    async def _perceive(self, photo, wanted, seed, is_random, tier, steps, guidance, lora, request: gr.Request):
         nothing = gr.skip()
         if photo is None or not wanted:
             yield "", [], "", [], nothing, *[nothing] * 3
@@ -381,9 +393,9 @@ class Layout:
         asked: list[tuple[str, dict, list[bytes]]] = []
         for name in wanted:
             if name == "caption":
-                asked.append(("caption", given(seed=seed, steps=steps), data))
+                asked.append(("caption", given(seed=seed, steps=steps, lora=lora), data))
             else:
-                fields = given(kind=name, seed=seed, quality=tier, steps=steps, guidance_scale=guidance)
+                fields = given(kind=name, seed=seed, quality=tier, steps=steps, guidance_scale=guidance, lora=lora)
                 if name in self._examples.map_instructions:
                     fields["instruction"] = self._examples.map_instructions[name]
                 asked.append(("perception", fields, data))
@@ -414,21 +426,21 @@ class Layout:
         with gr.Accordion("Options", open=False), gr.Row():
             steps = self._number("Steps", precision=0, minimum=1)
             temperature = self._number("Temperature", minimum=0)
-            most = self._number("Most tokens", precision=0, minimum=1)
+            most, lora = self._number("Most tokens", precision=0, minimum=1), self._lora()
         self._pairs(self._examples.questions, photo, question)
         copies = self._copies("ask")
         inputs, outputs = (
-            [photo, question, *seeds, steps, temperature, most],
+            [photo, question, *seeds, steps, temperature, most, lora],
             [status, tickets, answer, seeds[0], *copies],
         )
         self._connect([run.click, question.submit], self._ask, inputs, outputs, "ask")
 
-    async def _ask(self, photo, question, seed, is_random, steps, temperature, most, request: gr.Request):
+    async def _ask(self, photo, question, seed, is_random, steps, temperature, most, lora, request: gr.Request):
         nothing = gr.skip()
         data = [] if photo is None else [Path(photo).read_bytes()]
         fields = given(
             question=question.strip(), seed=chosen_seed(seed, is_random), steps=steps, temperature=temperature,
-            max_tokens=most,
+            max_tokens=most, lora=lora,
         )  # fmt: skip
         async for now in self._worker.do([("vqa" if "question" in fields else "caption", fields, data)]):
             if now.made is None:
@@ -445,6 +457,7 @@ def add_page(
     model: str,
     limits: Limits = Limits(),  # noqa: B008 (it is frozen)
     stamp: dict[str, Any] | None = None,
+    metrics: Metrics | None = None,
     needs_key: bool = False,
     log_prompts: bool = False,
     is_ending: Callable[[], bool] = lambda: False,
@@ -454,14 +467,15 @@ def add_page(
     Args:
       needs_key: whether the application asks for a key, for what is copied as code; it asks for the page's paths too.
       is_ending: whether the server is to end.
-      model, limits, stamp, log_prompts: as in `api.make_app`.
+      model, limits, stamp, metrics, log_prompts: as in `api.make_app`.
     """
     folder = Path(tempfile.mkdtemp(prefix="unialign_page_")).resolve()
     atexit.register(shutil.rmtree, folder, ignore_errors=True)  # of a server that never began
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
     worker = Worker(
-        engine, folder, model=model, limits=limits, stamp=stamp or {}, needs_key=needs_key, log_prompts=log_prompts
-    )
+        engine, folder, model=model, limits=limits, stamp=stamp or {}, metrics=metrics, needs_key=needs_key,
+        log_prompts=log_prompts,
+    )  # fmt: skip
     blocks = Layout(worker, examples_for(engine.pipeline.tokenizer)).build(model)
     blocks.state_session_capacity = MOST_SESSIONS
     gr.mount_gradio_app(

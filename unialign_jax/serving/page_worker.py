@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -16,6 +17,7 @@ from PIL import Image
 from unialign_jax.files import first_line
 from unialign_jax.serving import snippets
 from unialign_jax.serving.engine import Busy, Closing, Engine, Ticket, TooLate
+from unialign_jax.serving.metrics import Metrics
 from unialign_jax.serving.requests import Limits, Work, check_size, make_work, stamped_png
 
 log = logging.getLogger(__name__)
@@ -53,10 +55,13 @@ class Worker:
         model: str,
         limits: Limits,
         stamp: dict[str, Any],
+        metrics: Metrics | None = None,
         needs_key: bool = False,
         log_prompts: bool = False,
     ):
         self.engine, self.limits = engine, limits
+        self._metrics = metrics or Metrics(engine)
+        self._work_of = functools.partial(make_work, limits=limits, model=model, loras=engine.loras)
         self._folder, self._model, self._stamp = folder, model, stamp
         self._needs_key, self._log_prompts = needs_key, log_prompts
         self._swept = time.monotonic()
@@ -65,17 +70,18 @@ class Worker:
         """Queues requests, (task, fields, images) as `make_work` takes them, and tells of them until all are done.
 
         Args:
-          live: with previews; the image then differs by up to a grey level from that of the API.
+          live: with previews; the image then differs by up to a grey level from that of the API, unless the pipeline is
+            reproducible.
         """
         tickets: list[Ticket] = []
         seen = Preview() if live else None
         try:
-            works = [await asyncio.to_thread(make_work, *request, self.limits) for request in requests]
+            works = [await asyncio.to_thread(self._work_of, *request) for request in requests]
             for work in works:
                 check_size(work.job, self.engine.pipeline.sizes)
                 if self._log_prompts:
                     log.info(json.dumps({"task": work.job.task, "text": work.job.text}))
-                tickets.append(self.engine.submit(work.job, work.images, callback=seen))
+                tickets.append(self.engine.submit(work.job, work.images, callback=seen, loras=work.loras))
             futures = [asyncio.wrap_future(ticket.future) for ticket in tickets]
             left = set(futures)
             while left:
@@ -91,6 +97,8 @@ class Worker:
             seconds = max((ticket.queued or 0) + ticket.working for ticket in tickets)
             yield Moment(f"Done in {seconds:.1f} s.", made=made)
         except (ValueError, Busy, Closing, TooLate) as error:
+            reasons = {Busy: "busy", Closing: "closing", TooLate: "too_late"}
+            self._metrics.refused(reasons.get(type(error), "bad_request"))
             yield Moment(f"Not done: {first_line(error)}")
         except Exception as error:
             log.exception("a request of the page failed")
@@ -136,11 +144,11 @@ class Worker:
 
     def copies(self, works: Sequence[Work], url: str) -> tuple[str, str, str]:
         """(Python, curl, lines of a jobs file) that do the same as the requests."""
-        jobs = [work.job for work in works]
+        how = {"reproducible": getattr(self.engine.pipeline, "reproducible", False)}
         return (
-            "\n".join(snippets.as_python(job, self._model) for job in jobs),
-            "\n".join(snippets.as_curl(job, url, needs_key=self._needs_key) for job in jobs),
-            "".join(map(snippets.as_job, jobs)),
+            "\n".join(snippets.as_python(work.job, self._model, work.loras, **how) for work in works),
+            "\n".join(snippets.as_curl(work.job, url, work.loras, needs_key=self._needs_key) for work in works),
+            "".join(snippets.as_job(work.job) for work in works),
         )
 
 

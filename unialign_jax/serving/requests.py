@@ -17,12 +17,13 @@ from unialign_jax.data.images import decode_rgb, open_image
 from unialign_jax.files import shown
 from unialign_jax.inference import jobs
 from unialign_jax.inference.job_runner import png_bytes
-from unialign_jax.inference.options import IMAGE_TASKS, OPTIONS, by_name
+from unialign_jax.inference.options import IMAGE_TASKS, OPTIONS, by_name, check_range
 from unialign_jax.models.sizes import ImageSizes
 
 # Keys of OpenAI's requests that change nothing here, or have one value that we serve.
-IGNORED = ("model", "user", "stream_options", "metadata", "store", "logit_bias")
+IGNORED = ("model", "lora", "user", "stream_options", "metadata", "store", "logit_bias")
 SEED_BITS = 31
+MOST_SCALE = 10.0  # of adapters
 # What a tier sets where the request does not.
 TIERS = {
     "lossless": {},
@@ -33,11 +34,16 @@ QUALITIES |= {"medium": "fast", "low": "fast"} | {name: name for name in TIERS}
 
 
 class BadRequest(ValueError):
-    """A request that cannot be done. `parameter` is the key that it is about, if it is about one."""
+    """A request that cannot be done.
 
-    def __init__(self, message: str, parameter: str | None = None):
+    Attributes:
+      parameter: the key that it is about, if it is about one.
+      status: of HTTP.
+    """
+
+    def __init__(self, message: str, parameter: str | None = None, status: int = 400):
         super().__init__(message)
-        self.parameter = parameter
+        self.parameter, self.status = parameter, status
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +72,7 @@ class Work:
     job: jobs.Job
     images: tuple[Image.Image, ...]
     tier: str
+    loras: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 def read_image(data: bytes, name: str, limits: Limits) -> Image.Image:
@@ -111,16 +118,27 @@ def image_bytes(value: Any, name: str) -> bytes:
         raise BadRequest(f"{name} is no base64", name) from None
 
 
-def make_work(task: str, fields: Mapping[str, Any], data: Sequence[bytes], limits: Limits) -> Work:
+def make_work(
+    task: str,
+    fields: Mapping[str, Any],
+    data: Sequence[bytes],
+    limits: Limits,
+    *,
+    model: str = "",
+    loras: Mapping[str, float] | None = None,
+) -> Work:
     """A request of a task as a job with its images.
 
     Args:
       fields: the inputs of the task and its options, under our names or OpenAI's (`n`, `size`, `quality`); what is
         None counts as not given. Without a seed it gets a fresh one.
       data: its images, encoded.
+      model: the server's.
+      loras: {name: usual scale} of the adapters that a request may name.
 
     Raises BadRequest.
     """
+    chosen = _chosen_loras(fields.get("lora"), fields.get("model"), model, loras or {})
     fields = {key: value for key, value in fields.items() if value is not None and key not in IGNORED}
     images = tuple(
         read_image(content, f"image {number}" if len(data) > 1 else "image", limits)
@@ -145,7 +163,29 @@ def make_work(task: str, fields: Mapping[str, Any], data: Sequence[bytes], limit
     except ValueError as error:
         parameter = re.match(r"\w+", str(error))
         raise BadRequest(str(error), parameter[0] if parameter else None) from None
-    return Work(job, images, tier)
+    return Work(job, images, tier, chosen)
+
+
+def _chosen_loras(asked: Any, model_asked: Any, model: str, loras: Mapping[str, float]) -> dict[str, float]:
+    """{name: scale} of the adapters that `lora` or a model of the name MODEL:ADAPTERS asks for."""
+    known, chosen = ", ".join(loras) or "none", {}
+    if isinstance(model_asked, str) and model_asked.startswith(f"{model}:"):
+        name = model_asked.removeprefix(f"{model}:")
+        if name not in loras:
+            raise BadRequest(f"there is no model {shown(model_asked)}; LoRAs of this server: {known}", "model", 404)
+        chosen[name] = loras[name]
+    if isinstance(asked, str) and asked:
+        asked = {asked: loras.get(asked, 1.0)}
+    if not isinstance(asked or {}, Mapping):
+        raise BadRequest(f"lora is {shown(asked)}, expected a name, or an object of names and scales", "lora")
+    for name, scale in (asked or {}).items():
+        if name not in loras:
+            raise BadRequest(f"lora names {shown(name)}, expected one of this server's: {known}", "lora")
+        try:
+            chosen[name] = check_range(f"lora: the scale of {name}", scale, -MOST_SCALE, MOST_SCALE)
+        except ValueError as error:
+            raise BadRequest(str(error), "lora") from None
+    return {name: scale for name, scale in chosen.items() if scale}
 
 
 def _take_openai(task: str, fields: dict, limits: Limits) -> str:

@@ -5,6 +5,7 @@ Images are named image.png, or image_1.png, image_2.png, ... where there are sev
 
 import json
 import shlex
+from collections.abc import Mapping
 from typing import Any
 
 from unialign_jax.inference.jobs import INPUTS, Job
@@ -40,11 +41,13 @@ def _options(job: Job) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
 
 
-def as_python(job: Job, model: str) -> str:
+def as_python(job: Job, model: str, loras: Mapping[str, float] | None = None, *, reproducible: bool = False) -> str:
     """The call of `Pipeline` that makes the same.
 
     Args:
       model: the bundle's name.
+      loras: {name: scale} of its adapters; the name stands for their file.
+      reproducible: whether the server is.
     """
     options, names = _options(job), image_names(job)
     texts = [job.text] if job.text is not None else []
@@ -55,7 +58,9 @@ def as_python(job: Job, model: str) -> str:
     else:
         arguments = [*images, *texts] if job.task == "vqa" else [*texts, *images]
     listed = ", ".join([*map(repr, arguments), *(f"{key}={value!r}" for key, value in options.items())])
-    begin = f"from unialign_jax import Pipeline\n\npipeline = Pipeline.from_bundle({model!r})\n"
+    how = ", reproducible=True" if reproducible else ""
+    begin = f"from unialign_jax import Pipeline\n\npipeline = Pipeline.from_bundle({model!r}{how})\n"
+    begin += "".join(f"pipeline.load_lora({name!r}, scale={scale!r})\n" for name, scale in (loras or {}).items())
     call = f"pipeline.{METHODS[job.task]}({listed})"
     if job.task not in IMAGE_TASKS:
         return f"{begin}print({call}[0])\n"
@@ -74,15 +79,16 @@ def as_job(job: Job) -> str:
     return json.dumps(fields | _options(job)) + "\n"
 
 
-def as_curl(job: Job, url: str, *, needs_key: bool = False) -> str:
+def as_curl(job: Job, url: str, loras: Mapping[str, float] | None = None, *, needs_key: bool = False) -> str:
     """The request to a server, whose images it saves by their seeds.
 
     Args:
       url: of the server, such as http://127.0.0.1:8000.
+      loras: {name: scale} of its adapters.
       needs_key: reads the key from UNIALIGN_API_KEY.
     """
     key = ' \\\n  -H "Authorization: Bearer $UNIALIGN_API_KEY"' if needs_key else ""
-    options = _options(job)
+    options = _options(job) | ({"lora": dict(loras)} if loras else {})
     if "images_per_prompt" in options:
         options["n"] = options.pop("images_per_prompt")
 
@@ -114,6 +120,8 @@ _PICTURE = "THE-PICTURE-AS-BASE64"  # stands for it until the text around it is 
 
 
 def _as_form(value: Any) -> str:
+    if isinstance(value, dict):
+        return json.dumps(value)
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -14,10 +15,13 @@ from unialign_jax.inference.pipeline import Pipeline
 log = logging.getLogger(__name__)
 
 
-def open_replicas(source: ModelSource, count: int | None = None, **options) -> list[Pipeline]:
+def open_replicas(
+    source: ModelSource, count: int | None = None, loras: Mapping[str, tuple[str, float]] | None = None, **options
+) -> list[Pipeline]:
     """The model on `count` devices with its weights read; on all of them, or on one CPU, when None.
 
     Args:
+      loras: {name: (file, ...)} of adapters to load; they are off.
       options: of `Pipeline.from_bundle`.
 
     Raises ValueError where there are fewer devices.
@@ -29,6 +33,8 @@ def open_replicas(source: ModelSource, count: int | None = None, **options) -> l
         raise ValueError(f"--devices is {count}, and there are {len(devices)}")
     pipelines = [source.open(device=device, **options) for device in devices[:count]]
     for pipeline in pipelines:
+        for name, (path, _) in (loras or {}).items():
+            pipeline.load_lora(path, 0.0, name)
         pipeline.load()  # damaged weights are an error now, not with the first request
     return pipelines
 
