@@ -1,9 +1,9 @@
 """Runs that train adapters: what they change, keep and refuse."""
 
 import contextlib
-import functools
 import json
 import logging
+import re
 import shutil
 
 import jax
@@ -20,6 +20,7 @@ from unialign_jax.training.config import config_problems
 from unialign_jax.training.loop import Trainer, train
 from unialign_jax.training.metrics import read_metrics
 from unialign_jax.training.program import StepProgram
+from unialign_jax.training.samples import tell_change
 from unialign_jax.training.state import init_state
 
 pytestmark = pytest.mark.slow
@@ -141,19 +142,46 @@ def test_adapters_that_have_changed_nothing_are_told(lora_config, caplog):
     assert "will not show" in warning and "optimizer.learning_rate is 1e-12" in warning
 
 
-@pytest.mark.slow
-def test_dora_on_four_devices_has_the_losses_and_samples_of_one(lora_config, tmp_path):
-    config = functools.partial(lora_config, lora__dora=True, num_steps=2, validation__every=2, samples__count=1)
-    rows = []
-    for name, changes in (("one", {"mesh__fsdp": 1}), ("four", {"mesh__fsdp": 2, "mesh__data": 2})):
-        state = run(config(**changes), tmp_path / name, devices=1 if name == "one" else 4)
+def test_on_eight_devices_all_options_train_and_sample_as_on_one(lora_config, tmp_path, caplog):
+    """DoRA with dropout over a base in 8 bits: losses to 1e-5, samples of one's own prompts beside the base's."""
+    caplog.set_level(logging.INFO, "unialign_jax")
+    options = {"lora__dora": True, "lora__quantize_base": "int8", "lora__dropout": 0.2, "validation__every": 2}
+    options |= {"samples__count": 1, "samples__prompts": ("a red circle", "a blue square")}
+    rows, states = [], []
+    for name, mesh in (("one", {"fsdp": 1}), ("eight", {"data": 2, "fsdp": 2, "tensor": 2})):
+        changes = {f"mesh__{axis}": size for axis, size in mesh.items()}
+        state = run(lora_config(**options, **changes), tmp_path / name, devices=1 if name == "one" else 8)
         rows.append([row["loss"] for row in read_metrics(tmp_path / name)])
-        gains = [leaf for path, leaf in flatten_dict(state.params["transformer"], sep="/").items() if "gain" in path]
-        assert len(gains) == len(KERNELS) and all(np.abs(gain).max() > 0 for gain in gains)
-        assert list((tmp_path / name / "samples").glob("text_to_image_000002.png"))
-    np.testing.assert_allclose(*rows, rtol=1e-4)
+        states.append(flatten_dict(state.params["transformer"], sep="/"))
+        assert {path.name for path in (tmp_path / name / "samples").iterdir()} == {
+            *("text_to_image_000004.png", "text_to_image_000004.md", "prompts_000004.png")
+        }
+    np.testing.assert_allclose(*rows, rtol=1e-5)
+    for path, leaf in states[0].items():
+        assert np.abs(leaf).max() > 0, path  # gains too, which started at zero
+        np.testing.assert_allclose(states[1][path], leaf, atol=2e-5, err_msg=path)
     streams = [row["stream"] for row in read_metrics(tmp_path / "one")]
-    assert streams == ["text_to_image"] * 2 + ["validation/text_to_image", "validation_raw/text_to_image"]
+    validated = ["validation/text_to_image", "validation_raw/text_to_image"]
+    assert streams == (["text_to_image"] * 2 + validated) * 2
+    assert rows[0][7] < rows[0][3]  # the losses of the same records at the same noise, of steps 2 and 4
+    table = (tmp_path / "one/samples/text_to_image_000004.md").read_text()
+    assert table.startswith("| | real | before | after |")
+    widths = [Image.open(tmp_path / f"one/samples/{name}_000004.png").width for name in ("text_to_image", "prompts")]
+    assert widths[0] > widths[1]  # three pictures a card, and two
+    told = [record for record in caplog.records if "samples of the same seeds" in record.getMessage()]
+    assert len(told) == 2 and all(record.levelno == logging.INFO for record in told)
+    changes = [re.search(r"pictures by ([\d.e+]+) of 255 levels and .*% of", r.getMessage()) for r in told]
+    assert all(float(found[1]) > 1 for found in changes)
+
+
+def test_samples_that_are_as_before_are_told(caplog):
+    image, ids = np.full((2, 4, 4, 3), 7, np.uint8), np.arange(6).reshape(2, 3)
+    tell_change([((image, ids), (image, ids)), ((None, ids), (None, ids))])
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING and "pictures by 0 of 255 levels" in record.getMessage()
+    caplog.clear()
+    tell_change([((None, ids), (None, ids + 1))])
+    assert not [record for record in caplog.records if record.levelno == logging.WARNING]
 
 
 @pytest.mark.slow
@@ -184,6 +212,8 @@ def test_a_run_can_be_the_base(small_config, lora_config, tmp_path, refuses):
         ({"lora__rank": -1}, ("lora.rank is -1",)),
         ({"lora__alpha": 0.0}, ("lora.alpha is 0.0",)),
         ({"lora__targets": ()}, ("lora.targets is empty",)),
+        ({"lora__dropout": 1.0}, ("lora.dropout is 1.0", "less than 1")),
+        ({"lora__quantize_base": "w8a8"}, ("lora.quantize_base is 'w8a8'", "int8")),
         ({"lora__targets": ("(",)}, ("lora.targets", "no regular expression")),
         ({"optimizer__freeze": ("transformer/",)}, ("optimizer.freeze", "lora.targets")),
         ({"loss_weights__intrinsic_modal": 0.1}, ("intrinsic_modal", "set it to 0")),

@@ -311,7 +311,7 @@ class MMDiT(nn.Module):
         self.blocks = nn.scan(
             Layer,
             variable_axes={"params": 0},
-            split_rngs={"params": True},
+            split_rngs={"params": True, "dropout": True},  # of adapters, models/lora.py
             in_axes=(0, 0, nn.broadcast),
             length=c.depth,
         )(c)
