@@ -98,6 +98,7 @@ def paper_config(size: str = "") -> ConfigDict:
                 "b1": 0.9,
                 "b2": 0.999,
                 "eps": 1e-8,
+                "mu_dtype": "float32",  # of Adam's first moment; "bfloat16" takes 2 bytes a weight less
                 "freeze": (),  # regular expressions over parameter paths, such as "transformer/text_embed"
             },
             "ema_decay": 0.9999,  # of the weights' average; at step n at most (1 + n) / (10 + n); 0: no average

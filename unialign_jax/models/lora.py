@@ -20,6 +20,7 @@ import numpy as np
 import qwix
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from unialign_jax.models.mmdit import first_of_pairs, in_pairs, second_of_pairs
 from unialign_jax.models.quantization import QuantizedModule, quantize_module
 
 # Kernels that can have adapters: a pattern of the path, the number of axes that count separate matrices (the block; for
@@ -206,12 +207,16 @@ def adapted_dense(layer: Any, call: Any, x: jax.Array, lora: LoraConfig) -> jax.
     As PEFT has it: y = call(x) + scale * (dropout(x) A) B. With DoRA's factors f it is
     call(x) + (f - 1) * dropout(x) W + f * scale * (dropout(x) A) B, where a layer without dropout needs no second x W.
     """
-    y, adapter = call(x), layer.get_variable("params", ADAPTER)
-    kernel, dropped = layer.get_variable("params", "kernel"), x
-    drops = lora.dropout and layer.has_rng("dropout")
-    if drops:
+    adapter, kernel = (layer.get_variable("params", name) for name in (ADAPTER, "kernel"))
+    dropped = x
+    if lora.dropout and layer.has_rng("dropout"):
         keep = jax.random.bernoulli(layer.make_rng("dropout"), 1 - lora.dropout, x.shape)
         dropped = jnp.where(keep, x / (1 - lora.dropout), 0)
+    if "gain" in adapter and dropped is not x:
+        both = call(in_pairs(x, dropped))  # once: a layer cannot be called twice
+        y, y_dropped = first_of_pairs(both), second_of_pairs(both)
+    else:
+        y = y_dropped = call(x)
     path = "/".join((*layer.path, "kernel"))
     features = kernel.shape[matrix_axes(path)[1] :]
     dtype = layer.dtype or x.dtype
@@ -226,7 +231,7 @@ def adapted_dense(layer: Any, call: Any, x: jax.Array, lora: LoraConfig) -> jax.
     if "gain" not in adapter:
         return y + change
     factors = dora_factors(path, plain(kernel), adapter, lora.scale).reshape(features).astype(y.dtype)
-    product = (call(dropped) if drops else y) - layer.get_variable("params", "bias").astype(y.dtype)
+    product = y_dropped - layer.get_variable("params", "bias").astype(y.dtype)
     return y + (factors - 1) * product + factors * change
 
 

@@ -89,6 +89,7 @@ CHOICES = {
     "tracker": ("", "wandb"),
     "quantize_text_encoder": ("", *MODES),
     "lora.quantize_base": ("", "int8"),
+    "optimizer.mu_dtype": ("float32", "bfloat16"),
     "model.remat": ("none", *REMAT_POLICIES),
     "model.attention": ("auto", *IMPLEMENTATIONS),
     "autoencoder.kind": ("kl", "space_to_depth"),
