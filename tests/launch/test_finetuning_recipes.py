@@ -31,13 +31,22 @@ def commands() -> list[list[str]]:
 
 
 @pytest.mark.parametrize("number", range(len(commands())))
-def test_a_command_is_one_that_is_taken(number, launch_command, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_a_command_is_one_that_is_taken(number, launch_command, monkeypatch, tmp_path):
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
     file, *arguments = commands()[number]
     module = launch_command(file.removesuffix(".py"))
     if file == "finetune.py":
         options, calls = module.parse_arguments(arguments), []
-        monkeypatch.setattr(module, "run", lambda name, *rest: calls.append((name, *rest)))
+        if options.caption:
+            draw_pictures(options.pictures)
+
+        def run(name, *arguments):
+            calls.append((name, *arguments))
+            if name == "generate":
+                (options.workdir / "data/class").mkdir()
+
+        monkeypatch.setattr(module, "run", run)
         module.finetune(options)
         names = [name for name, *_ in calls]
         assert names[0] == "prepare_data" and names.count("generate") == (options.recipe == "subject")
