@@ -8,8 +8,7 @@ import shlex
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from unialign_jax.command_line import Parser, explain_missing_packages, run_command, split_changes
 
 explain_missing_packages()
@@ -85,7 +84,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def run(name: str, *arguments: str) -> None:
     """Prints and executes a command of this folder. Raises ValueError when it fails."""
     print(f"python launch/{name}.py {shlex.join(arguments)}", flush=True)
-    spec = importlib.util.spec_from_file_location(f"launch_{name}", ROOT / "launch" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"launch_{name}", Path(__file__).with_name(f"{name}.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if module.main(list(arguments)):
