@@ -3,8 +3,8 @@
 import argparse
 import importlib.util
 import logging
-import os
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -92,24 +92,24 @@ def run(name: str, *arguments: str) -> None:
 
 
 def with_captions(pictures: Path, caption: str, folder: Path) -> Path:
-    """A folder of links to the pictures, with a text beside each: its own, or `caption`."""
+    """A folder of copies of the pictures, with a text beside each: its own, or `caption`."""
     names = sorted(path for path in pictures.iterdir() if path.suffix.lower() in IMAGES)
     if not names or any((pictures / name).exists() for name in METADATA):
         raise ValueError(f"--caption: {pictures} holds no pictures, or has a metadata file that says what they are")
     folder.mkdir(parents=True, exist_ok=True)
     for picture in names:
-        link, own = folder / picture.name, [picture.with_suffix(suffix) for suffix in TEXTS]
+        own = [picture.with_suffix(suffix) for suffix in TEXTS]
         text = next((path.read_text() for path in own if path.exists()), caption)
-        link.with_suffix(".txt").write_text(text)
-        if not link.exists():
-            os.symlink(picture.absolute(), link)
+        (folder / picture.name).with_suffix(".txt").write_text(text)
+        shutil.copyfile(picture, folder / picture.name)
     return folder
 
 
 def write_records(source: Path, kind: str, output: Path) -> None:
     if not records.is_data_folder(output):
         # Whoever brings twelve pictures wants all of them, small ones too.
-        run("prepare_data", f"--source={source}", f"--stream={kind}", "--min-side=1", f"--output={output}")
+        options = [f"--stream={kind}", "--min-side=1", "--processes=1", f"--output={output}"]
+        run("prepare_data", f"--source={source}", *options)
 
 
 def draw_class(arguments: argparse.Namespace, model: str, seed: int, folder: Path) -> None:
