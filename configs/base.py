@@ -58,11 +58,14 @@ def paper_config(size: str = "") -> ConfigDict:
             },
             # Low-rank adapters in place of all weights (docs/finetuning.md). Only they are trained, saved and averaged;
             # the transformer of init_from stays as it is, in its compute dtype, and the alignment heads are left out.
+            # quantize_base "int8" keeps the matmul weights of its blocks in 8 bits (QLoRA): half of bfloat16's memory.
             "lora": {
                 "rank": 0,  # of the adapters; 0: no adapters, all weights are trained
                 "alpha": 16.0,  # the change is alpha / rank * A B
                 "targets": (r"blocks/.*/(qkv|out)/kernel$",),  # regular expressions over the transformer's paths
                 "dora": False,  # True: also a gain of each output's weights (DoRA)
+                "dropout": 0.0,  # share of an adapter's inputs that a training step leaves out
+                "quantize_base": "",  # "" or "int8"
             },
             # Networks: the fields of their dataclasses in models/, filled from a preset (models/presets.py). Bundles
             # store these groups, so the two switches of the released heads, final_silu and pool, are in `heads`.
@@ -95,6 +98,7 @@ def paper_config(size: str = "") -> ConfigDict:
                 "b1": 0.9,
                 "b2": 0.999,
                 "eps": 1e-8,
+                "mu_dtype": "float32",  # of Adam's first moment; "bfloat16" takes 2 bytes a weight less
                 "freeze": (),  # regular expressions over parameter paths, such as "transformer/text_embed"
             },
             "ema_decay": 0.9999,  # of the weights' average; at step n at most (1 + n) / (10 + n); 0: no average
@@ -123,7 +127,8 @@ def paper_config(size: str = "") -> ConfigDict:
             },
             "samples": {
                 "every": 2000,  # steps; 0: at the end only
-                "count": 8,  # 0: none at all
+                "count": 8,  # of each stream; 0: none
+                "prompts": (),  # prompts of one's own, which images are made of as well
                 "steps": 28,  # of the image sampler
                 "guidance_scale": 7.0,
                 "shift": 3.0,  # of the sampler's sigmas

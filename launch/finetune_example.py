@@ -22,11 +22,8 @@ fine-tuning, and says how well the shapes are hearts.
 """
 EXAMPLES = """\
 examples, in this order
-  python launch/finetune_example.py pictures --output=data/hearts/pictures
-  python launch/prepare_data.py --source=data/hearts/pictures --stream=text_to_image --min-side=64 \\
-      --output=data/hearts/records
-  python launch/train.py --config=configs/finetune.py:tiny --workdir=runs/hearts \\
-      --config.streams.text_to_image.path=data/hearts/records
+  python launch/finetune_example.py pictures --output=data/hearts
+  python launch/finetune.py style --pictures=data/hearts --config=configs/finetune.py:tiny --workdir=runs/hearts
   python launch/finetune_example.py sheet --lora=runs/hearts --output=hearts.png
 """
 SIZE, SUPERSAMPLING, RADIUS, COUNT = 64, 4, 0.148, 12

@@ -1,9 +1,9 @@
 """Runs that train adapters: what they change, keep and refuse."""
 
 import contextlib
-import functools
 import json
 import logging
+import re
 import shutil
 
 import jax
@@ -20,6 +20,7 @@ from unialign_jax.training.config import config_problems
 from unialign_jax.training.loop import Trainer, train
 from unialign_jax.training.metrics import read_metrics
 from unialign_jax.training.program import StepProgram
+from unialign_jax.training.samples import tell_change
 from unialign_jax.training.state import init_state
 
 pytestmark = pytest.mark.slow
@@ -141,19 +142,46 @@ def test_adapters_that_have_changed_nothing_are_told(lora_config, caplog):
     assert "will not show" in warning and "optimizer.learning_rate is 1e-12" in warning
 
 
-@pytest.mark.slow
-def test_dora_on_four_devices_has_the_losses_and_samples_of_one(lora_config, tmp_path):
-    config = functools.partial(lora_config, lora__dora=True, num_steps=2, validation__every=2, samples__count=1)
-    rows = []
-    for name, changes in (("one", {"mesh__fsdp": 1}), ("four", {"mesh__fsdp": 2, "mesh__data": 2})):
-        state = run(config(**changes), tmp_path / name, devices=1 if name == "one" else 4)
-        rows.append([row["loss"] for row in read_metrics(tmp_path / name)])
-        gains = [leaf for path, leaf in flatten_dict(state.params["transformer"], sep="/").items() if "gain" in path]
-        assert len(gains) == len(KERNELS) and all(np.abs(gain).max() > 0 for gain in gains)
-        assert list((tmp_path / name / "samples").glob("text_to_image_000002.png"))
-    np.testing.assert_allclose(*rows, rtol=1e-4)
-    streams = [row["stream"] for row in read_metrics(tmp_path / "one")]
-    assert streams == ["text_to_image"] * 2 + ["validation/text_to_image", "validation_raw/text_to_image"]
+def test_on_eight_devices_all_options_train_as_on_one(lora_config, tmp_path, caplog):
+    """DoRA with dropout over a base in 8 bits; and samples of one's own prompts beside the base's."""
+    caplog.set_level(logging.INFO, "unialign_jax")
+    options = {"lora__dora": True, "lora__quantize_base": "int8", "lora__dropout": 0.2, "validation__every": 2}
+    looks = {"samples__count": 1, "samples__prompts": ("a red circle", "a blue square")}
+    mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2, "samples__count": 0}
+    losses, states = [], []
+    for name, changes, devices in (("one", looks, 1), ("eight", mesh, 8)):
+        state = run(lora_config(**options, **changes), tmp_path / name, devices)
+        rows = read_metrics(tmp_path / name)
+        losses.append([row["loss"] for row in rows if row["stream"] == "text_to_image"])
+        states.append(flatten_dict(state.params["transformer"], sep="/"))
+    assert len(losses[0]) == 4
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    for path, leaf in states[0].items():
+        assert np.abs(leaf).max() > 0, path  # gains too, which started at zero
+        np.testing.assert_allclose(states[1][path], leaf, atol=2e-5, err_msg=path)
+    rows = read_metrics(tmp_path / "one")
+    validated = ["validation/text_to_image", "validation_raw/text_to_image"]
+    assert [row["stream"] for row in rows] == (["text_to_image"] * 2 + validated) * 2
+    assert rows[7]["loss"] < rows[3]["loss"]  # of the same records at the same noise, after steps 2 and 4
+    samples = tmp_path / "one/samples"
+    names = ["prompts_000004.png", "text_to_image_000004.md", "text_to_image_000004.png"]
+    assert sorted(path.name for path in samples.iterdir()) == names
+    assert (samples / names[1]).read_text().startswith("| | real | before | after |")
+    widths = [Image.open(samples / name).width for name in (names[0], names[2])]
+    assert widths[0] < widths[1]  # cards of two pictures, and of three
+    told = [record for record in caplog.records if "samples of the same seeds" in record.getMessage()]
+    assert [record.levelno for record in told] == [logging.INFO]
+    assert float(re.search(r"pictures by ([\d.e+]+) of 255", told[0].getMessage())[1]) > 1
+
+
+def test_samples_that_are_as_before_are_told(caplog):
+    image, ids = np.full((2, 4, 4, 3), 7, np.uint8), np.arange(6).reshape(2, 3)
+    tell_change([((image, ids), (image, ids)), ((None, ids), (None, ids))])
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING and "pictures by 0 of 255 levels" in record.getMessage()
+    caplog.clear()
+    tell_change([((None, ids), (None, ids + 1))])
+    assert not [record for record in caplog.records if record.levelno == logging.WARNING]
 
 
 @pytest.mark.slow
@@ -184,6 +212,8 @@ def test_a_run_can_be_the_base(small_config, lora_config, tmp_path, refuses):
         ({"lora__rank": -1}, ("lora.rank is -1",)),
         ({"lora__alpha": 0.0}, ("lora.alpha is 0.0",)),
         ({"lora__targets": ()}, ("lora.targets is empty",)),
+        ({"lora__dropout": 1.0}, ("lora.dropout is 1.0", "less than 1")),
+        ({"lora__quantize_base": "w8a8"}, ("lora.quantize_base is 'w8a8'", "int8")),
         ({"lora__targets": ("(",)}, ("lora.targets", "no regular expression")),
         ({"optimizer__freeze": ("transformer/",)}, ("optimizer.freeze", "lora.targets")),
         ({"loss_weights__intrinsic_modal": 0.1}, ("intrinsic_modal", "set it to 0")),

@@ -154,3 +154,23 @@ def test_ema_is_float32_and_moves_by_small_fractions():
     moved = ema_update(ema, params, 0.9999)
     assert moved["w"].dtype == jnp.float32
     np.testing.assert_allclose(moved["w"], np.full(3, 2e-4), rtol=1e-6)
+
+
+def test_the_first_moment_may_be_kept_in_bfloat16():
+    moved = {}
+    for dtype in ("float32", "bfloat16"):
+        params = {"transformer": {"kernel": jnp.ones((16, 16))}}
+        tx, _ = make_optimizer(**SETTINGS, mu_dtype=dtype)
+        state = tx.init(params)
+        for seed in range(4):
+            drawn = np.random.default_rng(seed).normal(size=(16, 16)).astype(np.float32)
+            gradients = {"transformer": {"kernel": drawn}}
+            updates, state = tx.update(gradients, state, params)
+            params = optax.apply_updates(params, updates)
+        is_adam = lambda part: hasattr(part, "mu")  # noqa: E731
+        (adam,) = filter(is_adam, jax.tree.leaves(state, is_leaf=is_adam))
+        assert {leaf.dtype for leaf in jax.tree.leaves(adam.mu)} == {jnp.dtype(dtype)}
+        assert {leaf.dtype for leaf in jax.tree.leaves(adam.nu)} == {jnp.dtype("float32")}
+        moved[dtype] = np.asarray(params["transformer"]["kernel"]) - 1
+    error = np.abs(moved["bfloat16"] - moved["float32"]).max()
+    assert 0 < error < 0.01 * np.abs(moved["float32"]).max()

@@ -317,7 +317,7 @@ class MMDiT(nn.Module):
         self.blocks = nn.scan(
             Layer,
             variable_axes={"params": 0},
-            split_rngs={"params": True},
+            split_rngs={"params": True, "dropout": True},  # of adapters, models/lora.py
             in_axes=(0, 0, nn.broadcast),
             length=c.depth,
         )(c)
@@ -382,8 +382,8 @@ class MMDiT(nn.Module):
         for stream in ("image", "text"):
             weights = self.blocks.variables["params"]["joint"][stream].get("modulation", {})
             path = f"blocks/joint/{stream}/modulation/kernel"
-            if "kernel" not in weights or not moves_rows(path, weights["kernel"], len(time_embedding)):
-                return None
+            if set(weights) != {"kernel", "bias"} or not moves_rows(path, weights["kernel"], len(time_embedding)):
+                return None  # weights of none, or with an adapter
             vectors.append(dense_of_all_blocks(nn.silu(time_embedding), weights["kernel"], weights["bias"]))
         return tuple(vectors)
 

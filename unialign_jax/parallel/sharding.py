@@ -24,18 +24,18 @@ KERNEL = "kernel(/(qvalue|scale))?"  # plain, or a qwix.QArray
 # the last axes whole. Parameters of scanned layers have the layer as their first axis. The paths of optimizer moments
 # and of the EMA end in the parameter's path, so that they are split like it.
 TABLE = (
-    # MM-DiT blocks
+    # MM-DiT blocks; kernels of 8 bits have their values and their scales apart
     (r"blocks/.*/modulation/kernel$", P(None, "tensor", None, "fsdp")),
-    (r"blocks/.*/qkv/kernel$", P(None, "fsdp", None, "tensor", None)),
-    (r"blocks/.*/out/kernel$", P(None, "tensor", None, "fsdp")),
-    (r"blocks/.*/mlp_in/kernel$", P(None, "fsdp", "tensor")),
-    (r"blocks/.*/mlp_out/kernel$", P(None, "tensor", "fsdp")),
+    (rf"blocks/.*/qkv/{KERNEL}$", P(None, "fsdp", None, "tensor", None)),
+    (rf"blocks/.*/out/{KERNEL}$", P(None, "tensor", None, "fsdp")),
+    (rf"blocks/.*/mlp_in/{KERNEL}$", P(None, "fsdp", "tensor")),
+    (rf"blocks/.*/mlp_out/{KERNEL}$", P(None, "tensor", "fsdp")),
     # MM-DiT ends, and the alignment heads
     (r"(patch_embed|text_embed|image_head|text_head)/kernel$", P("fsdp", "tensor")),
     (r"time_embed/(hidden|out)/kernel$", P("fsdp", "tensor")),
     (r"image_head_modulation/kernel$", P("fsdp", None, "tensor")),
     (r"heads/(image|text)_(hidden|out)/kernel$", P("fsdp", "tensor")),
-    # T5 encoder; kernels of 8 bits have their values and their scales apart
+    # T5 encoder
     (r"token_embedding$", P(ENCODER, "fsdp")),
     (rf"layers/(query|key|value|mlp_gate|mlp_up)/{KERNEL}$", P(None, "fsdp", ENCODER)),
     (rf"layers/out/{KERNEL}$", P(None, ENCODER, None, "fsdp")),

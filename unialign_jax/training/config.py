@@ -68,7 +68,7 @@ RANGES = (
         ),
     ),
     ("0 to 1", lambda x: 0 <= x <= 1, ("prompt_dropout", "data.max_bad_fraction")),
-    ("0 or more and less than 1", lambda x: 0 <= x < 1, ("ema_decay", "optimizer.b1", "optimizer.b2")),
+    ("0 or more and less than 1", lambda x: 0 <= x < 1, ("ema_decay", "optimizer.b1", "optimizer.b2", "lora.dropout")),
     ("between 0 and 1", lambda x: 0 < x < 1, ("min_mask_fraction",)),
     (
         "a number above 0",
@@ -89,6 +89,8 @@ CHOICES = {
     "init_weights": ("raw", "ema"),
     "tracker": ("", "wandb"),
     "quantize_text_encoder": ("", *MODES),
+    "lora.quantize_base": ("", "int8"),
+    "optimizer.mu_dtype": ("float32", "bfloat16"),
     "model.remat": ("none", *REMAT_POLICIES),
     "model.attention": ("auto", *IMPLEMENTATIONS),
     "autoencoder.kind": ("kl", "space_to_depth"),
@@ -351,7 +353,9 @@ def _value_problems(config: ConfigDict) -> Iterator[str]:
     validates = config.validation.every
     if validates and not config.validation.records:
         yield "validation.records is 0, expected at least 1 where validation.every is on"
-    if config.samples.count or (validates and config.validation.scenes):
+    if config.samples.prompts and "prompts" in config.streams:
+        yield "streams.prompts has the name of the sheets of samples.prompts: choose another for the stream"
+    if config.samples.count or config.samples.prompts or (validates and config.validation.scenes):
         for key in ("samples.steps", "samples.caption_steps"):
             if values[key] < 1:
                 yield f"{key} is {values[key]}, expected at least 1"

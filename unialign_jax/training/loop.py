@@ -38,7 +38,15 @@ from unialign_jax.training.program import StepProgram, check_config
 from unialign_jax.training.run_folder import RunFolder
 from unialign_jax.training.runs import inherit_sources, load_params, saved_steps, write_config
 from unialign_jax.training.samples import Sampler
-from unialign_jax.training.state import TrainState, cast_text_encoder, create_sharded, init_frozen, init_state
+from unialign_jax.training.state import (
+    TrainState,
+    abstract_transformer,
+    cast_base,
+    cast_text_encoder,
+    create_sharded,
+    init_frozen,
+    init_state,
+)
 from unialign_jax.training.step import has_image_pass
 from unialign_jax.training.trackers import check_tracker, open_tracker
 from unialign_jax.training.validation import Validator, headlines, hold_out
@@ -164,10 +172,22 @@ class Trainer(StepProgram):
         return base_model.find_base(config.init_from, config.init_weights, step)
 
     def _load_base(self, base: base_model.Base) -> dict:
-        abstract = {"transformer": self.abstract_frozen["base"]}
+        abstract = {"transformer": self.abstract_transformer}
         if base.step < 0:
-            return bundle.restore(bundle.locate(base.source), abstract)["transformer"]
-        return load_params(base.source, abstract, base.weights, base.step)["transformer"]
+            loaded = bundle.restore(bundle.locate(base.source), abstract)["transformer"]
+        else:
+            loaded = load_params(base.source, abstract, base.weights, base.step)["transformer"]
+        if not self.networks.lora.quantize_base:
+            return loaded
+        places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_frozen["base"])
+        with jax.set_mesh(self.mesh):
+            return jax.jit(functools.partial(cast_base, self.networks), out_shardings=places)(loaded)
+
+    @functools.cached_property
+    def abstract_transformer(self) -> dict:
+        """Shapes, compute dtypes and shardings of the transformer's parameters, for compute."""
+        shapes = abstract_transformer(self.networks)
+        return sharding.with_shardings(shapes, sharding.tree_shardings(shapes, self.mesh))
 
     def whole_transformer(self, params: dict, frozen: dict) -> dict:
         """The transformer's parameters of a state: with LoRA those of the base with the adapters `params`."""
@@ -178,7 +198,7 @@ class Trainer(StepProgram):
 
     @functools.cached_property
     def _with_adapters(self):
-        places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_frozen["base"])
+        places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_transformer)
         scale, dtype = self.networks.lora.scale, self.config.model.dtype
         return jax.jit(lambda *trees: params_with_adapters(*trees, scale, dtype), out_shardings=places)
 
@@ -438,6 +458,11 @@ def train(
         folder.upload()
         frozen = in_time(trainer.init_frozen, base)
         sampler = Sampler(config, trainer.networks, trainer.mesh, trainer.streams, trainer.tokenizer, folder.local)
+        without_adapters = functools.partial(trainer.whole_transformer, {}, frozen) if base is not None else None
+
+        def write_samples(state, step):
+            params = trainer.whole_transformer(sampled_params(state), frozen)
+            return sampler.write(step, params, frozen, without_adapters)
 
         # --- Steps ---
         step = int(state.step)
@@ -467,7 +492,7 @@ def train(
                 if save:
                     in_time(save_all, state, step)
                 if sample:
-                    in_time(sampler.write, step, trainer.whole_transformer(sampled_params(state), frozen), frozen)
+                    in_time(write_samples, state, step)
                     recorder.throughput.restart()
                 alive()
             in_time(save_all, state, step)
@@ -477,8 +502,8 @@ def train(
         # --- Last samples ---
         finished = step >= config.num_steps
         alive()
-        if finished and config.samples.count and processes.anywhere(not sampler.is_written(step)):
-            for path in sampler.write(step, trainer.whole_transformer(sampled_params(state), frozen), frozen):
+        if finished and processes.anywhere(not sampler.is_written(step)):
+            for path in write_samples(state, step):
                 log.info("wrote %s", path)
         alive()  # closing the checkpoints waits for the last save
     if stop.signal is not None and not finished:
@@ -500,7 +525,7 @@ def base_of(trainer: Trainer, folder: RunFolder, step: int) -> base_model.Base:
         base_model.write_base(base, folder.local)
         trained, stored = (
             sum(leaf.size for leaf in jax.tree.leaves(tree))
-            for tree in (trainer.abstract_state.params, trainer.abstract_frozen["base"])
+            for tree in (trainer.abstract_state.params, trainer.abstract_transformer)
         )
         log.info(
             "adapters of rank %d: %s parameters, %.2g%% of the transformer's; the state has %.3f GB, "

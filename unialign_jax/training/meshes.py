@@ -44,7 +44,8 @@ AUTOENCODER_MAPS = 3  # feature maps at the resolution of the image that are ali
 class StepMemory:
     """The bytes that a training step holds, before a mesh divides them."""
 
-    weights: float  # of the trained networks, in their compute dtype
+    weights: float  # of the trained networks, in their compute dtype; with adapters the base, as it is held
+    gradients: float  # of the weights, in their compute dtype; none with adapters
     block: float  # of one of their blocks
     state: float
     text_encoder: float
@@ -96,7 +97,7 @@ def estimate(memory: StepMemory, sizes: dict[str, int], samples: float, remat: s
     if accumulation > 1:
         working = weights + activations + memory.sums / pieces
     else:
-        working = max(weights + activations, 2 * weights + kept)
+        working = weights + max(activations, memory.gradients / split + kept)
     frozen = memory.text_encoder / (split * sizes["encoder"]) + memory.autoencoder
     return memory.state / pieces + frozen + gathered + working + ALWAYS
 
@@ -113,13 +114,15 @@ def step_memory(config: Any, networks: Networks, platform: str) -> StepMemory:
     count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
     bytes_of = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))  # noqa: E731
     model, itemsize = networks.transformer.config, np.dtype(networks.transformer.config.dtype).itemsize
-    transformer = frozen.get("base", params["transformer"])  # with adapters it is not in the state
-    weights = itemsize * count(params | {"transformer": transformer})
+    # Adapters are a small part of the base, which lies with the frozen networks.
+    weights = bytes_of(frozen["base"]) if networks.lora else itemsize * count(params)
+    blocks = bytes_of(frozen["base"]["blocks"]) if networks.lora else itemsize * count(params["transformer"]["blocks"])
     text_encoder = bytes_of(frozen["text_encoder"])
     averaged = count(params["transformer"]) if config.ema_decay else 0
     return StepMemory(
         weights=weights,
-        block=itemsize * count(transformer["blocks"]) / model.depth,
+        gradients=0 if networks.lora else weights,
+        block=blocks / model.depth,
         state=4 * (3 * count(params) + averaged),
         text_encoder=text_encoder,
         text_block=text_encoder / networks.text_encoder.config.depth,

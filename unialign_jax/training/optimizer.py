@@ -42,6 +42,7 @@ def make_optimizer(
     b2: float,
     eps: float,
     decay_1d: bool,
+    mu_dtype: str = "float32",
     freeze: Sequence[str] = (),
     cooldown_start: int = 0,
     cooldown_steps: int = 0,
@@ -55,6 +56,7 @@ def make_optimizer(
       clip_norm: largest global norm of the gradients that are not frozen.
       decay_1d: whether biases and norm scales decay too. They are told by their names, for the stacked blocks store
         them with two axes.
+      mu_dtype: of the gradients' average (the first moment) as it is kept; it is computed in float32.
       freeze: regular expressions, searched in each parameter's path ("transformer/blocks/joint/image/qkv/kernel"). A
         match gets no update, no decay, no share in the norm and no optimizer memory.
     """
@@ -62,7 +64,7 @@ def make_optimizer(
     mask = None if decay_1d else _has_matrices
     tx = optax.chain(
         optax.clip_by_global_norm(clip_norm),
-        optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask),
+        optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask, mu_dtype=mu_dtype),
     )
     if freeze:
         tx = optax.partition({"train": tx, "freeze": optax.set_to_zero()}, lambda p: freeze_labels(p, freeze))

@@ -1,8 +1,10 @@
 """Images and captions that a run samples while it trains: real beside generated, real beside predicted."""
 
 import hashlib
+import logging
 import math
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -19,7 +21,10 @@ from unialign_jax.sampling.programs import Programs, make_guidance
 from unialign_jax.sampling.solvers import solver_table
 from unialign_jax.training.state import Networks
 
+log = logging.getLogger(__name__)
+
 MARGIN, TEXT_SIZE = 8, 12
+LEAST_LEVELS = 1.0  # of 255, on average: a change of pictures that is seen
 EXAMPLE_KEYS = ("image", "conditions", "prompt_ids", "text_ids", "text_is_target")
 
 
@@ -32,14 +37,16 @@ def sample_seeds(seed: int, step: int, count: int) -> np.ndarray:
 class Sampler:
     """Writes `samples/<stream>_<step>.png` and `.md` for the first records of every stream.
 
-    The programs are those of inference (`sampling.programs.Programs`), compiled at the first use, on the run's mesh:
-    weights lie as in the train step, samples are split as a batch is. All hosts take part; the first one writes.
+    And `samples/prompts_<step>.png` for the prompts of `samples.prompts`, always of the same seeds. The programs are
+    those of inference (`sampling.programs.Programs`), compiled at the first use, on the run's mesh: weights lie as in
+    the train step, samples are split as a batch is. All hosts take part; the first one writes.
     """
 
     def __init__(self, config, networks: Networks, mesh, streams, tokenizer, workdir):
         self._config, self._mesh, self._tokenizer = config, mesh, tokenizer
         self._directory = Path(workdir) / "samples"
-        self._streams = streams
+        self._streams = streams if config.samples.count else {}
+        self._before = None  # what the base of a run of adapters makes, by stream, and of the prompts
         settings = config.samples
         self._table = solver_table("euler", sampling_sigmas(settings.steps, shift=settings.shift))
         transformer = networks.transformer
@@ -57,24 +64,42 @@ class Sampler:
         self._parts = math.prod(mesh.shape[name] for name in BATCH_AXES)
 
     def is_written(self, step: int) -> bool:
-        return all(self._stem(name, step).with_suffix(".md").exists() for name in self._streams)
+        files = [self._stem(name, step).with_suffix(".md") for name in self._streams]
+        files += [self._stem("prompts", step).with_suffix(".png")] if self._config.samples.prompts else []
+        return all(file.exists() for file in files)
 
     def _stem(self, name: str, step: int) -> Path:
         return self._directory / f"{name}_{step:06d}"
 
-    def write(self, step: int, params: dict, frozen: dict) -> list[Path]:
-        """Samples every stream with the transformer's `params`; returns the files written, none for a count of 0."""
+    def write(self, step: int, params: dict, frozen: dict, base: Callable[[], dict] | None = None) -> list[Path]:
+        """Samples every stream, and the prompts, with the transformer's `params`. Returns the files written.
+
+        Args:
+          base: of a run of adapters: gives the transformer without them. Its samples are drawn beside the others, of
+            the same seeds at every step, and the log says by how much they differ.
+        """
         paths = []
-        if not self._config.samples.count:
+        if not (self._streams or self._config.samples.prompts):
             return paths
         with jax.set_mesh(self._mesh):
-            params = self._compute(params)
-            for name, stream in self._streams.items():
-                batch, generated, ids = self._sample(stream, step, params, frozen)
-                if jax.process_index() == 0:
-                    self._directory.mkdir(parents=True, exist_ok=True)
-                    paths += self._write_stream(self._stem(name, step), batch, generated, ids)
+            if base is not None and self._before is None:
+                self._before = self._all(0, self._compute(base()), frozen)
+            made = self._all(step if base is None else 0, self._compute(params), frozen)
+        before = self._before or {}
+        if jax.process_index() == 0:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            for name, (batch, generated, ids) in made.items():
+                paths += self._write_stream(self._stem(name, step), batch, generated, ids, before.get(name))
+            if before:
+                tell_change([(before[name][1:], result[1:]) for name, result in made.items()])
         return paths
+
+    def _all(self, step, params, frozen):
+        """{stream: what `_sample` gives}, and the same of "prompts", without real images and texts."""
+        made = {name: self._sample(stream, step, params, frozen) for name, stream in self._streams.items()}
+        if self._config.samples.prompts:
+            made["prompts"] = self._sample_prompts(params, frozen)
+        return made
 
     def sample(self, stream: str, step: int, params: dict, frozen: dict):
         """(examples, images, ids): the stream's first examples, images from their prompts and texts from their images.
@@ -116,16 +141,35 @@ class Sampler:
             conditions = None
             if "conditions" in batch:
                 conditions = programs.encode_images(frozen["autoencoder"], self._put(batch["conditions"], rows))
-            empty = np.full_like(batch["prompt_ids"], self._tokenizer.eos_id)
-            prompt, negative = (
-                programs.encode_prompts(frozen["text_encoder"], self._put(texts, rows))
-                for texts in (batch["prompt_ids"], empty)
-            )
-            guidance = make_guidance(len(rows), self._table, scale=settings.guidance_scale)
-            given = seeds, self._table, prompt, negative, guidance, conditions
-            made = programs.sample_images(params, *given, latent_shape=latents.shape[1:])
-            generated = self._on_host(programs.decode_images(frozen["autoencoder"], made), count)
+            made = self._draw(batch["prompt_ids"], rows, seeds, latents.shape[1:], params, frozen, conditions)
+            generated = self._on_host(made, count)
         return batch, generated, self._on_host(ids, count)
+
+    def _sample_prompts(self, params, frozen):
+        prompts, config = self._config.samples.prompts, self._config
+        batch = {"prompt_ids": np.stack([self._tokenizer.encode(text, config.text_length) for text in prompts])}
+        seeds, images = sample_seeds(config.seed, 0, len(prompts)), []
+        side = config.image_size // config.autoencoder.downsample_factor
+        shape = (side, side, config.autoencoder.latent_channels)
+        most = config.samples.count or len(prompts)  # as many at a time as of a stream: by the same program
+        for first in range(0, len(prompts), most):
+            rows = first + np.arange(-(-most // self._parts) * self._parts)
+            rows = np.minimum(rows, len(prompts) - 1)
+            made = self._draw(batch["prompt_ids"], rows, self._put(seeds, rows), shape, params, frozen)
+            images.append(self._on_host(made, min(most, len(prompts) - first)))
+        return batch, np.concatenate(images), None
+
+    def _draw(self, prompt_ids, rows, seeds, latent_shape, params, frozen, conditions=None):
+        """Images of the prompts prompt_ids[rows], split over the mesh."""
+        programs = self._programs
+        empty = np.full_like(prompt_ids, self._tokenizer.eos_id)
+        prompt, negative = (
+            programs.encode_prompts(frozen["text_encoder"], self._put(texts, rows)) for texts in (prompt_ids, empty)
+        )
+        guidance = make_guidance(len(rows), self._table, scale=self._config.samples.guidance_scale)
+        given = seeds, self._table, prompt, negative, guidance, conditions
+        made = programs.sample_images(params, *given, latent_shape=latent_shape)
+        return programs.decode_images(frozen["autoencoder"], made)
 
     def _on_host(self, array, count):
         """The first `count` rows of a split array, on every process."""
@@ -137,24 +181,49 @@ class Sampler:
             (len(rows), *values.shape[1:]), sharding.batch_sharding(self._mesh), lambda index: values[rows[index[0]]]
         )
 
-    def _write_stream(self, stem, batch, generated, predicted_ids):
-        decode = self._tokenizer.decode
-        prompts = [decode(ids) for ids in batch["prompt_ids"]]
-        real = [decode(ids) for ids in batch["text_ids"]]
-        predicted = [decode(ids) for ids in predicted_ids]
-        table = ["| | real | predicted |", "|---|---|---|"]
-        table += [f"| {i} | {cell(a)} | {cell(b)} |" for i, (a, b) in enumerate(zip(real, predicted, strict=True))]
-        captions = stem.with_suffix(".md")
-        captions.write_text("\n".join(table) + "\n")
-        if generated is None:
-            return [captions]
-        rows = []
-        for i, prompt in enumerate(prompts):
-            conditions = [("given", image) for image in batch["conditions"][i]] if "conditions" in batch else []
-            rows.append((prompt, [*conditions, ("real", batch["image"][i]), ("generated", generated[i])]))
-        sheet = stem.with_suffix(".png")
-        draw_sheet(rows).save(sheet)
-        return [sheet, captions]
+    def _write_stream(self, stem, batch, generated, predicted_ids, before=None):
+        """`before`: what `_sample` gave for the base of a run of adapters."""
+        decode, paths = self._tokenizer.decode, []
+        if generated is not None:
+            pictures = {"real": batch.get("image")} | ({"before": before[1]} if before else {})
+            pictures["after" if before else "generated"] = generated
+            rows = []
+            for i, ids in enumerate(batch["prompt_ids"]):
+                labelled = [("given", image) for image in batch["conditions"][i]] if "conditions" in batch else []
+                labelled += [(label, images[i]) for label, images in pictures.items() if images is not None]
+                rows.append((decode(ids), labelled))
+            paths.append(stem.with_suffix(".png"))
+            draw_sheet(rows).save(paths[-1])
+        if predicted_ids is not None:  # last: the sheet is there when the table is
+            columns = {"real": batch["text_ids"]} | ({"before": before[2]} if before else {})
+            columns["after" if before else "predicted"] = predicted_ids
+            table = [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+            for i, texts in enumerate(zip(*columns.values(), strict=True)):
+                table.append(f"| {i} | {' | '.join(cell(decode(ids)) for ids in texts)} |")
+            paths.append(stem.with_suffix(".md"))
+            paths[-1].write_text("\n".join(table) + "\n")
+        return paths
+
+
+def tell_change(pairs: list[tuple]) -> None:
+    """Logs by how much samples differ, as a warning where it will not be seen.
+
+    Args:
+      pairs: ((images, ids) before, (images, ids) after) of each stream; either may be None.
+    """
+    levels, tokens = [], []
+    for (images, ids), (new_images, new_ids) in pairs:
+        if images is not None:
+            levels.append(np.abs(new_images.astype(np.float32) - images).mean())
+        if ids is not None:
+            tokens.append((new_ids != ids).mean())
+    told = [f"pictures by {np.mean(levels):.2g} of 255 levels"] if levels else []
+    told += [f"{100 * np.mean(tokens):.2g}% of the tokens of texts"] if tokens else []
+    line = f"samples of the same seeds: the adapters change {' and '.join(told)}"
+    if max(levels, default=0) < LEAST_LEVELS and not any(tokens):
+        log.warning("%s, which will not be seen: raise optimizer.learning_rate or num_steps", line)
+    else:
+        log.info("%s", line)
 
 
 def cell(text: str) -> str:

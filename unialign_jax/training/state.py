@@ -125,9 +125,16 @@ def init_frozen(networks: Networks) -> dict:
         "autoencoder": _cast(image, networks.autoencoder.config.dtype),
     }
     if networks.lora is not None:
-        base = parameters.init(networks.transformer.config, jax.random.key(FROZEN_SEED))
-        frozen["base"] = jax.tree.map(lambda x, like: x.astype(like.dtype), base, abstract_transformer(networks))
+        frozen["base"] = cast_base(networks, parameters.init(networks.transformer.config, jax.random.key(FROZEN_SEED)))
     return frozen
+
+
+def cast_base(networks: Networks, params: dict) -> dict:
+    """Parameters of the transformer that adapters change, as a step holds them: in its compute dtype or in 8 bits."""
+    mode, whole = networks.lora.quantize_base, abstract_transformer(networks)
+    params = quantize_params(params, mode) if mode else params
+    keep = lambda x, like: x if is_quantized(x) else x.astype(like.dtype)  # noqa: E731
+    return jax.tree.map(keep, params, whole, is_leaf=is_quantized)
 
 
 def cast_text_encoder(module: TextEncoder | QuantizedModule, params: dict) -> dict:

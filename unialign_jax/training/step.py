@@ -22,7 +22,7 @@ from unialign_jax.losses.flow_matching import flow_matching_loss
 from unialign_jax.losses.intrinsic_modal import intrinsic_modal_loss
 from unialign_jax.losses.masked_text import masked_text_loss
 from unialign_jax.models.autoencoder import Moments, from_pixels, sample_latents
-from unialign_jax.models.lora import params_with_adapters
+from unialign_jax.models.lora import adapted_network, beside_kernels
 from unialign_jax.models.mmdit import in_pairs
 from unialign_jax.models.parameters import storage_dtype
 from unialign_jax.models.teacher import pooled_features, to_cells
@@ -114,9 +114,11 @@ def compute_losses(
         cross-modal loss is reported even where its weight is 0.
     """
     transformer = networks.transformer
-    if networks.lora is not None:
-        params = {"transformer": params_with_adapters(frozen["base"], params["transformer"], networks.lora.scale)}
-    params = sharding.params_for_compute(params, lambda path: storage_dtype(path, transformer.config.dtype))
+    if networks.lora is not None:  # the base lies as compute needs it, the adapters are whole everywhere
+        transformer = adapted_network(transformer, networks.lora)
+        params = {"transformer": beside_kernels(frozen["base"], params["transformer"])}
+    else:
+        params = sharding.params_for_compute(params, lambda path: storage_dtype(path, transformer.config.dtype))
     batch_size = batch["text_ids"].shape[0]
     latents, conditions = encode_images(networks, frozen, batch, named_key(key, "latents"))
 
@@ -149,15 +151,21 @@ def compute_losses(
         (masked_text,) = encode_texts(networks, frozen, masked_ids)
 
     weights, text_sigma = {"params": params["transformer"]}, jnp.zeros((batch_size,))
+    drops = networks.lora is not None and networks.lora.dropout and levels is None
+
+    def run(name, *inputs, **options):
+        options |= {"rngs": {"dropout": named_key(key, f"dropout of the {name}")}} if drops else {}
+        return transformer.apply(weights, *inputs, **options)
+
     if has_image_pass(kind) and conditions is None:
         # Both passes have the same shapes: as one forward, each weight is read (and under FSDP gathered) once.
         pairs = (in_pairs(noisy, latents), in_pairs(prompt, masked_text), in_pairs(sigma, text_sigma))
-        image_pass = text_pass = transformer.apply(weights, *pairs, paired=True)
+        image_pass = text_pass = run("passes", *pairs, paired=True)
     elif has_image_pass(kind):
         passes = (noisy, prompt, sigma, conditions), (latents, masked_text, text_sigma)
-        image_pass, text_pass = transformer.apply(weights, *passes, method="several")
+        image_pass, text_pass = run("passes", *passes, method="several")
     else:
-        text_pass = transformer.apply(weights, latents, masked_text, text_sigma)
+        text_pass = run("text pass", latents, masked_text, text_sigma)
 
     if has_image_pass(kind):
         losses["flow_matching"] = flow_matching_loss(
