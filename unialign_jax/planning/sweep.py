@@ -253,6 +253,8 @@ def updating(path: Path, program: dict) -> Iterator[Plans]:
     """
     with locked(path):
         plans = read_plans(path) if os.path.lexists(path) else Plans(program, {}, [])
+        newer = program.keys() - plans.program.keys()  # keys that the code did not have yet
+        plans.program.update({key: program[key] for key in newer})
         for key in sorted(plans.program.keys() | program.keys()):
             found, expected = plans.program.get(key), program.get(key)
             if found != expected:
