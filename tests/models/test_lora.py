@@ -44,13 +44,19 @@ def base():
     return drawn(jax.eval_shape(lambda: parameters.init(SMALL, jax.random.key(0))), 0, 0.2)
 
 
+@pytest.fixture(scope="module")
+def plain(base):
+    """The outputs without adapters."""
+    return jax.jit(lambda params: MMDiT(SMALL).apply({"params": params}, *inputs(SMALL)))(base)
+
+
 def lora_and_adapters(base, **changes):
     lora = LoraConfig(**{"rank": 3, "alpha": 6.0, "targets": (".*",)} | changes)
     return lora, drawn(init_adapters(lora, base, jax.random.key(0)), 1, 0.2)
 
 
 @pytest.mark.parametrize("changes", [{}, {"dora": True}, {"dora": True, "quantize_base": "int8"}])
-def test_adapters_beside_the_layers_are_kernels_with_the_adapters(changes, base):
+def test_adapters_beside_the_layers_are_kernels_with_the_adapters(changes, base, plain):
     lora, adapters = lora_and_adapters(base, **changes)
     held = quantize_params(base, "int8") if lora.quantize_base else base
     given = inputs(SMALL)
@@ -61,23 +67,24 @@ def test_adapters_beside_the_layers_are_kernels_with_the_adapters(changes, base)
     def merged(adapters):
         return MMDiT(SMALL).apply({"params": params_with_adapters(held, adapters, lora.scale)}, *given)
 
-    def loss(outputs):
-        return jnp.mean(jnp.square(outputs.velocity - 1)) + jnp.mean(jnp.square(outputs.text_logits - 1))
+    def with_gradients(function):
+        def loss(adapters):
+            outputs = function(adapters)
+            return jnp.mean(jnp.square(outputs.velocity - 1)) + jnp.mean(jnp.square(outputs.text_logits - 1)), outputs
 
-    found, expected = (jax.jit(f)(adapters) for f in (beside, merged))
-    plain = MMDiT(SMALL).apply({"params": base}, *given)
+        gradients, outputs = jax.jit(jax.grad(loss, has_aux=True))(adapters)
+        return outputs, flatten_dict(gradients, sep="/")
+
+    (found, ours_by_path), (expected, theirs_by_path) = map(with_gradients, (beside, merged))
     for name in ("velocity", "text_logits", "image_features", "text_tap"):
         ours, theirs, before = (np.asarray(getattr(outputs, name)) for outputs in (found, expected, plain))
         size = np.abs(theirs).max()
         assert np.abs(before - theirs).max() > 0.1 * size, name
         np.testing.assert_allclose(ours, theirs, atol=2e-5 * size, err_msg=name)
-    ours, theirs = (
-        flatten_dict(jax.jit(jax.grad(lambda a, f=f: loss(f(a))))(adapters), sep="/") for f in (beside, merged)
-    )
-    for path, gradient in theirs.items():
+    for path, gradient in theirs_by_path.items():
         size = np.abs(gradient).max()
         assert size > 0, path
-        np.testing.assert_allclose(ours[path], gradient, atol=1e-4 * size, err_msg=path)
+        np.testing.assert_allclose(ours_by_path[path], gradient, atol=1e-4 * size, err_msg=path)
 
 
 class OneLayer(nn.Module):
