@@ -20,7 +20,6 @@ import jax
 import pytest
 
 from unialign_jax.models import presets
-from unialign_jax.parallel import processes
 from unialign_jax.training.config import flat_items, load_stage
 
 # Most of the suite's time is compiling. With these a train step compiles in 3 s instead of 14, but takes 50 ms
@@ -33,7 +32,6 @@ os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 jax.config.update("jax_disable_most_optimizations", True)
 # Tracing makes many objects that live long, and a source line for each operation: both cost a tenth of its time.
 gc.set_threshold(200_000, 20, 20)
-processes.keep_freed_memory()
 jax.config.update("jax_traceback_in_locations_limit", 0)
 os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 jax.config.update("jax_num_cpu_devices", 8)
