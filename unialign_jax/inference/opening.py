@@ -72,7 +72,7 @@ class ModelSource:
 
     def open(self, **options) -> Pipeline:
         """The pipeline; `options` are those of `Pipeline.from_bundle`. JAX takes 95% of a GPU, as in training."""
-        processes.prepare_memory(os.environ)
+        processes.take_gpu_memory(os.environ)
         if self.run:
             pipeline = Pipeline.from_run(self.run, **options)
         else:
@@ -101,7 +101,7 @@ def devices_to_use(count: int | None) -> list[jax.Device]:
 
     A device of a CPU shares its cores with the others, so more of them are of no use.
     """
-    processes.prepare_memory(os.environ)
+    processes.take_gpu_memory(os.environ)
     devices = jax.local_devices()
     if count is None:
         return devices[:1] if devices[0].platform == "cpu" else devices
