@@ -81,6 +81,14 @@ def levels_of_logs():
 
 
 @pytest.fixture(scope="session", autouse=True)
+def memory_as_it_is():
+    """A command that trains in this process would set how the process keeps its memory, for all tests after it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("unialign_jax.parallel.processes.keep_freed_memory", lambda: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def compilation_cache(pytestconfig):
     """A program that a test compiled is loaded by others, by the commands that they start and by later sessions."""
     directory = str(pytestconfig.cache.mkdir("compiled"))

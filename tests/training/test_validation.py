@@ -51,7 +51,10 @@ def test_levels_are_evenly_spaced_quantiles(small_config, count):
 def stub_networks(trainer, passes):
     """Networks that predict nothing, velocity 0 and all tokens alike, and note what the passes are given."""
 
-    def transform(variables, latents, text, sigma, conditions=None):
+    def transform(variables, *inputs, method):
+        return [one_pass(*each) for each in inputs]
+
+    def one_pass(latents, text, sigma, conditions=None):
         passes.append({"latents": latents, "sigma": sigma, "ids": text[..., 0]})
         features = latents.reshape(latents.shape[0], -1, latents.shape[-1])
         logits = jnp.tile(0 * text[..., :1], 512)  # no constants, which the compiler would compute with for seconds
