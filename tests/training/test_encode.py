@@ -88,11 +88,16 @@ def test_a_run_with_stored_features_is_the_run_with_the_teacher_in_the_step(
 ):
     """Features in float16 either way; only the order of sums may differ."""
     online = {"teacher__online": True, "teacher__path": str(teacher)}
-    train(settings(small_config, data, **online), tmp_path / "online", progress=False)
+    train(settings(small_config, data, **online), tmp_path / "online", progress=False, devices=jax.devices()[:1])
     for name in ("text_to_image", "edit", "vqa"):
         encode(f"--input={data / name}", f"--teacher={teacher}")
     assert "24 records of 256 bytes" in capsys.readouterr().out
-    train(settings(small_config, data, teacher__path=str(teacher)), tmp_path / "stored", progress=False)
+    train(
+        settings(small_config, data, teacher__path=str(teacher)),
+        tmp_path / "stored",
+        progress=False,
+        devices=jax.devices()[:1],
+    )
     for one, other in zip(losses(tmp_path / "online"), losses(tmp_path / "stored"), strict=True):
         assert one.keys() == other.keys()
         assert "intrinsic_modal" in one
@@ -110,11 +115,11 @@ def test_a_run_with_stored_latents_is_the_run_with_images(small_config, data, ti
     architecture = bundle.read_config(tiny_bundle)
     for group in ("text_encoder", "autoencoder"):
         shared |= {f"{group}__{k}": v for k, v in dataclasses.asdict(getattr(architecture, group)).items()}
-    train(settings(small_config, data, **shared), tmp_path / "images", progress=False)
+    train(settings(small_config, data, **shared), tmp_path / "images", progress=False, devices=jax.devices()[:1])
     for name in ("text_to_image", "edit"):
         encode(f"--input={data / name}", f"--bundle={tiny_bundle}")
     cached = settings(small_config, data, **shared, data__cached_latents=True)
-    train(cached, tmp_path / "latents", progress=False)
+    train(cached, tmp_path / "latents", progress=False, devices=jax.devices()[:1])
     for one, other in zip(losses(tmp_path / "images"), losses(tmp_path / "latents"), strict=True):
         for key in one:
             np.testing.assert_allclose(one[key], other[key], rtol=5e-3, err_msg=key)
@@ -125,7 +130,7 @@ def test_features_of_another_teacher_are_told(small_config, data, teacher, encod
     for name, source in (("text_to_image", teacher), ("edit", other), ("vqa", teacher)):
         encode(f"--input={data / name}", f"--teacher={source}")
     with pytest.raises(ValueError, match="text_to_image/teacher was made by another network"):
-        train(settings(small_config, data), tmp_path / "run", progress=False)
+        train(settings(small_config, data), tmp_path / "run", progress=False, devices=jax.devices()[:1])
     with pytest.raises(SystemExit, match="error: .*was made by another network .*--overwrite replaces it"):
         encode(f"--input={data / 'edit'}", f"--teacher={teacher}")
     encode(f"--input={data / 'edit'}", f"--teacher={teacher}", "--overwrite")
@@ -170,10 +175,15 @@ def test_bad_options_are_told_in_a_line(data, encode, arguments, words):
 
 def test_a_teacher_that_is_not_named_or_does_not_fit(small_config, data, teacher, tmp_path):
     with pytest.raises(ValueError, match=r"teacher\.path is empty"):
-        train(settings(small_config, data, teacher__online=True), tmp_path / "run", progress=False)
+        train(
+            settings(small_config, data, teacher__online=True),
+            tmp_path / "run",
+            progress=False,
+            devices=jax.devices()[:1],
+        )
     wide = make_teacher(tmp_path / "wide", width=32)
     online = {"teacher__online": True, "teacher__path": str(wide)}
     with pytest.raises(ValueError, match=r"features of width 32, heads\.teacher_width is 64"):
-        train(settings(small_config, data, **online), tmp_path / "run", progress=False)
+        train(settings(small_config, data, **online), tmp_path / "run", progress=False, devices=jax.devices()[:1])
     assert BundleConfig(**{}).teacher is None
     assert json.loads((teacher / "config.json").read_text())["teacher"]["output_width"] == 64
