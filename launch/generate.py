@@ -146,7 +146,10 @@ class Model:
         self._source = ModelSource(options.bundle, **source)
         self._source.check_complete()
         self.stamp = self._source.stamp(options.dtype, options.quantize, options.reproducible)
-        self.identity = f"{self._source.digest} {options.dtype} {options.quantize}"  # all of it that changes results
+        # All of it that changes results.
+        self.identity = f"{self._source.digest} {options.dtype} {options.quantize}"
+        if options.reproducible:
+            self.identity += " reproducible"
 
     def open(self, devices: int | None = 1) -> list:
         """A pipeline for each of so many devices; None is all."""
