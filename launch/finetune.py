@@ -19,7 +19,7 @@ from unialign_jax.data.sources.folder import IMAGES, METADATA, TEXTS
 DESCRIPTION = """\
 Trains adapters of a model on a folder of pictures. It prints and executes the commands that this takes: records of the
 pictures, pictures of the class where they are asked for, and training, all in the folder of the run. The same command
-goes on where it was stopped.
+resumes where it was stopped.
 
 recipes
   style      pictures with a text beside each (a.jpg, a.txt)
@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     return run_command(
-        lambda: finetune(arguments), traceback=arguments.traceback, interrupted="the same command goes on"
+        lambda: finetune(arguments), traceback=arguments.traceback, interrupted="the same command resumes"
     )
 
 
