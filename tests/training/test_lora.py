@@ -145,8 +145,8 @@ def test_adapters_that_have_changed_nothing_are_told(lora_config, caplog):
 def test_on_eight_devices_all_options_train_as_on_one(lora_config, tmp_path, caplog):
     """DoRA with dropout over a base in 8 bits; and samples of one's own prompts beside the base's."""
     caplog.set_level(logging.INFO, "unialign_jax")
-    options = {"lora__dora": True, "lora__quantize_base": "int8", "lora__dropout": 0.2}
-    looks = {"validation__every": 2, "samples__count": 1, "samples__prompts": ("a red circle", "a blue square")}
+    options = {"lora__dora": True, "lora__quantize_base": "int8", "lora__dropout": 0.2, "validation__every": 2}
+    looks = {"samples__count": 1, "samples__prompts": ("a red circle", "a blue square")}
     mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2, "samples__count": 0}
     losses, states = [], []
     for name, changes, devices in (("one", looks, 1), ("eight", mesh, 8)):
