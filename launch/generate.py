@@ -153,7 +153,8 @@ class Model:
 
     def open(self, devices: int | None = 1) -> list:
         """A pipeline for each of so many devices; None is all."""
-        from unialign_jax.inference.opening import devices_to_use, keep_compiled
+        from unialign_jax.inference.opening import devices_to_use
+        from unialign_jax.parallel.compiled import keep_compiled
 
         options = self._options
         keep_compiled(options.compilation_cache)

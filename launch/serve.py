@@ -173,7 +173,8 @@ def serve(arguments: argparse.Namespace) -> None:
     import uvicorn
     from fastapi.middleware.cors import CORSMiddleware
 
-    from unialign_jax.inference.opening import ModelSource, keep_compiled
+    from unialign_jax.inference.opening import ModelSource
+    from unialign_jax.parallel.compiled import keep_compiled
     from unialign_jax.serving import api, warming
     from unialign_jax.serving.engine import Engine
     from unialign_jax.serving.metrics import Metrics

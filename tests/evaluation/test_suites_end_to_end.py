@@ -14,7 +14,6 @@ import pytest
 
 from unialign_jax.evaluation.suite import read_scores
 from unialign_jax.evaluation.suites import SUITES, find_suite
-from unialign_jax.inference import opening
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +25,7 @@ PATIENCE = 60  # seconds that a process of its own may take to start
 def the_tests_own_cache(monkeypatch):
     """Compiled programs stay where the session has them."""
     monkeypatch.setattr("unialign_jax.evaluation.running.keep_compiled", lambda directory: None)
-    monkeypatch.setattr(opening, "keep_compiled", lambda directory: None)
+    monkeypatch.setattr("unialign_jax.parallel.compiled.keep_compiled", lambda directory: None)
     monkeypatch.setattr("unialign_jax.data.endpoint.Endpoint.first_pause", 0.01)
 
 

@@ -15,7 +15,6 @@ from PIL import Image
 
 from unialign_jax import Pipeline
 from unialign_jax.bundle_config import write_content
-from unialign_jax.inference import opening
 from unialign_jax.models.sizes import ImageSizes
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launch/generate.py"
@@ -32,7 +31,7 @@ def command():
 @pytest.fixture(autouse=True)
 def no_cache_at_home(monkeypatch):
     """The tests' own compilation cache stays."""
-    monkeypatch.setattr(opening, "keep_compiled", lambda directory: None)
+    monkeypatch.setattr("unialign_jax.parallel.compiled.keep_compiled", lambda directory: None)
 
 
 @pytest.fixture(scope="module")

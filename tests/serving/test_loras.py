@@ -127,7 +127,9 @@ def test_a_server_without_adapters_says_so():
 
 
 def test_the_page_offers_adapters_and_copies_them(lora_engine, limits, running, tmp_path):
-    gradio = pytest.importorskip("gradio", reason="Gradio is not installed")
+    gradio = pytest.importorskip(
+        "gradio", reason="Gradio is not installed: pip install --no-deps -r requirements-page.txt"
+    )
     from unialign_jax.serving import page
     from unialign_jax.serving.examples import examples_for
 

@@ -12,7 +12,6 @@ from unialign_jax.conversion.lora import parse_reference
 from unialign_jax.files.places import place
 from unialign_jax.inference.pipeline import Pipeline
 from unialign_jax.parallel import processes
-from unialign_jax.parallel.compiled import keep_compiled as keep_compiled  # for those who open models
 from unialign_jax.training import runs
 
 

@@ -41,7 +41,7 @@ def keep_compiled(folder: str | os.PathLike = "") -> None:
         path = Path(folder).expanduser() if str(folder) else default_folder()
         check_writable(path)
         _remove_unfinished(path)
-    except Exception as error:  # of a file system without locks too, or no home; a cache is never worth a command
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home, or a file system without locks
         log.warning("compiled programs are not kept: %s", first_line(error))
         return
     jax.config.update("jax_compilation_cache_dir", str(path))

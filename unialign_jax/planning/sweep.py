@@ -50,7 +50,8 @@ SECTIONS = ("model", "heads", "text_encoder", "autoencoder", "mesh")
 KEYS = ("batch_size", "image_size", "text_length", "quantize_text_encoder")
 # The code that a plan comes from, in the package: folders and files.
 SOURCES = (
-    *("models", "parallel", "losses", "diffusion"),
+    *("models", "losses", "diffusion"),
+    *(f"parallel/{name}.py" for name in ("activations", "few_rows", "gradients", "hardware", "mesh", "sharding")),
     *(f"training/{name}.py" for name in ("meshes", "optimizer", "program", "state", "step")),
     *(f"planning/{name}.py" for name in ("collectives", "roofline", "search", "stage", "step", "topology")),
 )
