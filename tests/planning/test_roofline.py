@@ -14,7 +14,7 @@ from unialign_jax.planning import roofline
 from unialign_jax.planning.collectives import Collective, read_collectives
 from unialign_jax.planning.roofline import Roofline
 from unialign_jax.training.config import build_configs, read_config
-from unialign_jax.training.state import Networks
+from unialign_jax.training.state import Networks, TrainState
 
 V4, V5E = (next(chip for chip in hardware.CHIPS if chip.name == name) for name in ("v4", "v5e"))
 ROOFLINE = Roofline(20e12, 200e12, compute=0.10, hbm=0.05, ici_overlapped=0.08, ici_exposed=0.02, dcn=0.01)
@@ -29,6 +29,23 @@ def test_overlapped_times_count_once_and_exposed_ones_add():
 
 def grid(*sizes):
     return np.stack(np.meshgrid(*(np.arange(size) for size in sizes), indexing="ij"), axis=-1).reshape(-1, len(sizes))
+
+
+def test_the_memory_traffic_of_a_chip():
+    """Of 8 chips: a weight of 64 numbers whole, of a modulation's 768 an eighth, and whole where fsdp gathers it."""
+    config = read_config("stage1", ["model.remat=block", "accumulation=2"])
+    shapes = {"out": (8, 8), "modulation": (2, 8, 6, 8)}
+    for axes, numbers in (({"data": 4, "encoder": 2}, 64 + 768 / 8), ({"fsdp": 8}, 64 + 768)):
+        mesh = make_mesh(jax.devices()[:8], **({"fsdp": 1} | axes))
+        whole = jax.NamedSharding(mesh, jax.P())
+        leaves = {
+            name: {"kernel": jax.ShapeDtypeStruct(shape, "float32", sharding=whole)} for name, shape in shapes.items()
+        }
+        state, frozen = TrainState(None, {"blocks": {"joint": {"image": leaves}}}, {}, ()), leaves["out"]
+        # Three passes of each of two micro-batches read bfloat16 weights; gradients and the state's 832 float32 numbers
+        # are written and read, as are 1,000 bytes of temporaries.
+        expected = 2 * (3 * 2 * numbers + 4 * 64) + 2 * 2 * numbers + 2 * 4 * 832 + 2 * 1000
+        assert roofline.hbm_bytes(config, state, frozen, mesh, 1000) == expected
 
 
 def test_a_groups_links():

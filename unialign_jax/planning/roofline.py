@@ -6,8 +6,9 @@ compute   FLOPs of the model and of recomputation, at the chip's `matmul_share` 
           at that of 8 bits where its inputs are rounded too (w8a8, fp8). On TPU attention reaches
           head_width / matrix_unit of that, because its sums over the head width fill only that share of the matrix
           unit, on GPUs `attention_share`; its backward kernels compute the scores again
-HBM       compute weights read by each pass, gradients written and read, the state read and written, temporaries
-          written and read once. Intermediate results that are written and read again are not counted
+HBM       compute weights read by each pass, gradients written and read (of kernels that stay split, the chip's part),
+          the state read and written, temporaries written and read once. Intermediate results that are written and
+          read again are not counted
 ICI       bytes that a chip receives in each collective, over the links of its group: every axis of the torus that
           the group spans, in both directions where the axis closes to a ring. Permutes and the pieces of an all-to-all
           take the shortest route, and the busiest link counts.
@@ -34,6 +35,7 @@ from ml_collections import ConfigDict
 from unialign_jax.data.kinds import has_image_pass
 from unialign_jax.models import flops
 from unialign_jax.parallel import hardware
+from unialign_jax.parallel.sharding import partition_spec, path_string, stays_split
 from unialign_jax.planning.collectives import Collective
 from unialign_jax.training.state import Networks
 
@@ -150,7 +152,12 @@ def held_bytes(tree: Any) -> int:
 
 def hbm_bytes(config: ConfigDict, state: Any, frozen: Any, mesh: jax.sharding.Mesh, temporaries: int) -> float:
     """Bytes that a chip reads and writes of its memory in a step; see the module's formula."""
-    weights = 2 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params)) / mesh.shape["tensor"]
+    weights = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
+        path, shape = path_string(path), leaf.shape
+        if stays_split(path, shape, mesh):
+            shape = jax.NamedSharding(mesh, partition_spec(path, shape, mesh, state=True)).shard_shape(shape)
+        weights += 2 * math.prod(shape) / mesh.shape["tensor"]
     passes = 2 + RECOMPUTED[config.model.remat][0]
     repeated = config.accumulation * (passes * weights + held_bytes(frozen))
     return repeated + 2 * weights + 2 * held_bytes(state) + 2 * temporaries

@@ -21,6 +21,7 @@ import numpy as np
 
 from unialign_jax.data.kinds import has_image_pass
 from unialign_jax.parallel.mesh import AXES, MeshChoice, choose_mesh, complete_mesh_shape, mesh_sizes, read_topology
+from unialign_jax.parallel.sharding import FEW_ROWS, path_string
 from unialign_jax.training.state import Networks, init_frozen, init_params
 
 # Activations saved per block, in units of one [tokens, width] array in the compute dtype; fitted. none: every input and
@@ -46,6 +47,7 @@ class StepMemory:
 
     weights: float  # of the trained networks, in their compute dtype; with adapters the base, as it is held
     gradients: float  # of the weights, in their compute dtype; none with adapters
+    few_rows: float  # of the weights, those that stay split as the state is (parallel/few_rows.py)
     block: float  # of one of their blocks
     state: float
     text_encoder: float
@@ -92,7 +94,7 @@ def estimate(memory: StepMemory, sizes: dict[str, int], samples: float, remat: s
     split, context = sizes["fsdp"] * sizes["tensor"], sizes.get("context", 1)  # stored plans may lack an axis
     pieces = split * context * sizes["data"] * sizes.get("state", 1) * sizes["encoder"]
     gathered = 2 * (2 * memory.block + memory.text_block) if sizes["fsdp"] > 1 else 0  # this block, and the next
-    weights = memory.weights / split
+    weights = memory.weights / split - (memory.few_rows * (1 - 1 / pieces) if split * context == 1 else 0)
     activations, kept = (max(samples, 1) * number / context for number in memory.activations[remat])
     if accumulation > 1:
         working = weights + activations + memory.sums / pieces
@@ -117,11 +119,13 @@ def step_memory(config: Any, networks: Networks, platform: str) -> StepMemory:
     # Adapters are a small part of the base, which lies with the frozen networks.
     weights = bytes_of(frozen["base"]) if networks.lora else itemsize * count(params)
     blocks = bytes_of(frozen["base"]["blocks"]) if networks.lora else itemsize * count(params["transformer"]["blocks"])
+    kernels = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params) if FEW_ROWS.search(path_string(path))]
     text_encoder = bytes_of(frozen["text_encoder"])
     averaged = count(params["transformer"]) if config.ema_decay else 0
     return StepMemory(
         weights=weights,
         gradients=0 if networks.lora else weights,
+        few_rows=0 if networks.lora else itemsize * count(kernels),
         block=blocks / model.depth,
         state=4 * (3 * count(params) + averaged),
         text_encoder=text_encoder,
