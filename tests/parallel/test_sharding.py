@@ -9,6 +9,7 @@ from unialign_jax import bundle
 from unialign_jax.models import presets
 from unialign_jax.parallel import sharding
 from unialign_jax.parallel.mesh import make_mesh
+from unialign_jax.planning.collectives import read_collectives
 
 
 def full_size_shapes():
@@ -80,3 +81,47 @@ def test_compute_weights_are_whole_and_gradients_split():
     assert gradient.dtype == jnp.float32 and gradient.sharding.shard_shape(gradient.shape) == (1, 2, 8)
     expected = np.broadcast_to(np.asarray(x).sum(axis=0)[:, None], (16, 8))
     np.testing.assert_allclose(gradient[0], expected, rtol=1e-2)
+
+
+def test_the_weights_of_blocks_are_gathered_in_the_loop_of_other_work():
+    """Of four blocks, one or two an iteration: the loop's result, and weights and gradients as without it, bit for bit."""
+    mesh = make_mesh(data=4, encoder=2, fsdp=1)
+    shapes = {
+        "blocks/joint/image/mlp_in/kernel": (4, 16, 8),
+        "blocks/joint/image/mlp_in/bias": (4, 8),
+        "text_head/kernel": (16, 8),
+    }
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    flat = {path: jax.random.normal(key, shapes[path]) for path, key in zip(shapes, keys, strict=True)}
+    tree = unflatten_dict(flat, sep="/")
+    place = sharding.tree_shardings(tree, mesh, state=True)
+    rows = jnp.arange(8 * 16.0).reshape(8, 16)
+
+    def powers(operands, function=lambda others: None, others=None):
+        """An integer to the power of the loop's length, and function(others[i])."""
+        body = lambda power, others: (power * operands["number"], function(others))  # noqa: E731
+        power, results = jax.lax.scan(body, 1, others, length=operands["length"].size)
+        return (power, results) if others else power
+
+    def loss(tree, rows, count, depth):
+        beside = (powers, depth, {"number": count, "length": jnp.zeros(depth)}) if depth else None
+        computing = sharding.params_for_compute(tree, lambda path: jnp.bfloat16, beside)
+        power, computing = computing if depth else (0, computing)
+        leaves = flatten_dict(computing, sep="/")
+        kernels = leaves["blocks/joint/image/mlp_in/kernel"].sum(axis=0) + leaves["text_head/kernel"]
+        return jnp.sum(jnp.sin(rows @ kernels + leaves["blocks/joint/image/mlp_in/bias"].sum(axis=0))), (power, leaves)
+
+    found = {}
+    with jax.set_mesh(mesh):
+        arguments = jax.device_put(tree, place), jax.device_put(rows, sharding.batch_sharding(mesh)), jnp.int32(3)
+        for depth in (0, 2, 3, 4):
+            step = jax.jit(jax.grad(loss, has_aux=True), static_argnums=3, out_shardings=(place, None))
+            step = step.lower(*arguments, depth).compile()
+            found[depth] = (step(*arguments), step.as_text())
+    for depth in (2, 3, 4):
+        (gradients, (power, leaves)), text = found[depth]
+        assert power == 3**depth
+        jax.tree.map(np.testing.assert_array_equal, leaves, found[0][0][1][1])
+        jax.tree.map(np.testing.assert_array_equal, gradients, found[0][0][0])
+        gathers = [collective for collective in read_collectives(text) if collective.kind == "all-gather"]
+        assert {gather.times for gather in gathers} == {2: {1, 2}, 3: {1}, 4: {1, 4}}[depth]

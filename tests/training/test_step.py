@@ -148,7 +148,7 @@ def test_frozen_parameters_stay_bit_for_bit_and_all_others_move(two_steps):
 def toy_networks(autoencoder):
     """Networks of a few parameters that use all that they are given: how a batch is split does not ask for more."""
 
-    def encode(variables, ids):
+    def encode(variables, ids, beside=None):
         return jnp.sin(ids[..., None] * jnp.arange(1, 9))
 
     def transform(variables, *passes, method):
@@ -167,7 +167,7 @@ def toy_networks(autoencoder):
         return image.mean(axis=1) @ variables["params"]["head"], text.mean(axis=1) @ variables["params"]["head"]
 
     stubs = [types.SimpleNamespace(apply=apply) for apply in (transform, align, encode)]
-    stubs[0].config = types.SimpleNamespace(dtype="float32")
+    stubs[0].config, stubs[2].config = types.SimpleNamespace(dtype="float32"), types.SimpleNamespace(depth=0)
     draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape) / 4  # noqa: E731
     transformer = {"image": draw(0, 12, 10), "text": draw(1, 8, 10), "logits": draw(2, 10, 512)}
     return Networks(*stubs, autoencoder), {"transformer": transformer, "heads": {"head": draw(3, 10, 16)}}
@@ -263,7 +263,7 @@ def recorder(trainer, kind, **changes):
     config.update(changes)
     seen, passes = [], []
 
-    def encode(variables, ids):
+    def encode(variables, ids, beside=None):
         seen.append(ids)
         return jnp.zeros((*ids.shape, 8)).at[..., 0].set(ids)
 
@@ -280,6 +280,7 @@ def recorder(trainer, kind, **changes):
         return (image[:, 0, :1] + jnp.arange(16),) * 2
 
     stubs = [types.SimpleNamespace(apply=apply) for apply in (transform, align, encode)]
+    stubs[2].config = types.SimpleNamespace(depth=0)
     networks = Networks(*stubs, trainer.networks.autoencoder)
     ids = (trainer.tokenizer.mask_id, trainer.tokenizer.eos_id)
 
@@ -316,7 +317,9 @@ def test_images_are_compared_cell_by_cell_where_there_is_a_grid(trainer):
     networks = Networks(
         types.SimpleNamespace(apply=transform, config=types.SimpleNamespace(patch_size=2, dtype="float32")),
         types.SimpleNamespace(apply=align),
-        types.SimpleNamespace(apply=lambda variables, ids: jnp.zeros((*ids.shape, 8))),
+        types.SimpleNamespace(
+            apply=lambda variables, ids, beside: jnp.zeros((*ids.shape, 8)), config=types.SimpleNamespace(depth=0)
+        ),
         trainer.networks.autoencoder,
     )
     ids = (trainer.tokenizer.mask_id, trainer.tokenizer.eos_id)

@@ -8,6 +8,7 @@ Shape letters: B batch, L tokens, D width, H heads, d head width.
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -56,12 +57,13 @@ def rms_norm(config: TextEncoderConfig, name: str) -> nn.RMSNorm:
 
 
 class Layer(nn.Module):
-    """Self-attention, then a gated MLP; each pre-normed, with a residual."""
+    """Self-attention, then a gated MLP; each pre-normed, with a residual. Beside that, a function of other arrays."""
 
     config: TextEncoderConfig
+    beside: Callable | None = None
 
     @nn.compact
-    def __call__(self, x, bias):
+    def __call__(self, x, bias, others=None):
         c = self.config
 
         def dense(features, name, axis=-1, fan=c.width):
@@ -92,7 +94,7 @@ class Layer(nn.Module):
         gate = nn.gelu(dense(c.mlp_width, "mlp_gate")(hidden), approximate=True)
         hidden = gate * dense(c.mlp_width, "mlp_up")(hidden)
         x = x + dense(c.width, "mlp_out", fan=c.mlp_width)(hidden)
-        return keep_tokens_sharded(x, ENCODER_BATCH_AXES), None
+        return keep_tokens_sharded(x, ENCODER_BATCH_AXES), self.beside(others) if self.beside else None
 
 
 class TextEncoder(nn.Module):
@@ -100,12 +102,15 @@ class TextEncoder(nn.Module):
 
     The layers are one scan: their parameters are stacked along a leading axis of length `depth`. The relative
     position bias is one table that every layer shares. Raises ValueError unless ids are a batch of integers.
+
+    With `beside`, (function, tree of arrays [depth, ...]), layer i also computes function(tree[i]), which does not
+    depend on the layer: (embeddings, stacked results).
     """
 
     config: TextEncoderConfig
 
     @nn.compact
-    def __call__(self, ids):
+    def __call__(self, ids, beside=None):
         c = self.config
         if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
             raise ValueError(f"ids are {ids.dtype}{list(ids.shape)}, expected integers [batch, tokens]")
@@ -121,8 +126,10 @@ class TextEncoder(nn.Module):
             Layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=(nn.broadcast, 0),
             length=c.depth,
         )
-        x, _ = layers(c, name="layers")(x, bias)
-        return keep_tokens_sharded(rms_norm(c, "final_norm")(x), BATCH_AXES)
+        function, others = beside or (None, None)
+        x, results = layers(c, function, name="layers")(x, bias, others)
+        embeddings = keep_tokens_sharded(rms_norm(c, "final_norm")(x), BATCH_AXES)
+        return (embeddings, results) if beside else embeddings

@@ -47,6 +47,7 @@ TABLE = (
     (r".*", P()),
 )
 
+BLOCKS = re.compile(r"(^|/)blocks/")
 FEW_ROWS = re.compile(r"blocks/.*/modulation/kernel$")  # kernels that read one row a sample
 
 path_string = functools.partial(jax.tree_util.keystr, simple=True, separator="/")  # "blocks/joint/image/qkv/kernel"
@@ -108,7 +109,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def params_for_compute(params: dict, dtypes: Callable[[str], jax.typing.DTypeLike]):
+def params_for_compute(params: dict, dtypes: Callable[[str], jax.typing.DTypeLike], beside: Any = None):
     """The state's parameters, cast and gathered for compute: only the axes that split the weights still split them.
 
     The backward pass reduces gradients straight into the state's pieces (a reduce-scatter; an all-reduce would move
@@ -116,18 +117,36 @@ def params_for_compute(params: dict, dtypes: Callable[[str], jax.typing.DTypeLik
 
     Args:
       dtypes: the compute dtype of the parameter at a path.
+      beside: (scan, depth, operands) of other work in a loop of `depth` iterations; then (its result, parameters) is
+        returned. scan(operands, function, tree) computes function(tree[i]) in iteration i too, and returns its result,
+        which is not differentiated, and the stacked function values. Each iteration gathers the weights of as many
+        blocks if `depth` divides their number: XLA on TPU overlaps a gather with work in the same iteration of a loop,
+        and not with a whole loop.
     """
     mesh = jax.sharding.get_abstract_mesh()
+    scan, depth, operands = beside or (None, 0, None)
+    in_scan, specs_in_scan = {}, {}
 
     def convert(path, leaf):
-        path = path_string(path)
-        specs = None
+        path, specs = path_string(path), None
+        dtype = jax.numpy.dtype(dtypes(path))
         if not mesh.empty:
             split = stays_split(path, leaf.shape, mesh)
             specs = tuple(partition_spec(path, leaf.shape, mesh, state=state) for state in (split, True))
-        return _gather(leaf, jax.numpy.dtype(dtypes(path)), specs)
+            if specs[0] != specs[1] and BLOCKS.search(path) and depth and leaf.shape[0] % depth == 0:
+                in_scan[path] = leaf.astype(dtype).reshape(depth, -1, *leaf.shape[1:])
+                specs_in_scan[path] = tuple(P(None, *spec) for spec in specs)
+                return path
+        return _gather(leaf, dtype, specs)
 
-    return jax.tree_util.tree_map_with_path(convert, params)
+    params = jax.tree_util.tree_map_with_path(convert, params)
+    if not beside:
+        return params
+    if not in_scan:
+        return scan(operands), params
+    result, gathered = _gather_in_scan(scan, tuple(specs_in_scan.items()), operands, in_scan)
+    blocks = {path: leaf.reshape(-1, *leaf.shape[2:]) for path, leaf in gathered.items()}
+    return result, jax.tree.map(lambda leaf: blocks[leaf] if isinstance(leaf, str) else leaf, params)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -143,3 +162,20 @@ def _gather_backward(dtype, specs, _, gradient):
 
 
 _gather.defvjp(lambda *args: (_gather(*args), None), _gather_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gather_in_scan(scan, specs, operands, pieces):
+    place = jax.lax.with_sharding_constraint
+    of_a_block = {path: P(*of_compute[1:]) for path, (of_compute, _) in specs}
+    pieces = {path: place(pieces[path], of_state) for path, (_, of_state) in specs}
+    result, gathered = scan(operands, lambda pieces: place(pieces, of_a_block), pieces)
+    return result, {path: place(gathered[path], of_compute) for path, (of_compute, _) in specs}
+
+
+def _gather_in_scan_backward(scan, specs, _, cotangents):
+    _, gradients = cotangents
+    return None, {path: jax.lax.with_sharding_constraint(gradients[path], of_state) for path, (_, of_state) in specs}
+
+
+_gather_in_scan.defvjp(lambda *args: (_gather_in_scan(*args), None), _gather_in_scan_backward)

@@ -14,8 +14,9 @@ ICI       bytes that a chip receives in each collective, over the links of its g
           take the shortest route, and the busiest link counts.
           Concurrent permutes in one direction share links; the two directions of an axis run in parallel. A collective
           is overlapped if the compiler made it asynchronous (start/done, or split over fusions), otherwise exposed. The
-          gradient reductions of parallel/gradients.py are overlapped up to the length of the blocks' backward pass;
-          the excess, and the last block's reduction, are exposed
+          gradient reductions of parallel/gradients.py are overlapped up to the length of the blocks' backward pass,
+          the gathers beside the text encoder's layers up to the length of those; the excess, and the last block's
+          reduction, are exposed
 DCN       bytes between slices over a chip's share of its host's network, never overlapped
 
 On GPUs NVLink stands for ICI, all links of a GPU together, and InfiniBand between hosts for DCN.
@@ -48,6 +49,7 @@ EIGHT_BITS = {"w8a8": "int8", "fp8": "fp8"}  # {way to quantize: the chip's spee
 
 # The permutes inside the scan of parallel/gradients.py; the reduction of the last block comes after the scan.
 IN_BLOCKS = re.compile(r"shard_map/while/body/.*ppermute$")
+IN_TEXT_ENCODER = re.compile(r"TextEncoder\)?/while/body/")  # of its layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +83,7 @@ def step_work(config: ConfigDict, networks: Networks, stream: ConfigDict, chips:
     """FLOPs of a step per chip: of the "model", and with recomputation those in "matmul" and in "attention".
 
     "w8a8" or "fp8" has the text encoder's matmuls, if they multiply numbers of 8 bits; "matmul" is then without them.
-    "backward" has "matmul" and "attention" of the blocks' backward pass alone.
+    "backward" has "matmul" and "attention" of the blocks' backward pass alone, "text encoder" the same of that.
     """
     model, text_encoder = networks.transformer.config, networks.text_encoder.config
     image_pass = has_image_pass(stream.kind)
@@ -114,12 +116,12 @@ def step_work(config: ConfigDict, networks: Networks, stream: ConfigDict, chips:
     blocks, attention = RECOMPUTED[config.model.remat]
     samples = config.batch_size / chips
     forward_matmul = forward - forward_attention
-    eight_bits = {}
-    if config.quantize_text_encoder in EIGHT_BITS:
-        length, heads = config.text_length, text_encoder.num_heads * text_encoder.head_width
-        of_texts = flops.text_encoder_forward(text_encoder, text_length=length)
-        of_texts -= text_encoder.depth * flops.attention(length, heads)
-        eight_bits[config.quantize_text_encoder] = samples * len(passes) * of_texts
+    length, heads = config.text_length, text_encoder.num_heads * text_encoder.head_width
+    of_texts = samples * len(passes) * flops.text_encoder_forward(text_encoder, text_length=length)
+    attention_of_texts = samples * len(passes) * text_encoder.depth * flops.attention(length, heads)
+    is_rounded = config.quantize_text_encoder in EIGHT_BITS
+    matmul_of_texts = {config.quantize_text_encoder if is_rounded else "matmul": of_texts - attention_of_texts}
+    eight_bits = matmul_of_texts if is_rounded else {}
     # Where the chips that share samples (mesh.context) cannot divide their images, each encodes all of them.
     images, context, repeated = 1 + stream.num_conditions, max(config.mesh.context, 1), 0.0
     group = samples * context * max(config.mesh.tensor, 1) / config.accumulation
@@ -136,6 +138,7 @@ def step_work(config: ConfigDict, networks: Networks, stream: ConfigDict, chips:
             "matmul": samples * (2 + blocks) * forward_matmul,
             "attention": samples * forward_attention * (ATTENTION_BACKWARD + attention),
         },
+        "text encoder": {"matmul": 0.0, "attention": attention_of_texts} | matmul_of_texts,
     }
 
 
@@ -164,11 +167,16 @@ def hbm_bytes(config: ConfigDict, state: Any, frozen: Any, mesh: jax.sharding.Me
 
 
 def link_seconds(
-    collectives: list[Collective], chip: hardware.Chip, devices: list, slice_of: np.ndarray, backward: float
+    collectives: list[Collective],
+    chip: hardware.Chip,
+    devices: list,
+    slice_of: np.ndarray,
+    backward: float,
+    text_encoder: float,
 ) -> tuple[float, float]:
     """Seconds on the links inside a slice, or inside a host of GPUs: (overlapped, exposed)."""
     if chip.axes:
-        return ici_seconds(collectives, chip, devices, slice_of, backward)
+        return ici_seconds(collectives, chip, devices, slice_of, backward, text_encoder)
     seconds = {True: 0.0, False: 0.0}
     for collective in collectives:
         inside = collective.received - collective.received_across(slice_of)
@@ -177,17 +185,23 @@ def link_seconds(
 
 
 def ici_seconds(
-    collectives: list[Collective], chip: hardware.Chip, devices: list, slice_of: np.ndarray, backward: float
+    collectives: list[Collective],
+    chip: hardware.Chip,
+    devices: list,
+    slice_of: np.ndarray,
+    backward: float,
+    text_encoder: float,
 ) -> tuple[float, float]:
     """Seconds on the interconnect of a TPU slice: (overlapped, exposed).
 
     Args:
       slice_of: [devices], the slice of each.
       backward: seconds of compute in the blocks' backward pass, which overlaps with their gradient reductions.
+      text_encoder: seconds of compute in its layers, which overlap with the gathers beside them.
     """
     coordinates = np.array([getattr(device, "coords", (0, 0, 0)) for device in devices])
     shape = coordinates.max(axis=0) + 1
-    overlapped, exposed = 0.0, 0.0
+    overlapped, exposed, gathers = 0.0, 0.0, 0.0
     in_blocks, after_blocks, other = {}, {}, {}  # overlapped permutes, {(axis, direction): seconds}
     for collective in collectives:
         if collective.between_slices:
@@ -219,8 +233,12 @@ def ici_seconds(
             group = collective.groups[0]
             group = group[slice_of[group] == slice_of[group[0]]]
             seconds = inside / group_bandwidth(chip, coordinates[group], shape)
+            if collective.overlaps and IN_TEXT_ENCODER.search(collective.name):
+                gathers += seconds
+                continue
             overlapped += seconds if collective.overlaps else 0.0
             exposed += 0.0 if collective.overlaps else seconds
+    overlapped, exposed = overlapped + min(gathers, text_encoder), exposed + max(0.0, gathers - text_encoder)
     reducing = both_ways(in_blocks)
     hidden = min(reducing, backward)
     return overlapped + both_ways(other) + hidden, exposed + both_ways(after_blocks) + reducing - hidden

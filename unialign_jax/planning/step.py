@@ -98,8 +98,8 @@ def plan_step(
     roofline = None
     if chip and chip.memory_bandwidth:
         work = step_work(config, networks, stream, len(devices))
-        backward = compute_seconds(work["backward"], chip, config.model.head_width)
-        overlapped, exposed = link_seconds(collectives, chip, list(mesh.devices.flat), slice_of, backward)
+        loops = [compute_seconds(work[part], chip, config.model.head_width) for part in ("backward", "text encoder")]
+        overlapped, exposed = link_seconds(collectives, chip, list(mesh.devices.flat), slice_of, *loops)
         roofline = Roofline(
             flops=work["model"],
             peak_flops=chip.peak,

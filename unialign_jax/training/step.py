@@ -31,6 +31,10 @@ from unialign_jax.parallel.activations import spread_rows
 from unialign_jax.training.optimizer import Optimizer, ema_update
 from unialign_jax.training.state import Networks, TrainState
 
+# What the compilers are asked for beside their defaults, by platform: gathers that run beside matmuls in a loop.
+COMPILER_OPTIONS = {
+    "tpu": {"xla_enable_async_all_gather": True, "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True}
+}
 BUCKETS = 4  # the flow loss is reported by quarter of sigma, the text loss by quarter of the mask fraction
 
 
@@ -69,15 +73,20 @@ def encode_images(networks: Networks, frozen: dict, batch: dict, key: jax.Array)
     return latents[:, 0], latents[:, 1:] if count > 1 else None
 
 
-def encode_texts(networks: Networks, frozen: dict, *ids: jax.Array) -> tuple[jax.Array, ...]:
-    """T5 over several [B, L] id arrays in one call. Their rows are interleaved, so that a split batch stays split."""
+def encode_texts(networks: Networks, frozen: dict, *ids: jax.Array, beside: Any = None):
+    """T5 over several [B, L] id arrays in one call. Their rows are interleaved, so that a split batch stays split.
+
+    Returns their embeddings, and with `beside` (models/text_encoder.py) those and its results.
+    """
     stacked = jnp.stack(ids, axis=1)
     batch_size, count, length = stacked.shape
     embeddings = networks.text_encoder.apply(
-        {"params": frozen["text_encoder"]}, stacked.reshape(batch_size * count, length)
+        {"params": frozen["text_encoder"]}, stacked.reshape(batch_size * count, length), beside=beside
     )
+    embeddings, results = embeddings if beside else (embeddings, None)
     embeddings = jax.lax.stop_gradient(embeddings).reshape(batch_size, count, length, -1)
-    return tuple(embeddings[:, i] for i in range(count))
+    embeddings = tuple(embeddings[:, i] for i in range(count))
+    return (embeddings, results) if beside else embeddings
 
 
 def sum_and_count(values: jax.Array, where: jax.Array | None = None) -> jax.Array:
@@ -117,8 +126,6 @@ def compute_losses(
     if networks.lora is not None:  # the base lies as compute needs it, the adapters are whole everywhere
         transformer = adapted_network(transformer, networks.lora)
         params = {"transformer": beside_kernels(frozen["base"], params["transformer"])}
-    else:
-        params = sharding.params_for_compute(params, lambda path: storage_dtype(path, transformer.config.dtype))
     batch_size = batch["text_ids"].shape[0]
     latents, conditions = encode_images(networks, frozen, batch, named_key(key, "latents"))
 
@@ -140,15 +147,22 @@ def compute_losses(
             # T5 of an empty prompt is T5 of nothing but end-of-text: dropping ids is dropping the embedding.
             dropped = jax.random.bernoulli(named_key(key, "prompt dropout"), config.prompt_dropout, (batch_size, 1))
             prompt_ids = jnp.where(dropped, eos_id, prompt_ids)
-        prompt, masked_text = encode_texts(networks, frozen, prompt_ids, masked_ids)
         if levels is None:
             sigma = flow.sample_sigma(named_key(key, "sigma"), batch_size, **sigma_settings(config))
         else:
             sigma = levels.sigma
         noise = jax.random.normal(named_key(key, "noise"), latents.shape)
         noisy = flow.interpolate(latents, noise, sigma)
+
+    texts = (prompt_ids, masked_ids) if has_image_pass(kind) else (masked_ids,)
+    if networks.lora is not None:
+        texts = encode_texts(networks, frozen, *texts)
     else:
-        (masked_text,) = encode_texts(networks, frozen, masked_ids)
+        scan = lambda x, *beside: encode_texts(networks, x[0], *x[1], beside=beside or None)  # noqa: E731
+        dtypes = lambda path: storage_dtype(path, transformer.config.dtype)  # noqa: E731
+        depth, operands = networks.text_encoder.config.depth, ({"text_encoder": frozen["text_encoder"]}, texts)
+        texts, params = sharding.params_for_compute(params, dtypes, (scan, depth, operands))
+    *prompt, masked_text = texts
 
     weights, text_sigma = {"params": params["transformer"]}, jnp.zeros((batch_size,))
     drops = networks.lora is not None and networks.lora.dropout and levels is None
@@ -159,10 +173,10 @@ def compute_losses(
 
     if has_image_pass(kind) and conditions is None:
         # Both passes have the same shapes: as one forward, each weight is read (and under FSDP gathered) once.
-        pairs = (in_pairs(noisy, latents), in_pairs(prompt, masked_text), in_pairs(sigma, text_sigma))
+        pairs = (in_pairs(noisy, latents), in_pairs(*prompt, masked_text), in_pairs(sigma, text_sigma))
         image_pass = text_pass = run("passes", *pairs, paired=True)
     elif has_image_pass(kind):
-        passes = (noisy, prompt, sigma, conditions), (latents, masked_text, text_sigma)
+        passes = (noisy, *prompt, sigma, conditions), (latents, masked_text, text_sigma)
         image_pass, text_pass = run("passes", *passes, method="several")
     else:
         text_pass = run("text pass", latents, masked_text, text_sigma)
@@ -329,5 +343,10 @@ def lower_train_step(
     batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for name, x in batch.items()}
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     with jax.set_mesh(mesh):
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
+        jitted = jax.jit(
+            step,
+            donate_argnums=0,
+            out_shardings=(shardings, sharding.replicated(mesh)),
+            compiler_options=COMPILER_OPTIONS.get(mesh.devices.flat[0].platform),
+        )
         return jitted.trace(state, frozen, batch).lower(lowering_platforms=platforms)
