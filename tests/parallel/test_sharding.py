@@ -84,7 +84,7 @@ def test_compute_weights_are_whole_and_gradients_split():
 
 
 def test_the_weights_of_blocks_are_gathered_in_the_loop_of_other_work():
-    """Of four blocks, one or two an iteration: the loop's result, and weights and gradients as without it, bit for bit."""
+    """Of four blocks, one or two an iteration: the loop's result, weights and gradients bit for bit as without."""
     mesh = make_mesh(data=4, encoder=2, fsdp=1)
     shapes = {
         "blocks/joint/image/mlp_in/kernel": (4, 16, 8),
