@@ -91,7 +91,7 @@ def test_time_on_nvlink_and_between_hosts():
     hosts = np.array([0, 0, 1, 1])
     gather = Collective("all-gather", "", 10**8, np.arange(4).reshape(1, 4), 2, True)
     assert gather.received_across(hosts) == pytest.approx(2 * 10**8)
-    hidden, shown = link_seconds([gather], H100, [None] * 4, hosts, 1.0, 1.0)
+    hidden, shown = link_seconds([gather], H100, [None] * 4, hosts, {})
     assert (hidden, shown) == (pytest.approx(2 * 2e8 / 4.5e11), 0)
 
 

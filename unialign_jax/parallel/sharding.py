@@ -47,8 +47,8 @@ TABLE = (
     (r".*", P()),
 )
 
-BLOCKS = re.compile(r"(^|/)blocks/")
 FEW_ROWS = re.compile(r"blocks/.*/modulation/kernel$")  # kernels that read one row a sample
+LARGE = re.compile(r"blocks/.*/mlp_(in|out)/kernel$")  # two thirds of the weights that are gathered
 
 path_string = functools.partial(jax.tree_util.keystr, simple=True, separator="/")  # "blocks/joint/image/qkv/kernel"
 
@@ -119,9 +119,9 @@ def params_for_compute(params: dict, dtypes: Callable[[str], jax.typing.DTypeLik
       dtypes: the compute dtype of the parameter at a path.
       beside: (scan, depth, operands) of other work in a loop of `depth` iterations; then (its result, parameters) is
         returned. scan(operands, function, tree) computes function(tree[i]) in iteration i too, and returns its result,
-        which is not differentiated, and the stacked function values. Each iteration gathers the weights of as many
-        blocks if `depth` divides their number: XLA on TPU overlaps a gather with work in the same iteration of a loop,
-        and not with a whole loop.
+        which is not differentiated, and the stacked function values. If `depth` divides the number of blocks, each
+        iteration gathers the LARGE weights of as many: XLA on TPU overlaps a gather with matmuls of the same iteration
+        of a loop, and not with a whole loop. It overlaps the other gathers with the autoencoder.
     """
     mesh = jax.sharding.get_abstract_mesh()
     scan, depth, operands = beside or (None, 0, None)
@@ -133,7 +133,7 @@ def params_for_compute(params: dict, dtypes: Callable[[str], jax.typing.DTypeLik
         if not mesh.empty:
             split = stays_split(path, leaf.shape, mesh)
             specs = tuple(partition_spec(path, leaf.shape, mesh, state=state) for state in (split, True))
-            if specs[0] != specs[1] and BLOCKS.search(path) and depth and leaf.shape[0] % depth == 0:
+            if specs[0] != specs[1] and LARGE.search(path) and depth and leaf.shape[0] % depth == 0:
                 in_scan[path] = leaf.astype(dtype).reshape(depth, -1, *leaf.shape[1:])
                 specs_in_scan[path] = tuple(P(None, *spec) for spec in specs)
                 return path

@@ -15,8 +15,8 @@ ICI       bytes that a chip receives in each collective, over the links of its g
           Concurrent permutes in one direction share links; the two directions of an axis run in parallel. A collective
           is overlapped if the compiler made it asynchronous (start/done, or split over fusions), otherwise exposed. The
           gradient reductions of parallel/gradients.py are overlapped up to the length of the blocks' backward pass,
-          the gathers beside the text encoder's layers up to the length of those; the excess, and the last block's
-          reduction, are exposed
+          the gathers of weights beside the text encoder's layers up to the length of those, and the other gathers of
+          weights up to that of the autoencoder; the excess, and the last block's reduction, are exposed
 DCN       bytes between slices over a chip's share of its host's network, never overlapped
 
 On GPUs NVLink stands for ICI, all links of a GPU together, and InfiniBand between hosts for DCN.
@@ -49,7 +49,11 @@ EIGHT_BITS = {"w8a8": "int8", "fp8": "fp8"}  # {way to quantize: the chip's spee
 
 # The permutes inside the scan of parallel/gradients.py; the reduction of the last block comes after the scan.
 IN_BLOCKS = re.compile(r"shard_map/while/body/.*ppermute$")
-IN_TEXT_ENCODER = re.compile(r"TextEncoder\)?/while/body/")  # of its layers
+# The gathers of weights in `parallel.sharding.params_for_compute`, by what they overlap with.
+BESIDE = {
+    "text encoder": re.compile(r"TextEncoder\)?/while/body/.*squeeze$"),
+    "autoencoder": re.compile(r"jvp\(\)/(convert_element_type|sharding_constraint)$"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +87,7 @@ def step_work(config: ConfigDict, networks: Networks, stream: ConfigDict, chips:
     """FLOPs of a step per chip: of the "model", and with recomputation those in "matmul" and in "attention".
 
     "w8a8" or "fp8" has the text encoder's matmuls, if they multiply numbers of 8 bits; "matmul" is then without them.
-    "backward" has "matmul" and "attention" of the blocks' backward pass alone, "text encoder" the same of that.
+    "parts" has the same of the blocks' "backward" pass, of the "text encoder" and of the "autoencoder".
     """
     model, text_encoder = networks.transformer.config, networks.text_encoder.config
     image_pass = has_image_pass(stream.kind)
@@ -122,23 +126,27 @@ def step_work(config: ConfigDict, networks: Networks, stream: ConfigDict, chips:
     is_rounded = config.quantize_text_encoder in EIGHT_BITS
     matmul_of_texts = {config.quantize_text_encoder if is_rounded else "matmul": of_texts - attention_of_texts}
     eight_bits = matmul_of_texts if is_rounded else {}
+    images, side = 1 + stream.num_conditions, math.sqrt(math.prod(size))
+    of_images = images * flops.autoencoder_encode(networks.autoencoder.config, image_size=side)
+    of_images = 0.0 if config.data.cached_latents else of_images
     # Where the chips that share samples (mesh.context) cannot divide their images, each encodes all of them.
-    images, context, repeated = 1 + stream.num_conditions, max(config.mesh.context, 1), 0.0
+    context = max(config.mesh.context, 1)
     group = samples * context * max(config.mesh.tensor, 1) / config.accumulation
-    if group * images % context and not config.data.cached_latents:
-        side = math.sqrt(math.prod(size))
-        repeated = (context - 1) * images * flops.autoencoder_encode(networks.autoencoder.config, image_size=side)
+    repeated = (context - 1) * of_images if group * images % context else 0.0
     return {
         **eight_bits,
         "model": samples * sample,
         "matmul": samples * (sample - 3 * forward_attention + blocks * forward_matmul + repeated)
         - sum(eight_bits.values()),
         "attention": samples * forward_attention * (1 + ATTENTION_BACKWARD + attention),
-        "backward": {
-            "matmul": samples * (2 + blocks) * forward_matmul,
-            "attention": samples * forward_attention * (ATTENTION_BACKWARD + attention),
+        "parts": {
+            "backward": {
+                "matmul": samples * (2 + blocks) * forward_matmul,
+                "attention": samples * forward_attention * (ATTENTION_BACKWARD + attention),
+            },
+            "text encoder": {"matmul": 0.0, "attention": attention_of_texts} | matmul_of_texts,
+            "autoencoder": {"matmul": samples * of_images, "attention": 0.0},
         },
-        "text encoder": {"matmul": 0.0, "attention": attention_of_texts} | matmul_of_texts,
     }
 
 
@@ -171,12 +179,11 @@ def link_seconds(
     chip: hardware.Chip,
     devices: list,
     slice_of: np.ndarray,
-    backward: float,
-    text_encoder: float,
+    parts: dict[str, float],
 ) -> tuple[float, float]:
     """Seconds on the links inside a slice, or inside a host of GPUs: (overlapped, exposed)."""
     if chip.axes:
-        return ici_seconds(collectives, chip, devices, slice_of, backward, text_encoder)
+        return ici_seconds(collectives, chip, devices, slice_of, parts)
     seconds = {True: 0.0, False: 0.0}
     for collective in collectives:
         inside = collective.received - collective.received_across(slice_of)
@@ -189,19 +196,17 @@ def ici_seconds(
     chip: hardware.Chip,
     devices: list,
     slice_of: np.ndarray,
-    backward: float,
-    text_encoder: float,
+    parts: dict[str, float],
 ) -> tuple[float, float]:
     """Seconds on the interconnect of a TPU slice: (overlapped, exposed).
 
     Args:
       slice_of: [devices], the slice of each.
-      backward: seconds of compute in the blocks' backward pass, which overlaps with their gradient reductions.
-      text_encoder: seconds of compute in its layers, which overlap with the gathers beside them.
+      parts: seconds of compute of "parts" in `step_work`, with which gathers and reductions overlap.
     """
     coordinates = np.array([getattr(device, "coords", (0, 0, 0)) for device in devices])
     shape = coordinates.max(axis=0) + 1
-    overlapped, exposed, gathers = 0.0, 0.0, 0.0
+    overlapped, exposed, gathers = 0.0, 0.0, dict.fromkeys(BESIDE, 0.0)
     in_blocks, after_blocks, other = {}, {}, {}  # overlapped permutes, {(axis, direction): seconds}
     for collective in collectives:
         if collective.between_slices:
@@ -233,15 +238,17 @@ def ici_seconds(
             group = collective.groups[0]
             group = group[slice_of[group] == slice_of[group[0]]]
             seconds = inside / group_bandwidth(chip, coordinates[group], shape)
-            if collective.overlaps and IN_TEXT_ENCODER.search(collective.name):
-                gathers += seconds
+            part = next((part for part, names in BESIDE.items() if names.search(collective.name)), None)
+            if collective.overlaps and collective.kind == "all-gather" and part:
+                gathers[part] += seconds
                 continue
             overlapped += seconds if collective.overlaps else 0.0
             exposed += 0.0 if collective.overlaps else seconds
-    overlapped, exposed = overlapped + min(gathers, text_encoder), exposed + max(0.0, gathers - text_encoder)
-    reducing = both_ways(in_blocks)
-    hidden = min(reducing, backward)
-    return overlapped + both_ways(other) + hidden, exposed + both_ways(after_blocks) + reducing - hidden
+    limited = gathers | {"backward": both_ways(in_blocks)}
+    for part, seconds in limited.items():
+        overlapped += min(seconds, parts[part])
+        exposed += max(0.0, seconds - parts[part])
+    return overlapped + both_ways(other), exposed + both_ways(after_blocks)
 
 
 def both_ways(busy: dict[tuple[int, int], float]) -> float:

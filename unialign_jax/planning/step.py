@@ -98,8 +98,8 @@ def plan_step(
     roofline = None
     if chip and chip.memory_bandwidth:
         work = step_work(config, networks, stream, len(devices))
-        loops = [compute_seconds(work[part], chip, config.model.head_width) for part in ("backward", "text encoder")]
-        overlapped, exposed = link_seconds(collectives, chip, list(mesh.devices.flat), slice_of, *loops)
+        parts = {name: compute_seconds(part, chip, config.model.head_width) for name, part in work["parts"].items()}
+        overlapped, exposed = link_seconds(collectives, chip, list(mesh.devices.flat), slice_of, parts)
         roofline = Roofline(
             flops=work["model"],
             peak_flops=chip.peak,
