@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from unialign_jax.command_line import Parser, explain_missing_packages, split_changes
+from unialign_jax.command_line import Parser, explain_missing_packages, sigterm_interrupts, split_changes
 
 explain_missing_packages()
 
@@ -58,7 +58,8 @@ def main(argv=None):
     try:
         if arguments.output:
             files.check_json_output(arguments.output)
-        figures = arguments.measure(arguments)
+        with sigterm_interrupts():  # so that the processes that it has started end too
+            figures = arguments.measure(arguments)
         figures = machine() | figures  # afterwards: it takes the device, which `sample` leaves to other processes
         show(figures)
         if arguments.output:
@@ -67,6 +68,9 @@ def main(argv=None):
             sys.exit("error: memory, descriptors or threads grew; the table says how")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt as stop:
+        print("interrupted: nothing was measured", file=sys.stderr)
+        sys.exit(getattr(stop, "status", 130))
 
 
 def show(figures):

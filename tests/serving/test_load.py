@@ -1,6 +1,11 @@
 """The load benchmark: every request is counted, once, as what became of it."""
 
 import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -34,3 +39,22 @@ def test_requests_without_an_answer_are_lost_and_memory_is_read_on_the_way(monke
     [row] = serve.table("closed", 1, 5.0, outcomes)
     assert (row["answered"], row["rejected"], row["lost"]) == (0, 0, 10)
     assert [row[f"MB at {count}"] for count in (1, 5, 10)] == [123] * 3
+
+
+def test_sigterm_ends_the_benchmark_and_its_server(launch_command, monkeypatch, capsys):
+    processes = []
+
+    def measure(arguments):
+        with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as server:
+            processes.append(server)
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(30)
+            finally:
+                server.terminate()
+
+    monkeypatch.setattr(serve, "benchmark_serve", measure)
+    with pytest.raises(SystemExit) as end:
+        launch_command("benchmark").main(["serve"])
+    assert end.value.code == 143 and processes[0].returncode == -signal.SIGTERM
+    assert capsys.readouterr().err == "interrupted: nothing was measured\n"
