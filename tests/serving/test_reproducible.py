@@ -61,3 +61,25 @@ def test_a_seed_has_the_same_bytes_everywhere(pipeline, tiny_bundle, launch_comm
     options = {name: value for name, value in FIELDS.items() if name not in ("prompt", "seed")}
     images = pipeline.generate(prompts, seed=[2, 7, 9], **options)
     np.testing.assert_array_equal(np.asarray(images[1]), np.asarray(Image.open(io.BytesIO(made))))
+
+
+def test_edits_and_texts_are_the_same_alone_and_in_a_batch(pipeline):
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)) for _ in range(3)]
+    seeds, words = [5, 3, 8], ["make it red", "add a star", "remove the circle"]
+    settings = {"steps": 3, "guidance_scale": 3.0}
+    together = pipeline.edit(words, images, seed=seeds, **settings)
+    for image, instruction, seed, expected in zip(images, words, seeds, together, strict=True):
+        [alone] = pipeline.edit(instruction, image, seed=seed, **settings)
+        np.testing.assert_array_equal(np.asarray(alone), np.asarray(expected))
+    # With a temperature the words depend on every bit of the logits.
+    settings = {"steps": 4, "temperature": 1.0, "max_tokens": 12}
+    texts = pipeline.caption(images, seed=seeds, **settings)
+    assert len(set(texts)) == 3
+    assert [
+        pipeline.caption(image, seed=seed, **settings)[0] for image, seed in zip(images, seeds, strict=True)
+    ] == texts
+    asked = ["What color?", "How many?", "Is there a star?"]
+    answers = pipeline.answer(images, asked, seed=seeds, **settings)
+    alone = [pipeline.answer(*pair, seed=seed, **settings)[0] for *pair, seed in zip(images, asked, seeds, strict=True)]
+    assert alone == answers
