@@ -182,6 +182,13 @@ def test_questions_and_subjects(client, photo, tiny_pipeline, tmp_path):
     np.testing.assert_array_equal(np.asarray(Image.open(made[2][0]["image"])), np.asarray(expected))
 
 
+def refused(url, reason):
+    """How many requests the server's metrics count as refused for a reason."""
+    figures = requests.get(f"{url}/metrics", timeout=60).text
+    found = re.search(rf'unialign_refused_total\{{reason="{reason}"\}} (\S+)', figures)
+    return float(found[1]) if found else 0.0
+
+
 @pytest.mark.bad_input
 @pytest.mark.parametrize(
     "change, words",
@@ -194,14 +201,9 @@ def test_questions_and_subjects(client, photo, tiny_pipeline, tmp_path):
     ],
 )
 def test_the_limits_are_those_of_the_api(client, url, change, words):
-    def refused():
-        figures = requests.get(f"{url}/metrics", timeout=60).text
-        found = re.search(r'unialign_refused_total\{reason="bad_request"\} (\S+)', figures)
-        return float(found[1]) if found else 0.0
-
-    before = refused()
+    before = refused(url, "bad_request")
     status, _, _, _ = generate(client, **change)
-    assert refused() == before + 1
+    assert refused(url, "bad_request") == before + 1
     assert status.startswith("Not done: ") and words in status and "\n" not in status
 
 
@@ -239,16 +241,19 @@ def join(url, data, **headers):
     ],
 )  # fmt: skip
 def test_other_paths_of_gradio_are_closed(url, path):
-    for method in ("get", "post"):
-        assert getattr(requests, method)(f"{url}{path}", timeout=60).status_code in (404, 405)
+    before = refused(url, "no_page")
+    statuses = [getattr(requests, method)(f"{url}{path}", timeout=60).status_code for method in ("get", "post")]
+    assert set(statuses) <= {404, 405} and refused(url, "no_page") == before + statuses.count(404)
 
 
 @pytest.mark.bad_input
 @pytest.mark.parametrize("path", ["/etc/passwd", "http://127.0.0.1:1/a.png", "file:///etc/passwd", 5, "a\0b"])
 def test_files_that_were_not_uploaded_are_refused(url, path):
     meta = {"_type": "gradio.FileData"}
+    before = refused(url, "bad_request")
     for data in ([{"path": path, "meta": meta}], [[{"image": {"path": path, "meta": meta}, "caption": None}]]):
         assert join(url, data).status_code == 400
+    assert refused(url, "bad_request") == before + 2
 
 
 def test_a_link_out_of_the_folder_is_not_followed(url):
@@ -263,10 +268,12 @@ def test_a_link_out_of_the_folder_is_not_followed(url):
 
 
 def test_pages_of_other_origins_are_refused(url):
+    before = refused(url, "origin")
     for headers in ({"Origin": "https://evil.example"}, {"Origin": "null"}, {"Origin": "http://localhost:1"}):
         assert join(url, [], **headers).status_code == 403
         answer = requests.get(f"{url}/config", headers=headers, timeout=60)
         assert answer.status_code == 403 and "Access-Control-Allow-Origin" not in answer.headers
+    assert refused(url, "origin") == before + 6
     assert requests.get(f"{url}/config", headers={"Origin": url}, timeout=60).status_code == 200
 
 

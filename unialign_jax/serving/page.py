@@ -493,7 +493,7 @@ def add_page(
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
     )
     mounted = app.router.routes[-1]
-    mounted.app = Filter(mounted.app, folder, is_ending)
+    mounted.app = Filter(mounted.app, folder, is_ending, metrics.refused if metrics else lambda reason: None)
     lifespan = app.router.lifespan_context
 
     @contextlib.asynccontextmanager

@@ -35,10 +35,19 @@ class Filter:
     """Lets through PATHS and PREFIXES, and refuses requests that name a file outside of the folder.
 
     A heartbeat, which lasts as long as a page is open, ends with the server, so that an open page does not keep it.
+
+    Args:
+      refused: is told the reason of each refusal, for the metrics.
     """
 
-    def __init__(self, app: ASGIApp, folder: Path, is_ending: Callable[[], bool] = lambda: False):
-        self._app, self._folder, self._is_ending = app, folder, is_ending
+    def __init__(
+        self,
+        app: ASGIApp,
+        folder: Path,
+        is_ending: Callable[[], bool] = lambda: False,
+        refused: Callable[[str], None] = lambda reason: None,
+    ):
+        self._app, self._folder, self._is_ending, self._refused = app, folder, is_ending, refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -46,16 +55,16 @@ class Filter:
         path = scope["path"].rstrip("/") or "/"
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         if path != "/" and path not in PATHS and not path.startswith(PREFIXES):
-            return await PlainTextResponse("there is no such page", 404)(scope, receive, send)
+            return await self._refuse("no_page", "there is no such page", 404)(scope, receive, send)
         origin = headers.get(b"origin")
         if origin is not None and urlsplit(origin).netloc != headers.get(b"host"):
-            return await PlainTextResponse("this is a page of another origin", 403)(scope, receive, send)
+            return await self._refuse("origin", "this is a page of another origin", 403)(scope, receive, send)
         if path.startswith("/gradio_api/file=") and not self._is_ours(unquote(path.partition("=")[2])):
-            return await PlainTextResponse("there is no such file", 404)(scope, receive, send)
+            return await self._refuse("no_page", "there is no such file", 404)(scope, receive, send)
         if path == "/gradio_api/queue/join":
             body = await _read(receive)
             if not self._has_only_ours(body):
-                return await PlainTextResponse("a file was not uploaded here", 400)(scope, receive, send)
+                return await self._refuse("bad_request", "a file was not uploaded here", 400)(scope, receive, send)
             receive = _replayed(body, receive)
 
         async def marked(message: Message) -> None:
@@ -68,6 +77,10 @@ class Filter:
             await self._until_the_end(scope, receive, marked)
         else:
             await self._app(scope, receive, marked)
+
+    def _refuse(self, reason: str, words: str, status: int) -> PlainTextResponse:
+        self._refused(reason)
+        return PlainTextResponse(words, status)
 
     def _is_ours(self, path: str) -> bool:
         """Whether a path lies in the folder of the page, links followed."""
