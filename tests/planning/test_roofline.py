@@ -126,6 +126,19 @@ def test_permutes_load_links_and_both_ways_at_once():
     assert roofline.both_ways({(0, 1): 1.0, (0, -1): 2.0, (1, 1): 4.0}) == 6.0
 
 
+def test_sums_between_slices_overlap_with_the_blocks_they_run_beside():
+    """Of two slices 24 sums of 1.25 MB in the backward pass of 24 blocks, and one of 25 MB after it: 12 ms and 10."""
+    chip = dataclasses.replace(V5E, network=2.5e9)
+    slices, slice_of = np.array([[0, 1]]), np.repeat([0, 1], 4)
+    of_blocks = Collective("all-reduce", "psum.1", 1_250_000, slices, 24, True, between_slices=True)
+    other = Collective("all-reduce", "psum.2", 25_000_000, slices, 1, True, between_slices=True)
+    exposed = lambda times, room: roofline.dcn_seconds([of_blocks, other], chip, slice_of, times, room)  # noqa: E731
+    assert exposed(24, 0.1) == pytest.approx(0.01)
+    assert exposed(24, 0.004) == pytest.approx(0.01 + 0.008)
+    assert exposed(48, 0.1) == pytest.approx(0.01 + 0.012)  # of two micro-batches: once for both is not in the blocks
+    assert roofline.dcn_seconds([other], dataclasses.replace(V5E, network=0), slice_of, 24, 0.1) == 0.0
+
+
 def test_sums_of_gradients_are_known_by_their_names():
     def layer(params, index, carry, inputs, shared):
         return jnp.tanh(carry @ params["image"]["mlp_in"]["kernel"]) + shared

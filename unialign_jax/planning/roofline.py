@@ -17,7 +17,9 @@ ICI       bytes that a chip receives in each collective, over the links of its g
           gradient reductions of parallel/gradients.py are overlapped up to the length of the blocks' backward pass,
           the gathers of weights beside the text encoder's layers up to the length of those, and the other gathers of
           weights up to that of the autoencoder; the excess, and the last block's reduction, are exposed
-DCN       bytes between slices over a chip's share of its host's network, never overlapped
+DCN       bytes between slices over a chip's share of its host's network. Between TPU slices the sums of the blocks'
+          gradients run beside the backward pass of the next block: they are overlapped as far as the ICI leaves time of
+          that pass. Other bytes are exposed
 
 On GPUs NVLink stands for ICI, all links of a GPU together, and InfiniBand between hosts for DCN.
 """
@@ -58,7 +60,10 @@ BESIDE = {
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """One step on one chip: `flops` of the model itself, without recomputation; the other parts in seconds."""
+    """One step on one chip: `flops` of the model itself, without recomputation; the other parts in seconds.
+
+    `dcn` is the exposed part.
+    """
 
     flops: float
     peak_flops: float  # of the chip, per second
@@ -249,6 +254,22 @@ def ici_seconds(
         overlapped += min(seconds, parts[part])
         exposed += max(0.0, seconds - parts[part])
     return overlapped + both_ways(other), exposed + both_ways(after_blocks)
+
+
+def dcn_seconds(
+    collectives: list[Collective], chip: hardware.Chip, slice_of: np.ndarray, times: int, room: float
+) -> float:
+    """Exposed seconds on the network between slices, or between hosts of GPUs.
+
+    Args:
+      times: how often a step runs the backward pass of a block; between slices, what runs as often belongs to it.
+      room: seconds of that pass beside which nothing else is overlapped.
+    """
+    if not chip.network:
+        return 0.0
+    across = [(collective.received_across(slice_of) / chip.network, collective) for collective in collectives]
+    in_blocks = sum(seconds for seconds, found in across if found.between_slices and found.times >= times)
+    return sum(seconds for seconds, _ in across) - min(in_blocks, room)
 
 
 def both_ways(busy: dict[tuple[int, int], float]) -> float:

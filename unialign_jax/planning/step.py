@@ -13,7 +13,15 @@ from ml_collections import ConfigDict
 
 from unialign_jax.parallel import hardware, sharding
 from unialign_jax.planning.collectives import read_collectives, received_bytes
-from unialign_jax.planning.roofline import Roofline, compute_seconds, hbm_bytes, held_bytes, link_seconds, step_work
+from unialign_jax.planning.roofline import (
+    Roofline,
+    compute_seconds,
+    dcn_seconds,
+    hbm_bytes,
+    held_bytes,
+    link_seconds,
+    step_work,
+)
 from unialign_jax.planning.topology import compile_program
 from unialign_jax.training.program import StepProgram
 
@@ -107,7 +115,13 @@ def plan_step(
             hbm=hbm_bytes(config, state, frozen, mesh, memory.temp_size_in_bytes) / chip.memory_bandwidth,
             ici_overlapped=overlapped,
             ici_exposed=exposed,
-            dcn=sum(across.values()) / chip.network if chip.network else 0.0,
+            dcn=dcn_seconds(
+                collectives,
+                chip,
+                slice_of,
+                config.model.depth * config.accumulation,
+                max(0.0, parts["backward"] - overlapped),
+            ),
         )
     return StepPlan(
         stream=name,
