@@ -88,14 +88,18 @@ def estimate(memory: StepMemory, sizes: dict[str, int], samples: float, remat: s
 
     Chips along `context` share their samples, and split the tokens of each.
 
-    Activations are most when the forward pass ends. Without accumulation, the gradients of all weights meet a part of
+    Activations are most when the forward pass ends; weights that were gathered are then there twice (found in the
+    compiled programs). Without accumulation, the gradients of all weights meet a part of
     them, which is more where the samples are few.
     """
     split, context = sizes["fsdp"] * sizes["tensor"], sizes.get("context", 1)  # stored plans may lack an axis
     pieces = split * context * sizes["data"] * sizes.get("state", 1) * sizes["encoder"]
     gathered = 2 * (2 * memory.block + memory.text_block) if sizes["fsdp"] > 1 else 0  # this block, and the next
-    weights = memory.weights / split - (memory.few_rows * (1 - 1 / pieces) if split * context == 1 else 0)
+    weights = memory.weights / split
     activations, kept = (max(samples, 1) * number / context for number in memory.activations[remat])
+    if split * context == 1 and pieces > 1 and memory.gradients:  # weights are gathered whole
+        weights -= memory.few_rows * (1 - 1 / pieces)
+        activations += weights
     if accumulation > 1:
         working = weights + activations + memory.sums / pieces
     else:
