@@ -70,8 +70,8 @@ def candidates(config: ConfigDict, devices: list, name: str) -> list[Candidate]:
     """All ways to run the stream `name`, the fastest estimate first, those of FALLBACK_POLICIES last.
 
     The estimated time of a step is its compute, with recomputation, plus the sums of the text encoder's group,
-    plus for each micro-batch the transfers of weights that do not overlap: one gather, or under fsdp two gathers
-    and the reduction of the gradients.
+    plus for each micro-batch the transfers of weights that do not overlap: one gather, or under fsdp two gathers,
+    that of the text encoder and the reduction of the gradients.
 
     Raises ValueError for a configuration that cannot run on the devices in any number of micro-batches.
     """
@@ -91,7 +91,8 @@ def candidates(config: ConfigDict, devices: list, name: str) -> list[Candidate]:
             candidate = Candidate(count, remat, estimate=0.0, seconds=0.0)
             trial = candidate.applied_to(config)
             sizes = meshes.mesh_for(trial, devices, networks, needs).sizes
-            moved = needs.weights * (3 if sizes["fsdp"] > 1 else 1) * (len(devices) > 1)
+            moved = 3 * needs.weights + needs.text_encoder if sizes["fsdp"] > 1 else needs.weights
+            moved *= len(devices) > 1
             work = step_work(trial, networks, stream, len(devices))
             seconds = compute_seconds(work, chip, config.model.head_width) + count * moved / bandwidth
             seconds += text_encoder_seconds(config, networks, stream, rows, sizes["encoder"], chip, grid)
