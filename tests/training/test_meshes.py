@@ -64,7 +64,7 @@ def test_the_mesh_of_a_slice(name, slices, expected):
     assert np.prod(list(choice.sizes.values())) == topology.devices
 
 
-@pytest.mark.parametrize(("text_encoder", "group"), [(9.5e9, 2), (4.9e9, 1), (20e9, 4), (36e9, None)])
+@pytest.mark.parametrize(("text_encoder", "group"), [(9.5e9, 2), (4.9e9, 1), (20e9, 4), (40e9, None)])
 def test_the_text_encoder_takes_the_fewest_chips_that_have_room(text_encoder, group):
     """On v5e-256: 8.5 GB for everything else (weights and gradients 7.0, state 0.5, others 0.9), of 16.4."""
     memory = dataclasses.replace(MEMORY, text_encoder=text_encoder, autoencoder=0.0)
@@ -80,13 +80,15 @@ def test_bytes_a_chip_by_hand():
     repeated = sizes | {"replica": 4, "data": 16, "encoder": 4}
     # GB on v5e-256: T5 9.5 over 4 chips, state 33.6 over 64, the autoencoder, and 0.5 for everything else.
     held = 2.375e9 + 0.525e9 + 0.2e9 + 0.5e9
-    # Weights, of which a third stays split in 64 pieces, twice and all activations; or once with gradients 4.2 and a
-    # part of the activations.
+    # Weights, of which a third stays split in 64 pieces, twice and all activations; or once with as many gradients and
+    # what is left of the activations then.
     weights = 4.2e9 - 1.4e9 * 63 / 64
-    assert meshes.estimate(MEMORY, repeated, 1, "block", 1) == pytest.approx(held + weights + 4.2e9 + 0.4e9)
+    assert meshes.estimate(MEMORY, repeated, 1, "block", 1) == pytest.approx(held + 2 * weights + 0.6e9)
+    small = dataclasses.replace(MEMORY, activations={"block": (0.6e9, 0.7e9)})
+    assert meshes.estimate(small, repeated, 1, "block", 1) == pytest.approx(held + 2 * weights + 0.7e9)
     assert meshes.estimate(MEMORY, repeated, 8, "dots", 1) == pytest.approx(held + 2 * weights + 8 * 2.2e9)
     # Of several micro-batches, the sums of their gradients in 64 pieces.
-    assert meshes.estimate(MEMORY, repeated, 1, "dots", 2) == pytest.approx(held + 2 * weights + 2.2e9 + 25.2e9 / 64)
+    assert meshes.estimate(MEMORY, repeated, 1, "dots", 2) == pytest.approx(held + weights + 2.2e9 + 25.2e9 / 64)
     # With adapters the base is whole, and nothing is gathered.
     base = dataclasses.replace(MEMORY, gradients=0.0)
     assert meshes.estimate(base, repeated, 8, "dots", 1) == pytest.approx(held + 4.2e9 + 8 * 2.2e9)
@@ -95,14 +97,14 @@ def test_bytes_a_chip_by_hand():
 
 
 def test_smaller_micro_batches_make_room_for_repeated_weights():
-    topology = slice_of("v5e-64")  # 4 samples a chip: 6.5 GB held (state 33.6 / 32), weights 5.7, sums 0.8, of 16.4
-    tight = dataclasses.replace(MEMORY, activations={"dots": (4e9, 2.4e9), "block": (1.7e9, 1e9)})
+    topology = slice_of("v5e-64")  # 4 samples a chip: 6.5 GB held (state 33.6 / 32), weights 2.8, sums 0.8, of 16.4
+    tight = dataclasses.replace(MEMORY, activations={"dots": (4.5e9, 2.7e9), "block": (1.7e9, 1e9)})
     assert chosen(topology, 256, 1, "block", tight).sizes["fsdp"] == 64
     assert chosen(topology, 256, 2, "dots", tight).sizes["fsdp"] == 64
     choice = chosen(topology, 256, 2, "block", tight)
     assert str(choice) == (
         "mesh replica=2, data=8, state=2, encoder=2: chosen for 8x8 v5e, weights are repeated and the state is split: "
-        "by arithmetic 16.4 of 16.9 GB a chip"
+        "by arithmetic 13.5 of 16.9 GB a chip"
     )
 
 
@@ -162,7 +164,7 @@ def test_the_arithmetic_is_within_a_tenth_of_the_compilers():
         usable = step["memory"]["usable"]
         if found <= (1 - hardware.ROOM) * usable < usable < compiled:
             false_fits.append((stream, name))
-    assert len(errors) > 45
+    assert len(errors) > 35
     assert {key: error for key, error in errors.items() if abs(error) > 0.1} == {}
     assert abs(np.mean(list(errors.values()))) < 0.03
     assert false_fits == []

@@ -32,7 +32,6 @@ SAVED = {
     "gpu": {"none": 45, "dots": 10, "block": 1, "offload": 0},
 }
 WORKING = {"tpu": 50, "gpu": 28}  # the same units, of the block whose backward pass runs; fitted
-SEPARATE_PASS = {"tpu": 800, "gpu": 0}  # tokens' worth that two passes of two shapes save more than one of both; fitted
 SUMS = {"tpu": 3.0, "gpu": 1.5}  # float32 copies of the gradients, beside the micro-batch's; fitted
 # The shares of what the blocks have saved, and of the running block's, that are there when the gradients of all weights
 # are; fitted. "paired": both passes of a sample are one forward, as without condition images.
@@ -88,22 +87,22 @@ def estimate(memory: StepMemory, sizes: dict[str, int], samples: float, remat: s
 
     Chips along `context` share their samples, and split the tokens of each.
 
-    Activations are most when the forward pass ends; weights that were gathered are then there twice (found in the
-    compiled programs). Without accumulation, the gradients of all weights meet a part of
-    them, which is more where the samples are few.
+    Activations are most when the forward pass ends. Without accumulation, weights that were gathered are then there
+    twice (found in the compiled programs); and the gradients of all weights meet a part of the activations, which is
+    more where the samples are few.
     """
     split, context = sizes["fsdp"] * sizes["tensor"], sizes.get("context", 1)  # stored plans may lack an axis
     pieces = split * context * sizes["data"] * sizes.get("state", 1) * sizes["encoder"]
     gathered = 2 * (2 * memory.block + memory.text_block) if sizes["fsdp"] > 1 else 0  # this block, and the next
-    weights = memory.weights / split
+    weights, gradients, again = memory.weights / split, memory.gradients / split, 0.0
     activations, kept = (max(samples, 1) * number / context for number in memory.activations[remat])
     if split * context == 1 and pieces > 1 and memory.gradients:  # weights are gathered whole
-        weights -= memory.few_rows * (1 - 1 / pieces)
-        activations += weights
+        weights, gradients = (size - memory.few_rows * (1 - 1 / pieces) for size in (weights, gradients))
+        again = weights
     if accumulation > 1:
         working = weights + activations + memory.sums / pieces
     else:
-        working = weights + max(activations, memory.gradients / split + kept)
+        working = weights + max(activations + again, gradients + kept)
     frozen = memory.text_encoder / (split * sizes["encoder"]) + memory.autoencoder
     return memory.state / pieces + frozen + gathered + working + ALWAYS
 
@@ -152,7 +151,6 @@ def sample_activations(config: Any, networks: Networks, remat: str, platform: st
     itemsize = np.dtype(model.dtype).itemsize
     target = (config.image_size / autoencoder.downsample_factor / model.patch_size) ** 2
     tokens = (images + passes - 1) * target + passes * config.text_length
-    tokens += SEPARATE_PASS[platform] * (images > 1)
     width = tokens * model.width * itemsize
     saved, working = model.depth * SAVED[platform][remat] * width, WORKING[platform] * width
     of_saved, of_working = KEPT[platform + (", paired" if passes == 2 and images == 1 else "")]
