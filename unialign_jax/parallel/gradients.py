@@ -329,10 +329,6 @@ def split_dot_general(path: str) -> Callable:
     then slices.
     Without a mesh, or where the sizes do not divide, this is `jax.lax.dot_general`.
     """
-    spec = table_spec(path)
-    if "fsdp" not in spec:
-        return jax.lax.dot_general
-    axis = list(spec).index("fsdp") - len(spec)  # from the end: the table counts the axis of blocks, a block does not
 
     def dot_general(x, weight, dimension_numbers, precision=None, preferred_element_type=None):
         plain = functools.partial(
@@ -342,6 +338,10 @@ def split_dot_general(path: str) -> Callable:
             preferred_element_type=preferred_element_type,
         )
         mesh = jax.sharding.get_abstract_mesh()
+        spec = list(table_spec(path, mesh))
+        if "fsdp" not in spec:
+            return plain(x, weight)
+        axis = spec.index("fsdp") - len(spec)  # from the end: the table counts the axis of blocks, a block does not
         used, scattered = gradient_axes(mesh)
         auto = axes_that_divide(BATCH_AXES, mesh, x.shape[0])
         rows = jax.P(used)

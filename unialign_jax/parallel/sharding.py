@@ -25,7 +25,7 @@ KERNEL = "kernel(/(qvalue|scale))?"  # plain, or a qwix.QArray
 # and of the EMA end in the parameter's path, so that they are split like it.
 TABLE = (
     # MM-DiT blocks; kernels of 8 bits have their values and their scales apart
-    (r"blocks/.*/modulation/kernel$", P(None, "tensor", None, "fsdp")),
+    (r"blocks/.*/modulation/kernel$", P(None, "fsdp", None, "tensor")),
     (rf"blocks/.*/qkv/{KERNEL}$", P(None, "fsdp", None, "tensor", None)),
     (rf"blocks/.*/out/{KERNEL}$", P(None, "tensor", None, "fsdp")),
     (rf"blocks/.*/mlp_in/{KERNEL}$", P(None, "fsdp", "tensor")),
@@ -48,19 +48,27 @@ TABLE = (
 )
 
 FEW_ROWS = re.compile(r"blocks/.*/modulation/kernel$")  # kernels that read one row a sample
+ALONG_OUTPUTS = P(None, None, None, "fsdp")  # how their state is split where they stay split: parallel/few_rows.py
 LARGE = re.compile(r"blocks/.*/mlp_(in|out)/kernel$")  # two thirds of the weights that are gathered
 
 path_string = functools.partial(jax.tree_util.keystr, simple=True, separator="/")  # "blocks/joint/image/qkv/kernel"
 
 
-def table_spec(path: str) -> P:
-    """The table's spec for the parameter at a path, whatever its shape and the mesh."""
+def has_whole_weights(mesh: Mesh) -> bool:
+    """Whether each device of a mesh computes with whole weights and whole samples."""
+    return all(mesh.shape.get(name, 1) == 1 for name in ("fsdp", "context", "tensor"))
+
+
+def table_spec(path: str, mesh: Mesh) -> P:
+    """The table's spec for the parameter at a path, whatever its shape and the sizes of the mesh."""
+    if FEW_ROWS.search(path) and has_whole_weights(mesh):
+        return ALONG_OUTPUTS
     return next(spec for pattern, spec in TABLE if re.search(pattern, path))
 
 
 def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh, *, state: bool = False) -> P:
     """The spec of a parameter, or with `state` of its optimizer state; axes that do not divide evenly are left out."""
-    spec = table_spec(path)
+    spec = table_spec(path, mesh)
     if len(spec) > len(shape):
         raise ValueError(f"{path} has shape {shape}, but the sharding table gives it {len(spec)} axes: {spec}")
     return P(*(_dividing(axes, size, mesh, state) for axes, size in zip(spec, shape, strict=False)))
@@ -68,8 +76,7 @@ def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh, *, state: bool
 
 def stays_split(path: str, shape: tuple[int, ...], mesh: Mesh) -> bool:
     """Whether compute uses a kernel as its state is split, along its outputs: parallel/few_rows.py moves the rows."""
-    whole = all(mesh.shape.get(name, 1) == 1 for name in ("fsdp", "context", "tensor"))
-    if not FEW_ROWS.search(path) or not whole:
+    if not FEW_ROWS.search(path) or not has_whole_weights(mesh):
         return False
     names = tuple(name for name in STATE_AXES if mesh.shape.get(name, 1) > 1)
     return bool(names) and partition_spec(path, shape, mesh, state=True)[-1] in (names, names[0])
