@@ -3,8 +3,8 @@
     python launch/train.py --config=configs/stage1.py --workdir=runs/stage1 --config.streams.text_to_image.path=DATA
 
 40,000 of the 80,000 steps that the paper gives for the first two stages together; batch 256, 512 px.
-Time, planned by launch/plan.py and not measured (docs/tpu.md, 2026-11-29): 1.6 h on v5e-256, 4.2 h on v4-128,
-2.4 h on v5p-128, 1.8 h on v6e-64, 0.5 h on v6e-256. Losses at full size are not known: nobody has run it.
+Time, planned by launch/plan.py and not measured (docs/tpu.md, 2026-11-29): 1.6 h on v5e-256, 4.0 h on v4-128,
+2.3 h on v5p-128, 1.5 h on v6e-64, 0.5 h on v6e-256. Losses at full size are not known: nobody has run it.
 
     python launch/train.py --config=configs/stage1.py:tiny --workdir=runs/tiny
 

@@ -4,8 +4,8 @@
 
 The other 40,000 of the 80,000 steps of the first two stages. The paper interleaves text-to-image batches with the
 conditional tasks and gives no shares; every other step here is text to image, as in the released code.
-Time, planned by launch/plan.py and not measured (docs/tpu.md, 2026-11-29; edits, perception and personalization
-2026-11-21): 2.6 h on v5e-256, 6.5 h on v4-128, 3.6 h on v5p-128. Losses at full size are not known: nobody has run it.
+Time, planned by launch/plan.py and not measured (docs/tpu.md, 2026-11-29): 2.4 h on v5e-256, 6.0 h on v4-128,
+3.3 h on v5p-128. Losses at full size are not known: nobody has run it.
 
     python launch/train.py --config=configs/stage2.py:tiny --workdir=runs/tiny2 --config.init_from=runs/tiny
 

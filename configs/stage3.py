@@ -3,8 +3,8 @@
     python launch/train.py --config=configs/stage3.py --workdir=runs/stage3 --config.init_from=runs/stage2
 
 30,000 steps on high-quality data (the paper names BLIP-3o, ShareGPT-4o and LLaVA-OneVision).
-Time, planned by launch/plan.py and not measured (docs/tpu.md, 2026-11-29; all but text to image 2026-11-21): 1.8 h
-on v5e-256, 4.5 h on v4-128, 2.5 h on v5p-128. Losses at full size are not known: nobody has run it.
+Time, planned by launch/plan.py and not measured (docs/tpu.md, 2026-11-29): 1.6 h on v5e-256, 4.1 h on v4-128,
+2.2 h on v5p-128. Losses at full size are not known: nobody has run it.
 
     python launch/train.py --config=configs/stage3.py:tiny --workdir=runs/tiny3 --config.init_from=runs/tiny2
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From a fresh machine to a tested one: environment, lint, import rules, the whole suite. Needs Python 3.11 or newer.
-# --fast leaves out PyTorch and the slow tests: two to three minutes, after installing.
+# --fast leaves out PyTorch and the slow tests: about two minutes, after installing.
 #
 #   bash launch/test.sh [--fast] [pytest arguments, such as tests/models]
 set -euo pipefail
