@@ -18,9 +18,10 @@ from unialign_jax.training.state import Networks
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Bytes of the full model: 2.1e9 trained parameters in bf16, a third of which may stay split, and 16 bytes each of state (float32 masters, two moments,
-# the average); T5's 4.76e9 in bf16, a small autoencoder; three float32 copies of the gradients; a sample's activations,
-# 0.6 GB with all blocks computed again, of which 0.4 are left beside the gradients of all weights.
+# Bytes of the full model: 2.1e9 trained parameters in bf16, a third of which may stay split, and 16 bytes each of state
+# (float32 masters, two moments, the average); T5's 4.76e9 in bf16, a small autoencoder; three float32 copies of the
+# gradients; a sample's activations, 0.6 GB with all blocks computed again, of which 0.4 are left beside the gradients
+# of all weights.
 ACTIVATIONS = {"dots": (2.2e9, 1.3e9), "block": (0.6e9, 0.4e9)}
 MEMORY = meshes.StepMemory(4.2e9, 4.2e9, 1.4e9, 0.17e9, 33.6e9, 9.5e9, 0.4e9, 0.2e9, 25.2e9, ACTIVATIONS)
 
