@@ -64,10 +64,15 @@ def apply_once(module, *arguments, **keywords):
     return nn.Module.apply(module, *arguments, **keywords)
 
 
+def encode_once(module, *arguments, beside=None):
+    """The same of a text encoder, unless weights are gathered beside it."""
+    return nn.Module.apply(module, *arguments, beside=beside) if beside else apply_once(module, *arguments)
+
+
 @pytest.fixture(autouse=True)
 def encoders_traced_once(monkeypatch):
     """The frozen networks are the same on every platform."""
-    monkeypatch.setattr(TextEncoder, "apply", apply_once)
+    monkeypatch.setattr(TextEncoder, "apply", encode_once)
     monkeypatch.setattr(AutoencoderKL, "apply", apply_once)
 
 
