@@ -60,10 +60,10 @@ def stub_networks(trainer, passes):
         logits = jnp.tile(0 * text[..., :1], 512)  # no constants, which the compiler would compute with for seconds
         return MMDiTOutput(0 * latents, logits, features, features, features, features)
 
-    encode = lambda variables, ids: ids[..., None].astype(jnp.float32)  # noqa: E731
+    encode = lambda variables, ids, beside=None: ids[..., None].astype(jnp.float32)  # noqa: E731
     align = lambda variables, image, text, **_: (image[:, 0, :16], text[:, 0, :16])  # noqa: E731
     stubs = [types.SimpleNamespace(apply=apply) for apply in (transform, align, encode)]
-    stubs[0].config = types.SimpleNamespace(dtype="float32")
+    stubs[0].config, stubs[2].config = types.SimpleNamespace(dtype="float32"), types.SimpleNamespace(depth=0)
     return Networks(*stubs, trainer.networks.autoencoder)
 
 
