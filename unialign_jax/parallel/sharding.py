@@ -60,7 +60,7 @@ def has_whole_weights(mesh: Mesh) -> bool:
 
 
 def table_spec(path: str, mesh: Mesh) -> P:
-    """The table's spec for the parameter at a path, whatever its shape and the sizes of the mesh."""
+    """The spec for the parameter at a path, whatever its shape: the table's, or ALONG_OUTPUTS where it stays split."""
     if FEW_ROWS.search(path) and has_whole_weights(mesh):
         return ALONG_OUTPUTS
     return next(spec for pattern, spec in TABLE if re.search(pattern, path))
