@@ -173,6 +173,7 @@ def test_the_page_by_hand(tmp_path):
     gpu_report.write_report(tmp_path / "plans.json", tmp_path)
     page = (tmp_path / "gpu.md").read_text()
     assert page.startswith("before\n") and page.endswith("after\n")
+    assert "2 of 2 plans are of older code than this page" in " ".join(page.split())
     # H100: 119 TFLOP of which 8.5 are attention, at 692 and 415 TFLOP/s.
     (sampled,) = [line for line in page.splitlines() if line.startswith("| text_to_image |")]
     cells = [cell.strip() for cell in sampled.strip("|").split("|")]
@@ -181,3 +182,28 @@ def test_the_page_by_hand(tmp_path):
     # 256 samples in 2 s, 40,000 steps; 62 GiB fit 80 GB.
     assert "| 1 | 16 | 16 |  | 62.0 (H100) |  |" in page
     assert "| 1 | 16 | dots | 62.0 | H100 | 5.0 | 0.0 | 2.00 | 50 | 128 | 22.2 |" in page
+
+
+def test_rows_of_older_code_are_compiled_again_and_todays_are_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_sweep, "is_distributed", lambda name: True)
+    monkeypatch.setattr(gpu_sweep.importlib.metadata, "version", lambda name: "1.0")
+    first, second = ("caption", "h100:1", 512, 1, None), ("text_to_image", "h100:1", 512, 1, None)
+    compiled, path = [], tmp_path / "plans.json"
+
+    def add(key):
+        def compile_row():
+            compiled.append(key)
+            return gpu_sweep.SamplingRow(*key, [], gpu_sweep.made(gpu_sweep.SAMPLING_SOURCES))
+
+        gpu_sweep.add(path, "sampling", key, compile_row)
+
+    for key in (first, second, first, second):
+        add(key)
+    assert compiled == [first, second]
+    plans = gpu_sweep.read_gpu_plans(path)
+    assert [row.key for row in plans.sampling] == [second, first]  # the order of the page
+    plans.sampling[0].made["sources"] = "older code"
+    write_plans(path, plans)
+    add(first), add(second)
+    assert compiled == [first, second, second]
+    assert len(gpu_sweep.read_gpu_plans(path).sampling) == 2

@@ -136,13 +136,12 @@ def test_the_digest_of_the_sources_is_of_what_runs(tmp_path, monkeypatch):
     package = tmp_path / "package"
     (package / "planning").mkdir(parents=True)
     monkeypatch.setattr(sweep, "__file__", str(package / "planning" / "sweep.py"))
-    monkeypatch.setattr(sweep, "SOURCES", ("models", "step.py"))
     (package / "models").mkdir()
 
     def digest(model, step="x = 1"):
         (package / "models" / "model.py").write_text(model)
         (package / "step.py").write_text(step)
-        return sweep.sources_digest.__wrapped__()
+        return sweep.sources_digest.__wrapped__(("models", "step.py"))
 
     first = digest('"""A."""\ndef f(x):\n    """B."""\n    return x + 1')
     assert digest('"""C."""\ndef f(x):\n    """D."""\n    return x + 1  # one more') == first

@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--side", type=int, help="pixels a side, default the model's")
     parser.add_argument("--steps", type=int, help="of the sampler, default the model's")
     parser.add_argument("--seconds", type=float, default=300.0, help="a loop ends after so long, default %(default)s")
+    parser.add_argument("--reproducible", action="store_true", help="start the servers with --reproducible")
 
 
 def benchmark_serve(arguments: argparse.Namespace) -> dict:
@@ -81,7 +82,7 @@ def serving(arguments: argparse.Namespace, batch: int | None) -> Iterator[tuple[
         return
     command = [sys.executable, str(ROOT / "launch" / "serve.py"), f"--bundle={arguments.bundle}", "--port=0"]
     command += [f"--batch={batch}", f"--max-samples={batch}", "--queue=4096", "--max-side=4096", "--no-page"]
-    command += [f"--time-limit={LIMIT}", "--warm-up=none"]
+    command += [f"--time-limit={LIMIT}", "--warm-up=none", *["--reproducible"] * arguments.reproducible]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
             lines = []

@@ -40,7 +40,8 @@ def write_report(path: Path, docs: Path) -> None:
 
 
 def markdown(plans: GpuPlans) -> str:
-    made = [row.made for row in plans.training + plans.sampling]
+    rows = plans.training + plans.sampling
+    made, older = [row.made for row in rows], sum(not row.is_current for row in rows)
     dates = sorted({entry["date"] for entry in made})
     versions = ", ".join(sorted({f"jax {entry['jax']}, {entry['compiler']}" for entry in made}))
     chip = gpus.GPUS["h100"].chip
@@ -49,7 +50,8 @@ def markdown(plans: GpuPlans) -> str:
         f"plans, in GiB. Seconds, images/s, MFU and hours are arithmetic: matmuls at {100 * chip.matmul_share:.0f}% of "
         f"the data sheet's peak, attention at {100 * chip.attention_share:.0f}% of that, memory and links where those "
         "take longer; norms and other element-wise work are not counted. Nothing of it was compared with a real GPU. "
-        "`python launch/plan.py --gpus --output=JSON` compiles, `--report=JSON` writes this part.",
+        "`python launch/plan.py --gpus --output=JSON` compiles, `--report=JSON` writes this part."
+        + (f" {older} of {len(rows)} plans are of older code than this page: today's may differ." if older else ""),
         "### What a GPU has",
         table(map(gpu_cells, gpus.GPUS)),
         f"Sources: {hardware.GPU_SOURCES}",
@@ -65,7 +67,7 @@ def markdown(plans: GpuPlans) -> str:
         "The other streams of stages 2 and 3:",
         table(map(stream_cells, others(plans.training))),
     ]
-    done = {row.key for row in plans.training + plans.sampling}
+    done = {row.key for row in rows}
     if missing := [" ".join(map(str, key)) for key in SAMPLING + TRAINING if key not in done]:
         parts.append(f"Not compiled yet: {'; '.join(missing)}.")
     return "\n\n".join(part if part[0] in "|#" else wrap(part) for part in parts)

@@ -1,6 +1,6 @@
 """The plans of docs/gpu.md: training steps and sampling tasks compiled for GPUs that are not here, in one JSON file.
 
-The file is the state: a row in it is not compiled again.
+The file is the state: a row in it that today's code has made is not compiled again.
 """
 
 import dataclasses
@@ -16,10 +16,17 @@ import jax
 from unialign_jax import files
 from unialign_jax.planning import sampling, topology
 from unialign_jax.planning.step import StepPlan, plan_step
-from unialign_jax.planning.sweep import from_json, locked, write_plans
+from unialign_jax.planning.sweep import SOURCES, from_json, locked, sources_digest, write_plans
 from unialign_jax.training.config import read_config
 
 REMAT = ("none", "dots", "block")
+# The code that a row comes from, in the package: folders and files.
+TRAINING_SOURCES = (*SOURCES, "planning/gpus.py")
+SAMPLING_SOURCES = (
+    *("models", "diffusion", "sampling", "parallel/hardware.py"),
+    *(f"inference/{name}.py" for name in ("model", "pipeline", "weights")),
+    *(f"planning/{name}.py" for name in ("gpus", "roofline", "sampling", "topology")),
+)
 # (topology, stage, stream, accumulation, remat). The other GPUs' programs need the same memory.
 TRAINING = (
     *(("h100:1", "stage1", "text_to_image", *pair) for pair in itertools.product((8, 16, 32), REMAT)),
@@ -51,11 +58,16 @@ class TrainingRow:
     accumulation: int
     remat: str
     step: StepPlan
-    made: dict[str, str]  # date, and versions of jax and of the compiler
+    made: dict[str, str]  # date, versions of jax and of the compiler, and the digest of TRAINING_SOURCES
 
     @property
     def key(self) -> tuple:
         return self.topology, self.stage, self.stream, self.accumulation, self.remat
+
+    @property
+    def is_current(self) -> bool:
+        """Whether today's code has made it."""
+        return self.made.get("sources") == sources_digest(TRAINING_SOURCES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +78,16 @@ class SamplingRow:
     batch: int
     quantize: str | None
     rows: list[dict]  # of `sampling.plan_sampling`
-    made: dict[str, str]
+    made: dict[str, str]  # as TrainingRow's, with SAMPLING_SOURCES
 
     @property
     def key(self) -> tuple:
         return self.task, self.topology, self.size, self.batch, self.quantize
+
+    @property
+    def is_current(self) -> bool:
+        """Whether today's code has made it."""
+        return self.made.get("sources") == sources_digest(SAMPLING_SOURCES)
 
 
 @dataclasses.dataclass
@@ -92,11 +109,12 @@ def is_gpu_file(path: Path) -> bool:
 
 
 def sweep_gpus(path: Path) -> None:
-    """Compiles what TRAINING and SAMPLING have and the file `path` has not, row by row.
+    """Compiles what TRAINING and SAMPLING have and the file `path` has not, or has from older code, row by row.
 
     Raises ValueError where the compiler is not installed.
     """
     topology.topology_devices("h100:1")
+    made(TRAINING_SOURCES), made(SAMPLING_SOURCES)  # of the code that is loaded now, whatever changes on disk meanwhile
     for key in SAMPLING:
         add(path, "sampling", key, lambda key=key: compile_sampling(*key))
     for key in TRAINING:
@@ -104,22 +122,22 @@ def sweep_gpus(path: Path) -> None:
 
 
 def add(path: Path, part: str, key: tuple, compile_row: Callable) -> None:
-    """Adds a row to a part of the file, unless it is there."""
+    """Puts a row into a part of the file, unless today's code has made the one that is there."""
 
     def read() -> GpuPlans:
         return read_gpu_plans(path) if path.exists() else GpuPlans([], [])
 
     name = " ".join(map(str, key))
-    if key in {row.key for row in getattr(read(), part)}:
+    if any(row.key == key and row.is_current for row in getattr(read(), part)):
         print(f"{path} has {name}", file=sys.stderr)
         return
     print(name, file=sys.stderr)
     row = compile_row()
     with locked(path):
         plans = read()
-        getattr(plans, part).append(row)
         order = {key: place for place, key in enumerate(TRAINING + SAMPLING)}
-        getattr(plans, part).sort(key=lambda row: order.get(row.key, len(order)))
+        rows = [row, *(other for other in getattr(plans, part) if other.key != key)]
+        setattr(plans, part, sorted(rows, key=lambda row: order.get(row.key, len(order))))
         write_plans(path, plans)
 
 
@@ -127,18 +145,18 @@ def compile_training(name: str, stage: str, stream: str, accumulation: int, rema
     config = read_config(stage, [f"accumulation={accumulation}", f"model.remat={remat}"])
     devices = topology.topology_devices(name)
     step = plan_step(config, devices, stream, usable=topology.usable_bytes(devices[0]))
-    return TrainingRow(name, stage, stream, accumulation, remat, step, made())
+    return TrainingRow(name, stage, stream, accumulation, remat, step, made(TRAINING_SOURCES))
 
 
 def compile_sampling(task: str, name: str, size: int, batch: int, quantize: str | None) -> SamplingRow:
     figures = sampling.plan_sampling(task, name, size=size, batch=batch, quantize=quantize, low_memory=False)
-    return SamplingRow(task, name, size, batch, quantize, figures["rows"], made())
+    return SamplingRow(task, name, size, batch, quantize, figures["rows"], made(SAMPLING_SOURCES))
 
 
-def made() -> dict[str, str]:
+def made(sources: tuple[str, ...]) -> dict[str, str]:
     plugin = next(name for name in ("jax-cuda12-plugin", "jax-cuda13-plugin") if is_distributed(name))
     versions = {"jax": jax.__version__, "compiler": f"{plugin} {importlib.metadata.version(plugin)}"}
-    return {"date": datetime.date.today().isoformat(), **versions}
+    return {"date": datetime.date.today().isoformat(), **versions, "sources": sources_digest(sources)}
 
 
 def is_distributed(name: str) -> bool:

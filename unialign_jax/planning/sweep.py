@@ -219,10 +219,10 @@ def code_version() -> str:
 
 
 @functools.cache
-def sources_digest() -> str:
-    """A digest of the code of SOURCES, without comments and docstrings: plans that differ in it may differ."""
+def sources_digest(sources: tuple[str, ...] = SOURCES) -> str:
+    """A digest of the code of `sources`, without comments and docstrings: plans that differ in it may differ."""
     package, digest = Path(__file__).parents[1], hashlib.sha256()
-    for name in SOURCES:
+    for name in sources:
         place = package / name
         for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
             tree = ast.parse(path.read_text())
