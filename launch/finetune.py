@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import json
 import logging
 import shlex
 import shutil
@@ -14,12 +15,15 @@ from unialign_jax.command_line import Parser, explain_missing_packages, run_comm
 explain_missing_packages()
 
 from unialign_jax.data import records
+from unialign_jax.data.preparation.runner import work_folder
+from unialign_jax.data.sources import locations
 from unialign_jax.data.sources.folder import IMAGES, METADATA, TEXTS
+from unialign_jax.files import read_json, replacing_file, sha256
 
 DESCRIPTION = """\
 Trains adapters of a model on a folder of pictures. It prints and executes the commands that this takes: records of the
 pictures, pictures of the class where they are asked for, and training, all in the folder of the run. The same command
-resumes where it was stopped.
+resumes where it was stopped, with the same pictures and texts: others are another run, in another folder.
 
 recipes
   style      pictures with a text beside each (a.jpg, a.txt)
@@ -96,13 +100,67 @@ def with_captions(pictures: Path, caption: str, folder: Path) -> Path:
     names = sorted(path for path in pictures.iterdir() if path.suffix.lower() in IMAGES)
     if not names or any((pictures / name).exists() for name in METADATA):
         raise ValueError(f"--caption: {pictures} holds no pictures, or has a metadata file that says what they are")
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     for picture in names:
         own = [picture.with_suffix(suffix) for suffix in TEXTS]
         text = next((path.read_text() for path in own if path.exists()), caption)
         (folder / picture.name).with_suffix(".txt").write_text(text)
         shutil.copyfile(picture, folder / picture.name)
     return folder
+
+
+def described(arguments: argparse.Namespace, model: str, seed: int) -> dict[str, str | int]:
+    """What the records are made from, by what a user calls it: options, and hashes of the files."""
+    facts = {"the recipe": arguments.recipe}
+    if arguments.caption is not None:
+        facts["--caption"] = arguments.caption
+    for place, inside, names in locations.walk(str(arguments.pictures)):
+        read = (name for name in names if name in METADATA or name.lower().endswith(IMAGES + TEXTS))
+        facts |= {str(Path(inside) / name): sha256(Path(place) / name) for name in read}
+    if arguments.class_prompt is not None:
+        from unialign_jax.inference.opening import ModelSource
+
+        facts |= {"--class-prompt": arguments.class_prompt, "--class-pictures": arguments.class_pictures}
+        facts |= {"the model": ModelSource(model, verify=False).digest, "the seed": seed}
+    return facts
+
+
+MADE = ("records", "class_records", "pictures", "class_jobs.jsonl", "class")  # in the run's data/
+OF_CLASS = ("--class-prompt", "the model", "the seed")  # facts that a picture of the class depends on
+
+
+def check_unchanged(data: Path, facts: dict[str, str | int]) -> None:
+    """Keeps `facts` in the run's `data`. Where others were kept there, what was made from them is removed.
+
+    Raises ValueError, and changes nothing, where the run has saved steps that were trained with them.
+    """
+    from unialign_jax.training.runs import is_run, saved_steps
+
+    workdir, kept = data.parent, data / "made_from.json"
+    has_begun = is_run(workdir) and bool(saved_steps(workdir / "checkpoints"))
+    before = read_json(kept) if kept.exists() else {}
+    if before == facts or (has_begun and not before):  # a run of a version that kept none
+        return
+    if before:
+        states = {name: "is gone" for name in before if name not in facts}
+        states |= {name: "has changed" for name in before if name in facts and before[name] != facts[name]}
+        states |= {name: "is new" for name in facts if name not in before}
+        told = ", ".join(f"{name} {state}" for name, state in list(states.items())[:3])
+        told += f" and {len(states) - 3} more" if len(states) > 3 else ""
+        if has_begun:
+            raise ValueError(
+                f"{workdir} has trained with other pictures or texts ({told}): give a new --workdir to train with "
+                "these, or undo the change to resume"
+            )
+        print(f"{data} is made again: {told}")
+    keeps_class = before and all(before.get(name) == facts.get(name) for name in OF_CLASS)
+    for name in MADE[: -1 if keeps_class else None]:
+        for path in (data / name, Path(work_folder(str(data / name)))):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    data.mkdir(parents=True, exist_ok=True)
+    with replacing_file(kept) as scratch:
+        scratch.write_text(json.dumps(facts, indent=1))
 
 
 def write_records(source: Path, kind: str, output: Path) -> None:
@@ -113,15 +171,20 @@ def write_records(source: Path, kind: str, output: Path) -> None:
 
 
 def draw_class(arguments: argparse.Namespace, model: str, seed: int, folder: Path) -> None:
-    """Pictures of the class by the model as it is, with the prompt beside each."""
-    count = arguments.class_pictures
-    files = [folder / (f"picture_{i}.png" if count > 1 else "picture.png") for i in range(count)]
-    if not all(file.exists() for file in files):
-        options = [f"--bundle={model}", "--task=text_to_image", f"--prompt={arguments.class_prompt}"]
-        options += [f"--seed={seed}", "--overwrite"]
-        run("generate", *options, f"--images-per-prompt={count}", f"--output={folder / 'picture.png'}")
-    for file in files:
-        file.with_suffix(".txt").write_text(arguments.class_prompt)
+    """Pictures of the class by the model as it is, with the prompt beside each. Those that are there stay."""
+    names, task = [f"picture_{i}" for i in range(arguments.class_pictures)], {"task": "text_to_image"}
+    folder.mkdir(exist_ok=True)
+    for path in folder.glob("picture_*"):
+        if path.stem not in names:
+            path.unlink()
+    if not all((folder / f"{name}.png").exists() for name in names):
+        jobs = [task | {"id": id, "prompt": arguments.class_prompt, "seed": seed + i} for i, id in enumerate(names)]
+        file = folder.with_name("class_jobs.jsonl")
+        file.write_text("".join(json.dumps(job) + "\n" for job in jobs))
+        # Pictures of these jobs are not drawn again; others under their names are.
+        run("generate", f"--bundle={model}", f"--jobs={file}", f"--output={folder}", "--overwrite")
+    for name in names:
+        (folder / f"{name}.txt").write_text(arguments.class_prompt)
 
 
 def finetune(arguments: argparse.Namespace) -> None:
@@ -140,9 +203,12 @@ def finetune(arguments: argparse.Namespace) -> None:
         changes.append(f"init_from={arguments.bundle}")
     if arguments.prompt:
         changes.append(f"samples.prompts={tuple(arguments.prompt)!r}")
+    if pictures.resolve().is_relative_to(data.resolve()):
+        raise ValueError(f"--pictures={pictures} lies in {data}, which is the run's own: put the pictures elsewhere")
     config = read_config(arguments.config, changes := [*changes, *arguments.changes])  # bad ones are refused here
 
-    if arguments.caption is not None:
+    check_unchanged(data, described(arguments, config.init_from, config.seed))
+    if arguments.caption is not None and not records.is_data_folder(data / "records"):
         pictures = with_captions(pictures, arguments.caption, data / "pictures")
     write_records(pictures, kind, data / "records")
     if arguments.class_prompt is not None:

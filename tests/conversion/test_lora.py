@@ -4,10 +4,13 @@ import copy
 import dataclasses
 import functools
 import json
+import logging
 import math
+import re
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -187,6 +190,7 @@ def test_a_file_changes_the_weights_as_its_run_does(layout, dora, make_run, sd3_
             continue
         changed = adapted(path, leaf, jax.tree.map(np.asarray, expected[path]), 1.5)
         found = lora(path, leaf)
+        assert np.isfinite(changed).all() and np.isfinite(found).all()  # where outputs of SD3 have no weights too
         if layout != "unialign" and "/text/" in path and "qkv" not in path:  # SD3's last text half ends earlier
             if "modulation" in path:
                 np.testing.assert_allclose(found[-1, :, :2], changed[-1, :, :2], atol=1e-5)
@@ -194,6 +198,23 @@ def test_a_file_changes_the_weights_as_its_run_does(layout, dora, make_run, sd3_
             changed, found = changed[:-1], found[:-1]
         np.testing.assert_allclose(found, changed, atol=2e-5 * np.abs(changed).max(), rtol=0)
         assert np.abs(changed - leaf[: len(changed)]).max() > 0.01
+
+
+def test_dora_of_outputs_without_weights(sd3_bundle, shapes, tmp_path):
+    """Of the last block's text modulation, six parts of which SD3 has two: a norm for zeros leaves zeros."""
+    name, magnitude = (
+        "transformer.transformer_blocks.2.norm1_context.linear",
+        np.linspace(0.5, 1, 768, dtype=np.float32),
+    )
+    tensors = {f"{name}.lora_A.weight": np.ones((2, 128)), f"{name}.lora_B.weight": np.zeros((768, 2))}
+    tensors = {key: value.astype(np.float32) for key, value in tensors.items()}
+    save_file(tensors | {f"{name}.lora_magnitude_vector": magnitude}, tmp_path / "dora.safetensors")
+    lora = lora_files.open_lora(tmp_path / "dora.safetensors", bundle.read_config(sd3_bundle).transformer, shapes)
+    path = "blocks/joint/text/modulation/kernel"
+    (leaf,) = [leaf for found, leaf in bundle.read_leaves(sd3_bundle, "transformer") if found == path]
+    found = lora(path, leaf)
+    np.testing.assert_allclose(np.linalg.norm(found[-1, :, :2], axis=0).ravel(), magnitude[:256], rtol=1e-5)
+    assert not leaf[-1, :, 2:].any() and not found[-1, :, 2:].any()  # no NaN, which is true
 
 
 def test_kohyas_q_k_and_v_are_one_layer_with_the_change_of_three(make_run, tmp_path):
@@ -208,6 +229,96 @@ def test_kohyas_q_k_and_v_are_one_layer_with_the_change_of_three(make_run, tmp_p
     three = "transformer.transformer_blocks.1.attn.add_{}_proj.lora_{}.weight"
     products = [files["diffusers"][three.format(n, "B")] @ files["diffusers"][three.format(n, "A")] for n in "qkv"]
     np.testing.assert_allclose(alpha / 12 * up @ down, np.concatenate(products), atol=1e-6)
+
+
+def of_sd_scripts(width, text_width, channels, rank=2):
+    """{layer: (down, up, alpha)} as networks/lora_sd3.py of sd-scripts trains it, blocks by default, ends by emb_dims.
+
+    The names are those of Stability's modules with "_" for ".". qkv is one layer; with split_qkv its file has three
+    times the rank, and up's parts along a diagonal. The patch embedding is a convolution.
+    """
+    generator = np.random.default_rng(11)
+    normal = lambda *shape: (0.2 * generator.normal(size=shape)).astype(np.float32)  # noqa: E731
+    linear = lambda inputs, outputs, alpha: (normal(rank, inputs), normal(outputs, rank), alpha)  # noqa: E731
+    split = np.zeros((3 * width, 3 * rank), np.float32)
+    for part in range(3):
+        split[part * width : (part + 1) * width, part * rank : (part + 1) * rank] = normal(width, rank)
+    return {
+        "joint_blocks_0_x_block_attn_qkv": linear(width, 3 * width, 1.0),
+        "joint_blocks_0_x_block_attn_proj": linear(width, width, 1.0),
+        "joint_blocks_0_x_block_mlp_fc1": linear(width, 4 * width, 2.0),
+        "joint_blocks_0_x_block_mlp_fc2": linear(4 * width, width, 2.0),
+        "joint_blocks_0_x_block_adaLN_modulation_1": linear(width, 6 * width, 4.0),
+        "joint_blocks_1_context_block_attn_qkv": (normal(3 * rank, width), split, 3.0),
+        "joint_blocks_1_context_block_mlp_fc2": linear(4 * width, width, 1.0),
+        "joint_blocks_2_context_block_attn_qkv": linear(width, 3 * width, 1.0),
+        "joint_blocks_2_context_block_adaLN_modulation_1": linear(width, 2 * width, 1.0),  # the last has two parts
+        "context_embedder": linear(text_width, width, 1.0),
+        "t_embedder_mlp_2": linear(width, width, 1.0),
+        "x_embedder_proj": (normal(rank, channels, 2, 2), normal(width, rank, 1, 1), 1.0),
+        "final_layer_adaLN_modulation_1": linear(width, 2 * width, 1.0),
+        "final_layer_linear": linear(width, 4 * channels, 1.0),
+    }
+
+
+def add_to_sd3(model, layers):
+    """Adds alpha / rank * up @ down to the weights of diffusers' SD3."""
+    import torch
+
+    state = model.state_dict()
+    ends = {"context_embedder": "context_embedder", "x_embedder_proj": "pos_embed.proj"}
+    ends |= {"t_embedder_mlp_2": "time_text_embed.timestep_embedder.linear_2", "final_layer_linear": "proj_out"}
+    ends["final_layer_adaLN_modulation_1"] = "norm_out.linear"
+    x_block = {"attn_proj": "attn.to_out.0", "mlp_fc1": "ff.net.0.proj", "mlp_fc2": "ff.net.2"}
+    x_block |= {"adaLN_modulation_1": "norm1.linear"}
+    context_block = {"mlp_fc2": "ff_context.net.2", "adaLN_modulation_1": "norm1_context.linear"}
+    for layer, (down, up, alpha) in layers.items():
+        change = alpha / len(down) * (up.reshape(-1, len(down)) @ down.reshape(len(down), -1))
+        match = re.fullmatch(r"joint_blocks_(\d)_(x|context)_block_(\w+)", layer)
+        if match and match[3] == "attn_qkv":
+            names = [f"to_{part}" if match[2] == "x" else f"add_{part}_proj" for part in "qkv"]
+            parts = zip(names, np.split(change, 3), strict=True)
+            changes = {f"transformer_blocks.{match[1]}.attn.{name}": part for name, part in parts}
+        else:
+            block = {"x": x_block, "context": context_block}[match[2]] if match else {}
+            name = f"transformer_blocks.{match[1]}.{block[match[3]]}" if match else ends[layer]
+            if change.shape[0] == 2 * change.shape[1]:  # Stability has shift and scale, diffusers scale and shift
+                change = np.concatenate(np.split(change, 2)[::-1])
+            changes = {name: change}
+        for name, part in changes.items():
+            weight = state[f"{name}.weight"]
+            weight += torch.from_numpy(part.reshape(weight.shape))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_a_file_of_sd_scripts_makes_diffusers_velocity_here(
+    dtype, torch_models, sd3_bundle, our_velocity, inputs, tmp_path, caplog
+):
+    """By hand in the names that sd-scripts gives, with adapters of encoders that are not here."""
+    sd3 = torch_models.sd3.config
+    width, text_width, channels = sd3.caption_projection_dim, sd3.joint_attention_dim, sd3.in_channels
+    layers = of_sd_scripts(width, text_width, channels)
+    layers = {
+        name: (down.astype(dtype).astype(np.float32), up.astype(dtype).astype(np.float32), alpha)
+        for name, (down, up, alpha) in layers.items()
+    }
+    model = copy.deepcopy(torch_models.sd3)
+    add_to_sd3(model, layers)
+    layers["y_embedder_mlp_0"] = (np.ones((2, 2048), np.float32), np.ones((width, 2), np.float32), 1.0)
+    tensors = {}
+    others = ["lora_te1_text_model_encoder_layers_0_mlp_fc1", "lora_te3_encoder_block_0_layer_0_SelfAttention_q"]
+    others = {name: (np.ones((2, 8)), np.ones((8, 2)), 1.0) for name in others}
+    for name, (down, up, alpha) in ({f"lora_unet_{name}": value for name, value in layers.items()} | others).items():
+        tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = down.astype(dtype), up.astype(dtype)
+        tensors[f"{name}.alpha"] = np.array(alpha).astype(dtype)  # of shape []
+    save_file(tensors, tmp_path / "kohya.safetensors", {"ss_network_module": "networks.lora_sd3"})
+    pipeline = Pipeline.from_bundle(sd3_bundle)
+    pipeline.load_lora(tmp_path / "kohya.safetensors")
+    assert_same(our_velocity(pipeline), torch_velocity(model, inputs), torch_velocity(torch_models.sd3, inputs))
+    told = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "6 tensors of adapters of text encoders" in told[0] and "lora_te1_text_model" in told[0]
+    assert "3 tensors of adapters of SD3's layers for CLIP's pooled vector" in told[1] and "y_embedder" in told[1]
+    assert len(told) == 2
 
 
 def test_several_loras_add_up_and_merging_is_the_same(make_run, sd3_bundle, tmp_path, launch_command):
@@ -299,6 +410,7 @@ BAD = {
     "another kind": (pair() | {"lora_unet_x.hada_w1_a": np.zeros((2, 2), np.float32)}, ("hada_w1_a", "LoRA")),
     "text encoders alone": (pair(layer="text_encoder.layers.0.q"), ("no adapters", "text encoders")),
     "not finite": ({k: v + np.nan for k, v in pair().items()}, ("not finite",)),
+    "norms of inputs": (pair() | {f"{LAYER}.dora_scale": np.ones((1, 128), np.float32)}, ("(1, 128)", "each input")),
     "a model, not a LoRA": ({"transformer_blocks.0.attn.to_q.weight": np.zeros((4, 4), np.float32)}, ("to_q.weight",)),
 }
 

@@ -14,6 +14,7 @@ from unialign_jax.models import parameters
 from unialign_jax.models.lora import (
     AdaptedModule,
     LoraConfig,
+    adapted,
     adapted_network,
     beside_kernels,
     init_adapters,
@@ -85,6 +86,40 @@ def test_adapters_beside_the_layers_are_kernels_with_the_adapters(changes, base,
         size = np.abs(gradient).max()
         assert size > 0, path
         np.testing.assert_allclose(ours_by_path[path], gradient, atol=1e-4 * size, err_msg=path)
+
+
+def test_outputs_without_weights_have_no_norm_to_keep():
+    """As the last block's text modulation of SD3: DoRA's factor is 1 there, and all values and gradients are finite."""
+    kernel, a, b, x = drawn([np.empty((5, 7)), np.empty((5, 3)), np.empty((3, 7)), np.empty((4, 5))], 0, 1.0)
+    kernel[:, 4:] = 0
+    bias, gain = np.zeros(7, np.float32), drawn(np.empty(7), 1, 0.3)
+    lora = LoraConfig(rank=3, alpha=6.0, targets=(".*",), dora=True)
+
+    def beside(adapter):
+        params = {"text_head": {"kernel": kernel, "bias": bias, "adapter": adapter}}
+        return AdaptedModule(OneLayer(), lora).apply({"params": params}, x)
+
+    def merged(adapter):
+        tree = {"text_head": {"kernel": adapter}}
+        return x @ params_with_adapters({"text_head": {"kernel": kernel}}, tree, lora.scale)["text_head"]["kernel"]
+
+    for up in (np.zeros_like(b), b):  # new adapters, and trained ones
+        adapter = {"a": a, "b": up, "gain": gain}
+        changed = kernel + 2 * a @ up
+        expected = changed.copy()  # where W is zero
+        expected[:, :4] *= (1 + gain[:4]) * np.linalg.norm(kernel, axis=0)[:4] / np.linalg.norm(changed, axis=0)[:4]
+        for function in (beside, merged):
+            found, pull = jax.vjp(function, jax.tree.map(jnp.asarray, adapter))
+            np.testing.assert_allclose(found, x @ expected, atol=1e-5)
+            (gradients,) = pull(jnp.ones_like(found))
+            assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+            # The plain adapter's: d (x 2 A B) / dB, and no gain.
+            np.testing.assert_allclose(gradients["b"][:, 4:], 2 * (x @ a).sum(0)[:, None] * np.ones(3), atol=1e-5)
+            np.testing.assert_array_equal(gradients["gain"][4:], 0)
+            assert np.abs(gradients["gain"][:4]).min() > 0
+        np.testing.assert_allclose(adapted("text_head/kernel", kernel, adapter, 2.0), expected, atol=1e-5)  # numpy's
+    gone = {"a": np.eye(5, dtype=np.float32), "b": -kernel / 2, "gain": gain}  # A B takes the weights away
+    assert not np.asarray(adapted("text_head/kernel", kernel, gone, 2.0)).any()
 
 
 class OneLayer(nn.Module):

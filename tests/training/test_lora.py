@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -17,7 +18,7 @@ from unialign_jax.models.lora import adapted, adapters_by_path
 from unialign_jax.training import base_model, runs
 from unialign_jax.training.checkpoints import Checkpoints, stored_shapes
 from unialign_jax.training.config import config_problems
-from unialign_jax.training.loop import Trainer, train
+from unialign_jax.training.loop import Trainer, expected_seconds, train
 from unialign_jax.training.metrics import read_metrics
 from unialign_jax.training.program import StepProgram
 from unialign_jax.training.samples import tell_change
@@ -132,6 +133,30 @@ def test_stopped_and_started_again_the_adapters_are_the_same_bits(finished, lora
     jax.tree.map(np.testing.assert_array_equal, again, state)
     kept = lambda rows: [{k: v for k, v in row.items() if k not in CLOCK} for row in rows]  # noqa: E731
     assert kept(read_metrics(tmp_path)) == kept(read_metrics(workdir))
+
+
+def test_stopped_and_started_again_all_options_are_the_same_bits(lora_config, tmp_path):
+    """Dropout's masks, DoRA's gains and the base that is rounded to 8 bits anew."""
+    options = {"lora__dora": True, "lora__quantize_base": "int8", "lora__dropout": 0.2, "samples__count": 0}
+    state = run(lora_config(**options), tmp_path / "whole")
+    run(lora_config(**options, num_steps=2), tmp_path / "stopped")
+    again = run(lora_config(**options), tmp_path / "stopped")
+    jax.tree.map(np.testing.assert_array_equal, again, state)
+    leaves = flatten_dict(state.params["transformer"], sep="/")
+    assert all(np.isfinite(leaf).all() and np.abs(leaf).max() > 0 for leaf in leaves.values())
+    kept = lambda rows: [{k: v for k, v in row.items() if k not in CLOCK} for row in rows]  # noqa: E731
+    assert kept(read_metrics(tmp_path / "stopped")) == kept(read_metrics(tmp_path / "whole"))
+
+
+def test_the_time_is_told_where_the_device_is_known():
+    """1,000 steps of 4, three of four of stream a, on two H100: 989 TFLOP/s, of which 70% are reached."""
+    streams = {name: SimpleNamespace(config=SimpleNamespace(weight=weight)) for name, weight in (("a", 3), ("b", 1))}
+    trainer = SimpleNamespace(
+        streams=streams, sample_flops={"a": 2e13, "b": 4e13}, config=SimpleNamespace(num_steps=1000, batch_size=4)
+    )
+    for kind, expected in (("NVIDIA H100 80GB HBM3", 4000 * 2.5e13 / (2 * 0.7 * 989e12)), ("cpu", None)):
+        trainer.mesh = SimpleNamespace(size=2, devices=np.array([SimpleNamespace(device_kind=kind)]))
+        assert expected_seconds(trainer) == (expected and pytest.approx(expected))
 
 
 def test_adapters_that_have_changed_nothing_are_told(lora_config, caplog):

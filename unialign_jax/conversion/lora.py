@@ -8,8 +8,9 @@ where q, k and v are one layer. The change of a layer's weight is alpha / rank *
 import itertools
 import json
 import math
+import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +34,7 @@ KOHYA_PREFIX = "lora_unet_"
 PREFIXES = ("base_model.model.", "transformer.", "model.diffusion_model.", "diffusion_model.", "unet.")
 FLAT_PREFIXES = (KOHYA_PREFIX, "lora_transformer_", "lycoris_")
 OTHERS = ("text_encoder", "lora_te", "te1_", "te2_", "te3_")  # of the text encoders' adapters, which have no place here
+POOLED = re.compile(r"(time_text_embed.text_embedder.linear_[12]|y_embedder.mlp.[02])$")  # SD3's, of CLIP's vector
 SUFFIXES = {
     "down": re.compile(r"\.(lora_A(\.\w+)?|lora_down|lora\.down)\.weight$"),
     "up": re.compile(r"\.(lora_B(\.\w+)?|lora_up|lora\.up)\.weight$"),
@@ -42,6 +44,7 @@ SUFFIXES = {
 METADATA = "lora_adapter_metadata"  # in a file of diffusers: the settings of its adapters, as JSON
 MOST_METADATA = 2**20
 MOST_RANK = 2**14
+USUAL_NAMES = ("pytorch_lora_weights", "adapter_model")  # of diffusers' and PEFT's files; their folders tell them apart
 
 
 class Lora(NamedTuple):
@@ -81,6 +84,21 @@ def parse_reference(text: str, default: float | None = None) -> tuple[str, float
     if not math.isfinite(value):
         raise ValueError(f"{shown(text)} is no FILE:SCALE, expected a finite number such as 0.8 after the colon")
     return path, value
+
+
+def new_name(path: str | Path, taken: Collection[str] = ()) -> str:
+    """A name for the adapters at `path` that is not among `taken`: its own, or that with -2, -3, ... after it.
+
+    A folder's own name is its whole name, "style-1.5"; a file's has no ending. A file that is called as diffusers or
+    PEFT call all of theirs has its folder's.
+    """
+    place = Path(os.path.abspath(path))
+    is_file = place.suffix in (".safetensors", *PICKLES) and not place.is_dir()
+    if is_file and place.stem in USUAL_NAMES:
+        place, is_file = place.parent, False
+    own = (place.stem if is_file else place.name) or "lora"
+    numbered = (f"{own}-{number}" for number in itertools.count(2))
+    return next(name for name in itertools.chain([own], numbered) if name not in taken)
 
 
 # --- Reading ---
@@ -170,7 +188,7 @@ def _read_settings(path: Path, tensors: Mapping) -> dict:
 
 
 def _read_modules(path, tensors, names, settings) -> tuple[dict[str, Factors], list[str]]:
-    found, unknown, passed = {}, [], []
+    found, unknown, passed, pooled = {}, [], [], []
     for key, info in tensors.items():
         kind = next((kind for kind, suffix in SUFFIXES.items() if suffix.search(key)), None)
         if key.startswith(OTHERS):
@@ -178,6 +196,9 @@ def _read_modules(path, tensors, names, settings) -> tuple[dict[str, Factors], l
             continue
         name = SUFFIXES[kind].sub("", key) if kind else ""
         module = _module(name, names) if kind else None
+        if module is None and kind and POOLED.search(name):
+            pooled.append(key)
+            continue
         if module is None:
             unknown.append(key)
             continue
@@ -204,10 +225,19 @@ def _read_modules(path, tensors, names, settings) -> tuple[dict[str, Factors], l
             scale = float(_read(path, parts["alpha"]).ravel()[0]) / rank
         else:
             scale = _scale_of(path, settings, parts["name"], rank)
-        magnitude = _read(path, parts["magnitude"]).ravel() if "magnitude" in parts else None
-        modules[module] = Factors(down, up, scale, magnitude)
-    note = f"{path}: {len(passed)} tensors of adapters of text encoders are passed over, such as {passed[:1]}"
-    return modules, [note] if passed else []
+        magnitude = _read(path, parts["magnitude"]) if "magnitude" in parts else None
+        if magnitude is not None and magnitude.ndim == 2 and magnitude.shape[0] == 1 < magnitude.shape[1]:
+            raise ValueError(
+                f"{path}: the magnitude of {parts['name']} has shape {magnitude.shape}, a norm for each input, as "
+                "LyCORIS writes without wd_on_out: only norms of outputs can be read"
+            )
+        modules[module] = Factors(down, up, scale, magnitude if magnitude is None else magnitude.ravel())
+    told = {"text encoders": passed, "SD3's layers for CLIP's pooled vector, which are not here,": pooled}
+    return modules, [
+        f"{path}: {len(keys)} tensors of adapters of {what} are passed over, such as {shown(keys[0], 120)}"
+        for what, keys in told.items()
+        if keys
+    ]
 
 
 def _read(path, info) -> np.ndarray:
@@ -271,6 +301,7 @@ def _change(kernel: np.ndarray, parts: list[tuple[Entry, Factors]]) -> np.ndarra
         else:
             weight = entry.transform.backward(part) + product
             size = np.sqrt(np.square(weight).sum(axis=tuple(range(1, weight.ndim)), keepdims=True))
+            size[size == 0] = 1  # an output without weights has none at any norm
             weight = weight * (factors.magnitude.reshape(size.shape) / size)
             changed = entry.transform.forward(weight, part.shape)
         kernel[entry.index] = changed
@@ -313,7 +344,7 @@ def export_lora(
     config = runs.component_configs(run, runs.read_settings(run))["transformer"]
     base = runs.open_base(run)
     by_path = adapters_by_path(adapters.tree)
-    magnitudes = _magnitudes(by_path, base) if adapters.lora.dora else {}
+    magnitudes = _magnitudes(by_path, base, adapters.lora.scale) if adapters.lora.dora else {}
     table = {"unialign": transformer.unialign_table}.get(layout) or (
         lambda config: transformer.sd3_table({"kohya": "stability"}.get(layout, layout), config)
     )
@@ -348,12 +379,14 @@ def export_lora(
     ]
 
 
-def _magnitudes(by_path, base) -> dict[str, np.ndarray]:
-    """(1 + gain) |W| of every output, from the base's weights."""
-    return {
-        path: (1 + by_path[path]["gain"]) * norms(to_matrices(path, np.asarray(leaf, np.float32)))
-        for path, leaf in base.leaves(list(by_path))
-    }
+def _magnitudes(by_path, base, scale) -> dict[str, np.ndarray]:
+    """The norm that the adapters give every output: (1 + gain) |W|, by the base's weights; see `norm_factors`."""
+    magnitudes = {}
+    for path, leaf in base.leaves(list(by_path)):
+        adapter, matrices = by_path[path], to_matrices(path, np.asarray(leaf, np.float32))
+        kept, alone = norms(matrices), norms(scale * (adapter["a"] @ adapter["b"]))
+        magnitudes[path] = np.where(kept > 0, (1 + adapter["gain"]) * kept, alone)
+    return magnitudes
 
 
 def _outer(entry: Entry) -> tuple:

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 
 from unialign_jax import __version__, bundle, files
-from unialign_jax.conversion.lora import parse_reference
+from unialign_jax.conversion.lora import new_name, parse_reference
 from unialign_jax.files.places import place
 from unialign_jax.inference.pipeline import Pipeline
 from unialign_jax.parallel import processes
@@ -22,7 +22,7 @@ class ModelSource:
       folder, config: of the bundle or the run.
       run: the opened `runs.Run`; None for a bundle.
       digest: 16 hexadecimal digits that tell its weights from others, its LoRAs included.
-      loras: (file, scale) of the LoRAs that change it.
+      loras: {name: (file, scale)} of the LoRAs that change it, in this order; names as `Pipeline.load_lora` gives them.
     """
 
     def __init__(self, name: str | Path, *, weights: str | None = None, verify: bool = True, loras: Sequence[str] = ()):
@@ -33,7 +33,9 @@ class ModelSource:
         Raises FileNotFoundError or ValueError, in one line, for what cannot be opened.
         """
         self._verify, self.run = verify, None
-        self.loras = [parse_reference(text) for text in loras]
+        self.loras = {}
+        for path, scale in map(parse_reference, loras):
+            self.loras[new_name(path, self.loras)] = (path, scale)
         folder = self.folder = bundle.locate(name)
         if not bundle.is_bundle(folder) and runs.is_run(folder):
             self.run = runs.open_to_sample(folder, weights, verify=verify)
@@ -46,7 +48,7 @@ class ModelSource:
         self.digest = self._with_loras(hashlib.sha256((folder / "config.json").read_bytes()).hexdigest())
 
     def _with_loras(self, digest):
-        for path, scale in self.loras:
+        for path, scale in self.loras.values():
             digest = hashlib.sha256(f"{digest} {lora_digest(path)} {scale}".encode()).hexdigest()
         return digest[:16]
 
@@ -65,7 +67,7 @@ class ModelSource:
         if self.run:
             stamp |= {"step": self.run.step, "weights": self.run.weights}
         if self.loras:
-            stamp["loras"] = {Path(path).name: scale for path, scale in self.loras}
+            stamp["loras"] = {name: scale for name, (_, scale) in self.loras.items()}
         stamp |= {"bundle_hash": self.digest, "dtype": dtype or "default", "quantize": quantize}
         return stamp | ({"reproducible": True} if reproducible else {}) | {"unialign_jax": __version__}
 
@@ -76,9 +78,8 @@ class ModelSource:
             pipeline = Pipeline.from_run(self.run, **options)
         else:
             pipeline = Pipeline.from_bundle(self.folder, verify=self._verify, **options)
-        for number, (path, scale) in enumerate(self.loras):
-            name = Path(path).stem
-            pipeline.load_lora(path, scale, f"{name}-{number}" if name in pipeline.loras else name)
+        for name, (path, scale) in self.loras.items():
+            pipeline.load_lora(path, scale, name)
         return pipeline
 
 

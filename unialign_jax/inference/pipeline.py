@@ -15,7 +15,6 @@ import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -25,7 +24,7 @@ from PIL import Image
 
 from unialign_jax import bundle
 from unialign_jax.bundle_config import fit_problems
-from unialign_jax.conversion.lora import open_lora, transformer_shapes
+from unialign_jax.conversion.lora import new_name, open_lora, transformer_shapes
 from unialign_jax.data.images import fill_size
 from unialign_jax.data.streams import encode_question
 from unialign_jax.diffusion.flow import sampling_sigmas
@@ -147,7 +146,9 @@ class Pipeline(Model):
           path: a file of PEFT, diffusers, Kohya or `launch/convert.py export-lora`, a folder of PEFT or diffusers, or
             the folder of a training run with `lora.rank`.
           scale: of the change; 1 is as trained, 0 nothing.
-          name: by which it is told from others; None is the file's. Adapters of the same name are replaced.
+          name: by which it is told from others. Adapters of the same name are replaced. None is the file's, or its
+            folder's where all files are called so (pytorch_lora_weights.safetensors); with -2 after it where other
+            adapters have that name. The same path again replaces what it was.
 
         Raises FileNotFoundError or ValueError, in one line, for what cannot be read or belongs to another model.
         """
@@ -156,11 +157,17 @@ class Pipeline(Model):
         lora = open_lora(path, self.config.transformer, transformer_shapes(self.config, self.name))
         for note in lora.notes:
             log.warning("%s", note)
-        name = name or Path(path).stem
+        name = name or self._lora_name(path)
         self._loras = {key: value for key, value in self._loras.items() if key != name} | {name: (lora, float(scale))}
         self._weights.forget("transformer")
         self._adapt()
         return name
+
+    def _lora_name(self, path):
+        others = [
+            name for name, (lora, _) in self._loras.items() if os.path.abspath(lora.name) != os.path.abspath(path)
+        ]
+        return new_name(path, others)
 
     def unload_lora(self, name: str | None = None) -> None:
         """Takes adapters off again, all when None: the weights are then, bit for bit, as before.

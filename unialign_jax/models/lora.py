@@ -3,7 +3,7 @@
 An adapter changes the kernel W of a dense layer to W + alpha / rank * A B. A kernel of [in, out] has A [in, rank] and
 B [rank, out]; those of the stacked blocks have the block as their first axis. q, k and v, one kernel here, have
 adapters of their own, as PyTorch's layers do. With `dora` a "gain" [out] gives each output's weights their norm,
-(1 + gain) |W|, whatever that of W + alpha / rank * A B.
+(1 + gain) |W|, whatever that of W + alpha / rank * A B; an output without weights has no norm, and no gain.
 
 While adapters are trained, `AdaptedModule` adds alpha / rank * (x A) B to what a layer makes of x, so that W may be in
 8 bits, and its gradient is never computed. For sampling, `params_with_adapters` changes the kernels themselves.
@@ -124,10 +124,17 @@ def adapted(path: str, kernel: Any, adapter: dict, scale: float):
 
 
 def norm_factors(matrices: Any, changed: Any, gain: Any):
-    """DoRA's factor of each output, [..., out], which brings `changed` [..., in, out] to the norm (1 + gain) |W|."""
-    size = norms(changed)
-    size = jax.lax.stop_gradient(size) if isinstance(size, jax.Array) else size  # as DoRA's section 4.3 says
-    return (1 + gain) * norms(matrices) / size
+    """DoRA's factor of each output, [..., out], which brings `changed` [..., in, out] to the norm (1 + gain) |W|.
+
+    It is 1 where either norm is 0. SD3 converted has such outputs, in the last block's text modulation: there is no
+    norm to keep, and they have the adapter without a gain.
+    """
+    where = np.where
+    if isinstance(changed, jax.Array):
+        where, changed = jnp.where, jax.lax.stop_gradient(changed)  # as DoRA's section 4.3 says
+    kept, size = norms(matrices), norms(changed)
+    have_both = (kept > 0) & (size > 0)
+    return where(have_both, (1 + gain) * kept / where(have_both, size, 1), 1)
 
 
 def norms(matrices: Any):

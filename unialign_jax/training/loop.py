@@ -30,6 +30,7 @@ from unialign_jax.models.lora import params_with_adapters, relative_change
 from unialign_jax.parallel import processes, sharding
 from unialign_jax.parallel.activations import axes_that_divide
 from unialign_jax.parallel.compiled import keep_compiled
+from unialign_jax.parallel.hardware import find_chip
 from unialign_jax.training import base_model, caching
 from unialign_jax.training.checkpoints import Checkpoints
 from unialign_jax.training.config import active_streams, listed
@@ -536,7 +537,29 @@ def base_of(trainer: Trainer, folder: RunFolder, step: int) -> base_model.Base:
             tree_bytes(trainer.abstract_state) / 1e9,
             tree_bytes(trainer.abstract_frozen) / 1e9,
         )
+        if seconds := expected_seconds(trainer):
+            log.info(
+                "by arithmetic the %d steps take %.2g hours: their matmuls, at the share of the peak of %s that large "
+                "ones reach, an assumption; compiling, samples and saves come on top",
+                trainer.config.num_steps,
+                seconds / 3600,
+                trainer.mesh.devices.flat[0].device_kind,
+            )
     return base
+
+
+def expected_seconds(trainer: Trainer) -> float | None:
+    """The time of all steps, by the FLOPs that MFU counts and the devices' data sheet; None for unknown devices.
+
+    With adapters these are the FLOPs of `remat=block`: a forward pass in place of the gradients of the weights.
+    """
+    chip = find_chip(trainer.mesh.devices.flat[0].device_kind)
+    if chip is None:
+        return None
+    weights = {name: stream.config.weight for name, stream in trainer.streams.items()}
+    sample = sum(weight * trainer.sample_flops[name] for name, weight in weights.items()) / sum(weights.values())
+    samples = trainer.config.num_steps * trainer.config.batch_size
+    return samples * sample / (trainer.mesh.size * chip.peak * chip.matmul_share)
 
 
 def tree_bytes(tree: Any) -> int:
