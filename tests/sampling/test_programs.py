@@ -1,5 +1,13 @@
-"""What the compiled programs of inference refuse; that they are right is tested by the pipeline and the samples."""
+"""What the compiled programs of inference refuse, how many of them stay compiled, and how their seconds are told.
 
+That they are right is tested by the pipeline and the samples.
+"""
+
+import gc
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -61,3 +69,92 @@ def test_guidance_holds_only_what_takes_part():
     assert programs.make_guidance(2, TABLE, scale=1.0, image_scale=1.5).image_scale.tolist() == [1.5, 1.5]
     with pytest.raises(ValueError, match="guidance_interval goes with text guidance only"):
         programs.make_guidance(2, TABLE, scale=7.0, interval=(0.2, 0.9), image_scale=1.5)
+
+
+def live(name):
+    """How many programs of this name are compiled and in memory, by XLA's own list."""
+    gc.collect()
+    alive = jax.devices()[0].client.live_executables()
+    return sum(program.hlo_modules()[0].name == f"jit_{name}" for program in alive)
+
+
+def test_the_shapes_that_were_called_last_stay_compiled_and_others_leave_the_memory():
+    traced = []
+
+    def doubled_and_shifted(params, rows, *, shift):
+        traced.append((len(rows), shift))
+        return 2 * rows + params + shift
+
+    program = programs.Program(doubled_and_shifted, "double", static="shift", kept=2)
+
+    def call(rows, shift=0, value=1.0):
+        made = program(jnp.float32(3), np.full((rows, 2), value, np.float32), shift=shift)
+        np.testing.assert_array_equal(made, np.full((rows, 2), 2 * value + 3 + shift))
+
+    for rows in (1, 2, 1, 3, 1):  # 2 was called longest ago when 3 comes
+        call(rows)
+        call(rows, value=rows)
+    assert traced == [(1, 0), (2, 0), (3, 0)]
+    assert live("doubled_and_shifted") == program._cache_size() == 2
+    call(1, shift=5)  # a shape of its own, in the place of 3
+    call(1)
+    call(2)
+    assert traced == [(1, 0), (2, 0), (3, 0), (1, 5), (2, 0)]
+    assert live("doubled_and_shifted") == 2
+    program = None
+    assert live("doubled_and_shifted") == 0
+
+
+def test_programs_are_forgotten_while_other_threads_call_them():
+    program = programs.Program(lambda params, rows: params * rows, "multiply", kept=1)
+
+    def call(number):
+        rows = np.arange(1 + number % 3, dtype=np.float32)
+        return np.asarray(program(jnp.float32(2), rows)), 2 * rows
+
+    with ThreadPoolExecutor(4) as threads:
+        for found, expected in threads.map(call, range(60)):
+            np.testing.assert_array_equal(found, expected)
+
+
+def test_a_model_keeps_as_many_shapes_of_its_programs_as_it_is_told():
+    config = TextEncoderConfig(vocab_size=8, width=4, mlp_width=4, num_heads=1, head_width=4, depth=1, dtype="float32")
+    encoder = TextEncoder(config)
+    params = encoder.init(jax.random.key(0), jnp.zeros((1, 3), jnp.int32))["params"]
+    before = live("encode_prompts")
+    made = programs.Programs.of(None, encoder, None, mask_id=0, eos_id=1, kept=2)
+    for rows in (1, 2, 3, 4, 1):
+        ids = np.arange(3 * rows, dtype=np.int32).reshape(rows, 3) % 8
+        expected = encoder.apply({"params": params}, ids)
+        np.testing.assert_allclose(made.encode_prompts(params, ids), expected, rtol=1e-5, atol=1e-6)
+    assert live("encode_prompts") == before + 2
+
+
+def test_seconds_by_part():
+    program, stepped = (
+        programs.Program(lambda params, x: params * x, part, is_in_loop=part == "steps", kept=4)
+        for part in ("whole", "steps")
+    )
+    x = jnp.ones(3)
+    program(2.0, x)
+    began = time.perf_counter()
+    with programs.seconds_by_part() as seconds:
+        assert seconds == {}
+        with ThreadPoolExecutor(1) as thread:  # what other threads do is theirs
+            thread.submit(stepped, 2.0, x).result()
+        assert seconds == {}
+        program(2.0, x)
+        first = dict(seconds)
+        for _ in range(3):
+            x = stepped(2.0, x)
+        time.sleep(0.05)
+        assert list(seconds) == ["whole"]  # the loop may go on
+        program(2.0, x)
+        assert seconds["whole"] > first["whole"] > 0 and seconds["steps"] >= 0.05
+        looped = seconds["steps"]
+        stepped(2.0, x)
+    assert seconds["steps"] > looped
+    whole = dict(seconds)
+    assert sum(whole.values()) <= time.perf_counter() - began
+    program(2.0, x)
+    assert seconds == whole

@@ -178,6 +178,81 @@ def test_a_request_that_waited_too_long_is_told_so(make_engine, pipeline):
     assert engine.counts().expired == 1
 
 
+def test_what_nobody_waits_for_leaves_room_at_once(make_engine, pipeline):
+    engine = make_engine(max_waiting=4)
+    hold(engine, pipeline)
+    stays = engine.submit(job("stays"))
+    left = engine.submit(job("left", images_per_prompt=3))
+    with pytest.raises(Busy):
+        engine.submit(job())
+    left.cancel()
+    assert (engine.counts().waiting, engine.counts().cancelled) == (1, 3)
+    taken = engine.submit(job("taken", images_per_prompt=3))  # the batch is still in the making
+    pipeline.gate.set()
+    assert (stays.future.result(10), taken.future.result(10)) == (["stays 0"], ["taken 0", "taken 1", "taken 2"])
+
+
+def test_a_deadline_is_kept_while_a_batch_hangs(make_engine, pipeline):
+    engine = make_engine(max_waiting=2, time_limit=60)
+    first = hold(engine, pipeline)
+    later = engine.submit(job("later"), time_limit=0.2)
+    late = engine.submit(job("late"), time_limit=0.05)  # before the deadline that is watched already
+    for ticket in (late, later):
+        with pytest.raises(TooLate, match="longer than it may"):
+            ticket.future.result(10)
+    assert not first.future.done()
+    assert (engine.counts().waiting, engine.counts().expired) == (0, 2)
+    taken = engine.submit(job("taken", images_per_prompt=2))
+    pipeline.gate.set()
+    assert taken.future.result(10) == ["taken 0", "taken 1"]
+
+
+def test_a_request_whose_samples_have_all_begun_has_no_deadline(make_engine, pipeline):
+    engine = make_engine()
+    pipeline.gate.clear()
+    begun = engine.submit(job("begun", images_per_prompt=4), time_limit=0.3)
+    wait_for(lambda: pipeline.calls)
+    late = engine.submit(job("late"), time_limit=0.3)
+    with pytest.raises(TooLate):
+        late.future.result(10)
+    assert not begun.future.done()
+    pipeline.gate.set()
+    assert len(begun.future.result(10)) == 4
+
+
+def test_a_request_of_which_a_sample_has_not_begun_has_one():
+    pipeline = FakePipeline(max_batch=1)
+    engine = Engine([pipeline])
+    pipeline.gate.clear()
+    half = engine.submit(job("half", images_per_prompt=2), time_limit=0.3)
+    wait_for(lambda: pipeline.calls)
+    with pytest.raises(TooLate):
+        half.future.result(10)
+    pipeline.gate.set()
+    assert engine.submit(job("next")).future.result(10) == ["next 0"]
+    assert [prompts for _, prompts in pipeline.calls] == [["half"], ["next"]]
+    assert engine.close(timeout=10)
+
+
+def test_the_images_that_wait_are_bounded(make_engine, pipeline):
+    engine = make_engine(max_waiting_pixels=150)
+    hold(engine, pipeline)
+    first = engine.submit(job(task="caption"), [IMAGE])
+    engine.submit(job(task="caption", temperature=0), [IMAGE])
+    assert engine.counts().waiting_pixels == 2 * 8 * 8
+    with pytest.raises(Busy, match="128 pixels of images are waiting already"):
+        engine.submit(job(task="caption"), [IMAGE])
+    engine.submit(job("without images"))
+    first.cancel()
+    third = engine.submit(job(task="caption"), [IMAGE])
+    with pytest.raises(ValueError, match="the images have 256 pixels, expected at most 150"):
+        engine.submit(job(task="caption"), [IMAGE.resize((16, 16))])
+    pipeline.gate.set()
+    third.future.result(10)
+    wait_for(lambda: engine.counts().waiting_pixels == engine.counts().waiting == 0)
+    assert engine.counts().rejected == 1
+
+
 def test_an_end_answers_all_that_was_taken_and_takes_no_more(make_engine, pipeline):
     engine = make_engine()
     first = hold(engine, pipeline)

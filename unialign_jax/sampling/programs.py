@@ -1,7 +1,8 @@
 """The programs that inference and the samples of training compile: networks, encoders and samplers put together.
 
 The functions are pure. Each takes a module and its parameters first, then arrays. Seeds, guidance and noise levels are
-arrays too, so other values of them compile nothing. `Programs` holds the functions of one model, compiled.
+arrays too, so other values of them compile nothing. `Programs` holds the functions of one model, compiled, and
+`seconds_by_part` tells how long they took.
 
 A sample's random numbers depend on its own seed alone, never on its batch. Under `jax.set_mesh(mesh)` samples are split
 over the mesh where it divides them. Arrays of the wrong rank or shape raise AssertionError with both shapes.
@@ -10,9 +11,14 @@ Shape letters: B batch, H W image height and width, h w latent height and width,
 L text tokens, D width of the text embeddings, E evaluations of the network.
 """
 
+import collections
+import contextlib
+import contextvars
 import dataclasses
 import functools
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import chex
@@ -40,6 +46,8 @@ from unialign_jax.sampling import image as image_sampler
 from unialign_jax.sampling.image import SamplerState
 from unialign_jax.sampling.solvers import SolverTable
 from unialign_jax.sampling.text import SINGLE_STEPS, TextSample, sample_text
+
+KEPT = 64  # shapes of a function that stay compiled
 
 
 class Guidance(NamedTuple):
@@ -273,9 +281,125 @@ def describe(
     )
 
 
+class _Stopwatch:
+    """Adds up the seconds of the programs that a thread calls, by part."""
+
+    def __init__(self):
+        self.seconds = {}
+        self._loop = None  # (part, begin, last result) of a loop of calls that may go on
+
+    def call(self, part: str, is_in_loop: bool, program: Callable) -> Any:
+        if self._loop is None or not is_in_loop or self._loop[0] != part:
+            self.end_loop()
+            began = time.perf_counter()
+        else:
+            began = self._loop[1]
+        result = program()
+        if is_in_loop:
+            self._loop = part, began, result
+        else:
+            jax.block_until_ready(result)
+            self._add(part, began)
+        return result
+
+    def end_loop(self) -> None:
+        """Waits for a loop's last result, if there is one."""
+        if self._loop is not None:
+            part, began, result = self._loop
+            self._loop = None
+            with contextlib.suppress(Exception):  # who reads the result is told of its error
+                jax.block_until_ready(result)
+            self._add(part, began)
+
+    def _add(self, part, began):
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - began
+
+
+_stopwatch = contextvars.ContextVar("stopwatch", default=None)
+
+
+@contextlib.contextmanager
+def seconds_by_part() -> Iterator[dict[str, float]]:
+    """{part: seconds}, whole at the end of the block, of the programs that this thread calls in it.
+
+    The parts are encode_prompts, encode_images, sample, write_text and decode_images. A part lasts from the call of its
+    program until its result is there, compiling included. Results are waited for where the next part needs them;
+    programs that are called in a loop, step by step, are waited for at its end.
+    """
+    watch = _Stopwatch()
+    token = _stopwatch.set(watch)
+    try:
+        yield watch.seconds
+    finally:
+        _stopwatch.reset(token)
+        watch.end_loop()
+
+
+class Program:
+    """A function that is compiled for each shape of its arguments after the parameters.
+
+    The shapes that were called last stay compiled. Others are forgotten, so that memory does not grow with the number
+    of shapes; called again, they are compiled again, or read from JAX's cache on disk. Threads may share a program.
+    """
+
+    def __init__(
+        self,
+        function: Callable,
+        part: str,
+        *,
+        is_in_loop: bool = False,
+        out_shardings: Any = None,
+        static: str | None = None,
+        kept: int = KEPT,
+    ):
+        """Args:
+        part: of `seconds_by_part`.
+        is_in_loop: whether it is called step by step.
+        static: name of an argument that belongs to the shape.
+        kept: how many shapes stay compiled.
+        """
+        self._function, self._part, self._is_in_loop = function, part, is_in_loop
+        self._out_shardings, self._static, self._kept = out_shardings, static, kept
+        self._compiled = collections.OrderedDict()  # {shape: jitted function}, the one that was called last at the end
+        self._lock = threading.Lock()
+
+    def __call__(self, params: dict, *arrays: Any, **options: Any) -> Any:
+        call = functools.partial(self._of_shape(arrays, options), params, *arrays, **options)
+        watch = _stopwatch.get()
+        return call() if watch is None else watch.call(self._part, self._is_in_loop, call)
+
+    def lower(self, *args: Any, **options: Any) -> jax.stages.Lowered:
+        """As of `jax.jit`; nothing is kept."""
+        return self._jit().lower(*args, **options)
+
+    def eval_shape(self, *args: Any, **options: Any) -> Any:
+        """As of `jax.jit`; nothing is kept."""
+        return self._jit().eval_shape(*args, **options)
+
+    def _cache_size(self) -> int:  # as of `jax.jit`
+        return sum(jitted._cache_size() for jitted in list(self._compiled.values()))
+
+    def _jit(self):
+        # A partial of its own for each: JAX keeps programs for as long as their function lives.
+        function = functools.partial(self._function)
+        return jax.jit(function, out_shardings=self._out_shardings, static_argnames=self._static)
+
+    def _of_shape(self, arrays, options):
+        fixed = options.get(self._static)
+        traced = {name: value for name, value in options.items() if name != self._static}
+        leaves, structure = jax.tree.flatten((arrays, traced))
+        shape = structure, tuple(map(jax.typeof, leaves)), fixed
+        with self._lock:
+            jitted = self._compiled.pop(shape, None) or self._jit()
+            self._compiled[shape] = jitted
+            if len(self._compiled) > self._kept:
+                self._compiled.popitem(last=False)
+        return jitted
+
+
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """The functions above of one model, under their names: jitted, without the modules and the tokenizer's ids.
+    """The functions above of one model, under their names: compiled, without the modules and the tokenizer's ids.
 
     `dataclasses.replace` puts another callable in the place of one, such as a timed one.
     """
@@ -298,6 +422,7 @@ class Programs:
         mask_id: int,
         eos_id: int,
         mesh: Mesh | None = None,
+        kept: int = KEPT,
     ) -> "Programs":
         """The programs of three modules. A module may be None; its programs cannot be called then.
 
@@ -305,23 +430,26 @@ class Programs:
 
         Args:
           mesh: when given, every result is split over the axes that split a batch; call them under `jax.set_mesh`.
+          kept: how many shapes of each function stay compiled, those that were called last.
         """
         split = text = None
         if mesh is not None:
             split, text = batch_sharding(mesh), TextSample(batch_sharding(mesh), replicated(mesh))
 
-        def jit(function, *modules, out_shardings=split, static=(), **ids):
+        def program(function, part, *modules, is_in_loop=False, out_shardings=split, static=None, **ids):
             function = functools.partial(refusing_others(function), *modules, **ids)
-            return jax.jit(function, out_shardings=out_shardings, static_argnames=static)
+            how = {"is_in_loop": is_in_loop, "out_shardings": out_shardings, "static": static, "kept": kept}
+            return Program(function, part, **how)
 
+        writing = {"is_in_loop": True, "out_shardings": text, "static": "decoding"}
         ids = {"mask_id": mask_id, "eos_id": eos_id}
         return cls(
-            encode_prompts=jit(encode_prompts, text_encoder),
-            encode_images=jit(encode_images, autoencoder),
-            sample_images=jit(sample_images, transformer, static="latent_shape"),
-            advance_images=jit(advance_images, transformer),
-            decode_images=jit(decode_images, autoencoder),
-            describe=jit(describe, transformer, text_encoder, **ids, static="decoding", out_shardings=text),
+            encode_prompts=program(encode_prompts, "encode_prompts", text_encoder),
+            encode_images=program(encode_images, "encode_images", autoencoder),
+            sample_images=program(sample_images, "sample", transformer, static="latent_shape"),
+            advance_images=program(advance_images, "sample", transformer, is_in_loop=True),
+            decode_images=program(decode_images, "decode_images", autoencoder),
+            describe=program(describe, "write_text", transformer, text_encoder, **writing, **ids),
         )
 
 

@@ -12,8 +12,8 @@ import collections
 import concurrent.futures
 import dataclasses
 import functools
-import itertools
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +25,7 @@ from unialign_jax.inference import job_runner
 from unialign_jax.inference.job_runner import Sample
 from unialign_jax.inference.jobs import Job
 from unialign_jax.inference.streaming import TextStep
+from unialign_jax.sampling.programs import seconds_by_part
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +33,8 @@ log = logging.getLogger(__name__)
 class Busy(Exception):
     """The queue is full. `retry_after` is in how many seconds there will probably be room."""
 
-    def __init__(self, waiting: int, retry_after: float):
-        super().__init__(f"{waiting} samples are waiting already: try again in {retry_after:.0f} s")
+    def __init__(self, waiting: int, retry_after: float, what: str = "samples"):
+        super().__init__(f"{waiting:,} {what} are waiting already: try again in {retry_after:.0f} s")
         self.retry_after = retry_after
 
 
@@ -73,10 +74,16 @@ class Ticket:
     hear: Callable[[str], None] | None = None
     loras: Mapping[str, float] = dataclasses.field(default_factory=dict)
     _outcomes: dict = dataclasses.field(default_factory=dict)
+    _waiting: int = 0  # its samples in the queue
 
     def cancel(self) -> None:
-        """Nobody waits for it any more: what has not begun is not done."""
+        """Nobody waits for it any more: what has not begun leaves the queue and is not done."""
         self.future.cancel()
+
+    @property
+    def pixels(self) -> int:
+        """Of all its images."""
+        return sum(image.width * image.height for image in self.images)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,9 +108,13 @@ class Outlook:
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """What an engine has done so far: numbers of samples, by task where a dict."""
+    """What an engine has done so far: numbers of samples, by task where a dict.
+
+    `waiting_pixels` are those of the images of requests that wait.
+    """
 
     waiting: int
+    waiting_pixels: int
     working: int
     done: dict[str, int]
     failed: dict[str, int]
@@ -113,7 +124,7 @@ class Counts:
 
 
 class Engine:
-    """Does requests through pipelines of one model, one thread each.
+    """Does requests through pipelines of one model, one thread each; another thread ends those that wait too long.
 
     Attributes:
       loras: {name: usual scale} of the adapters that requests may name; all pipelines have loaded them.
@@ -124,35 +135,43 @@ class Engine:
         pipelines: Sequence,
         *,
         max_waiting: int = 256,
+        max_waiting_pixels: int = 256 * 1024**2,
         time_limit: float = 300.0,
         loras: Mapping[str, float] | None = None,
         kept_loras: int = 2,
-        observe: Callable[[str, list[float], float], None] = lambda task, waits, seconds: None,
+        observe: Callable[[str, list[float], float, dict[str, float]], None] = lambda task, waits, seconds, parts: None,
     ):
         """Starts the threads.
 
         Args:
           pipelines: replicas: `Pipeline`s of the same model on different devices.
           max_waiting: samples in the queue at most.
-          time_limit: seconds after which a sample that has not begun is given up.
+          max_waiting_pixels: of the images of requests in the queue, at most: they lie in memory, 3 bytes each.
+          time_limit: seconds after which a request is given up of which a sample has not begun.
           kept_loras: of `Pipeline.choose_loras`.
-          observe: is told of each batch: its task, the seconds that each sample waited, and those that it took.
+          observe: is told of each batch: its task, the seconds that each sample waited, those that it took, and
+            those of its parts (`sampling.programs.seconds_by_part`).
         """
         self.loras, self._kept_loras = dict(loras or {}), kept_loras
         self._pipelines, self._observe = pipelines, observe
-        self._max_waiting, self._time_limit = max_waiting, time_limit
-        self._lock = threading.Condition()
+        self._max_waiting, self._max_waiting_pixels, self._time_limit = max_waiting, max_waiting_pixels, time_limit
+        lock = threading.RLock()
+        self._lock = threading.Condition(lock)  # tells pipelines of work
+        self._deadlines = threading.Condition(lock)  # tells `_watch` of a deadline before `_alarm`
+        self._alarm = math.inf
         self._queues: dict[tuple, collections.deque[_Waiting]] = {}  # by shape; none is empty
-        self._waiting = self._working = self._rejected = self._cancelled = self._expired = 0
+        self._waiting = self._waiting_pixels = self._working = 0
+        self._rejected = self._cancelled = self._expired = 0
         self._done, self._failed = collections.Counter(), collections.Counter()
         self._seconds: dict[str, float] = {}  # task -> of a sample, a moving average
-        self._is_closing = False
+        self._is_closing = self._is_closed = False
         self._threads = [
             threading.Thread(target=self._work, args=(pipeline,), name=f"pipeline {number}", daemon=True)
             for number, pipeline in enumerate(pipelines)
         ]
         for thread in self._threads:
             thread.start()
+        threading.Thread(target=self._watch, name="deadlines", daemon=True).start()
 
     @property
     def pipeline(self):
@@ -178,8 +197,8 @@ class Engine:
           hear, loras: see `Ticket`. Samples of one batch have the same adapters, and it makes them faster if several
             requests do.
 
-        Raises Busy when the queue has no room for all of its samples, Closing when the engine ends, ValueError when
-        there are more samples than it ever has room for.
+        Raises Busy when the queue has no room for all of its samples and images, Closing when the engine ends,
+        ValueError when there are more samples or pixels than it ever has room for.
         """
         count, shape = job.images_per_prompt, job_runner.shape_of(job, self.pipeline)
         if count > self._max_waiting:
@@ -187,6 +206,9 @@ class Engine:
         now = time.monotonic()
         deadline = now + min(time_limit or self._time_limit, self._time_limit)
         ticket = Ticket(job, images, deadline, now, callback=callback, hear=hear, loras=dict(loras or {}))
+        if ticket.pixels > self._max_waiting_pixels:
+            most = f"{self._max_waiting_pixels:,}"
+            raise ValueError(f"the images have {ticket.pixels:,} pixels, expected at most {most}: send smaller ones")
         shape += (tuple(sorted(ticket.loras.items())),)
         if callback is not None:
             shape += (id(ticket),)
@@ -196,11 +218,19 @@ class Engine:
             if self._waiting + count > self._max_waiting:
                 self._rejected += count
                 raise Busy(self._waiting, self._expected_wait())
+            if self._waiting_pixels + ticket.pixels > self._max_waiting_pixels:
+                self._rejected += count
+                raise Busy(self._waiting_pixels, self._expected_wait(), "pixels of images")
             due = now + self._seconds.get(job.task, 1.0)
             queue = self._queues.setdefault(shape, collections.deque())
             queue.extend(_Waiting(Sample(job, index), ticket, due) for index in range(count))
             self._waiting += count
+            self._waiting_pixels += ticket.pixels
+            ticket._waiting = count
+            ticket.future.add_done_callback(lambda _: self._take_out(ticket))
             self._lock.notify()
+            if deadline < self._alarm:
+                self._deadlines.notify()
         return ticket
 
     def outlook(self, ticket: Ticket) -> Outlook:
@@ -221,6 +251,7 @@ class Engine:
         with self._lock:
             return Counts(
                 self._waiting,
+                self._waiting_pixels,
                 self._working,
                 dict(self._done),
                 dict(self._failed),
@@ -241,11 +272,11 @@ class Engine:
         for thread in self._threads:
             thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
         with self._lock:
-            left = list(itertools.chain.from_iterable(self._queues.values()))
-            self._queues, self._waiting = {}, 0
-            self._lock.notify_all()
-        for waiting in left:
-            _fail(waiting.ticket, Closing("the server shut down before this was done"))
+            left = {id(w.ticket): w.ticket for queue in self._queues.values() for w in queue}
+            for ticket in left.values():
+                _fail(ticket, Closing("the server shut down before this was done"))
+            self._is_closed = True
+            self._deadlines.notify()
         return not left and not any(thread.is_alive() for thread in self._threads)
 
     def _expected_wait(self) -> float:
@@ -270,39 +301,58 @@ class Engine:
         """The next batch; waits for one. Empty when the engine ends."""
         with self._lock:
             while True:
-                self._drop_dead()
                 if self._queues:
                     shape = min(self._queues, key=lambda shape: self._queues[shape][0].due)
                     queue = self._queues[shape]
                     batch = [queue.popleft() for _ in range(min(most, len(queue)))]
                     if not queue:
                         del self._queues[shape]
-                    self._waiting -= len(batch)
+                    for waiting in batch:
+                        self._no_longer_waits(waiting.ticket, 1)
                     self._working += len(batch)
                     return batch
                 if self._is_closing:
                     return []
                 self._lock.wait()
 
-    def _drop_dead(self) -> None:
-        """Removes samples that nobody waits for, and those that waited too long."""
-        now = time.monotonic()
-        for shape, queue in list(self._queues.items()):
-            kept = collections.deque()
-            for waiting in queue:
-                if waiting.ticket.future.done():  # cancelled, or another sample of it failed
-                    self._cancelled += 1
-                elif now > waiting.ticket.deadline:
-                    self._expired += 1
-                    limit = waiting.ticket.deadline - waiting.ticket.arrived
-                    _fail(waiting.ticket, TooLate(f"it waited for {limit:.0f} s, longer than it may"))
+    def _no_longer_waits(self, ticket: Ticket, samples: int) -> None:
+        """Counts samples that have left the queue."""
+        self._waiting -= samples
+        ticket._waiting -= samples
+        if not ticket._waiting:
+            self._waiting_pixels -= ticket.pixels
+
+    def _take_out(self, ticket: Ticket) -> None:
+        """Takes the samples of a request that has ended out of the queue: it was cancelled or has failed."""
+        with self._lock:
+            count = ticket._waiting
+            if not count:
+                return
+            for shape, queue in list(self._queues.items()):
+                kept = collections.deque(waiting for waiting in queue if waiting.ticket is not ticket)
+                if kept:
+                    self._queues[shape] = kept
                 else:
-                    kept.append(waiting)
-            self._waiting -= len(queue) - len(kept)
-            if kept:
-                self._queues[shape] = kept
-            else:
-                del self._queues[shape]
+                    del self._queues[shape]
+            self._no_longer_waits(ticket, count)
+            error = None if ticket.future.cancelled() else ticket.future.exception()
+            if isinstance(error, TooLate):
+                self._expired += count
+            elif not isinstance(error, Closing):
+                self._cancelled += count
+
+    def _watch(self) -> None:
+        """Fails requests at their deadlines, whatever the pipelines do, until the engine is closed."""
+        with self._lock:
+            while not self._is_closed:
+                now = time.monotonic()
+                tickets = {id(w.ticket): w.ticket for queue in self._queues.values() for w in queue}
+                for ticket in tickets.values():
+                    if ticket.deadline <= now:
+                        limit = ticket.deadline - ticket.arrived
+                        _fail(ticket, TooLate(f"it waited for {limit:.0f} s, longer than it may"))
+                self._alarm = min((t.deadline for t in tickets.values() if t.deadline > now), default=math.inf)
+                self._deadlines.wait(None if self._alarm == math.inf else self._alarm - now)
 
     def _do(self, pipeline, batch: list[_Waiting]) -> None:
         """Makes a batch and hands out what came of it."""
@@ -316,10 +366,12 @@ class Engine:
             callback = functools.partial(_tell, batch)
         if self.loras:
             pipeline.choose_loras(batch[0].ticket.loras, kept=self._kept_loras)
-        outcomes = job_runner.attempt(pipeline, samples, [list(waiting.ticket.images) for waiting in batch], callback)
+        images = [list(waiting.ticket.images) for waiting in batch]
+        with seconds_by_part() as parts:
+            outcomes = job_runner.attempt(pipeline, samples, images, callback)
         seconds = time.monotonic() - began
         failed = sum(isinstance(outcome, Exception) for outcome in outcomes)
-        self._observe(task, [began - waiting.ticket.arrived for waiting in batch], seconds)
+        self._observe(task, [began - waiting.ticket.arrived for waiting in batch], seconds, parts)
         with self._lock:
             before = self._seconds.get(task, seconds / len(batch))
             self._seconds[task] = 0.8 * before + 0.2 * seconds / len(batch)

@@ -1,6 +1,6 @@
 """Figures of a server for Prometheus."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -26,24 +26,38 @@ class Metrics:
         made = {"registry": self._registry, "namespace": "unialign"}
         self._sizes = Histogram("batch_size", "Samples of a batch", ["task"], buckets=SIZES, **made)
         self._seconds = Histogram("batch_seconds", "Seconds of a batch", ["task"], buckets=SECONDS, **made)
+        self._parts = Histogram(
+            "part_seconds",
+            "Seconds of a part of a batch: encode_prompts, encode_images, sample, write_text, decode_images",
+            ["task", "part"],
+            buckets=SECONDS,
+            **made,
+        )
         self._waits = Histogram("wait_seconds", "Seconds of a sample in the queue", ["task"], buckets=SECONDS, **made)
         self._refusals = Counter("refused", "Requests that were not taken", ["reason"], **made)
+        self._failures = Counter("failed_requests", "Requests that failed inside of the server", **made)
         self._registry.register(self)
 
     def watch(self, engine: Engine) -> None:
         """Names the engine whose queue is shown."""
         self._engine = engine
 
-    def observe(self, task: str, waits: list[float], seconds: float) -> None:
+    def observe(self, task: str, waits: list[float], seconds: float, parts: Mapping[str, float]) -> None:
         """A batch; what an `Engine` calls."""
         self._sizes.labels(task).observe(len(waits))
         self._seconds.labels(task).observe(seconds)
         for wait in waits:
             self._waits.labels(task).observe(wait)
+        for part, taken in parts.items():
+            self._parts.labels(task, part).observe(taken)
 
     def refused(self, reason: str) -> None:
         """A request that was not taken."""
         self._refusals.labels(reason).inc()
+
+    def failed(self) -> None:
+        """A request that failed, through no fault of its own: a 500."""
+        self._failures.inc()
 
     def collect(self) -> Iterator[Metric]:
         """What prometheus_client asks for the engine's figures."""
@@ -51,6 +65,7 @@ class Metrics:
             return
         counts = self._engine.counts()
         yield GaugeMetricFamily("unialign_waiting", "Samples in the queue", counts.waiting)
+        yield GaugeMetricFamily("unialign_waiting_pixels", "Pixels of images in the queue", counts.waiting_pixels)
         yield GaugeMetricFamily("unialign_working", "Samples in the making", counts.working)
         for name, about in (("done", "Samples made"), ("failed", "Samples that failed")):
             family = CounterMetricFamily(f"unialign_{name}", about, labels=["task"])
