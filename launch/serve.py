@@ -57,7 +57,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--batch", type=int, default=8, metavar="N", help="most samples at a time (default %(default)s)")
     add("--queue", type=int, default=256, metavar="N", help="samples that may wait; 429 beyond (default %(default)s)")
     add("--time-limit", type=float, default=300.0, metavar="S", help="that a request may wait (default %(default)g)")
-    add("--max-samples", type=int, default=16, metavar="N", help="images of one request (default %(default)s)")
+    add("--max-samples", type=int, default=16, metavar="N", help="images of a request, up to --queue (%(default)s)")
     add("--max-steps", type=int, default=100, metavar="N", help="of the sampler (default %(default)s)")
     add("--max-side", type=int, default=2048, metavar="N", help="pixels of an image (default %(default)s)")
     add("--max-megabytes", type=int, default=32, metavar="N", help="of a request (default %(default)s)")
@@ -154,6 +154,19 @@ def listen(host: str, port: int) -> socket.socket:
     return found
 
 
+class JsonLines(logging.Formatter):
+    """Each message of the log as one line of JSON; those that are JSON already stay."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = record.getMessage()
+        if message.startswith("{") and not record.exc_info:
+            return message
+        facts = {"level": record.levelname.lower(), "message": message}
+        if record.exc_info:
+            facts["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(facts)
+
+
 def add_page(app, engine, **options) -> bool:
     """Puts the web page at /. Returns whether Gradio, which makes it, is installed."""
     try:
@@ -171,7 +184,6 @@ def serve(arguments: argparse.Namespace) -> None:
     """Runs until SIGINT or SIGTERM; requests that were taken are answered first."""
     keys, bound = api_keys(arguments), listen(arguments.host, arguments.port)  # first: what follows takes seconds
     import uvicorn
-    from fastapi.middleware.cors import CORSMiddleware
 
     from unialign_jax.inference.opening import ModelSource
     from unialign_jax.parallel.compiled import keep_compiled
@@ -186,6 +198,8 @@ def serve(arguments: argparse.Namespace) -> None:
     keep_compiled(arguments.compilation_cache)
     how = {name: getattr(arguments, name) for name in ("dtype", "quantize", "attention", "reproducible")}
     pipelines = warming.open_replicas(source, arguments.devices, loras, max_batch=arguments.batch, **how)
+    for pipeline in pipelines:
+        pipeline.warns_of_cuts = False  # the API's answers have the warning: the log has no texts
     metrics = Metrics()
     engine = Engine(
         pipelines,
@@ -199,7 +213,7 @@ def serve(arguments: argparse.Namespace) -> None:
     warming.warm_up(pipelines, sizes)
     limits = Limits(
         request_bytes=arguments.max_megabytes * 2**20,
-        samples=arguments.max_samples,
+        samples=min(arguments.max_samples, arguments.queue),
         max_steps=arguments.max_steps,
         max_side=arguments.max_side,
     )
@@ -210,13 +224,10 @@ def serve(arguments: argparse.Namespace) -> None:
         "stamp": source.stamp(arguments.dtype, arguments.quantize, arguments.reproducible),
         "metrics": metrics,
     }
-    app = api.make_app(engine, keys=keys, hosts=hosts(arguments), **shared)
-    if arguments.cors_origin:
-        app.add_middleware(
-            CORSMiddleware, allow_origins=arguments.cors_origin, allow_methods=["*"], allow_headers=["*"]
-        )
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_keep_alive=30))
     is_ending = lambda: server.should_exit  # noqa: E731
+    doors = {"keys": keys, "hosts": hosts(arguments), "origins": arguments.cors_origin}
+    app = api.make_app(engine, **doors, **shared, is_ending=is_ending)
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_keep_alive=30))
     has_page = not arguments.no_page and add_page(app, engine, needs_key=bool(keys), is_ending=is_ending, **shared)
     host, port = bound.getsockname()[:2]
     url = f"http://{host}:{port}"
@@ -227,7 +238,9 @@ def serve(arguments: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     for name in ("serve", "unialign_jax"):
         logging.getLogger(name).setLevel(logging.INFO)
     hint = "; try a smaller --batch or --quantize=int8"

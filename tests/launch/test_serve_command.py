@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -32,6 +33,7 @@ def taken(url):
 @pytest.mark.slow
 def test_an_end_under_load_answers_all_that_was_taken(tiny_bundle, compilation_cache):
     command = [sys.executable, str(COMMAND), f"--bundle={tiny_bundle}", "--port=0", "--warm-up=none", "--batch=2"]
+    command += ["--queue=14"]
     with subprocess.Popen(
         [*command, f"--compilation-cache={compilation_cache}"], stderr=subprocess.PIPE, text=True
     ) as process:
@@ -55,13 +57,20 @@ def test_an_end_under_load_answers_all_that_was_taken(tiny_bundle, compilation_c
             assert second.stderr == (
                 f"error: cannot listen on 127.0.0.1:{port}: Address already in use; choose another --port\n"
             )
-            body = {"prompt": "a secret prompt", "steps": 40, "seed": 1}
+            body = {"prompt": "a secret prompt" * 40, "steps": 40, "seed": 1}
 
             def ask(number):
                 answer = requests.post(f"{url[1]}/images/generations", json=body | {"seed": number}, timeout=120)
+                [warning] = answer.json()["warnings"]
+                assert warning.startswith("prompt is ") and "the rest was cut off" in warning
                 return answer.status_code, answer.json()["data"][0]["b64_json"]
 
             ask(0)  # compiles
+            many = requests.post(f"{url[1]}/images/generations", json=body | {"n": 15}, timeout=120)
+            assert many.status_code == 400 and many.json()["error"]["param"] == "n", many.text
+            stalled = socket.create_connection(("127.0.0.1", int(port)))  # the rest of its body never comes
+            head = "POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{"
+            stalled.sendall(head.encode())
             with concurrent.futures.ThreadPoolExecutor(12) as pool:
                 futures = [pool.submit(ask, number) for number in range(12)]
                 # A connection that the server has not accepted yet is no request that it took.
@@ -71,12 +80,16 @@ def test_an_end_under_load_answers_all_that_was_taken(tiny_bundle, compilation_c
                 answers = [future.result() for future in futures]
             assert process.wait(60) in (0, -signal.SIGTERM)
             reader.join(10)
+            assert stalled.recv(2**16).startswith(b"HTTP/1.1 503")
+            stalled.close()
             assert {status for status, _ in answers} == {200}
             assert all(base64.b64decode(image).startswith(b"\x89PNG") for _, image in answers)
             log = "".join(lines)
             assert "secret" not in log
             entries = [json.loads(line) for line in lines if line.startswith('{"method"')]
-            assert sum(entry["path"] == "/v1/images/generations" for entry in entries) == 13
+            statuses = [entry["status"] for entry in entries if entry["path"] == "/v1/images/generations"]
+            assert sorted(statuses) == [200] * 13 + [400, 503]
+            assert all(isinstance(json.loads(line), dict) for line in lines)
         finally:
             process.kill()
 

@@ -203,7 +203,7 @@ BAD = {  # path, body or form -> words of the one line
     "seed": ("images/generations", {"prompt": "x", "seed": 2**32}, "seed is 4294967296"),
     "quality": ("images/generations", {"prompt": "x", "quality": "best"}, "quality is 'best'"),
     "url_form": ("images/generations", {"prompt": "x", "response_format": "url"}, "expected b64_json"),
-    "surrogate": ("images/generations", {"prompt": "\ud800"}, "prompt"),
+    "surrogate": ("images/generations", {"prompt": "\ud800"}, "half of a character"),
     "url": ("images/edits", {"prompt": "x", "image": "https://example.org/a.png"}, "not fetched"),
     "file_url": ("images/edits", {"prompt": "x", "image": "file:///etc/passwd"}, "not fetched"),
     "path": ("images/edits", {"prompt": "x", "image": "../../etc/passwd"}, "no base64"),
@@ -214,7 +214,7 @@ BAD = {  # path, body or form -> words of the one line
     "mask": ("images/edits", {"prompt": "x", "image": uri(png()), "mask": "AAAA"}, "mask is not read"),
     "kind": ("tasks/perceive", {"image": uri(png()), "kind": "heat"}, "kind is"),
     "no_messages": ("chat/completions", {"messages": []}, "none of the user"),
-    "no_image_to_ask": ("chat/completions", {"messages": [{"role": "user", "content": "hello"}]}, "0 images"),
+    "no_image_to_ask": ("chat/completions", {"messages": [{"role": "user", "content": "hello"}]}, "have no image"),
     "two_images": ("chat/completions", {"messages": asks("?", png(), png())}, "2 images"),
     "max_tokens": ("chat/completions", {"messages": asks("?", png()), "max_tokens": 0}, "max_tokens is 0"),
     "two_answers": ("chat/completions", {"messages": asks("?", png()), "n": 2}, "n is above 1"),
@@ -238,7 +238,7 @@ def test_what_is_refused_in_one_line(server, name):
 @pytest.mark.parametrize(
     "body, headers, status, words",
     [
-        (b"{", {"Content-Type": "application/json"}, 400, "JSON"),
+        (b'{"a": 1,}', {"Content-Type": "application/json"}, 400, "the request is no JSON: "),
         (b"[1]", {"Content-Type": "application/json"}, 400, "dictionary"),
         (b"\xff\xfe", {"Content-Type": "application/json"}, 400, ""),
         (b"x" * (2**18 + 1), {"Content-Type": "application/json"}, 413, "more than 262,144 bytes"),
@@ -334,7 +334,8 @@ class SlowPipeline:
     max_batch, edit_limit = 1, 1024
 
     def __init__(self, model):
-        self.sizes, self.config, self.gate, self.made = model.sizes, model.config, threading.Event(), []
+        self.sizes, self.config, self.tokenizer = model.sizes, model.config, model.tokenizer
+        self.gate, self.made = threading.Event(), []
 
     def generate(self, prompts, **options):
         assert self.gate.wait(30)

@@ -40,7 +40,10 @@ class Model:
       programs: its compiled programs, a `sampling.programs.Programs`.
       max_batch: the most samples in one forward.
       reproducible: whether every sample has forwards of its own, by the same programs with and without a callback.
+      warns_of_cuts: whether the log quotes what is cut off a prompt that is too long. A server tells its clients.
     """
+
+    warns_of_cuts = True
 
     def __init__(
         self,
@@ -233,6 +236,8 @@ class Model:
             log.warning("%s", line)
 
     def _warn_of_cut(self, text, room, what):
+        if not self.warns_of_cuts:
+            return
         ids = self.tokenizer.token_ids(text)
         if len(ids) > room:
             log.warning(
