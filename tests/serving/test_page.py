@@ -26,7 +26,8 @@ from unialign_jax import serving
 from unialign_jax.data.shapes.tasks import shapes_example
 from unialign_jax.data.tokenizer import load_tokenizer
 from unialign_jax.inference.opening import ModelSource
-from unialign_jax.serving import api, page, page_worker
+from unialign_jax.inference.streaming import TextStep
+from unialign_jax.serving import api, page, page_folder, page_worker
 from unialign_jax.serving.engine import Engine
 from unialign_jax.serving.examples import GENERAL, examples_for
 from unialign_jax.serving.metrics import Metrics
@@ -218,9 +219,67 @@ def test_pictures_are_looked_at_as_those_of_the_api(client, tmp_path, content, w
     assert words in client.predict(file, "", 5, False, STEPS, None, None, api_name="/ask")[0]
 
 
+def upload(url, *contents, name="files"):
+    files = [(name, ("a.png", content)) for content in contents]
+    return requests.post(f"{url}/gradio_api/upload", files=files, timeout=60)
+
+
 def test_a_body_beyond_the_limit_is_refused(url):
-    answer = requests.post(f"{url}/gradio_api/upload", files={"files": ("a.png", b"x" * 2**18)}, timeout=60)
-    assert answer.status_code == 413
+    assert upload(url, b"x" * 2**18).status_code == 413
+
+
+def page_files():
+    return {path for path in Path(os.environ["GRADIO_TEMP_DIR"]).rglob("*") if path.is_file()}
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    "contents, name, words",
+    [
+        ([os.urandom(999)], "files", "'a.png' cannot be decoded: it is no image of a known format"),
+        ([png(), b""], "files", "'a.png' cannot be decoded: it is empty"),
+        ([png()], "other", "the upload has 'other', expected files alone"),
+        ([png()] * 17, "files", "Too many files"),
+    ],
+)
+def test_uploads_that_are_no_pictures_are_refused(url, contents, name, words):
+    before, files = refused(url, "bad_request"), page_files()
+    answer = upload(url, *contents, name=name)
+    assert answer.status_code == 415 and words in answer.text
+    assert refused(url, "bad_request") == before + 1 and page_files() == files
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("kind", [None, "text/plain", "multipart/form-data", "multipart/form-data; boundary=a"])
+def test_uploads_that_are_no_form_are_refused(url, kind):
+    headers = {"Content-Type": kind} if kind else {}
+    answer = requests.post(f"{url}/gradio_api/upload", data=b"--b\r\n", headers=headers, timeout=60)
+    assert answer.status_code == 415 and "the upload cannot be read" in answer.text
+
+
+def test_uploads_have_a_quota(tiny_pipeline, running, monkeypatch):
+    monkeypatch.setattr(page_folder, "MOST_BYTES", 200_000)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # and then what it was
+    engine = Engine([tiny_pipeline])
+    metrics = Metrics(engine)
+    app = api.make_app(engine, model="tiny", metrics=metrics)
+    page.add_page(app, engine, model="tiny", metrics=metrics)
+    examples, noise = page_files(), np.random.default_rng(0)
+    with running(app) as url:
+
+        def picture(side):
+            buffer = io.BytesIO()
+            Image.fromarray(noise.integers(0, 256, (side, side, 3), np.uint8)).save(buffer, "PNG")
+            return buffer.getvalue()
+
+        for number in range(9):  # each of 30 kB
+            [name] = upload(url, picture(100)).json()
+            os.utime(name, times=(time.time() - 100 + number,) * 2)
+            assert sum(path.stat().st_size for path in page_files()) <= 200_000
+        assert Path(name).exists() and len(page_files() - examples) < 7 and examples <= page_files()
+        answer = upload(url, picture(300))
+        assert answer.status_code == 507 and answer.text.startswith("there is no room for more pictures")
+        assert refused(url, "full") == 1
 
 
 # Who gets in, and to what
@@ -421,14 +480,121 @@ def test_previews_come_only_where_they_are_asked_for(tiny_pipeline, engine, tmp_
     assert np.abs(images[0] - images[1]).max() <= 1  # two programs, which round otherwise
 
 
-def test_old_files_are_removed(tmp_path, engine, monkeypatch):
+class Call:
+    """A step as the sampler hands it to a callback."""
+
+    def __init__(self, index, members, count=28):
+        self.index, self.members, self.count = index, members, count
+        self.latents = SimpleNamespace(block_until_ready=lambda: None)
+
+    def images(self):
+        return [f"image {member} at {self.index}" for member in self.members]
+
+
+def test_steps_are_told_where_there_is_a_callback(monkeypatch):
+    monkeypatch.setattr(page_worker, "PREVIEW_SECONDS", 0.0)
+    alone, several, pairs = (page_worker.Steps(images, True) for images in (1, 2, 5))
+    alone(Call(7, (0,)))
+    assert (alone.words, alone.image) == ("step 7 of 28", "image 0 at 7")
+    several(Call(28, (0, 1)))
+    assert (several.words, several.image) == ("step 28 of 28", None)  # the image itself comes
+    words = []
+    for index, members in ((27, (0, 1)), (28, (0, 1)), (1, (0, 1)), (28, (0, 1)), (3, (0,))):
+        pairs(Call(index, members))
+        words.append(pairs.words)
+    assert words == [
+        "step 27 of 28 for images 1 to 2 of 5", "step 28 of 28 for images 1 to 2 of 5",
+        "step 1 of 28 for images 3 to 4 of 5", "step 28 of 28 for images 3 to 4 of 5",
+        "step 3 of 28 for image 5 of 5",
+    ]  # fmt: skip
+    plain = page_worker.Steps(1, False)
+    plain(Call(7, (0,)))
+    assert (plain.words, plain.image) == ("step 7 of 28", None)
+
+
+class SteppedPipeline:
+    """Halts in the middle: of its steps where it has a callback, of a text's words, or of an image without either."""
+
+    max_batch, edit_limit = 1, 1024
+
+    def __init__(self, model, reproducible):
+        self.sizes, self.config, self.tokenizer, self.reproducible = (
+            model.sizes, model.config, model.tokenizer, reproducible,
+        )  # fmt: skip
+        self.gate = threading.Event()
+
+    def generate(self, prompts, callback=None, **options):
+        for index in range(1, 5):
+            if callback:
+                callback(Call(index, (0,), 4))
+            if index == 3:
+                assert self.gate.wait(30)
+        return [Image.new("RGB", (32, 32))]
+
+    def caption(self, images, callback=None, **options):
+        callback(TextStep(1, (0,), ("a red",)))
+        assert self.gate.wait(30)
+        return ["a red circle"]
+
+
+@pytest.mark.parametrize(
+    "reproducible, live, words",
+    [(False, True, "step 3 of 4, "), (True, False, "step 3 of 4, "), (False, False, "")],
+)
+def test_the_status_tells_the_step(tiny_pipeline, tmp_path, monkeypatch, reproducible, live, words):
+    monkeypatch.setattr(page_worker, "STATUS_SECONDS", 0.01)
+    pipeline = SteppedPipeline(tiny_pipeline, reproducible)
+    worker = page_worker.Worker(Engine([pipeline]), tmp_path, model="tiny", limits=Limits(), stamp={})
+    lines = []
+
+    async def watch():
+        async for moment in worker.do([("text_to_image", {"prompt": "a", "seed": 3, "steps": 4}, [])], live):
+            lines.append(moment.status)
+            if re.match(rf"Working: {words}\d", moment.status):
+                pipeline.gate.set()
+
+    asyncio.run(watch())
+    assert pipeline.gate.is_set() and lines[-1].startswith("Done in")
+    assert words or not any("step" in line for line in lines)
+
+
+def test_a_text_is_shown_while_it_is_written(tiny_pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(page_worker, "STATUS_SECONDS", 0.01)
+    (tmp_path / "photo.png").write_bytes(png())
+    pipeline = SteppedPipeline(tiny_pipeline, False)
+    worker = page_worker.Worker(Engine([pipeline]), tmp_path, model="tiny", limits=Limits(), stamp={})
+    said = []
+
+    async def watch():
+        async for moment in worker.do([("caption", {}, [tmp_path / "photo.png"])]):
+            said.append(moment.said)
+            if moment.said:
+                pipeline.gate.set()
+        return moment
+
+    [(_, results)] = asyncio.run(watch()).made
+    assert "a red" in said and results == ["a red circle"]
+
+
+def test_a_text_that_is_not_read_whole_is_told(engine, tmp_path):
     worker = page_worker.Worker(engine, tmp_path, model="tiny", limits=Limits(), stamp={})
-    first = worker.keep(Image.new("RGB", (4, 4)), 1)
-    monkeypatch.setattr(page_worker, "KEPT_SECONDS", -10)
-    later = time.monotonic() + 4000
-    monkeypatch.setattr(page_worker.time, "monotonic", lambda: later)
-    worker.keep(Image.new("RGB", (5, 5)), 2)
-    assert not first.exists()
+    asked = [("text_to_image", {"prompt": "circle " * 200, "steps": 1}, [])]
+    status = collected(worker, asked)[-1].status
+    assert re.match(r"Done in \S+ s\. prompt is \d+ tokens long", status)
+
+
+def test_a_picture_that_is_gone_is_told(engine, tmp_path):
+    worker = page_worker.Worker(engine, tmp_path, model="tiny", limits=Limits(), stamp={})
+    [moment] = collected(worker, [("caption", {}, [tmp_path / "gone.png"])])
+    assert moment.status == "Not done: the picture is no longer kept here: give it again" and moment.made is None
+
+
+def test_what_cannot_be_kept_is_told_in_the_status(client, engine, monkeypatch):
+    def full(self, image, seed):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(page_worker.Worker, "keep", full)
+    assert "No space left on device" in generate(client)[0]
 
 
 def test_sizes_are_those_that_the_model_makes():

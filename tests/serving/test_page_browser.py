@@ -160,6 +160,33 @@ def test_generate_edit_and_caption(visit, url, tmp_path):
     assert [address for address in visit.fetched if not address.startswith((url, "data:", "blob:"))] == []
 
 
+def test_options_that_are_left_out_are_the_models(visit):
+    visit.fill("generate_prompt", PROMPT)
+    visit.page.get_by_text("Quality and options").locator("visible=true").click()
+    steps = visit.page.get_by_label("Steps").locator("visible=true")
+    visit.run("generate")
+    visit.page.get_by_text("Copy as code").locator("visible=true").click()
+    job = visit.page.locator("#generate_job .cm-content")
+    playwright.expect(job).to_contain_text("prompt")
+    assert "steps" not in job.inner_text() and "guidance" not in job.inner_text()
+    steps.fill("5")
+    visit.run("generate")
+    playwright.expect(job).to_contain_text('"steps": 5')
+    steps.fill("many")
+    visit.page.locator("#generate_run").click()
+    visit.wait_for("generate", '^Not done: steps is "many", expected a whole number')
+
+
+def test_a_file_that_is_no_picture_is_told(visit, tmp_path):
+    (tmp_path / "photo.png").write_bytes(b"no picture")
+    visit.tab("Perception")
+    visit.upload("perceive_image", tmp_path / "photo.png")
+    toast = visit.page.get_by_text("'photo.png' cannot be decoded")
+    toast.wait_for(timeout=WAIT)
+    visit.page.locator("#perceive_run").click()
+    visit.wait_for("perceive", "^There is no picture yet")
+
+
 def test_a_phone(browser, url):
     visit = Visit(browser, url, viewport={"width": 390, "height": 760}, has_touch=True, is_mobile=True)
     visit.fill("generate_prompt", PROMPT)

@@ -4,8 +4,11 @@ A request of the page becomes a job by `requests.make_work`, as one of the API d
 batches are the API's. `add_page` mounts the page at /, beside the paths of the API.
 """
 
+import asyncio
 import atexit
 import contextlib
+import functools
+import logging
 import math
 import os
 import secrets
@@ -20,17 +23,21 @@ from fastapi import FastAPI
 from PIL import Image
 
 from unialign_jax.files import first_line
-from unialign_jax.inference.options import MAX_REFERENCES, PERCEPTION
+from unialign_jax.inference.options import MAX_REFERENCES, OPTIONS, PERCEPTION
 from unialign_jax.serving.edit_tree import EditTree
 from unialign_jax.serving.engine import Engine, Ticket
 from unialign_jax.serving.examples import Examples, examples_for
 from unialign_jax.serving.metrics import Metrics
 from unialign_jax.serving.page_filter import Filter
+from unialign_jax.serving.page_folder import Folder
 from unialign_jax.serving.page_worker import Worker
 from unialign_jax.serving.requests import SEED_BITS, TIERS, Limits
 
+log = logging.getLogger(__name__)
+
 SHOWN = 32  # images that a gallery keeps
 MOST_SESSIONS = 1000
+SWEEP_SECONDS = 600  # between two looks for old files, while nothing is asked
 ASPECTS = {"square": 1, "landscape": 4 / 3, "portrait": 3 / 4, "wide": 16 / 9, "tall": 9 / 16}
 
 
@@ -62,11 +69,29 @@ def address(request: Any) -> str:
 
 
 def given(**fields: Any) -> dict[str, Any]:
-    """The fields that a user filled in, whole numbers as such."""
+    """The fields that a user filled in, whole numbers as such; what is no number is left to `make_work`."""
     fields = {key: value for key, value in fields.items() if value is not None and value != ""}
+    for key, value in fields.items():
+        if isinstance(value, str) and key in OPTIONS:
+            fields[key] = OPTIONS[key].parse(value)
     return {
         key: int(value) if isinstance(value, float) and value.is_integer() else value for key, value in fields.items()
     }
+
+
+def telling(handler: Callable, status: gr.Textbox) -> Callable:
+    """An asynchronous handler whose failure is told in the status."""
+
+    @functools.wraps(handler)
+    async def told(*inputs):
+        try:
+            async for outputs in handler(*inputs):
+                yield outputs
+        except Exception as error:
+            log.exception("the page could not show a result")
+            yield {status: f"It failed: {first_line(error)}"}
+
+    return told
 
 
 class Layout:
@@ -107,8 +132,8 @@ class Layout:
         with gr.Accordion("Quality and options", open=False):
             tier = gr.Radio(list(TIERS), value="lossless", label="Quality", info="fast: 14 steps of unipc")
             with gr.Row():
-                steps = self._number("Steps", precision=0, minimum=1)
-                guidance = self._number("Guidance", minimum=0, maximum=100)
+                steps = self._number("Steps")
+                guidance = self._number("Guidance")
             options = [tier, steps, guidance, self._lora()]
             if has_preview:
                 info = "Slower, in no batch"
@@ -132,8 +157,9 @@ class Layout:
         return gr.Dropdown([("none", ""), *loras], value="", label="LoRA", min_width=120)
 
     @staticmethod
-    def _number(label: str, **limits) -> gr.Number:
-        return gr.Number(None, label=label, placeholder="the model's", min_width=120, **limits)
+    def _number(label: str) -> gr.Textbox:
+        """A number that may be left out. In Gradio's own field what is left out becomes 0 when the field is shown."""
+        return gr.Textbox("", label=label, placeholder="the model's", max_lines=1, min_width=120)
 
     def _copies(self, prefix: str) -> list:
         with gr.Accordion("Copy as code", open=False):
@@ -154,8 +180,9 @@ class Layout:
             run = gr.Button(label, variant="primary", elem_id=f"{prefix}_run", min_width=120)
             cancel = gr.Button("Cancel", elem_id=f"{prefix}_cancel", min_width=120)
         status = gr.Textbox(
-            "", show_label=False, container=False, interactive=False, lines=1, elem_id=f"{prefix}_status"
-        )
+            "", show_label=False, container=False, interactive=False, lines=1, elem_id=f"{prefix}_status",
+            placeholder="Nothing is asked yet.",
+        )  # fmt: skip
 
         def end(tickets: list[Ticket]) -> None:
             for ticket in tickets:
@@ -165,7 +192,10 @@ class Layout:
         return run, status, tickets
 
     @staticmethod
-    def _connect(triggers: list, handler: Callable, inputs: list, outputs: list, name: str) -> None:
+    def _connect(triggers: list, handler: Callable, inputs: list, outputs: list, name: str, status=None) -> None:
+        """With the component of the `status`, the handler's failure is told there."""
+        if status is not None:
+            handler = telling(handler, status)
         gr.on(triggers, handler, inputs, outputs, api_name=name, api_visibility="undocumented", show_progress="hidden")
 
     @staticmethod
@@ -181,10 +211,13 @@ class Layout:
 
     @staticmethod
     def _photo(prefix: str) -> gr.Image:
-        return gr.Image(
+        photo = gr.Image(
             label="Picture", type="filepath", image_mode=None, sources=["upload", "clipboard"], height=300,
             elem_id=f"{prefix}_image",
         )  # fmt: skip
+        # Gradio would open it, and tell nobody what is wrong with it.
+        photo.preprocess = lambda payload: payload and payload.path
+        return photo
 
     def _pairs(self, pairs, photo, text) -> None:
         """Examples of a picture and a text, or of texts alone."""
@@ -209,16 +242,16 @@ class Layout:
         with gr.Row():
             size = gr.Dropdown(
                 size_choices(worker.engine.pipeline, worker.limits), value="auto", label="Size, or WIDTHxHEIGHT",
-                allow_custom_value=True, min_width=150,
+                allow_custom_value=True, min_width=200,
             )  # fmt: skip
-            count = gr.Slider(1, min(8, worker.limits.samples), 1, step=1, label="Images", min_width=150)
+            count = gr.Slider(1, min(8, worker.limits.samples), 1, step=1, label="Images", min_width=200)
         seeds, options = self._sampler()
         negative = gr.Textbox(label="Negative prompt")
         gr.Examples([[text] for text in self._examples.prompts], prompt, label="Examples")
         copies, kept = self._copies("generate"), gr.State([])
         inputs = [prompt, size, count, *seeds, *options, negative, kept]
         outputs = [status, tickets, preview, kept, gallery, seeds[0], *copies]
-        self._connect([run.click, prompt.submit], self._generate, inputs, outputs, "generate")
+        self._connect([run.click, prompt.submit], self._generate, inputs, outputs, "generate", status)
 
     async def _generate(
         self, prompt, size, count, seed, is_random, tier, steps, guidance, lora, live, negative, kept,
@@ -234,12 +267,12 @@ class Layout:
     async def _personalize(
         self, prompt, references, seed, is_random, tier, steps, guidance, lora, live, kept, request: gr.Request
     ):
-        data = [Path(path).read_bytes() for path, _ in references or []]
+        files = [Path(path) for path, _ in references or []]
         fields = given(
             prompt=prompt, quality=tier, steps=steps, guidance_scale=guidance, lora=lora,
             seed=chosen_seed(seed, is_random),
         )  # fmt: skip
-        async for outputs in self._images(("personalization", fields, data), live, kept, request):
+        async for outputs in self._images(("personalization", fields, files), live, kept, request):
             yield outputs
 
     async def _images(self, asked, live, kept, request):
@@ -256,7 +289,7 @@ class Layout:
                 (str(self._worker.keep(image, first + number)), f"{work.job.text} (seed {first + number})")
                 for number, image in enumerate(images)
             ]
-            kept = [*new, *kept][:SHOWN]
+            kept = [*new, *(item for item in kept if Path(item[0]).exists())][:SHOWN]
             copies = self._worker.copies([work], address(request))
             yield now.status, [], preview, kept, kept, first, *copies
 
@@ -279,7 +312,7 @@ class Layout:
         copies, kept = self._copies("personalize"), gr.State([])
         inputs = [prompt, references, *seeds, *options, kept]
         outputs = [status, tickets, preview, kept, gallery, seeds[0], *copies]
-        self._connect([run.click, prompt.submit], self._personalize, inputs, outputs, "personalize")
+        self._connect([run.click, prompt.submit], self._personalize, inputs, outputs, "personalize", status)
 
     def _edit(self) -> None:
         tree = gr.State(None)
@@ -297,8 +330,8 @@ class Layout:
                 )
                 preview = self._preview()
                 history = gr.Gallery(
-                    label="All steps: choose one to go on from it", columns=4, format="png", interactive=False,
-                    allow_preview=False, object_fit="contain", elem_id="edit_history", height=200,
+                    label="All steps: choose one to go on from it", columns=3, format="png", interactive=False,
+                    allow_preview=False, object_fit="contain", elem_id="edit_history", height=320,
                 )  # fmt: skip
         seeds, options = self._sampler()
         negative = gr.Textbox(label="Negative prompt")
@@ -311,7 +344,7 @@ class Layout:
         self._connect([history.select], self._pick_step, [tree], views, "edit_pick")
         inputs = [tree, instruction, *seeds, *options, negative]
         outputs = [*views, tickets, preview, seeds[0], *copies]
-        self._connect([run.click, instruction.submit], self._edit_once, inputs, outputs, "edit")
+        self._connect([run.click, instruction.submit], self._edit_once, inputs, outputs, "edit", status)
 
     @staticmethod
     def _views(tree: EditTree, status: str) -> tuple:
@@ -356,8 +389,7 @@ class Layout:
             instruction=instruction, quality=tier, steps=steps, guidance_scale=guidance, lora=lora,
             negative_prompt=negative, seed=chosen_seed(seed, is_random),
         )  # fmt: skip
-        data = [tree.now.image.read_bytes()]
-        async for now in self._worker.do([("edit", fields, data)], live):
+        async for now in self._worker.do([("edit", fields, [tree.now.image])], live):
             preview = gr.update(value=now.preview, visible=now.preview is not None)
             if now.made is None:
                 yield *same, now.status, now.tickets, preview, fields["seed"], *same
@@ -382,26 +414,27 @@ class Layout:
             gr.Examples([[self._kept(image)] for image in self._examples.photos], photo, label="Examples")
         copies = self._copies("perceive")
         inputs, outputs = [photo, wanted, *seeds, *options], [status, tickets, caption, maps, seeds[0], *copies]
-        self._connect([photo.change, run.click], self._perceive, inputs, outputs, "perceive")
+        self._connect([photo.change, run.click], self._perceive, inputs, outputs, "perceive", status)
 
     async def _perceive(self, photo, wanted, seed, is_random, tier, steps, guidance, lora, request: gr.Request):
         nothing = gr.skip()
         if photo is None or not wanted:
-            yield "", [], "", [], nothing, *[nothing] * 3
+            missing = "There is no picture yet." if photo is None else "Nothing is chosen to make of the picture."
+            yield missing, [], "", [], nothing, *[nothing] * 3
             return
-        seed, data = chosen_seed(seed, is_random), [Path(photo).read_bytes()]
-        asked: list[tuple[str, dict, list[bytes]]] = []
+        seed, files = chosen_seed(seed, is_random), [Path(photo)]
+        asked: list[tuple[str, dict, list[Path]]] = []
         for name in wanted:
             if name == "caption":
-                asked.append(("caption", given(seed=seed, steps=steps, lora=lora), data))
+                asked.append(("caption", given(seed=seed, steps=steps, lora=lora), files))
             else:
                 fields = given(kind=name, seed=seed, quality=tier, steps=steps, guidance_scale=guidance, lora=lora)
                 if name in self._examples.map_instructions:
                     fields["instruction"] = self._examples.map_instructions[name]
-                asked.append(("perception", fields, data))
+                asked.append(("perception", fields, files))
         async for now in self._worker.do(asked):
             if now.made is None:
-                yield now.status, now.tickets, nothing, nothing, seed, *[nothing] * 3
+                yield now.status, now.tickets, now.said or nothing, nothing, seed, *[nothing] * 3
                 continue
             said = [results[0] for work, results in now.made if work.job.task == "caption"]
             drawn = [
@@ -424,27 +457,29 @@ class Layout:
                 answer = gr.Textbox(label="Answer", interactive=False, lines=3, elem_id="ask_answer")
         seeds = self._seeds()
         with gr.Accordion("Options", open=False), gr.Row():
-            steps = self._number("Steps", precision=0, minimum=1)
-            temperature = self._number("Temperature", minimum=0)
-            most, lora = self._number("Most tokens", precision=0, minimum=1), self._lora()
+            steps = self._number("Steps")
+            temperature = self._number("Temperature")
+            most, lora = self._number("Most tokens"), self._lora()
         self._pairs(self._examples.questions, photo, question)
         copies = self._copies("ask")
         inputs, outputs = (
             [photo, question, *seeds, steps, temperature, most, lora],
             [status, tickets, answer, seeds[0], *copies],
         )
-        self._connect([run.click, question.submit], self._ask, inputs, outputs, "ask")
+        self._connect([run.click, question.submit], self._ask, inputs, outputs, "ask", status)
 
     async def _ask(self, photo, question, seed, is_random, steps, temperature, most, lora, request: gr.Request):
         nothing = gr.skip()
-        data = [] if photo is None else [Path(photo).read_bytes()]
+        if photo is None:
+            yield "There is no picture yet.", [], nothing, nothing, *[nothing] * 3
+            return
         fields = given(
             question=question.strip(), seed=chosen_seed(seed, is_random), steps=steps, temperature=temperature,
             max_tokens=most, lora=lora,
         )  # fmt: skip
-        async for now in self._worker.do([("vqa" if "question" in fields else "caption", fields, data)]):
+        async for now in self._worker.do([("vqa" if "question" in fields else "caption", fields, [Path(photo)])]):
             if now.made is None:
-                yield now.status, now.tickets, nothing, fields["seed"], *[nothing] * 3
+                yield now.status, now.tickets, now.said or nothing, fields["seed"], *[nothing] * 3
                 continue
             [(work, [said])] = now.made
             yield now.status, [], said, work.job.seed, *self._worker.copies([work], address(request))
@@ -478,6 +513,7 @@ def add_page(
     )  # fmt: skip
     blocks = Layout(worker, examples_for(engine.pipeline.tokenizer)).build(model)
     blocks.state_session_capacity = MOST_SESSIONS
+    worker.folder.keep_all()  # the examples
     gr.mount_gradio_app(
         app,
         blocks,
@@ -493,13 +529,21 @@ def add_page(
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
     )
     mounted = app.router.routes[-1]
-    mounted.app = Filter(mounted.app, folder, is_ending, metrics.refused if metrics else lambda reason: None)
+    mounted.app = Filter(mounted.app, worker.folder, is_ending, metrics.refused if metrics else lambda reason: None)
     lifespan = app.router.lifespan_context
 
     @contextlib.asynccontextmanager
     async def with_folder(app: FastAPI) -> AsyncIterator[Any]:
+        sweeping = asyncio.ensure_future(_sweep_for_ever(worker.folder))
         async with lifespan(app) as state:
             yield state
+        sweeping.cancel()
         shutil.rmtree(folder, ignore_errors=True)
 
     app.router.lifespan_context = with_folder
+
+
+async def _sweep_for_ever(folder: Folder) -> None:
+    while True:
+        await asyncio.sleep(SWEEP_SECONDS)
+        await asyncio.to_thread(folder.sweep)

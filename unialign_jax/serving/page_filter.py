@@ -3,13 +3,20 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from starlette.datastructures import Headers, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from unialign_jax.data.images import open_image
+from unialign_jax.files import first_line, shown
+from unialign_jax.serving.page_folder import Folder
+
+MOST_FILES = 16  # of one upload
 STEP_SECONDS = 0.5  # between two looks at whether the server is to end
 # What a browser fetches of Gradio's paths. Others could fetch addresses, or start functions past the queue.
 PATHS = (
@@ -32,7 +39,8 @@ POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-an
 
 
 class Filter:
-    """Lets through PATHS and PREFIXES, and refuses requests that name a file outside of the folder.
+    """Lets through PATHS and PREFIXES. Refuses requests that name a file outside of the folder, and uploads that are no
+    pictures or for which the folder has no room.
 
     A heartbeat, which lasts as long as a page is open, ends with the server, so that an open page does not keep it.
 
@@ -43,7 +51,7 @@ class Filter:
     def __init__(
         self,
         app: ASGIApp,
-        folder: Path,
+        folder: Folder,
         is_ending: Callable[[], bool] = lambda: False,
         refused: Callable[[str], None] = lambda reason: None,
     ):
@@ -66,6 +74,14 @@ class Filter:
             if not self._has_only_ours(body):
                 return await self._refuse("bad_request", "a file was not uploaded here", 400)(scope, receive, send)
             receive = _replayed(body, receive)
+        if path == "/gradio_api/upload":
+            body = await _read(receive)
+            if reason := await _no_pictures(Headers(scope=scope), body):
+                return await self._refuse("bad_request", reason, 415)(scope, receive, send)
+            if not await asyncio.to_thread(self._folder.make_room, len(body)):
+                full = f"there is no room for more pictures: the page keeps {self._folder.most:,} bytes"
+                return await self._refuse("full", full, 507)(scope, receive, send)
+            receive = _replayed(body, receive)
 
         async def marked(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -85,7 +101,7 @@ class Filter:
     def _is_ours(self, path: str) -> bool:
         """Whether a path lies in the folder of the page, links followed."""
         try:
-            return Path(path).resolve().is_relative_to(self._folder)
+            return Path(path).resolve().is_relative_to(self._folder.path)
         except (OSError, ValueError):
             return False
 
@@ -134,6 +150,28 @@ async def _read(receive: Receive) -> bytes:
         body += message.get("body", b"")
         more = message.get("more_body", False)
     return bytes(body)
+
+
+async def _no_pictures(headers: Headers, body: bytes) -> str | None:
+    """What is wrong with an upload, or None if all of its files begin as pictures do."""
+
+    async def whole() -> AsyncIterator[bytes]:
+        yield body
+
+    try:
+        form = await MultiPartParser(headers, whole(), max_files=MOST_FILES, max_fields=0).parse()
+    except (MultiPartException, ValueError, KeyError) as error:  # KeyError: it has no Content-Type
+        return f"the upload cannot be read: {first_line(error)}"
+    try:
+        for name, file in form.multi_items():
+            if name != "files" or not isinstance(file, UploadFile):
+                return f"the upload has {shown(name)}, expected files alone"
+            await asyncio.to_thread(open_image, await file.read(), shown(file.filename))
+    except ValueError as error:
+        return str(error)
+    finally:
+        await form.close()
+    return None
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import logging
+import os
 import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -15,14 +16,15 @@ from typing import Any
 from PIL import Image
 
 from unialign_jax.files import first_line
+from unialign_jax.inference.options import IMAGE_TASKS
 from unialign_jax.serving import snippets
 from unialign_jax.serving.engine import Busy, Closing, Engine, Ticket, TooLate
 from unialign_jax.serving.metrics import Metrics
-from unialign_jax.serving.requests import Limits, Work, check_size, make_work, stamped_png
+from unialign_jax.serving.page_folder import Folder
+from unialign_jax.serving.requests import BadRequest, Limits, Work, check_fit, make_work, stamped_png
 
 log = logging.getLogger(__name__)
 
-KEPT_SECONDS = 24 * 3600  # of files in the page's folder
 STATUS_SECONDS = 0.5  # between two lines about a request
 PREVIEW_SECONDS = 0.7
 
@@ -35,17 +37,24 @@ class Moment:
       status: a line for the user.
       tickets: what can be cancelled.
       preview: the image as the network sees it now.
+      said: of a caption or an answer, how it begins.
       made: at the end, each request's job with its results; None before, and where they failed.
     """
 
     status: str
     tickets: list[Ticket] = dataclasses.field(default_factory=list)
     preview: Image.Image | None = None
+    said: str = ""
     made: list[tuple[Work, list]] | None = None
 
 
 class Worker:
-    """Does requests of the page through an engine, and keeps their images in a folder of its own."""
+    """Does requests of the page through an engine, and keeps their images in a folder of its own.
+
+    Attributes:
+      engine, limits: those that it was given.
+      folder: where the images are.
+    """
 
     def __init__(
         self,
@@ -62,30 +71,44 @@ class Worker:
         self.engine, self.limits = engine, limits
         self._metrics = metrics or Metrics(engine)
         self._work_of = functools.partial(make_work, limits=limits, model=model, loras=engine.loras)
-        self._folder, self._model, self._stamp = folder, model, stamp
+        self.folder, self._model, self._stamp = Folder(folder), model, stamp
         self._needs_key, self._log_prompts = needs_key, log_prompts
-        self._swept = time.monotonic()
 
-    async def do(self, requests: Sequence[tuple[str, dict, list[bytes]]], live: bool = False) -> AsyncIterator[Moment]:
-        """Queues requests, (task, fields, images) as `make_work` takes them, and tells of them until all are done.
+    async def do(self, requests: Sequence[tuple[str, dict, list[Path]]], live: bool = False) -> AsyncIterator[Moment]:
+        """Queues requests and tells of them until all are done.
 
         Args:
+          requests: (task, fields as `make_work` takes them, files of the images).
           live: with previews; the image then differs by up to a grey level from that of the API, unless the pipeline is
             reproducible.
         """
         tickets: list[Ticket] = []
-        seen = Preview() if live else None
+        # A callback changes the program that makes an image, unless the pipeline is reproducible.
+        has_steps = live or getattr(self.engine.pipeline, "reproducible", False)
+        said = [""]
+
+        def hear(text: str) -> None:
+            said[0] = text
+
         try:
-            works = [await asyncio.to_thread(self._work_of, *request) for request in requests]
+            works = [await asyncio.to_thread(self._read, *request) for request in requests]
+            warnings: list[str] = []
             for work in works:
-                check_size(work.job, self.engine.pipeline.sizes)
+                warnings += check_fit(work.job, self.engine.pipeline)
                 if self._log_prompts:
                     log.info(json.dumps({"task": work.job.task, "text": work.job.text}))
-                tickets.append(self.engine.submit(work.job, work.images, callback=seen, loras=work.loras))
+                is_image = work.job.task in IMAGE_TASKS
+                watch = Steps(work.job.images_per_prompt, live) if is_image and has_steps else None
+                tickets.append(
+                    self.engine.submit(
+                        work.job, work.images, callback=watch, hear=None if is_image else hear, loras=work.loras
+                    )
+                )
             futures = [asyncio.wrap_future(ticket.future) for ticket in tickets]
             left = set(futures)
             while left:
-                yield Moment(self._status(tickets), tickets, seen and seen.image)
+                seen = next((ticket.callback.image for ticket in tickets if ticket.callback), None)
+                yield Moment(self._status(tickets), tickets, seen, said[0])
                 _, left = await asyncio.wait(left, timeout=STATUS_SECONDS, return_when=asyncio.FIRST_EXCEPTION)
                 if any(ticket.future.cancelled() for ticket in tickets):
                     yield Moment("Cancelled.")
@@ -95,7 +118,7 @@ class Worker:
                         future.result()  # raises its error
             made = [(work, future.result()) for work, future in zip(works, futures, strict=True)]
             seconds = max((ticket.queued or 0) + ticket.working for ticket in tickets)
-            yield Moment(f"Done in {seconds:.1f} s.", made=made)
+            yield Moment(" ".join([f"Done in {seconds:.1f} s.", *dict.fromkeys(warnings)]), made=made)
         except (ValueError, Busy, Closing, TooLate) as error:
             reasons = {Busy: "busy", Closing: "closing", TooLate: "too_late"}
             self._metrics.refused(reasons.get(type(error), "bad_request"))
@@ -112,35 +135,38 @@ class Worker:
         waiting = [ticket for ticket in tickets if not ticket.future.done()] or tickets
         looks = [(ticket, self.engine.outlook(ticket)) for ticket in waiting]
         ticket, look = max(looks, key=lambda pair: (pair[1].before, pair[1].seconds or 0))
-        spent = time.monotonic() - ticket.arrived
         if ticket.queued is None:
             expected = "" if look.seconds is None else f", done in about {max(1, round(look.seconds))} s"
             return f"Waiting: {look.before} before it{expected}."
-        total = "" if look.seconds is None else f" of about {max(spent, spent + look.seconds):.0f} s"
-        return (
-            f"Working: {spent:.1f} s{total}." if total else f"Working: {spent:.1f} s; the first of a kind takes longer."
-        )
+        spent = time.monotonic() - ticket.arrived
+        step = f"{ticket.callback.words}, " if ticket.callback and ticket.callback.words else ""
+        if look.seconds is None:
+            return f"Working: {step}{spent:.1f} s; the first of a kind takes longer."
+        return f"Working: {step}{spent:.1f} s of about {max(spent, spent + look.seconds):.0f} s."
+
+    def _read(self, task: str, fields: dict, files: Sequence[Path]) -> Work:
+        """A request with its images. Raises BadRequest."""
+        data = []
+        for file in files:
+            try:
+                data.append(file.read_bytes())
+                os.utime(file)  # it is in use, and so not old
+            except OSError:
+                raise BadRequest("the picture is no longer kept here: give it again") from None
+        return self._work_of(task, fields, data)
 
     def keep(self, image: Image.Image, seed: int) -> Path:
-        """Writes an image as the API sends it, and returns its file."""
+        """Writes an image as the API sends it, and returns its file. Raises OSError where there is no room for it."""
         content = stamped_png(image, self._stamp)
-        path = self._folder / hashlib.sha256(content).hexdigest()[:32] / f"unialign_{seed}.png"
-        if not path.exists():
-            path.parent.mkdir(exist_ok=True)
-            path.write_bytes(content)
-        self._sweep()
+        path = self.folder.path / hashlib.sha256(content).hexdigest()[:32] / f"unialign_{seed}.png"
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(path)  # it is shown again, and so not old
+            return path
+        if not self.folder.make_room(len(content)):
+            raise OSError(f"the folder of the page's pictures is full ({self.folder.most:,} bytes)")
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
         return path
-
-    def _sweep(self) -> None:
-        """Once an hour, removes files that nobody has touched for a day."""
-        now = time.monotonic()
-        if now < self._swept + 3600:
-            return
-        self._swept = now
-        for path in self._folder.rglob("*"):
-            with contextlib.suppress(OSError):
-                if path.is_file() and path.stat().st_mtime < time.time() - KEPT_SECONDS:
-                    path.unlink()
 
     def copies(self, works: Sequence[Work], url: str) -> tuple[str, str, str]:
         """(Python, curl, lines of a jobs file) that do the same as the requests."""
@@ -152,14 +178,29 @@ class Worker:
         )
 
 
-class Preview:
-    """A callback of `Pipeline.generate` that keeps the newest prediction of the first image."""
+class Steps:
+    """A callback of `Pipeline.generate` that keeps how far it is.
 
-    def __init__(self):
-        self.image: Image.Image | None = None
-        self._shown = 0.0
+    Attributes:
+      words: the step, for the user; empty before the first.
+      image: the newest prediction of the first image in the making, where it is wanted.
+    """
+
+    def __init__(self, images: int, has_previews: bool):
+        """`images` are those that the request makes, in one call of the pipeline or in several."""
+        self.words, self.image = "", None
+        self._images, self._has_previews = images, has_previews
+        self._made, self._shown = 0, 0.0
 
     def __call__(self, step) -> None:
-        if 0 in step.members and time.monotonic() > self._shown + PREVIEW_SECONDS and step.index < step.count:
+        step.latents.block_until_ready()  # JAX calls this before the step is done
+        count = len(step.members)
+        self.words = f"step {step.index} of {step.count}"
+        if count < self._images:
+            numbers = f"image {self._made + 1}" if count == 1 else f"images {self._made + 1} to {self._made + count}"
+            self.words += f" for {numbers} of {self._images}"
+        if step.index == step.count:
+            self._made += count
+        elif self._has_previews and 0 in step.members and time.monotonic() > self._shown + PREVIEW_SECONDS:
             self.image = step.images()[step.members.index(0)]
             self._shown = time.monotonic()
