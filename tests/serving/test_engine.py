@@ -10,7 +10,7 @@ from PIL import Image
 
 from unialign_jax.inference.jobs import make_job
 from unialign_jax.inference.streaming import TextStep
-from unialign_jax.serving.engine import Busy, Closing, Engine, Outlook, TooLate
+from unialign_jax.serving.engine import Busy, Closing, Engine, Outlook, TooLate, expected_seconds
 
 IMAGE = Image.new("RGB", (8, 8))
 
@@ -354,3 +354,15 @@ def test_what_may_be_expected_of_a_request(make_engine, pipeline):
     assert engine.outlook(two) == Outlook(1 + 1, 1.0 + 2 * 4.0)
     assert engine.outlook(last) == Outlook(1 + 2 + 1, 2 * 4.0 + 1.0 + 4.0)
     pipeline.gate.set()
+
+
+def test_a_batch_that_compiled_does_not_stay_in_what_is_expected():
+    expected = expected_seconds(None, 4.0)
+    assert expected == 4.0
+    for _ in range(8):
+        expected = expected_seconds(expected, 0.02)
+    assert expected == pytest.approx(0.02 + 3.98 / 2**8)
+    assert expected_seconds(0.02, 4.0) == pytest.approx(0.024)  # another shape, compiled later
+    for _ in range(30):  # larger images from now on
+        expected = expected_seconds(expected, 0.5)
+    assert 0.45 < expected < 0.5

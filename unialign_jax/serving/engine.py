@@ -373,8 +373,7 @@ class Engine:
         failed = sum(isinstance(outcome, Exception) for outcome in outcomes)
         self._observe(task, [began - waiting.ticket.arrived for waiting in batch], seconds, parts)
         with self._lock:
-            before = self._seconds.get(task, seconds / len(batch))
-            self._seconds[task] = 0.8 * before + 0.2 * seconds / len(batch)
+            self._seconds[task] = expected_seconds(self._seconds.get(task), seconds / len(batch))
             self._done[task] += len(batch) - failed
             self._failed[task] += failed
         for waiting, outcome in zip(batch, outcomes, strict=True):
@@ -390,6 +389,17 @@ class Engine:
                 is_whole = len(ticket._outcomes) == ticket.job.images_per_prompt
             if is_whole:
                 _finish(ticket, [ticket._outcomes[index] for index in range(ticket.job.images_per_prompt)])
+
+
+def expected_seconds(before: float | None, taken: float) -> float:
+    """A moving average of a sample's seconds, from its value `before` and those of a batch.
+
+    A batch that compiled takes many times as long as others of its task. The average is left by it within a few
+    batches where it was the first, and hardly moved where it was not.
+    """
+    if before is None:
+        return taken
+    return before + (0.5 if taken < before else 0.2) * (min(taken, 2 * before) - before)
 
 
 def _tell(batch: Sequence[_Waiting], step: TextStep) -> None:
