@@ -154,7 +154,8 @@ def check_unchanged(data: Path, facts: dict[str, str | int]) -> None:
                 "these, or undo the change to resume"
             )
         print(f"{data} is made again: {told}")
-    keeps_class = before and all(before.get(name) == facts.get(name) for name in OF_CLASS)
+    # Of pictures of the class that an older version has drawn, or somebody has put there, nothing is known.
+    keeps_class = not before or all(before.get(name) == facts.get(name) for name in OF_CLASS)
     for name in MADE[: -1 if keeps_class else None]:
         for path in (data / name, Path(work_folder(str(data / name)))):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

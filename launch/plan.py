@@ -11,7 +11,7 @@ from unialign_jax.command_line import Parser, explain_missing_packages, split_ch
 
 explain_missing_packages()
 
-from unialign_jax.data.kinds import task_name
+from unialign_jax.data.kinds import TASKS, task_name
 
 DESCRIPTION = """\
 Compiles the programs of a sampling task for one TPU chip or GPU, or the training steps of a configuration for a TPU
@@ -61,7 +61,7 @@ def parse_arguments(argv):
     argv, changes = split_changes(sys.argv[1:] if argv is None else argv)
     parser = Parser(description=DESCRIPTION, epilog=EXAMPLES, allow_abbrev=False)
     modes = parser.add_mutually_exclusive_group(required=True)
-    modes.add_argument("--task", type=task_name, choices=("text_to_image", "edit", "caption"), help="to sample")
+    modes.add_argument("--task", type=task_name, choices=TASKS, help="to sample")
     modes.add_argument("--config", metavar="FILE", help="training: a stage file, and --config.KEY=VALUE for its keys")
     modes.add_argument("--gpus", action="store_true", help="what docs/gpu.md has, into the file --output")
     modes.add_argument(
@@ -229,12 +229,15 @@ def say_what_training_may_fit(arguments, changes, remat):
 def say_what_sampling_may_fit(arguments):
     from unialign_jax.planning import gpus
 
-    larger, memory = ("h200:1", 141) if gpus.is_gpu(arguments.topology) else ("v6e:1x1", 32)
+    larger, name = "v6e:1x1", "a chip with 32 GB"
+    if gpus.is_gpu(arguments.topology):
+        kind = gpus.roomier(gpus.split_gpus(arguments.topology)[0])
+        larger, name = (f"{kind}:1", gpus.GPUS[kind].kind) if kind else (arguments.topology, "")
     options = [
         (not arguments.low_memory, "only the weights of the current program on the chip", {"low_memory": True}),
         (not arguments.quantize, "weights of 8 bits", {"quantize": "int8"}),
         (arguments.batch > 1, "fewer images at a time", {"batch": arguments.batch // 2}),
-        (arguments.topology != larger, f"a chip with {memory} GB", {"topology": larger}),
+        (arguments.topology != larger, name, {"topology": larger}),
     ]
     say_what_may_fit(arguments, [], options)
 

@@ -77,6 +77,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="N",
         help="sets of adapted weights that stay on a device; others are read anew (default %(default)s)",
     )
+    add(
+        "--shapes",
+        type=int,
+        default=64,
+        metavar="N",
+        help="shapes (task, size, steps, batch) of each program that stay compiled in memory (default %(default)s)",
+    )
     add("--reproducible", action="store_true", help="a seed gives the same bytes alone and among others; no batches")
     add("--dtype", choices=["bfloat16", "float32"], help="default bfloat16, on a CPU float32")
     add("--quantize", choices=["int8", "w8a8", "fp8"], help="weights of 8 bits; w8a8, fp8: inputs too")
@@ -95,7 +102,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     arguments = parser.parse_args(argv)
     parser.check_least(arguments, batch=1, queue=1, time_limit=0.1, max_samples=1, max_steps=1, max_side=1, port=0)
-    parser.check_least(arguments, lora_sets=1)
+    parser.check_least(arguments, lora_sets=1, shapes=1)
     if arguments.devices is not None:
         parser.check_least(arguments, devices=1)
     return arguments
@@ -197,7 +204,8 @@ def serve(arguments: argparse.Namespace) -> None:
     source.check_complete()
     keep_compiled(arguments.compilation_cache)
     how = {name: getattr(arguments, name) for name in ("dtype", "quantize", "attention", "reproducible")}
-    pipelines = warming.open_replicas(source, arguments.devices, loras, max_batch=arguments.batch, **how)
+    how |= {"max_batch": arguments.batch, "kept_shapes": arguments.shapes}
+    pipelines = warming.open_replicas(source, arguments.devices, loras, **how)
     for pipeline in pipelines:
         pipeline.warns_of_cuts = False  # the API's answers have the warning: the log has no texts
     metrics = Metrics()

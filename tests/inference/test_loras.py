@@ -51,6 +51,10 @@ def test_other_adapters_are_never_replaced(folder, tiny_bundle, monkeypatch):
     assert pipeline.loras == scales
     pipeline.load_lora(folder / FILES[3], name="style-1.0")  # a name that is given is meant
     assert pipeline.loras.keys() == scales.keys()
+    assert pipeline.load_lora(folder / FILES[3], 3.0) == "style-1.0"  # the same path, by whatever name
+    pipeline.unload_lora("style-1.5")
+    assert pipeline.load_lora(folder / FILES[2], 0.5) == "style-1.5-2"
+    assert pipeline.loras == {"style-1.0": 3.0, "style-1.5-3": 2.0, "style-1.5-2": 0.5, "style-1.0-2": 1.0}
 
 
 @pytest.mark.slow

@@ -138,13 +138,17 @@ def test_seconds_by_part():
     x = jnp.ones(3)
     program(2.0, x)
     began = time.perf_counter()
-    with programs.seconds_by_part() as seconds:
-        assert seconds == {}
+    with programs.seconds_by_part() as watch:
+        seconds = watch.seconds
+        assert seconds == {} and not watch.has_compiled
         with ThreadPoolExecutor(1) as thread:  # what other threads do is theirs
             thread.submit(stepped, 2.0, x).result()
         assert seconds == {}
         program(2.0, x)
         first = dict(seconds)
+        assert not watch.has_compiled
+        program(2.0, jnp.ones(5))
+        assert watch.has_compiled
         for _ in range(3):
             x = stepped(2.0, x)
         time.sleep(0.05)

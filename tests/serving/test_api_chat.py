@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import logging
 import time
 
@@ -160,8 +161,18 @@ def test_an_answer_ends_before_a_stop(url):
         found = ask(url, ONE, stop=stop).json()["choices"][0]
         assert found["message"]["content"].endswith(end), stop
     assert ask(url, ONE, stop="two").json()["choices"][0]["finish_reason"] == "stop"
-    answer = ask(url, ONE, stop="two", stream=True)
-    assert answer.status_code == 400 and "stop is not served with stream" in answer.json()["error"]["message"]
+    for stop, end in {"two": "one ", ("four", "three"): "one two ", "absent": "one two three four"}.items():
+        events = [
+            line.removeprefix("data: ") for line in ask(url, ONE, stop=stop, stream=True).text.splitlines() if line
+        ]
+        choices = [json.loads(event)["choices"][0] for event in events[:-1]]
+        assert events[-1] == "[DONE]" and choices[-1]["finish_reason"] == "stop"
+        assert "".join(choice["delta"].get("content", "") for choice in choices).endswith(end), stop
+
+
+def test_what_may_become_a_stop_is_held_back():
+    for answer, held in {"one tw": 2, "one two": 3, "one t": 1, "one": 0, "two one": 0}.items():
+        assert api.begun_stop(answer, ["twoo", "tw!"]) == held, answer
 
 
 def test_errors_of_ours_are_500_and_logged(url, saying, caplog, metrics):

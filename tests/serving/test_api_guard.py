@@ -123,9 +123,8 @@ def test_a_body_that_does_not_come(still, running, metrics):
     app = api.make_app(Engine([still]), model="tiny", limits=limits, metrics=metrics)
     with running(app) as url, connected(url) as slow:
         send_head(slow, 100)
-        answer = slow.recv(2**16)
+        answer = b"".join(iter(lambda: slow.recv(2**16), b""))  # until the server closes it
         assert answer.startswith(b"HTTP/1.1 408") and b"did not come within 0.2 s" in answer
-        assert slow.recv(2**16) == b""  # the server has closed it
     assert 'reason="slow_body"} 1.0' in metrics.text().decode()
     app = api.make_app(Engine([still]), model="tiny", is_ending=is_ending.is_set)
     with running(app) as url, connected(url) as stalled, connected(url) as whole:

@@ -14,6 +14,7 @@ from unialign_jax.serving.page_folder import Folder
 from unialign_jax.serving.page_worker import Worker
 from unialign_jax.serving.requests import Limits
 
+ENGINE = SimpleNamespace(loras={}, pipeline=SimpleNamespace(config=SimpleNamespace(image_size=64)))
 DAY = 24 * 3600
 
 
@@ -61,7 +62,8 @@ def test_the_oldest_go_first_where_there_is_no_room(tmp_path, monkeypatch):
     assert folder.make_room(100) and names(tmp_path) == {"example", *"12345678"}
     written(tmp_path, "9", 100, 0)
     assert folder.make_room(500) and names(tmp_path) == {"example", *"6789"}
-    assert not folder.make_room(901) and names(tmp_path) == {"example"}
+    assert not folder.make_room(901) and names(tmp_path) == {"example", *"6789"}  # nothing goes in vain
+    assert folder.make_room(900) and names(tmp_path) == {"example"}
 
 
 def test_half_of_a_small_disk_is_used(tmp_path, monkeypatch):
@@ -88,7 +90,7 @@ def test_links_are_not_followed(tmp_path):
 
 
 def test_an_image_that_is_made_again_is_young_again(tmp_path):
-    worker = Worker(SimpleNamespace(loras={}), tmp_path, model="tiny", limits=Limits(), stamp={})
+    worker = Worker(ENGINE, tmp_path, model="tiny", limits=Limits(), stamp={})
     first, other = (worker.keep(Image.new("RGB", (4, 4), color), 1) for color in ("red", "blue"))
     for path in (first, other):
         os.utime(path, times=(time.time() - 2 * DAY,) * 2)
@@ -100,6 +102,6 @@ def test_an_image_that_is_made_again_is_young_again(tmp_path):
 
 def test_an_image_for_which_there_is_no_room_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(page_folder, "MOST_BYTES", 10)
-    worker = Worker(SimpleNamespace(loras={}), tmp_path, model="tiny", limits=Limits(), stamp={})
+    worker = Worker(ENGINE, tmp_path, model="tiny", limits=Limits(), stamp={})
     with pytest.raises(OSError, match="the folder of the page's pictures is full"):
         worker.keep(Image.new("RGB", (4, 4)), 1)

@@ -24,7 +24,7 @@ from unialign_jax.models.quantization import MODES, quantize_module
 from unialign_jax.models.sizes import ImageSizes
 from unialign_jax.models.text_encoder import TextEncoder
 from unialign_jax.sampling import image as image_sampler
-from unialign_jax.sampling.programs import Programs, initial_noise
+from unialign_jax.sampling.programs import KEPT, Programs, initial_noise
 from unialign_jax.sampling.text import TextSample
 
 log = logging.getLogger(__name__)
@@ -58,6 +58,7 @@ class Model:
         low_memory: bool = False,
         max_batch: int = 8,
         reproducible: bool = False,
+        kept_shapes: int = KEPT,
         device: jax.Device | None = None,
     ):
         """`Pipeline.from_bundle` is the usual way in.
@@ -95,7 +96,7 @@ class Model:
             transformer, text_encoder = (m and quantize_module(m, quantize) for m in (transformer, text_encoder))
         autoencoder = module(make_autoencoder, config.autoencoder)
         ids = {"mask_id": tokenizer.mask_id, "eos_id": tokenizer.eos_id}
-        self.programs = Programs.of(transformer, text_encoder, autoencoder, **ids)
+        self.programs = Programs.of(transformer, text_encoder, autoencoder, **ids, kept=kept_shapes)
 
     def load(self) -> None:
         """Reads all weights now, not when a task first needs them. Raises ValueError when they are damaged."""

@@ -43,7 +43,7 @@ from unialign_jax.inference.model import Model, Step, default_dtype
 from unialign_jax.inference.options import MAX_REFERENCES, PERCEPTION, check_whole, settings, takes_options
 from unialign_jax.inference.streaming import TextStep, settled_text
 from unialign_jax.inference.weights import Loader, bundle_loader
-from unialign_jax.sampling.programs import make_guidance
+from unialign_jax.sampling.programs import KEPT, make_guidance
 from unialign_jax.sampling.solvers import solver_table
 from unialign_jax.training import runs
 
@@ -85,6 +85,7 @@ class Pipeline(Model):
         attention: str = "auto",
         max_batch: int = 8,
         reproducible: bool = False,
+        kept_shapes: int = KEPT,
         device: jax.Device | None = None,
     ) -> "Pipeline":
         """Opens a bundle, or a training run's newest whole checkpoint; weights are read when a task first needs them.
@@ -100,12 +101,13 @@ class Pipeline(Model):
           max_batch: the most samples in one forward.
           reproducible: make each image and text in forwards of its own, whatever `max_batch` is: the same seed then
             gives the same bits alone and among others, with and without a callback. Batches are no faster then.
+          kept_shapes: of each of its programs, how many stay compiled in memory: those that were called last.
           device: where to run; None is JAX's first device.
 
         Raises FileNotFoundError or ValueError for a folder that is neither, has no tokenizer or (later too) is damaged.
         """
         options = {"dtype": dtype, "quantize": quantize, "low_memory": low_memory, "attention": attention}
-        options |= {"max_batch": max_batch, "reproducible": reproducible, "device": device}
+        options |= {"max_batch": max_batch, "reproducible": reproducible, "kept_shapes": kept_shapes, "device": device}
         directory = bundle.locate(directory)
         if not bundle.is_bundle(directory) and runs.is_run(directory):
             return cls.from_run(runs.open_to_sample(directory, weights, verify=verify), **options)
@@ -164,10 +166,8 @@ class Pipeline(Model):
         return name
 
     def _lora_name(self, path):
-        others = [
-            name for name, (lora, _) in self._loras.items() if os.path.abspath(lora.name) != os.path.abspath(path)
-        ]
-        return new_name(path, others)
+        same = (name for name, (lora, _) in self._loras.items() if os.path.abspath(lora.name) == os.path.abspath(path))
+        return next(same, None) or new_name(path, list(self._loras))
 
     def unload_lora(self, name: str | None = None) -> None:
         """Takes adapters off again, all when None: the weights are then, bit for bit, as before.

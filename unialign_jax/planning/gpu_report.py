@@ -56,11 +56,13 @@ def markdown(plans: GpuPlans) -> str:
         table(map(gpu_cells, gpus.GPUS)),
         f"Sources: {hardware.GPU_SOURCES}",
         "### Sampling",
-        "Peak with everything resident, and with `low_memory`; the smallest GPU that holds it; seconds of a batch. "
-        "Rows of T4 are compiled for it (convolutions in float32, attention by XLA), the others for an H100.",
+        "Peak with everything resident, and with `low_memory`; the smallest GPU that holds it and leaves "
+        f"{100 * hardware.ROOM:.0f}%; seconds of a batch. Perception is as an edit, an answer as a caption, and "
+        f"personalization is of {sampling.CONDITIONS['personalization']} references. Rows of T4 are compiled for it "
+        "(convolutions in float32, attention by XLA), the others for an H100.",
         table(map(sampling_cells, plans.sampling)),
         "### Training",
-        "Stage 1 at a global batch of 256; the peak of a GPU by `model.remat`, with the smallest GPU that holds it.",
+        "Stage 1 at a global batch of 256; the peak of a GPU by `model.remat`, with the smallest GPU that holds it so.",
         table(training_table(plans.training)),
         "The same steps by H100's figures, those that fit some GPU, the fastest first:",
         table(map(speed_cells, fastest(plans.training))),
@@ -83,13 +85,13 @@ def gpu_name(kind: str) -> str:
 
 
 def smallest(peak: float, topology: str) -> str:
-    """The GPU with the least memory that holds `peak` bytes of a program; a dash where none does.
+    """The GPU with the least memory that holds `peak` bytes of a program and leaves ROOM; a dash where none does.
 
     Programs for a T4 need more than those for the others, which need the same.
     """
     kinds = [kind for kind in gpus.GPUS if (kind == "t4") == topology.startswith("t4")]
     by_room = sorted(kinds, key=lambda kind: (gpus.room(kind), gpus.GPUS[kind].chip.peak))
-    return next((gpu_name(kind) for kind in by_room if peak <= gpus.room(kind)), "-")
+    return next((gpu_name(kind) for kind in by_room if peak <= (1 - hardware.ROOM) * gpus.room(kind)), "-")
 
 
 def gpu_cells(kind: str) -> dict[str, str]:

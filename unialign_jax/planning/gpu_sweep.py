@@ -44,6 +44,8 @@ SAMPLING = (
     ("text_to_image", "h100:1", 1024, 4, None),
     *(("edit", "h100:1", 512, 1, quantize) for quantize in (None, "int8")),
     ("edit", "h100:1", 512, 8, None),
+    *(("personalization", "h100:1", 512, 1, quantize) for quantize in (None, "int8")),
+    ("personalization", "h100:1", 512, 8, None),
     *(("caption", "h100:1", 512, 1, quantize) for quantize in (None, "int8")),
     ("caption", "h100:1", 512, 8, None),
     *(("text_to_image", "t4:1", 512, 1, quantize) for quantize in (None, "int8")),
@@ -114,7 +116,8 @@ def sweep_gpus(path: Path) -> None:
     Raises ValueError where the compiler is not installed.
     """
     topology.topology_devices("h100:1")
-    made(TRAINING_SOURCES), made(SAMPLING_SOURCES)  # of the code that is loaded now, whatever changes on disk meanwhile
+    for sources in (TRAINING_SOURCES, SAMPLING_SOURCES):
+        sources_digest(sources)  # of the code that is loaded now, whatever changes on disk meanwhile
     for key in SAMPLING:
         add(path, "sampling", key, lambda key=key: compile_sampling(*key))
     for key in TRAINING:

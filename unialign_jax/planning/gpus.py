@@ -89,6 +89,12 @@ def room(kind: str) -> int:
     return int(SHARE * (GPUS[kind].chip.memory - CONTEXT))
 
 
+def roomier(kind: str) -> str | None:
+    """The GPU that comes next by its memory; None if there is none."""
+    larger = [other for other in GPUS if room(other) > 1.05 * room(kind)]
+    return min(larger, key=room, default=None)
+
+
 def usable_bytes(device: jax.Device) -> int:
     """`room` of a device of `gpu_devices`."""
     return room(next(kind for kind, gpu in GPUS.items() if gpu.kind == device.device_kind))

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from unialign_jax.bundle import BundleConfig
-from unialign_jax.data.kinds import task_name
+from unialign_jax.data.kinds import TASKS, task_name
 from unialign_jax.diffusion.flow import sampling_sigmas
 from unialign_jax.inference import weights
-from unialign_jax.inference.options import check_whole
+from unialign_jax.inference.options import OPTIONS, TEXT_TASKS, check_whole
 from unialign_jax.inference.pipeline import Pipeline
 from unialign_jax.models import flops, presets
 from unialign_jax.models.quantization import abstract_quantized, tree_bytes
@@ -30,8 +30,9 @@ from unialign_jax.planning.topology import GIB
 from unialign_jax.sampling.programs import make_guidance
 from unialign_jax.sampling.solvers import solver_table
 
-TASKS = ("text_to_image", "edit", "caption")
-STEPS = {"text_to_image": 28, "edit": 50}  # the pipeline's defaults
+# Images that a sample is made of, and steps: the pipeline's defaults. Perception is as an edit, an answer as a caption.
+CONDITIONS = {"text_to_image": 0, "edit": 1, "perception": 1, "personalization": OPTIONS["slots"].default}
+STEPS = {task: 50 if conditions else 28 for task, conditions in CONDITIONS.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +98,7 @@ def sampling_programs(
     """The programs of a task in the order in which `Pipeline` runs them, and {component: abstract parameters}.
 
     Args:
-      task: "text_to_image" or "edit" (guided; one condition image), or "caption" (of `config.text_length` tokens).
+      task: one of `data.kinds.TASKS`. Images are guided, texts are of `config.text_length` tokens.
       device: holds the arguments; one of `topology_devices`, or a real one.
       config: the published sizes when None.
       size: height and width of the images in pixels.
@@ -129,10 +130,14 @@ def sampling_programs(
     compiled = pipeline.programs
     factor, channels = config.autoencoder.downsample_factor, config.autoencoder.latent_channels
     latent_shape = (size // factor, size // factor, channels)
-    images, latents = array((batch, size, size, 3), np.uint8), array((batch, *latent_shape), np.float32)
-    seeds = array((batch,), np.uint32)
+    latents, seeds = array((batch, *latent_shape), np.float32), array((batch,), np.uint32)
+    count = CONDITIONS.get(task, 1)
+    encoded = (
+        min(pipeline.max_batch, 1 << (batch * count - 1).bit_length()) if count else 0
+    )  # filled up, as prompts are
+    images = array((encoded, size, size, 3), np.uint8)
     encode = Program("encode images", ("autoencoder",), compiled.encode_images, params["autoencoder"], (images,))
-    if task == "caption":
+    if task in TEXT_TASKS:
         both = {name: params[name] for name in ("transformer", "text_encoder")}
         ids, targets = (array((batch, config.text_length), kind) for kind in (np.int32, np.bool_))
         numbers = [array((), np.float32)] * 3  # temperature, threshold, entropy bound
@@ -143,7 +148,7 @@ def sampling_programs(
     table = solver_table("euler", sampling_sigmas(steps or STEPS[task], shift=3.0))
     guidance = make_guidance(batch, table, scale=7.0)
     text = array((batch, config.text_length, config.text_encoder.width), jnp.dtype(dtype))
-    conditions = array((batch, 1, *latent_shape), np.float32) if task == "edit" else None
+    conditions = array((batch, count, *latent_shape), np.float32) if count else None
     inputs = (seeds, on_device(table), text, text, on_device(guidance), conditions)
     # The prompts of the batch and the negative one, filled up to a power of two.
     prompts = array((min(pipeline.max_batch, 1 << batch.bit_length()), config.text_length), np.int32)
@@ -153,14 +158,15 @@ def sampling_programs(
         Program("sample", ("transformer",), compiled.sample_images, params["transformer"], inputs, static),
         Program("decode images", ("autoencoder",), compiled.decode_images, params["autoencoder"], (latents,)),
     ]
-    return ([programs[0], encode, *programs[1:]] if task == "edit" else programs), params
+    return ([programs[0], encode, *programs[1:]] if count else programs), params
 
 
 def sampling_work(task: str, config: BundleConfig, *, size: int, batch: int, steps: int | None = None) -> dict:
     """{program's name: its Work} of a task, in closed form (`models.flops`); as in `sampling_programs`."""
     model, text_encoder, autoencoder = config.transformer, config.text_encoder, config.autoencoder
     length, latents = config.text_length, (size // autoencoder.downsample_factor,) * 2
-    encode = Work(0, batch * flops.autoencoder_encode(autoencoder, image_size=size), 0, batch)
+    encoded = batch * CONDITIONS.get(task, 1)
+    encode = Work(0, encoded * flops.autoencoder_encode(autoencoder, image_size=size), 0, encoded)
 
     def forwards(count, of_text, conditions=0, text_pass=False):
         """`count` of the MM-DiT, one after another of a batch, and `of_text` times T5."""
@@ -177,14 +183,14 @@ def sampling_work(task: str, config: BundleConfig, *, size: int, batch: int, ste
         matmul = blocks + text - text_attention
         return matmul, whole - blocks - attention, attention + text_attention
 
-    if task == "caption":
+    if task in TEXT_TASKS:
         steps = steps or 32
         return {
             "encode images": encode,
             "write text": Work(*forwards(steps * batch, steps * batch, text_pass=True), steps),
         }
     steps = steps or STEPS[task]
-    sample = Work(*forwards(2 * steps * batch, 0, conditions=int(task == "edit")), steps)
+    sample = Work(*forwards(2 * steps * batch, 0, conditions=CONDITIONS[task]), steps)
     decode = Work(0, batch * flops.autoencoder_decode(autoencoder, image_size=size), 0, batch)
     prompts = Work(*forwards(0, batch + 1), 1)
     return {"encode prompts": prompts, "encode images": encode, "sample": sample, "decode images": decode}

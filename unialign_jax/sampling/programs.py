@@ -281,11 +281,17 @@ def describe(
     )
 
 
-class _Stopwatch:
-    """Adds up the seconds of the programs that a thread calls, by part."""
+class Stopwatch:
+    """Adds up the seconds of the programs that a thread calls, by part.
+
+    Attributes:
+      seconds: {part: seconds}.
+      has_compiled: whether one of the programs was called with this shape for the first time, or again after long.
+    """
 
     def __init__(self):
-        self.seconds = {}
+        self.seconds: dict[str, float] = {}
+        self.has_compiled = False
         self._loop = None  # (part, begin, last result) of a loop of calls that may go on
 
     def call(self, part: str, is_in_loop: bool, program: Callable) -> Any:
@@ -319,17 +325,17 @@ _stopwatch = contextvars.ContextVar("stopwatch", default=None)
 
 
 @contextlib.contextmanager
-def seconds_by_part() -> Iterator[dict[str, float]]:
-    """{part: seconds}, whole at the end of the block, of the programs that this thread calls in it.
+def seconds_by_part() -> Iterator[Stopwatch]:
+    """The seconds, whole at the end of the block, of the programs that this thread calls in it.
 
     The parts are encode_prompts, encode_images, sample, write_text and decode_images. A part lasts from the call of its
     program until its result is there, compiling included. Results are waited for where the next part needs them;
     programs that are called in a loop, step by step, are waited for at its end.
     """
-    watch = _Stopwatch()
+    watch = Stopwatch()
     token = _stopwatch.set(watch)
     try:
-        yield watch.seconds
+        yield watch
     finally:
         _stopwatch.reset(token)
         watch.end_loop()
@@ -364,9 +370,12 @@ class Program:
         self._lock = threading.Lock()
 
     def __call__(self, params: dict, *arrays: Any, **options: Any) -> Any:
-        call = functools.partial(self._of_shape(arrays, options), params, *arrays, **options)
-        watch = _stopwatch.get()
-        return call() if watch is None else watch.call(self._part, self._is_in_loop, call)
+        jitted, is_new = self._of_shape(arrays, options)
+        call, watch = functools.partial(jitted, params, *arrays, **options), _stopwatch.get()
+        if watch is None:
+            return call()
+        watch.has_compiled |= is_new
+        return watch.call(self._part, self._is_in_loop, call)
 
     def lower(self, *args: Any, **options: Any) -> jax.stages.Lowered:
         """As of `jax.jit`; nothing is kept."""
@@ -390,11 +399,13 @@ class Program:
         leaves, structure = jax.tree.flatten((arrays, traced))
         shape = structure, tuple(map(jax.typeof, leaves)), fixed
         with self._lock:
-            jitted = self._compiled.pop(shape, None) or self._jit()
+            jitted, is_new = self._compiled.pop(shape, None), False
+            if jitted is None:
+                jitted, is_new = self._jit(), True
             self._compiled[shape] = jitted
             if len(self._compiled) > self._kept:
                 self._compiled.popitem(last=False)
-        return jitted
+        return jitted, is_new
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,7 +35,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from unialign_jax import __version__
 from unialign_jax.files import first_line, parse_json, shown
 from unialign_jax.inference.options import MAX_REFERENCES, OPTIONS, TEXT_TASKS
-from unialign_jax.serving.engine import Busy, Closing, Engine, Ticket, TooLate
+from unialign_jax.serving.engine import Busy, Closing, Engine, Ticket, TooLate, TooMuch
 from unialign_jax.serving.metrics import Metrics
 from unialign_jax.serving.requests import (
     TIERS,
@@ -121,7 +121,7 @@ ChatRequest = options_model(
     model=_SHARED["model"],
     lora=_SHARED["lora"],
     max_tokens=(int | None, Field(None, description="most tokens of the answer; clamped to what the model writes")),
-    stop=(Any, Field(None, description="a text, or several, before which the answer ends; not with stream")),
+    stop=(Any, Field(None, description="a text, or several, before which the answer ends")),
     stream=(bool | None, Field(None, description="server-sent events")),
     prefix=text("what a caption begins with"),
 )
@@ -392,8 +392,8 @@ def make_app(
             log.info(json.dumps({"task": work.job.task, "text": work.job.text}))
         try:
             return engine.submit(work.job, work.images, hear=hear, loras=work.loras)
-        except ValueError as error:  # more samples or pixels than the queue has room for
-            raise BadRequest(first_line(error), "image" if "pixels" in str(error) else "n") from None
+        except TooMuch as error:
+            raise BadRequest(str(error), error.parameter) from None
 
     def prepared(task: str, fields: dict, data: Sequence[bytes]) -> tuple[Work, list[str]]:
         """The work, and what its client is to be warned of; for a thread. Raises BadRequest."""
@@ -458,8 +458,6 @@ def make_app(
         fields = given(body)
         is_streamed, stream_options = fields.pop("stream", False), fields.pop("stream_options", None)
         stops = read_stops(fields.pop("stop", None))
-        if stops and is_streamed:
-            raise BadRequest("stop is not served with stream: leave out one of them", "stop")
         length = engine.pipeline.config.text_length
         work, warnings = await asyncio.to_thread(chat_work, fields, length, prepared)
         prompt_tokens = await asyncio.to_thread(token_count, engine.pipeline, work.job.text)
@@ -492,7 +490,7 @@ def make_app(
                 ticket.cancel()
                 raise
             wants_usage = isinstance(stream_options, dict) and stream_options.get("include_usage")
-            events = chat_events(head, first, texts, ticket, ending, bool(wants_usage))
+            events = chat_events(head, first, texts, ticket, stops, ending, bool(wants_usage), metrics.failed)
             return StreamingResponse(events, media_type="text/event-stream")
         ticket = await do(request, work)
         [answer] = ticket.future.result()
@@ -711,6 +709,11 @@ def cut_at(answer: str, stops: Sequence[str]) -> str:
     return min((answer.partition(stop)[0] for stop in stops), key=len, default=answer)
 
 
+def begun_stop(answer: str, stops: Sequence[str]) -> int:
+    """The most characters at the end of an answer that one of the texts begins with."""
+    return max((n for stop in stops for n in range(1, len(stop)) if answer.endswith(stop[:n])), default=0)
+
+
 def token_count(pipeline: Any, said: str | None) -> int:
     return len(pipeline.tokenizer.token_ids(said)) if said else 0
 
@@ -720,15 +723,19 @@ async def chat_events(
     text: str | None,
     texts: asyncio.Queue[str | None],
     ticket: Ticket,
+    stops: Sequence[str],
     ending: Callable[[str], tuple[str, dict]],
     wants_usage: bool,
+    failed: Callable[[], None],
 ) -> AsyncIterator[str]:
     """An answer as server-sent events, each with the words that are settled since the one before.
 
     Args:
       text: how the answer begins; None where it is whole.
       texts: what follows: longer beginnings, and None at the end.
+      stops: texts before which it ends.
       ending: (reason, usage) of the whole answer.
+      failed: is called where the answer fails after its first words.
     """
 
     def event(content: dict) -> str:
@@ -741,20 +748,26 @@ async def chat_events(
         yield chunk({"role": "assistant", "content": ""})
         said = ""
         while text is not None:
-            if len(text) > len(said):
-                yield chunk({"content": text[len(said) :]})
-                said = text
+            settled = cut_at(text, stops)
+            if settled == text:  # its end may be the beginning of a stop
+                settled = text[: len(text) - begun_stop(text, stops)]
+            if len(settled) > len(said):
+                yield chunk({"content": settled[len(said) :]})
+                said = settled
             text = await texts.get()
         error = ticket.future.exception()
         if error is None and not (answer := ticket.future.result()[0]).startswith(said):
             error = ValueError("the answer was made anew after a failure: ask again")
         if error is not None:  # the status is long sent
             log.error("a text failed while it was streamed", exc_info=error)
+            failed()
             yield event({"error": {"message": f"the request failed: {first_line(error)}", "type": "server_error"}})
             return
+        reason, usage = ending(answer)
+        if len(cut := cut_at(answer, stops)) < len(answer):
+            answer, reason = cut, "stop"
         if answer != said:
             yield chunk({"content": answer[len(said) :]})
-        reason, usage = ending(answer)
         yield chunk({}, reason)
         if wants_usage:
             yield event({"choices": [], "usage": usage})

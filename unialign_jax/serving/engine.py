@@ -38,6 +38,14 @@ class Busy(Exception):
         self.retry_after = retry_after
 
 
+class TooMuch(ValueError):
+    """A request has more than the queue ever has room for. `parameter` is what there is too much of: n or image."""
+
+    def __init__(self, message: str, parameter: str):
+        super().__init__(message)
+        self.parameter = parameter
+
+
 class Closing(Exception):
     """The engine takes no more requests, since it ends."""
 
@@ -54,7 +62,7 @@ class Ticket:
       job: what is asked.
       images: its images, upright and RGB.
       future: gets the list of its results: images of PIL, or a text; or the error of its first sample that failed.
-      deadline: by `time.monotonic`, when its samples must have begun.
+      deadline: by `time.monotonic`, when the first of its samples must have begun.
       queued, working: seconds that it waited, and from its first batch's begin to its last one's end.
       batch_sizes: samples of each batch that it was in.
       callback: of `Pipeline.generate`; its samples then share no batch with others.
@@ -79,6 +87,11 @@ class Ticket:
     def cancel(self) -> None:
         """Nobody waits for it any more: what has not begun leaves the queue and is not done."""
         self.future.cancel()
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether one of its samples has left the queue."""
+        return self._waiting < self.job.images_per_prompt
 
     @property
     def pixels(self) -> int:
@@ -147,7 +160,7 @@ class Engine:
           pipelines: replicas: `Pipeline`s of the same model on different devices.
           max_waiting: samples in the queue at most.
           max_waiting_pixels: of the images of requests in the queue, at most: they lie in memory, 3 bytes each.
-          time_limit: seconds after which a request is given up of which a sample has not begun.
+          time_limit: seconds after which a request is given up of which no sample has begun.
           kept_loras: of `Pipeline.choose_loras`.
           observe: is told of each batch: its task, the seconds that each sample waited, those that it took, and
             those of its parts (`sampling.programs.seconds_by_part`).
@@ -163,7 +176,8 @@ class Engine:
         self._waiting = self._waiting_pixels = self._working = 0
         self._rejected = self._cancelled = self._expired = 0
         self._done, self._failed = collections.Counter(), collections.Counter()
-        self._seconds: dict[str, float] = {}  # task -> of a sample, a moving average
+        # task -> of a sample, a moving average of batches that neither failed nor compiled
+        self._seconds: dict[str, float] = {}
         self._is_closing = self._is_closed = False
         self._threads = [
             threading.Thread(target=self._work, args=(pipeline,), name=f"pipeline {number}", daemon=True)
@@ -198,17 +212,19 @@ class Engine:
             requests do.
 
         Raises Busy when the queue has no room for all of its samples and images, Closing when the engine ends,
-        ValueError when there are more samples or pixels than it ever has room for.
+        TooMuch when there are more samples or pixels than it ever has room for.
         """
         count, shape = job.images_per_prompt, job_runner.shape_of(job, self.pipeline)
         if count > self._max_waiting:
-            raise ValueError(f"{count} images are asked for at once, expected at most {self._max_waiting}")
+            raise TooMuch(f"{count} images are asked for at once, expected at most {self._max_waiting}", "n")
         now = time.monotonic()
         deadline = now + min(time_limit or self._time_limit, self._time_limit)
         ticket = Ticket(job, images, deadline, now, callback=callback, hear=hear, loras=dict(loras or {}))
         if ticket.pixels > self._max_waiting_pixels:
             most = f"{self._max_waiting_pixels:,}"
-            raise ValueError(f"the images have {ticket.pixels:,} pixels, expected at most {most}: send smaller ones")
+            raise TooMuch(
+                f"the images have {ticket.pixels:,} pixels, expected at most {most}: send smaller ones", "image"
+            )
         shape += (tuple(sorted(ticket.loras.items())),)
         if callback is not None:
             shape += (id(ticket),)
@@ -338,15 +354,18 @@ class Engine:
             error = None if ticket.future.cancelled() else ticket.future.exception()
             if isinstance(error, TooLate):
                 self._expired += count
-            elif not isinstance(error, Closing):
+            elif error is None:
                 self._cancelled += count
+            elif not isinstance(error, Closing):
+                self._failed[ticket.job.task] += count
 
     def _watch(self) -> None:
         """Fails requests at their deadlines, whatever the pipelines do, until the engine is closed."""
         with self._lock:
             while not self._is_closed:
                 now = time.monotonic()
-                tickets = {id(w.ticket): w.ticket for queue in self._queues.values() for w in queue}
+                waiting = (w.ticket for queue in self._queues.values() for w in queue)
+                tickets = {id(ticket): ticket for ticket in waiting if not ticket.has_begun}
                 for ticket in tickets.values():
                     if ticket.deadline <= now:
                         limit = ticket.deadline - ticket.arrived
@@ -367,13 +386,15 @@ class Engine:
         if self.loras:
             pipeline.choose_loras(batch[0].ticket.loras, kept=self._kept_loras)
         images = [list(waiting.ticket.images) for waiting in batch]
-        with seconds_by_part() as parts:
+        with seconds_by_part() as watch:
             outcomes = job_runner.attempt(pipeline, samples, images, callback)
         seconds = time.monotonic() - began
         failed = sum(isinstance(outcome, Exception) for outcome in outcomes)
-        self._observe(task, [began - waiting.ticket.arrived for waiting in batch], seconds, parts)
+        self._observe(task, [began - waiting.ticket.arrived for waiting in batch], seconds, watch.seconds)
         with self._lock:
-            self._seconds[task] = expected_seconds(self._seconds.get(task), seconds / len(batch))
+            if not failed and not watch.has_compiled:
+                before = self._seconds.get(task, seconds / len(batch))
+                self._seconds[task] = 0.8 * before + 0.2 * seconds / len(batch)
             self._done[task] += len(batch) - failed
             self._failed[task] += failed
         for waiting, outcome in zip(batch, outcomes, strict=True):
@@ -389,17 +410,6 @@ class Engine:
                 is_whole = len(ticket._outcomes) == ticket.job.images_per_prompt
             if is_whole:
                 _finish(ticket, [ticket._outcomes[index] for index in range(ticket.job.images_per_prompt)])
-
-
-def expected_seconds(before: float | None, taken: float) -> float:
-    """A moving average of a sample's seconds, from its value `before` and those of a batch.
-
-    A batch that compiled takes many times as long as others of its task. The average is left by it within a few
-    batches where it was the first, and hardly moved where it was not.
-    """
-    if before is None:
-        return taken
-    return before + (0.5 if taken < before else 0.2) * (min(taken, 2 * before) - before)
 
 
 def _tell(batch: Sequence[_Waiting], step: TextStep) -> None:

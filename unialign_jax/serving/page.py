@@ -286,7 +286,10 @@ class Layout:
             [(work, images)] = now.made
             first = work.job.seed
             new = [
-                (str(self._worker.keep(image, first + number)), f"{work.job.text} (seed {first + number})")
+                (
+                    str(await asyncio.to_thread(self._worker.keep, image, first + number)),
+                    f"{work.job.text} (seed {first + number})",
+                )
                 for number, image in enumerate(images)
             ]
             kept = [*new, *(item for item in kept if Path(item[0]).exists())][:SHOWN]
@@ -395,7 +398,8 @@ class Layout:
                 yield *same, now.status, now.tickets, preview, fields["seed"], *same
                 continue
             [(work, [image])] = now.made
-            tree.add(parent, self._worker.keep(image, work.job.seed), work.job.text, work.job.seed)
+            kept = await asyncio.to_thread(self._worker.keep, image, work.job.seed)
+            tree.add(parent, kept, work.job.text, work.job.seed)
             copies = self._worker.copies([work], address(request))
             yield *self._views(tree, now.status), [], preview, work.job.seed, *copies
 
@@ -438,7 +442,7 @@ class Layout:
                 continue
             said = [results[0] for work, results in now.made if work.job.task == "caption"]
             drawn = [
-                (str(self._worker.keep(results[0], seed)), work.job.options["kind"])
+                (str(await asyncio.to_thread(self._worker.keep, results[0], seed)), work.job.options["kind"])
                 for work, results in now.made
                 if work.job.task == "perception"
             ]
@@ -535,10 +539,12 @@ def add_page(
     @contextlib.asynccontextmanager
     async def with_folder(app: FastAPI) -> AsyncIterator[Any]:
         sweeping = asyncio.ensure_future(_sweep_for_ever(worker.folder))
-        async with lifespan(app) as state:
-            yield state
-        sweeping.cancel()
-        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            async with lifespan(app) as state:
+                yield state
+        finally:
+            sweeping.cancel()
+            shutil.rmtree(folder, ignore_errors=True)
 
     app.router.lifespan_context = with_folder
 

@@ -5,7 +5,7 @@ import contextlib
 import json
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -14,10 +14,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from unialign_jax.data.images import open_image
 from unialign_jax.files import first_line, shown
+from unialign_jax.serving.api import STEP_SECONDS, is_own
 from unialign_jax.serving.page_folder import Folder
 
 MOST_FILES = 16  # of one upload
-STEP_SECONDS = 0.5  # between two looks at whether the server is to end
 # What a browser fetches of Gradio's paths. Others could fetch addresses, or start functions past the queue.
 PATHS = (
     "/config",
@@ -65,7 +65,7 @@ class Filter:
         if path != "/" and path not in PATHS and not path.startswith(PREFIXES):
             return await self._refuse("no_page", "there is no such page", 404)(scope, receive, send)
         origin = headers.get(b"origin")
-        if origin is not None and urlsplit(origin).netloc != headers.get(b"host"):
+        if origin is not None and not is_own(origin, headers.get(b"host", "")):
             return await self._refuse("origin", "this is a page of another origin", 403)(scope, receive, send)
         if path.startswith("/gradio_api/file=") and not self._is_ours(unquote(path.partition("=")[2])):
             return await self._refuse("no_page", "there is no such file", 404)(scope, receive, send)

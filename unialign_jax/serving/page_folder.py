@@ -27,17 +27,20 @@ class Folder:
         self.path = path.resolve()
         self.most = min(MOST_BYTES, shutil.disk_usage(path).free // 2)
         self._lock, self._stays = threading.Lock(), set()
-        self._used, self._swept = 0, time.monotonic()
+        self._used, self._kept, self._swept = 0, 0, time.monotonic()
 
     def keep_all(self) -> None:
         """What the folder has now stays as long as the server: the examples."""
         with self._lock:
-            self._stays = {str(path) for path in self.path.rglob("*") if path.is_file()}
+            files = [path for path in self.path.rglob("*") if path.is_file()]
+            self._stays, self._kept = {str(path) for path in files}, sum(path.stat().st_size for path in files)
             self._sweep(self.most)
 
     def make_room(self, size: int) -> bool:
         """Whether a file of `size` bytes may be written; old files are removed where that makes the room for it."""
         with self._lock:
+            if self._kept + size > self.most:  # even of a folder of nothing else
+                return False
             if self._used + size > self.most or time.monotonic() > self._swept + SWEEP_SECONDS:
                 # Room for more files than this one, so that the next look is not at the next file.
                 self._sweep(self.most - max(size, self.most // 16))

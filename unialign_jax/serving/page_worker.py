@@ -18,7 +18,7 @@ from PIL import Image
 from unialign_jax.files import first_line
 from unialign_jax.inference.options import IMAGE_TASKS
 from unialign_jax.serving import snippets
-from unialign_jax.serving.engine import Busy, Closing, Engine, Ticket, TooLate
+from unialign_jax.serving.engine import Busy, Closing, Engine, Ticket, TooLate, TooMuch
 from unialign_jax.serving.metrics import Metrics
 from unialign_jax.serving.page_folder import Folder
 from unialign_jax.serving.requests import BadRequest, Limits, Work, check_fit, make_work, stamped_png
@@ -70,7 +70,8 @@ class Worker:
     ):
         self.engine, self.limits = engine, limits
         self._metrics = metrics or Metrics(engine)
-        self._work_of = functools.partial(make_work, limits=limits, model=model, loras=engine.loras)
+        how = {"limits": limits, "model": model, "loras": engine.loras}
+        self._work_of = functools.partial(make_work, **how, image_size=engine.pipeline.config.image_size)
         self.folder, self._model, self._stamp = Folder(folder), model, stamp
         self._needs_key, self._log_prompts = needs_key, log_prompts
 
@@ -119,12 +120,13 @@ class Worker:
             made = [(work, future.result()) for work, future in zip(works, futures, strict=True)]
             seconds = max((ticket.queued or 0) + ticket.working for ticket in tickets)
             yield Moment(" ".join([f"Done in {seconds:.1f} s.", *dict.fromkeys(warnings)]), made=made)
-        except (ValueError, Busy, Closing, TooLate) as error:
+        except (BadRequest, TooMuch, Busy, Closing, TooLate) as error:
             reasons = {Busy: "busy", Closing: "closing", TooLate: "too_late"}
             self._metrics.refused(reasons.get(type(error), "bad_request"))
             yield Moment(f"Not done: {first_line(error)}")
         except Exception as error:
             log.exception("a request of the page failed")
+            self._metrics.failed()
             yield Moment(f"It failed: {first_line(error)}")
         finally:
             for ticket in tickets:
