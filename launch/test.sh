@@ -20,12 +20,9 @@ python -m pytest -n 2 --dist loadfile "$@"
 # finds it writes to stderr, which tests of commands read.
 if [ $# = 0 ]; then
   compiler=.venv/gpu-compiler-$(python -c 'import jax; print(jax.__version__)')
-  if [ ! -e "$compiler" ]; then
-    python -m pip install -qq --disable-pip-version-check --no-deps --target "$compiler.part" \
-      "jax-cuda12-plugin==${compiler##*-}" "jax-cuda12-pjrt==${compiler##*-}" 'nvidia-cuda-nvcc-cu12==12.9.86' \
-      && mv "$compiler.part" "$compiler" || rm -rf "$compiler.part"
-  fi
-  if [ -e "$compiler" ]; then
+  if [ -e "$compiler" ] || { rm -rf "$compiler.part" && python -m pip install -qq --disable-pip-version-check --no-deps \
+    --target "$compiler.part" "jax-cuda12-plugin==${compiler##*-}" "jax-cuda12-pjrt==${compiler##*-}" \
+    'nvidia-cuda-nvcc-cu12==12.9.86' && mv "$compiler.part" "$compiler"; }; then
     PYTHONPATH=$compiler JAX_PLATFORMS=cpu python -m pytest -n0 tests/planning/test_gpus.py -k h100
   else
     echo "XLA's GPU compiler could not be installed: its tests are left out"
