@@ -247,7 +247,7 @@ def test_the_model_is_silent_where_its_user_is_told(tiny_pipeline, caplog, monke
 
 
 def test_the_openapi_page_has_the_body_of_an_edit(url):
-    jsonschema = pytest.importorskip("jsonschema")
+    jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed")
     found = requests.get(f"{url}/openapi.json", timeout=60).json()
     content = found["paths"]["/v1/images/edits"]["post"]["requestBody"]["content"]
     schema = content["application/json"]["schema"]

@@ -132,9 +132,8 @@ def sampling_programs(
     latent_shape = (size // factor, size // factor, channels)
     latents, seeds = array((batch, *latent_shape), np.float32), array((batch,), np.uint32)
     count = CONDITIONS.get(task, 1)
-    encoded = (
-        min(pipeline.max_batch, 1 << (batch * count - 1).bit_length()) if count else 0
-    )  # filled up, as prompts are
+    # In batches that are filled up, as those of prompts.
+    encoded = min(pipeline.max_batch, 1 << (batch * count - 1).bit_length()) if count else 0
     images = array((encoded, size, size, 3), np.uint8)
     encode = Program("encode images", ("autoencoder",), compiled.encode_images, params["autoencoder"], (images,))
     if task in TEXT_TASKS:
